@@ -1,0 +1,23 @@
+"""Generated key-value recall: full attention is needed at the queries and nowhere else."""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "recall"
+    config.data.corpus = "recall"
+    config.data.sequence_length = 64
+    config.data.batch_size = 64
+    config.data.num_pairs = 8
+    config.model.model_dim = 64
+    config.model.num_layers = 2
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 4
+    config.model.window = 8
+    config.objective.beta = 0.003
+    config.train.steps = 1500
+    config.train.eval_every = 250
+    config.train.checkpoint_every = 500
+    config.train.eval_batches = 8
+    return config

@@ -1,0 +1,51 @@
+"""Results to tables, figures and HTML. Reads plain arrays and dicts; knows nothing of models."""
+
+from meta_attention_jax.analysis.canvas import save
+from meta_attention_jax.analysis.figures import loss_curves, routing_by_layer
+from meta_attention_jax.analysis.page import (
+    Section,
+    figure_html,
+    figure_png_base64,
+    html_page,
+    table_html,
+)
+from meta_attention_jax.analysis.palette import Style, arm_styles, mechanism_styles
+from meta_attention_jax.analysis.tables import (
+    Column,
+    column_notes,
+    comparison_rows,
+    demo_columns,
+    html_table,
+    markdown_table,
+    terminal_table,
+    write_json,
+    write_text,
+)
+from meta_attention_jax.analysis.text import coloured_html, coloured_terminal
+from meta_attention_jax.analysis.text_figure import coloured_figure
+
+__all__ = [
+    "Column",
+    "Section",
+    "Style",
+    "arm_styles",
+    "coloured_figure",
+    "coloured_html",
+    "coloured_terminal",
+    "column_notes",
+    "comparison_rows",
+    "demo_columns",
+    "figure_html",
+    "figure_png_base64",
+    "html_page",
+    "html_table",
+    "loss_curves",
+    "markdown_table",
+    "mechanism_styles",
+    "routing_by_layer",
+    "save",
+    "table_html",
+    "terminal_table",
+    "write_json",
+    "write_text",
+]

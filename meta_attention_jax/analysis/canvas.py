@@ -1,0 +1,93 @@
+"""Empty figures, their frame, and how they become files.
+
+Plain `matplotlib.figure.Figure` objects: no global state, no display needed, nothing to close.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import textwrap
+from typing import Any, Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+FONT = 10
+GREY = "#595959"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, white, with its own Agg canvas."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
+    """The figure as the bytes of a png, pdf or svg file."""
+    buffer = io.BytesIO()
+    with rc_context({"hatch.linewidth": 0.6}):
+        figure.savefig(buffer, format=format, dpi=dpi, facecolor="white")
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
+    """Write a figure; the ending of `path` is the format. The folder is made if missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(render(figure, path.suffix.lstrip("."), dpi))
+
+
+def frame(
+    columns: int, panel_width: float, heights: Sequence[float], title: str, caption: str
+) -> tuple[Figure, list[list[Axes]]]:
+    """Rows of panels of the given heights, a title above and a caption below.
+
+    Measured in inches rather than left to a layout engine, so that nothing overlaps or shrinks.
+    """
+    left, right, top, gap_x, gap_y = 0.75, 0.2, 0.96, 0.35, 0.75
+    width = left + columns * panel_width + (columns - 1) * gap_x + right
+    caption = textwrap.fill(caption, int(12.8 * (width - left - right)))
+    bottom = 0.72 + 0.175 * (caption.count("\n") + 1)
+    height = top + sum(heights) + (len(heights) - 1) * gap_y + bottom
+    figure = new_figure(width, height)
+    x = left / width
+    figure.text(x, 1 - 0.14 / height, title, va="top", fontsize=13, weight="bold")
+    figure.text(x, 0.1 / height, caption, va="bottom", fontsize=FONT, color=GREY)
+    grid, y = [], height - top + gap_y
+    for tall in heights:
+        y -= gap_y + tall
+        corners = [left + column * (panel_width + gap_x) for column in range(columns)]
+        grid.append(
+            [
+                figure.add_axes((x / width, y / height, panel_width / width, tall / height))
+                for x in corners
+            ]
+        )
+    return figure, grid
+
+
+def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
+    width, height = figure.get_size_inches()
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.72 / width, 1 - 0.4 / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=FONT,
+        borderaxespad=0,
+        borderpad=0,
+        handlelength=2.6,
+        handleheight=1.1,
+        columnspacing=1.6,
+    )
+
+
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=FONT)

@@ -1,0 +1,137 @@
+"""Colours of mechanisms and arms, each with a second channel (hatch, underline, marker).
+
+The fills are Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008). Of its
+triples, vermillion, blue and yellow stay farthest apart under simulated protan, deutan and tritan
+vision, also as tints; they go to full, linear and local. Yellow is unreadable as a line on white,
+so lines and letters use `ink`, the fill darkened until it reads.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+from typing import Sequence
+
+TEXT = "#1a1a1a"
+"""Colour of letters, on white and on every tint."""
+
+READABLE = 4.5
+"""The contrast ratio that WCAG 2.1 (criterion 1.4.3) asks of text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How one mechanism looks.
+
+    Attributes:
+      slot: place in the palette; the same mechanism has the same slot everywhere.
+      fill: colour of areas, "#rrggbb".
+      ink: `fill` darkened until its contrast with white is at least 4.5; for lines and letters.
+      hatch: matplotlib hatch of areas.
+      underline: CSS text-decoration-style, also drawn in pictures.
+      marker: matplotlib marker.
+    """
+
+    slot: int
+    fill: str
+    ink: str
+    hatch: str
+    underline: str
+    marker: str
+
+
+def _channels(colour: str) -> tuple[float, float, float]:
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red, green, blue
+
+
+def _hex(channels: Sequence[float]) -> str:
+    return "#" + "".join(f"{round(255 * c):02x}" for c in channels)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "#rrggbb" in [0, 1]: 0.2126 R + 0.7152 G + 0.0722 B of linear light."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _channels(colour)
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG contrast ratio (L1 + 0.05) / (L2 + 0.05), L1 >= L2 the luminances; in [1, 21]."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def tint(colour: str, amount: float) -> str:
+    """`amount` of the colour over white: amount * colour + (1 - amount) * white."""
+    return _hex([amount * c + 1 - amount for c in _channels(colour)])
+
+
+def _ink(fill: str) -> str:
+    hue, lightness, saturation = colorsys.rgb_to_hls(*_channels(fill))
+    ink = fill
+    while contrast(ink, "#ffffff") < READABLE:
+        lightness -= 0.01
+        ink = _hex(colorsys.hls_to_rgb(hue, lightness, saturation))
+    return ink
+
+
+_LOOKS = (
+    # fill, hatch, underline, marker
+    ("#d55e00", "", "solid", "o"),  # full: vermillion
+    ("#0072b2", "....", "dotted", "s"),  # linear: blue
+    ("#f0e442", "////", "dashed", "^"),  # local: yellow
+    ("#009e73", "xxxx", "double", "D"),
+    ("#cc79a7", "----", "wavy", "v"),
+    ("#56b4e9", "++++", "solid", "P"),
+    ("#999999", "oo", "dotted", "X"),
+)
+STYLES = tuple(
+    Style(slot, fill, _ink(fill), hatch, underline, marker)
+    for slot, (fill, hatch, underline, marker) in enumerate(_LOOKS)
+)
+NEUTRAL = Style(len(STYLES), "#666666", _ink("#666666"), "", "solid", "o")
+"""Belongs to no mechanism: for scales in legends."""
+
+_KNOWN = {"full": 0, "linear": 1, "local": 2}
+
+
+def mechanism_styles(mechanisms: Sequence[str]) -> dict[str, Style]:
+    """A style per mechanism, in the order given.
+
+    full, linear and local always look the same, whatever the order and the others are; further
+    names take the next styles in order.
+
+    Raises:
+      ValueError: a repeated name, or more names than styles.
+    """
+    names = list(mechanisms)
+    if len(set(names)) != len(names):
+        raise ValueError(f"mechanisms: expected distinct names, got {tuple(names)}.")
+    free = iter(range(len(_KNOWN), len(STYLES)))
+    slots = {name: _KNOWN[name] if name in _KNOWN else next(free, None) for name in names}
+    if None in slots.values():
+        raise ValueError(
+            f"mechanisms: expected at most {len(STYLES) - len(_KNOWN)} names besides "
+            f"{', '.join(_KNOWN)} (one style each), got {tuple(names)}."
+        )
+    return {name: STYLES[slot] for name, slot in slots.items()}
+
+
+_ARMS = (
+    # Ink and marker; none of the three mechanisms' colours, so that no curve reads as a mechanism.
+    ("#000000", "o"),
+    ("#009e73", "s"),
+    ("#c0559b", "^"),
+    ("#3fa0dd", "D"),
+    ("#e69f00", "v"),
+    ("#7f7f7f", "P"),
+    ("#6b4fa0", "X"),
+    ("#8c6d31", "<"),
+)
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) per arm by order of first appearance; repeats from the ninth arm."""
+    return {arm: _ARMS[i % len(_ARMS)] for i, arm in enumerate(dict.fromkeys(arms))}

@@ -1,0 +1,151 @@
+"""The Bayesian controller: features of a token, a two-layer network, a Dirichlet posterior.
+
+Every feature of token t is a function of x_t, its residual stream and its position. None depends on
+the sequence length, on other sequences or on later tokens, so a token's route is the same in
+training batches, in prefill and in decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from meta_attention_jax.controller import posterior, prior, sampling
+from meta_attention_jax.controller.uncertainty import uncertainty
+from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
+
+
+def features(
+    x: Float[Array, "batch time model"],
+    residual: Float[Array, "batch time model"],
+    positions: Positions,
+) -> Float[Array, "batch time features"]:
+    """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32.
+
+    Args:
+      x: the layer's (normalised) input.
+      residual: r, the residual stream before normalisation; its gradient is stopped, or the
+        controller could pay for a route by rescaling the stream.
+      positions: index of the token within its segment.
+    """
+    residual = jax.lax.stop_gradient(residual).astype(jnp.float32)
+    scale = jnp.sqrt(jnp.mean(jnp.square(residual), axis=-1, keepdims=True))
+    position = jnp.log1p(positions.astype(jnp.float32))[..., None] / 10.0
+    return jnp.concatenate([x.astype(jnp.float32), scale, position], axis=-1)
+
+
+class ControllerMLP(nn.Module):
+    """f(h_t) = W_2 gelu(W_1 h_t + b_1) + b_2, the network that all controllers share.
+
+    W_2 starts at zero, so that every controller starts from what it knows without evidence.
+
+    Attributes:
+      hidden: width of the hidden layer.
+      num_outputs: width of the output.
+      dtype: of the hidden layer's arithmetic; the output layer is float32 always.
+    """
+
+    hidden: int
+    num_outputs: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time model"],
+        residual: Float[Array, "batch time model"],
+        positions: Positions,
+    ) -> Float[Array, "batch time outputs"]:
+        h = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(features(x, residual, positions))
+        return nn.Dense(
+            self.num_outputs,
+            dtype=jnp.float32,
+            kernel_init=nn.initializers.zeros_init(),
+            name="output",
+        )(nn.gelu(h))
+
+
+class DirichletController(nn.Module):
+    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384).
+
+    Attributes:
+      num_mechanisms: K.
+      hidden: width of the network's hidden layer.
+      prior: "cost_aware" or "uniform".
+      posterior: "additive" or "mean_strength".
+      uncertainty: measure of u_t; see `uncertainty`.
+      dtype: of the hidden layer's arithmetic; all statistics are float32.
+
+    Raises:
+      ValueError: a name above is unknown, or the hypers' costs are not K numbers.
+    """
+
+    num_mechanisms: int
+    hidden: int = 64
+    prior: str = "cost_aware"
+    posterior: str = "additive"
+    uncertainty: str = "entropy"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time model"],
+        *,
+        residual: Float[Array, "batch time model"],
+        positions: Positions,
+        segment_ids: SegmentIds,
+        hypers: RoutingHypers,
+        keys: Optional[Key[Array, "batch"]] = None,
+    ) -> Routing:
+        """Routing of every token.
+
+        Args:
+          x: the layer's input.
+          residual: the residual stream before normalisation.
+          positions: index within the segment.
+          segment_ids: 0 is padding, where all values are finite and mean nothing.
+          hypers: strength and preference of the prior, costs.
+          keys: one typed PRNG key per example for a reparameterised sample in `weights`; None for
+            the posterior mean.
+        """
+        if self.posterior not in posterior.POSTERIORS:
+            raise ValueError(
+                f"posterior: expected one of {posterior.POSTERIORS}, got {self.posterior!r}."
+            )
+        if hypers.costs.shape != (self.num_mechanisms,):
+            raise ValueError(
+                f"costs: expected {self.num_mechanisms} numbers, one per mechanism, "
+                f"got shape {hypers.costs.shape}."
+            )
+        prior_concentration = prior.prior_concentration(self.prior, hypers)
+        num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
+        outputs = ControllerMLP(self.hidden, num_outputs, self.dtype, name="mlp")(
+            x, residual, positions
+        )
+        if self.posterior == "additive":
+            concentration = posterior.additive(prior_concentration, outputs)
+        else:
+            concentration = posterior.mean_strength(
+                prior_concentration / hypers.strength,
+                hypers.strength,
+                outputs[..., :-1],
+                outputs[..., -1],
+            )
+        mean = posterior.Dirichlet(concentration).mean()
+        weights = mean
+        if keys is not None:
+            weights = sampling.sample_dirichlet(
+                sampling.token_keys(keys, positions, segment_ids), concentration
+            )
+        return Routing(
+            mean=mean,
+            weights=weights,
+            uncertainty=uncertainty(self.uncertainty, mean, concentration),
+            kl=posterior.kl_divergence(concentration, prior_concentration),
+            concentration=concentration,
+        )

@@ -1,0 +1,338 @@
+"""Batches of token windows, without any iterator state.
+
+Row r of training batch s is a function of (seed, s, r) alone: resuming needs the step, and a
+process that is given some of the rows makes exactly those. Everything is NumPy on the host.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from meta_attention_jax.data import recall as recall_lib
+from meta_attention_jax.data.corpora import SPLITS, Corpus, load_corpus
+from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
+from meta_attention_jax.types import Batch
+
+MANIFEST = "data_manifest.json"
+
+_TRAIN = len(SPLITS)  # stream of the training steps; `recall`'s held-out splits use their own index
+_RECALL_EVAL_BATCHES = 16
+
+
+def make_dataset(
+    *,
+    corpus: str,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    tokenizer: str = "bytes",
+    vocab_size: int | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
+    recall: RecallConfig | None = None,
+    window: int = 2,
+    rows: slice = slice(None),
+) -> Dataset:
+    """The data set of one experiment.
+
+    Args:
+      corpus: "recall", or a name that `load_corpus` knows.
+      sequence_length: inputs per row, T.
+      batch_size: rows of the whole batch, over all processes.
+      seed: of the training batches, at least 0.
+      tokenizer: "bytes" or "bpe", for text; `recall` has a vocabulary of its own.
+      vocab_size: of BPE.
+      tokenizer_dir: where a trained tokenizer is kept: opened if it is there, else saved.
+      recall: the generator's parameters; None for the defaults.
+      window: raises recall's `min_distance` to at least the window of local attention.
+      rows: the rows of every batch that this process makes.
+
+    Raises:
+      ValueError: everything that `load_corpus` and `make_tokenizer` refuse; sizes that are not
+        positive; no rows; a stored tokenizer other than asked for; a training split shorter than a
+        sequence; a split without a target; a recall sequence without room for a query.
+    """
+    for field, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{field}: expected at least 1, got {value}.")
+    if seed < 0:
+        raise ValueError(f"seed: expected at least 0, got {seed}.")
+    if not range(batch_size)[rows]:
+        raise ValueError(f"rows: expected some of the batch's {batch_size} rows, got {rows}.")
+    shape = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed, rows=rows)
+    if corpus == "recall":
+        config = recall if recall is not None else RecallConfig()
+        distance = max(config.min_distance, window)
+        return RecallDataset(dataclasses.replace(config, min_distance=distance), **shape)
+    loaded = load_corpus(corpus)
+    made = make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir)
+    return TextDataset(loaded, made, **shape)
+
+
+class Dataset(abc.ABC):
+    """Training batches by step, and held-out splits as fixed sequences of batches.
+
+    Attributes:
+      tokenizer: renders token ids; its `vocab_size` and `token_bytes` are the data's.
+      num_kinds: kinds of tokens that `Batch.kind` tells apart.
+      sequence_length: T.
+      batch_size: rows of the whole batch.
+      rows: numbers of the rows made here, [local_batch].
+    """
+
+    num_kinds = 1
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        rows: slice = slice(None),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.rows = np.arange(batch_size, dtype=np.int32)[rows]
+        self._seed = seed
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    @abc.abstractmethod
+    def manifest(self) -> dict[str, Any]:
+        """What the data consists of, as JSON; independent of batch size, length and seed."""
+
+    @abc.abstractmethod
+    def train_batch(self, step: int) -> Batch:
+        """Batch number `step` (from 0), [local_batch, T]; a pure function of the seed and `step`."""
+
+    @abc.abstractmethod
+    def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
+        """How many batches `eval_batches` gives."""
+
+    @abc.abstractmethod
+    def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
+        """The fixed batches of a split, independent of the seed; all of one shape.
+
+        Args:
+          split: "train", "validation" or "test".
+          max_batches: at most so many, spread evenly over the split; None for all.
+
+        Raises:
+          ValueError: an unknown split, or max_batches < 1.
+        """
+
+    def _generator(self, seed: int, stream: int, number: int) -> np.random.Generator:
+        sequence = np.random.SeedSequence(seed, spawn_key=(stream, number))
+        return np.random.Generator(np.random.Philox(sequence))
+
+    def _batch(
+        self,
+        windows: Int[np.ndarray, "local_batch time+1"],
+        targets: Int[np.ndarray, "local_batch"],
+        kind: Int[np.ndarray, "local_batch time"],
+    ) -> Batch:
+        """A batch of windows whose first `targets` inputs have a target; the rest is padding."""
+        index = np.arange(self.sequence_length, dtype=np.int32)[None, :]
+        real = index < targets[:, None]
+        following = np.where(real, windows[:, 1:], 0).astype(np.int32)
+        return Batch(
+            tokens=np.where(real, windows[:, :-1], 0).astype(np.int32),
+            targets=following,
+            segment_ids=real.astype(np.int32),
+            positions=np.where(real, index, 0).astype(np.int32),
+            loss_mask=real,
+            kind=kind,
+            num_bytes=np.where(real, self.tokenizer.token_bytes[following], 0).astype(np.int32),
+            row=self.rows,
+        )
+
+
+class TextDataset(Dataset):
+    """Windows of a corpus of documents.
+
+    Training windows start uniformly at every place of the training split whose T + 1 tokens stay
+    within one document; a shorter document is one window, padded. Held-out documents are cut into
+    windows that do not overlap, so that every token but a document's first is a target once.
+    """
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **shape: Any) -> None:
+        super().__init__(tokenizer, **shape)
+        self._corpus = corpus
+        self._splits = {
+            split: _tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS
+        }
+        tokens = len(self._splits["train"].tokens)
+        if tokens < self.sequence_length + 1:
+            raise ValueError(
+                f"sequence_length: expected at most {tokens - 1}, as the training split of "
+                f"{corpus.name!r} has {tokens} tokens, got {self.sequence_length}."
+            )
+
+    def manifest(self) -> dict[str, Any]:
+        """The corpus's manifest, and the tokenizer's kind and size."""
+        named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
+        return {**self._corpus.manifest(), "tokenizer": named}
+
+    def train_batch(self, step: int) -> Batch:
+        """See `Dataset.train_batch`."""
+        split = self._splits["train"]
+        uniforms = self._generator(self._seed, _TRAIN, step).random(self.batch_size)[self.rows]
+        place = (uniforms * split.places[-1]).astype(np.int64)
+        document = np.searchsorted(split.places, place, side="right") - 1
+        return self._windows(split, document, place - split.places[document])
+
+    def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
+        """See `Dataset.num_eval_batches`."""
+        _check_eval(split, max_batches)
+        batches = -(-int(self._splits[split].windows[-1]) // self.batch_size)
+        return batches if max_batches is None else min(batches, max_batches)
+
+    def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
+        """See `Dataset.eval_batches`; the last batch is filled up with rows of padding."""
+        batches = self.num_eval_batches(split, max_batches=max_batches)
+        return self._eval_batches(self._splits[split], batches)
+
+    def _eval_batches(self, split: _Split, batches: int) -> Iterator[Batch]:
+        total = int(split.windows[-1])
+        count = min(batches * self.batch_size, total)
+        for batch in range(batches):
+            number = batch * self.batch_size + self.rows.astype(np.int64)
+            window = np.minimum(number, count - 1) * total // count
+            document = np.searchsorted(split.windows, window, side="right") - 1
+            start = (window - split.windows[document]) * self.sequence_length
+            yield self._windows(split, document, start, number < count)
+
+    def _windows(
+        self,
+        split: _Split,
+        document: Int[np.ndarray, "local_batch"],
+        start: Int[np.ndarray, "local_batch"],
+        present: np.ndarray | bool = True,
+    ) -> Batch:
+        begin, end = split.offsets[document] + start, split.offsets[document + 1]
+        index = begin[:, None] + np.arange(self.sequence_length + 1)[None, :]
+        tokens = split.tokens[np.minimum(index, end[:, None] - 1)]
+        targets = np.where(present, np.minimum(end - 1 - begin, self.sequence_length), 0)
+        kind = np.zeros((len(self.rows), self.sequence_length), np.int32)
+        return self._batch(tokens, targets, kind)
+
+
+class RecallDataset(Dataset):
+    """Generated sequences; every held-out split is a stream of its own, apart from any seed's.
+
+    Attributes:
+      config: the generator's parameters, with the distance in use.
+    """
+
+    num_kinds = recall_lib.NUM_KINDS
+
+    def __init__(self, config: RecallConfig, **shape: Any) -> None:
+        super().__init__(SymbolTokenizer(recall_lib.symbols(config)), **shape)
+        recall_lib.check_length(config, self.sequence_length)
+        self.config = config
+
+    def manifest(self) -> dict[str, Any]:
+        """The generator's parameters and the size of its vocabulary."""
+        named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
+        return {"corpus": "recall", "recall": dataclasses.asdict(self.config), "tokenizer": named}
+
+    def train_batch(self, step: int) -> Batch:
+        """See `Dataset.train_batch`."""
+        return self._sequences(self._generator(self._seed, _TRAIN, step))
+
+    def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
+        """See `Dataset.num_eval_batches`; a split has no end, None stands for 16."""
+        _check_eval(split, max_batches)
+        return _RECALL_EVAL_BATCHES if max_batches is None else max_batches
+
+    def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
+        """See `Dataset.eval_batches`."""
+        batches = self.num_eval_batches(split, max_batches=max_batches)
+        stream = SPLITS.index(split)
+        return (self._sequences(self._generator(0, stream, number)) for number in range(batches))
+
+    def _sequences(self, rng: np.random.Generator) -> Batch:
+        draws = recall_lib.num_draws(self.config, self.sequence_length)
+        uniforms = rng.random((self.batch_size, draws))[self.rows]
+        tokens, kind = recall_lib.sequences(uniforms, self.config, self.sequence_length)
+        return self._batch(tokens, np.full(len(tokens), self.sequence_length), kind)
+
+
+def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
+    """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change.
+
+    Raises:
+      ValueError: a different manifest is there already.
+    """
+    path = pathlib.Path(directory) / MANIFEST
+    text = json.dumps(dataset.manifest(), indent=1)
+    if path.is_file():
+        if path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"data: expected the data of {str(path)!r}, got other data; use another workdir."
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The tokens of a split's documents one after the other, and where windows may start.
+
+    Attributes:
+      tokens: all tokens, in the smallest unsigned type that holds them.
+      offsets: document i is tokens[offsets[i]:offsets[i + 1]].
+      places: cumulative count of training windows by document, from 0.
+      windows: cumulative count of held-out windows by document, from 0.
+    """
+
+    tokens: Int[np.ndarray, "tokens"]
+    offsets: Int[np.ndarray, "documents+1"]
+    places: Int[np.ndarray, "documents+1"]
+    windows: Int[np.ndarray, "documents+1"]
+
+
+def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Split:
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    documents = [tokenizer.encode(d.data).astype(dtype) for d in corpus.splits[split]]
+    documents = [d for d in documents if len(d) > 1]  # a single token has no target
+    if not documents:
+        raise ValueError(
+            f"data: expected a document of at least 2 tokens in split {split!r} of {corpus.name!r}, "
+            f"got none."
+        )
+    sizes = np.array([len(d) for d in documents])
+    return _Split(
+        tokens=np.concatenate(documents),
+        offsets=_cumulative(sizes),
+        places=_cumulative(np.maximum(sizes - length, 1)),
+        windows=_cumulative(-(-(sizes - 1) // length)),
+    )
+
+
+def _cumulative(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n+1"]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _check_eval(split: str, max_batches: int | None) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: expected at least 1, got {max_batches}.")

@@ -1,0 +1,275 @@
+"""Tokenizers: bytes to token ids and back, with the bytes of every token for bits per byte.
+
+All of them have `encode`, `decode`, `vocab_size`, `token_bytes`, `kind` and `save`;
+`load_tokenizer` opens what any of them saved. There are no special tokens: padding is marked by
+segment ids, never by a token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+
+from meta_attention_jax.data.corpora import Corpus
+
+FILE = "tokenizer.json"
+TOKENIZERS = ("bytes", "bpe")
+
+Ids = Int[np.ndarray, "tokens"]
+
+_CHUNK = 1 << 20  # characters that are encoded at a time: bounds memory on files of gigabytes
+
+
+class Tokenizer(Protocol):
+    """What the pipeline needs to know of a tokenizer.
+
+    Attributes:
+      kind: its name in manifests.
+      vocab_size: number of token ids.
+      token_bytes: UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing.
+    """
+
+    kind: str
+    vocab_size: int
+    token_bytes: Int[np.ndarray, "vocab"]
+
+    def encode(self, data: bytes) -> Ids:
+        """Token ids (int32) of a text; `decode` undoes it."""
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """The text of token ids; for a part of a text it may start or end within a character."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json` into `directory`, atomically."""
+
+
+class ByteTokenizer:
+    """One token per byte, 256 in all."""
+
+    kind = "bytes"
+    vocab_size = 256
+
+    def __init__(self) -> None:
+        self.token_bytes = np.ones(self.vocab_size, np.int32)
+
+    def encode(self, data: bytes) -> Ids:
+        """The bytes as int32."""
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """The bytes.
+
+        Raises:
+          ValueError: an id outside [0, 256).
+        """
+        return _checked(ids, self.vocab_size).astype(np.uint8).tobytes()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`."""
+        _write(directory, json.dumps({"kind": self.kind}))
+
+
+class SymbolTokenizer:
+    """A fixed list of names separated by blanks, for generated corpora; `token_bytes` is 0."""
+
+    kind = "symbols"
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        self.symbols = tuple(symbols)
+        self.vocab_size = len(self.symbols)
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+        self._ids = {symbol.encode(): i for i, symbol in enumerate(self.symbols)}
+
+    def encode(self, data: bytes) -> Ids:
+        """Ids of names separated by blanks.
+
+        Raises:
+          ValueError: a name that is not a token.
+        """
+        words = data.split()
+        for word in words:
+            if word not in self._ids:
+                raise ValueError(f"text: expected names such as {self.symbols[0]}, got {word!r}.")
+        return np.array([self._ids[word] for word in words], np.int32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """The names, each followed by a blank."""
+        return "".join(f"{self.symbols[i]} " for i in _checked(ids, self.vocab_size)).encode()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`."""
+        _write(directory, json.dumps({"kind": self.kind, "symbols": self.symbols}))
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al., 2016; the byte form of GPT-2, 2019).
+
+    The file it saves is that of the library `tokenizers`, which opens it too.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, serialized: str) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        alphabet = _byte_alphabet()
+        self._bytes = [
+            bytes(alphabet[c] for c in self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)
+        ]
+        self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
+
+    @classmethod
+    def train(cls, texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
+        """Learns merges from `texts`; the same texts always give the same merges.
+
+        Raises:
+          ValueError: fewer than 256 tokens asked for, or more than the texts give.
+        """
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size: expected at least the 256 bytes, got {vocab_size}.")
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(_byte_alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((c for text in texts for c in _chunks(text)), trainer)
+        if tokenizer.get_vocab_size() != vocab_size:
+            raise ValueError(
+                f"vocab_size: expected at most {tokenizer.get_vocab_size()}, all that the training "
+                f"text gives, got {vocab_size}."
+            )
+        return cls(tokenizer.to_str())
+
+    def encode(self, data: bytes) -> Ids:
+        """Token ids of a text.
+
+        Raises:
+          ValueError: `data` is not UTF-8.
+        """
+        parts = [np.array(self._tokenizer.encode(chunk).ids, np.int32) for chunk in _chunks(data)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+        """The bytes of the tokens.
+
+        Raises:
+          ValueError: an id outside the vocabulary.
+        """
+        return b"".join(self._bytes[i] for i in _checked(ids, self.vocab_size))
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`."""
+        _write(directory, self._tokenizer.to_str())
+
+
+def make_tokenizer(
+    kind: str,
+    corpus: Corpus,
+    vocab_size: int | None = None,
+    directory: str | os.PathLike[str] | None = None,
+) -> Tokenizer:
+    """A tokenizer for `corpus`: "bytes", or "bpe" trained on its training split.
+
+    Args:
+      kind: "bytes" or "bpe".
+      corpus: whose training split BPE learns from.
+      vocab_size: of BPE, at least 256; for bytes None or 256.
+      directory: where a trained tokenizer is kept: opened if one is there, else trained and saved.
+
+    Raises:
+      ValueError: an unknown kind; a vocabulary size that it cannot have; another one in `directory`.
+    """
+    if kind not in TOKENIZERS:
+        raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {kind!r}.")
+    if kind == ByteTokenizer.kind:
+        if vocab_size not in (None, ByteTokenizer.vocab_size):
+            raise ValueError(f"vocab_size: expected 256 for the tokenizer bytes, got {vocab_size}.")
+        return ByteTokenizer()
+    if vocab_size is None:
+        raise ValueError("vocab_size: expected a number for the tokenizer bpe, got None.")
+    if directory is not None and (pathlib.Path(directory) / FILE).is_file():
+        kept = load_tokenizer(directory)
+        if kept.kind != kind or kept.vocab_size != vocab_size:
+            raise ValueError(
+                f"tokenizer: expected {kind} of {vocab_size} tokens in {str(directory)!r}, got "
+                f"{kept.kind} of {kept.vocab_size}."
+            )
+        return kept
+    made = BPETokenizer.train([document.data for document in corpus.splits["train"]], vocab_size)
+    if directory is not None:
+        made.save(directory)
+    return made
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Opens the tokenizer saved in `directory`.
+
+    Raises:
+      ValueError: no `tokenizer.json` there, or one of another make.
+    """
+    path = pathlib.Path(directory) / FILE
+    if not path.is_file():
+        raise ValueError(f"tokenizer: expected {FILE} in {str(directory)!r}, got no such file.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+        if content.get("kind") == ByteTokenizer.kind:
+            return ByteTokenizer()
+        if content.get("kind") == SymbolTokenizer.kind:
+            return SymbolTokenizer(content["symbols"])
+        return BPETokenizer(text)
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(
+            f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}."
+        ) from error
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level BPE.
+
+    A byte that is a visible Latin-1 character stands for itself; the others, in order, take the
+    characters from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = sorted(set(range(256)) - visible)
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+def _chunks(data: bytes) -> Iterator[str]:
+    """A text in pieces of about a million characters, cut behind line ends where there are any."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
+    start = 0
+    while start < len(text):
+        stop = min(start + _CHUNK, len(text))
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        yield text[start:stop]
+        start = stop
+
+
+def _checked(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
+    ids = np.asarray(ids, np.int64)
+    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        raise ValueError(f"ids: expected within [0, {vocab_size}), got {ids.min()} to {ids.max()}.")
+    return ids
+
+
+def _write(directory: str | os.PathLike[str], text: str) -> None:
+    target = pathlib.Path(directory) / FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{FILE}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)

@@ -1,0 +1,84 @@
+"""Edge checks and the head-major block layout shared by the three mechanisms."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+
+
+def validate_qkv(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    segment_ids: SegmentIds | None = None,
+    window: int | None = None,
+) -> None:
+    """Checks the arguments of every `attend` once, at the edge.
+
+    Raises:
+      ValueError: rank other than 4, batch/time/dim that differ, heads not a multiple of kv_heads,
+        segment_ids that are not integers of shape [batch, time], window below 1.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}."
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}.")
+    batch, time, heads, dim = q.shape
+    if k.shape[:2] != (batch, time) or k.shape[3] != dim:
+        raise ValueError(
+            f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}."
+        )
+    if heads % k.shape[2]:
+        raise ValueError(
+            f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}."
+        )
+    if segment_ids is not None:
+        if segment_ids.shape != (batch, time):
+            raise ValueError(
+                f"segment_ids: expected shape {(batch, time)}, got {segment_ids.shape}."
+            )
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f"segment_ids: expected integers, got {segment_ids.dtype}.")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}.")
+
+
+def group_queries(
+    q: Queries, kv_heads: int
+) -> Float[Array, "batch kv_heads group time dim"]:
+    """Head-major queries; the `group` = heads / kv_heads queries that share a key stay together."""
+    batch, time, heads, dim = q.shape
+    q = q.reshape(batch, time, kv_heads, heads // kv_heads, dim)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def ungroup_queries(out: Float[Array, "batch kv_heads group time dim"]) -> Queries:
+    """Inverse of `group_queries`."""
+    batch, kv_heads, group, time, dim = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, kv_heads * group, dim)
+
+
+def head_major(x: Keys) -> Float[Array, "batch kv_heads time dim"]:
+    """Keys or values with heads before time: the layout in which a block is contiguous."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def pad_time(x: Array, axis: int, before: int = 0, after: int = 0) -> Array:
+    """Zeros around `axis`; for segment ids that is padding, which nothing attends to."""
+    if before == after == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (before, after)
+    return jnp.pad(x, widths)
+
+
+def default_segments(q: Queries, segment_ids: SegmentIds | None) -> Int[Array, "batch time"]:
+    """The given segments, or one segment without padding."""
+    if segment_ids is None:
+        return jnp.ones(q.shape[:2], jnp.int32)
+    return segment_ids

@@ -1,0 +1,130 @@
+"""Full softmax attention: every token attends to its whole past."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from meta_attention_jax.mechanisms import blocks, blockwise, masks
+from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+
+IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
+
+BLOCKWISE_TIME = 256
+"""Length from which "auto" prefers `blockwise`."""
+
+CUDNN_DIM = 128
+
+
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    implementation: str = "auto",
+) -> Queries:
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
+
+    Bidirectional (`causal` False): over the whole segment. Softmax in float32.
+
+    Args:
+      q: `[B, T, H, d]`.
+      k, v: `[B, T, G, d]`, G a divisor of H.
+      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
+      causal: False attends to both sides.
+      implementation: "xla" builds the T x T square; "blockwise" an online softmax whose memory is
+        linear in T, gradients included; "cudnn" the fused kernel of NVIDIA GPUs; "auto" is
+        `resolve_implementation`.
+
+    Returns:
+      `[B, T, H, d]` in the dtype of q.
+
+    Raises:
+      ValueError: shapes that do not fit (see `validate_qkv`); an implementation that is unknown or
+        cannot serve these arguments on this backend.
+    """
+    blocks.validate_qkv(q, k, v, segment_ids)
+    chosen = resolve_implementation(
+        implementation,
+        time=q.shape[1],
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        has_segments=segment_ids is not None,
+        backend=jax.default_backend(),
+    )
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    if chosen == "xla":
+        return _square(q, k, v, segment_ids, causal)
+    # Measured on a 2-core CPU: tiles of all heads together should fit the last-level cache.
+    rows = q.shape[0] * q.shape[2]
+    block = 128 if rows >= 16 else 256
+    return blockwise.attend(
+        q, k, v, segment_ids=segment_ids, causal=causal, window=None, block=block
+    )
+
+
+def resolve_implementation(
+    implementation: str,
+    *,
+    time: int,
+    dtype: jnp.dtype,
+    head_dim: int,
+    has_segments: bool,
+    backend: str,
+) -> str:
+    """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
+
+    "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`.
+
+    Args:
+      implementation: one of IMPLEMENTATIONS.
+      time: T.
+      dtype: of q, k and v.
+      head_dim: d.
+      has_segments: whether segment ids are given (cuDNN has no ids without a T x T mask).
+      backend: `jax.default_backend()`.
+
+    Returns:
+      "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
+
+    Raises:
+      ValueError: unknown implementation, or "cudnn" where it cannot serve.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
+        )
+    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    fused = backend == "gpu" and half and head_dim <= CUDNN_DIM and head_dim % 8 == 0
+    fused = fused and not has_segments
+    if implementation == "cudnn" and not fused:
+        raise ValueError(
+            "implementation: expected a GPU, bfloat16 or float16, a head dim that is a multiple of "
+            f"8 up to {CUDNN_DIM} and no segment_ids for 'cudnn', got {backend}, "
+            f"{jnp.dtype(dtype).name}, {head_dim} and "
+            f"{'segment_ids' if has_segments else 'no segment_ids'}."
+        )
+    if implementation != "auto":
+        return implementation
+    if fused:
+        return "cudnn"
+    return "blockwise" if time >= BLOCKWISE_TIME else "xla"
+
+
+def _square(
+    q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool
+) -> Queries:
+    """The textbook form, with all T x T logits at once."""
+    index = jnp.arange(q.shape[1])
+    segments = blocks.default_segments(q, segment_ids)
+    allowed = masks.band(index, index, causal=causal)[None] & masks.same_segment(segments, segments)
+    queries = blocks.group_queries(q, k.shape[2])
+    keys, values = blocks.head_major(k), blocks.head_major(v)
+    logits = blockwise.dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, masks.MASKED), axis=-1)
+    out = blockwise.dot("bgrqk,bgkd->bgrqd", weights, values)
+    out = jnp.where(segments[:, None, None, :, None] != 0, out, 0.0)
+    return blocks.ungroup_queries(out).astype(q.dtype)

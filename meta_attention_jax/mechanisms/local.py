@@ -1,0 +1,42 @@
+"""Sliding-window softmax attention: every token attends to its last `window` tokens."""
+
+from __future__ import annotations
+
+from meta_attention_jax.mechanisms import blocks, blockwise
+from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+
+BLOCK = 64
+
+
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    window: int,
+) -> Queries:
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment.
+
+    Bidirectional (`causal` False): |s - t| < window. Distances are by index in the array. Softmax
+    in float32. Time and memory, gradients included, are O(T window); a window of T or more gives
+    full attention.
+
+    Args:
+      q: `[B, T, H, d]`.
+      k, v: `[B, T, G, d]`, G a divisor of H.
+      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
+      causal: False attends to both sides.
+      window: tokens seen to one side, the token itself included; at least 1.
+
+    Returns:
+      `[B, T, H, d]` in the dtype of q.
+
+    Raises:
+      ValueError: shapes that do not fit (see `validate_qkv`), window below 1.
+    """
+    blocks.validate_qkv(q, k, v, segment_ids, window)
+    return blockwise.attend(
+        q, k, v, segment_ids=segment_ids, causal=causal, window=window, block=BLOCK
+    )

@@ -1,0 +1,235 @@
+"""The objective and everything that is always reported.
+
+    J = (1/N) sum_t [ NLL_t + beta sum_layers KL(q_t || p) ]        nats per loss token
+
+with one reparameterised sample of pi per token and layer in training. What it is, honestly: beta is
+usually far below 1, and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is
+the price of the information about which mechanism.
+
+Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and
+`summarise` divides once, by the global number of loss tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping, Optional, Sequence
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from meta_attention_jax.controller.uncertainty import categorical_entropy
+from meta_attention_jax.model import Output
+from meta_attention_jax.types import Batch, RoutingHypers, Scalar
+
+COLLAPSE = 0.99
+"""A layer has collapsed when one mechanism takes more than this share of its tokens."""
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over loss tokens; `layer` axis first where there is one. Additive over batches.
+
+    Attributes:
+      tokens: N, number of loss tokens.
+      nll: -log p(target), nats.
+      num_bytes: bytes of the targets.
+      kl: KL(q || p) per layer, nats.
+      entropy: H(E pi) per layer, nats.
+      uncertainty: u per layer.
+      hard: tokens that used one mechanism only, per layer.
+      concentration: sum of alpha per layer; 0 for controllers without one.
+      mean: E pi, [layer mechanism].
+      mean_square: (E pi)^2, [layer mechanism].
+      kind_tokens: tokens of each kind, [kind].
+      kind_nll: nats by kind, [kind].
+      kind_correct: tokens whose argmax is the target, [kind].
+      routes: tokens by kind and mechanism k*, [layer kind mechanism].
+    """
+
+    tokens: Scalar
+    nll: Scalar
+    num_bytes: Scalar
+    kl: Float[Array, "layer"]
+    entropy: Float[Array, "layer"]
+    uncertainty: Float[Array, "layer"]
+    hard: Float[Array, "layer"]
+    concentration: Float[Array, "layer"]
+    mean: Float[Array, "layer mechanism"]
+    mean_square: Float[Array, "layer mechanism"]
+    kind_tokens: Float[Array, "kind"]
+    kind_nll: Float[Array, "kind"]
+    kind_correct: Float[Array, "kind"]
+    routes: Float[Array, "layer kind mechanism"]
+
+
+def token_nll(
+    logits: Float[Array, "batch time vocab"], targets: Array
+) -> Float[Array, "batch time"]:
+    """-log softmax(logits)[target], nats."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
+    """Sums of all reported quantities over the loss tokens of `batch`."""
+    routing = output.routing
+    mask = batch.loss_mask.astype(jnp.float32)
+    nll = token_nll(output.logits, batch.targets) * mask
+    correct = (jnp.argmax(output.logits, axis=-1) == batch.targets).astype(jnp.float32) * mask
+    kinds = jax.nn.one_hot(batch.kind, num_kinds, dtype=jnp.float32) * mask[..., None]
+    routes = jax.nn.one_hot(routing.route, routing.mean.shape[-1], dtype=jnp.float32)
+
+    def per_layer(values: Float[Array, "layer batch time"]) -> Float[Array, "layer"]:
+        return jnp.einsum("lbt,bt->l", values.astype(jnp.float32), mask)
+
+    concentration = jnp.zeros_like(routing.uncertainty)
+    if routing.concentration is not None:
+        concentration = jnp.sum(routing.concentration, axis=-1)
+    return Sums(
+        tokens=jnp.sum(mask),
+        nll=jnp.sum(nll),
+        num_bytes=jnp.sum(batch.num_bytes.astype(jnp.float32) * mask),
+        kl=per_layer(routing.kl),
+        entropy=per_layer(categorical_entropy(routing.mean)),
+        uncertainty=per_layer(routing.uncertainty),
+        hard=per_layer(routing.hard),
+        concentration=per_layer(concentration),
+        mean=jnp.einsum("lbtk,bt->lk", routing.mean, mask),
+        mean_square=jnp.einsum("lbtk,bt->lk", jnp.square(routing.mean), mask),
+        kind_tokens=jnp.sum(kinds, axis=(0, 1)),
+        kind_nll=jnp.einsum("bt,btn->n", nll, kinds),
+        kind_correct=jnp.einsum("bt,btn->n", correct, kinds),
+        routes=jnp.einsum("lbtk,btn->lnk", routes, kinds),
+    )
+
+
+def objective(sums: Sums, beta: Scalar) -> Scalar:
+    """sum_t NLL_t + beta sum_layers KL_t in nats: *not yet* divided by the number of tokens."""
+    return sums.nll + beta * jnp.sum(sums.kl)
+
+
+def apply_sums(
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    num_kinds: int,
+    keys: Optional[Key[Array, "batch"]] = None,
+) -> Sums:
+    """One forward pass and its sums. With `keys`, pi is sampled (training, ELBO)."""
+    output = model.apply(
+        {"params": params},
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        hypers=hypers,
+        keys=keys,
+    )
+    return loss_sums(output, batch, num_kinds=num_kinds)
+
+
+def predictive_nll(
+    log_likelihoods: Float[Array, "sample batch time"],
+) -> Float[Array, "batch time"]:
+    """-log (1/S) sum_s p(target | pi_s), nats, from log p(target | pi_s)."""
+    samples = log_likelihoods.shape[0]
+    return math.log(samples) - jax.nn.logsumexp(log_likelihoods, axis=0)
+
+
+def _entropy(fractions: np.ndarray) -> np.ndarray:
+    """H of the last axis in nats, with 0 log 0 = 0."""
+    safe = np.where(fractions > 0, fractions, 1.0)
+    return -np.sum(fractions * np.log(safe), axis=-1)
+
+
+def summarise(
+    sums: Sums, *, mechanisms: Sequence[str], costs: Sequence[float], beta: float = 0.0
+) -> dict[str, Any]:
+    """Everything that is reported about a set of tokens, as plain Python numbers.
+
+    Keys (units):
+      loss (nats/token, at this beta), nll (nats/token), perplexity, bits_per_byte (None where bytes
+      mean nothing), accuracy, kl (nats/token, all layers), elbo (nll + kl), cost (mean c of k*),
+      expected_cost (mean of c . E pi), routing_entropy (mean H(E pi)/log K), usage_entropy
+      (H(mean route)/log K, mean over layers), hard_fraction, uncertainty, concentration (mean sum of
+      alpha), diversity (root of the summed variance of E pi over tokens, mean over layers),
+      collapsed_layers, fraction/<mechanism>; and under "layers" the same per layer, under "kinds" per
+      kind of token.
+
+    Raises:
+      ValueError: no loss tokens at all.
+    """
+    s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+    if s.tokens <= 0:
+        raise ValueError("loss tokens: expected at least one, got none; the split may be too short.")
+    n, num_k = float(s.tokens), len(mechanisms)
+    costs = np.asarray(costs, np.float64)
+    log_k = math.log(num_k) if num_k > 1 else 1.0
+    fractions = s.routes.sum(axis=1) / n  # [layer mechanism]
+    mean = s.mean / n
+    usage = _entropy(fractions) / log_k
+    variance = np.maximum(s.mean_square / n - mean**2, 0.0)
+    diversity = np.sqrt(variance.sum(axis=-1))
+    nll = float(s.nll) / n
+    kl = s.kl / n
+    metrics: dict[str, Any] = {
+        "tokens": int(n),
+        "loss": nll + beta * float(kl.sum()),
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "bits_per_byte": float(s.nll / s.num_bytes) / math.log(2) if s.num_bytes > 0 else None,
+        "accuracy": float(s.kind_correct.sum()) / n,
+        "kl": float(kl.sum()),
+        "elbo": nll + float(kl.sum()),
+        "cost": float((fractions @ costs).mean()),
+        "expected_cost": float((mean @ costs).mean()),
+        "routing_entropy": float(s.entropy.mean()) / n / log_k,
+        "usage_entropy": float(usage.mean()),
+        "hard_fraction": float(s.hard.mean()) / n,
+        "uncertainty": float(s.uncertainty.mean()) / n,
+        "concentration": float(s.concentration.mean()) / n,
+        "diversity": float(diversity.mean()),
+        "collapsed_layers": int((fractions.max(axis=-1) > COLLAPSE).sum()),
+    }
+    for name, fraction in zip(mechanisms, fractions.mean(axis=0)):
+        metrics[f"fraction/{name}"] = float(fraction)
+    metrics["layers"] = {
+        "fractions": fractions.tolist(),
+        "mean": mean.tolist(),
+        "kl": kl.tolist(),
+        "routing_entropy": (s.entropy / n / log_k).tolist(),
+        "usage_entropy": usage.tolist(),
+        "hard_fraction": (s.hard / n).tolist(),
+        "uncertainty": (s.uncertainty / n).tolist(),
+        "concentration": (s.concentration / n).tolist(),
+        "diversity": diversity.tolist(),
+    }
+    if len(s.kind_tokens) > 1:
+        per_kind = np.maximum(s.kind_tokens, 1.0)
+        metrics["kinds"] = {
+            "tokens": s.kind_tokens.tolist(),
+            "nll": (s.kind_nll / per_kind).tolist(),
+            "accuracy": (s.kind_correct / per_kind).tolist(),
+            "fractions": (s.routes / per_kind[None, :, None]).tolist(),
+        }
+    return metrics
+
+
+def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as `path/to/scalar`: what TensorBoard takes. Lists get an index."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat.update(flatten_scalars(value, path + "/"))
+        elif isinstance(value, (list, tuple)):
+            flat.update(flatten_scalars({str(i): v for i, v in enumerate(value)}, path + "/"))
+        elif isinstance(value, (int, float)):
+            flat[path] = float(value)
+    return flat

@@ -1,0 +1,158 @@
+"""The gate: which tokens are certain enough to use one mechanism only, and when in training.
+
+Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its final
+value (1: all hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness would then
+depend on later tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from meta_attention_jax.types import UNCERTAINTIES, Scalar
+
+KINDS = ("none", "linear", "cosine", "settled")
+
+PRACTICAL_RANGE = {"entropy": 1.0, "mutual_information": 0.3, "vacuity": 0.6}
+"""What u_t rarely exceeds in practice, under a prior of a few pseudo-counts."""
+
+
+def hard_tokens(
+    uncertainty: Float[Array, "batch time"], threshold: Scalar
+) -> Bool[Array, "batch time"]:
+    """Whether theta > 0 and u_t <= theta; at theta = 0 the gate is closed even for u_t = 0."""
+    return (threshold > 0.0) & (uncertainty <= threshold)
+
+
+@flax.struct.dataclass
+class GateState:
+    """What the gate remembers of past steps; it lives in the train state.
+
+    Attributes:
+      count: steps seen.
+      average: exponential average of the routing entropy (a fraction of log K).
+      slow: exponential average of `average`.
+      opened: step after which a `settled` schedule opened, or -1.
+    """
+
+    count: Int[Array, ""]
+    average: Scalar
+    slow: Scalar
+    opened: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSchedule:
+    """How theta moves from 0 to its final value.
+
+    Progress p goes from 0 to 1:
+
+        none      p = 0: the gate stays closed in training
+        linear    p = clip((step - start) / (end - start), 0, 1)
+        cosine    (1 - cos(pi p)) / 2 of the linear p
+        settled   linear over end - start steps from the step when routing entropy settled
+
+    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta is
+    R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
+    rarely come near 1 too.
+
+    Routing entropy has settled when, at or after `start` and after at least `window` steps, its
+    exponential average over about `window` steps is within `tolerance` of that average's own average.
+
+    Attributes:
+      kind: "none", "linear", "cosine" or "settled".
+      start: last step with p = 0 (for settled: no opening before it).
+      end: first step with p = 1; for settled only end - start counts.
+      measure: the uncertainty measure that theta is compared with.
+      window: time constant of the averages, steps.
+      tolerance: of settling, a fraction of log K.
+    """
+
+    kind: str = "none"
+    start: int = 0
+    end: int = 1
+    measure: str = "entropy"
+    window: int = 100
+    tolerance: float = 0.01
+
+    def validate(self) -> None:
+        """Checks the fields; raises ValueError naming the first that is wrong."""
+        if self.kind not in KINDS:
+            raise ValueError(f"gate kind: expected one of {KINDS}, got {self.kind!r}.")
+        if self.measure not in UNCERTAINTIES:
+            raise ValueError(
+                f"gate measure: expected one of {UNCERTAINTIES}, got {self.measure!r}."
+            )
+        if self.kind == "none":
+            return
+        if self.start < 0:
+            raise ValueError(f"gate start: expected a step >= 0, got {self.start}.")
+        if self.end <= self.start:
+            raise ValueError(f"gate end: expected a step > start = {self.start}, got {self.end}.")
+        if self.window < 1:
+            raise ValueError(f"gate window: expected at least 1 step, got {self.window}.")
+        if not 0.0 < self.tolerance <= 1.0:
+            raise ValueError(f"gate tolerance: expected a number in (0, 1], got {self.tolerance}.")
+
+    def init_state(self) -> GateState:
+        """The state before the first step."""
+        return GateState(
+            count=jnp.zeros((), jnp.int32),
+            average=jnp.zeros((), jnp.float32),
+            slow=jnp.zeros((), jnp.float32),
+            opened=jnp.full((), -1, jnp.int32),
+        )
+
+
+def threshold(
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], final: Scalar
+) -> Scalar:
+    """theta at `step`, between 0 and `final`.
+
+    Args:
+      schedule: static.
+      state: after `update` with all steps before `step`.
+      step: of training, from 0.
+      final: theta when the schedule has ended, in [0, 1].
+    """
+    final = jnp.asarray(final, jnp.float32)
+    if schedule.kind == "none":
+        return jnp.zeros_like(final)
+    origin = state.opened if schedule.kind == "settled" else jnp.asarray(schedule.start, jnp.int32)
+    elapsed = (jnp.asarray(step, jnp.int32) - origin).astype(jnp.float32)
+    p = jnp.clip(elapsed / float(schedule.end - schedule.start), 0.0, 1.0)
+    if schedule.kind == "cosine":
+        p = 0.5 - 0.5 * jnp.cos(math.pi * p)
+    elif schedule.kind == "settled":
+        p = jnp.where(state.opened >= 0, p, 0.0)
+    gamma = math.log2(2.0 / PRACTICAL_RANGE[schedule.measure])
+    return final * p**gamma
+
+
+def update(
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], entropy: Scalar
+) -> GateState:
+    """The state after `step`, whose routing entropy (a fraction of log K) was `entropy`.
+
+    `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at
+    the first entropy seen. A `settled` gate opens once and never closes again.
+    """
+    rate = 1.0 / schedule.window
+    first = state.count == 0
+    average = jnp.where(first, entropy, state.average + rate * (entropy - state.average))
+    slow = jnp.where(first, entropy, state.slow + rate * (average - state.slow))
+    count = state.count + 1
+    settled = (
+        (jnp.abs(average - slow) <= schedule.tolerance)
+        & (count > schedule.window)
+        & (step >= schedule.start)
+        & (schedule.kind == "settled")
+    )
+    opens = settled & (state.opened < 0)
+    opened = jnp.where(opens, jnp.asarray(step, jnp.int32), state.opened)
+    return GateState(count=count, average=average, slow=slow, opened=opened)

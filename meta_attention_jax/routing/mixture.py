@@ -1,0 +1,107 @@
+"""Soft and hard mixtures of the mechanisms' outputs.
+
+    soft   sum_k pi_k o^k
+    hard   o^{k*},  k* = argmax_k E[pi_k]
+
+Both are one weighted sum; hard tokens have one-hot weights, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from meta_attention_jax.routing.gate import hard_tokens
+from meta_attention_jax.types import Route, Routing, Scalar, Weights
+
+MODES = ("soft", "hard", "gated")
+
+
+def soft(
+    outputs: Sequence[Float[Array, "batch time heads dim"]], weights: Weights
+) -> Float[Array, "batch time heads dim"]:
+    """sum_k pi_k o^k, summed in float32, in the outputs' dtype.
+
+    Raises:
+      ValueError: the number of outputs is not the number of weights.
+    """
+    if len(outputs) != weights.shape[-1]:
+        raise ValueError(
+            f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}."
+        )
+    weights = weights.astype(jnp.float32)[..., None, None, :]
+    mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
+    return mixed.astype(outputs[0].dtype)
+
+
+def token_weights(
+    routing: Routing,
+    *,
+    mode: str,
+    threshold: Scalar,
+    route: Optional[Route] = None,
+    training: bool,
+) -> tuple[Weights, Route, Bool[Array, "batch time"]]:
+    """Weights, mechanism k* and hardness of every token.
+
+    Mode `soft` keeps every token soft in evaluation; `hard` makes every token hard; `gated` makes a
+    token hard iff theta > 0 and u_t <= theta. Training in mode `soft` is gated too: that is how the
+    scheduled threshold hardens a model. Soft tokens take `routing.weights`, the posterior mean
+    unless the controller was given keys.
+
+    In training a hard token's weights are one_hot(k*) + mean - stop_gradient(mean): the value is
+    the one-hot's, the gradient is the mean's (straight-through). A forced route has plain one-hot
+    weights and makes every token hard.
+
+    Args:
+      routing: of the controller.
+      mode: "soft", "hard" or "gated".
+      threshold: theta.
+      route: forced mechanism of every token, or None.
+      training: whether gradients will be taken for learning.
+
+    Returns:
+      weights [batch time mechanism], route k* [batch time], hard [batch time].
+
+    Raises:
+      ValueError: unknown mode, or a forced route of the wrong shape, dtype or (when its values are
+        known outside a trace) range.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+    mean = routing.mean
+    num = mean.shape[-1]
+    if route is not None:
+        route = _checked(route, mean.shape[:-1], num)
+        return jax.nn.one_hot(route, num, dtype=mean.dtype), route, jnp.ones(route.shape, bool)
+
+    route = jnp.argmax(mean, axis=-1).astype(jnp.int32)
+    if mode == "hard":
+        hard = jnp.ones(route.shape, bool)
+    elif mode == "gated" or training:
+        hard = hard_tokens(routing.uncertainty, threshold)
+    else:
+        hard = jnp.zeros(route.shape, bool)
+    one_hot = jax.nn.one_hot(route, num, dtype=mean.dtype)
+    if training:
+        # The difference is exactly 0; (one_hot + mean) - mean would not be exactly one_hot.
+        one_hot = one_hot + (mean - jax.lax.stop_gradient(mean))
+    return jnp.where(hard[..., None], one_hot, routing.weights), route, hard
+
+
+def _checked(route: Route, shape: tuple[int, ...], num: int) -> Route:
+    """The forced route as int32, after checking what is known of it."""
+    if route.shape != shape or not jnp.issubdtype(route.dtype, jnp.integer):
+        raise ValueError(
+            f"route: expected integers of shape {shape}, got {route.dtype} of shape {route.shape}."
+        )
+    if not isinstance(route, jax.core.Tracer):
+        low, high = (int(f(np.asarray(route), initial=0)) for f in (np.min, np.max))
+        if low < 0 or high >= num:
+            raise ValueError(f"route: expected indices in [0, {num}), got {low} to {high}.")
+    return jnp.asarray(route, jnp.int32)

@@ -1,0 +1,1 @@
+"""Training: a pure step, two ways to compile it, checkpoints, and the loop around them."""

@@ -1,0 +1,188 @@
+"""From a config to the objects of a run: the only place that turns fields into things."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from meta_attention_jax.controller.prior import validate_prior
+from meta_attention_jax.cost import FlopCount, count_flops, resolve_costs
+from meta_attention_jax.data.pipeline import Dataset, make_dataset
+from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.routing.gate import GateSchedule
+from meta_attention_jax.training.config import expect, validate
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import Hypers
+from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
+from meta_attention_jax.types import RoutingHypers
+
+
+def check(config: ConfigDict) -> None:
+    """Everything that can be said against a config without reading data.
+
+    Raises:
+      ValueError: one sentence with the field, what was expected, and what it got.
+    """
+    validate(config)
+    validate_prior(
+        strength=config.prior.strength,
+        preference=config.prior.preference,
+        costs=build_costs(config),
+    )
+    build_schedule(config)
+    build_parallel(config)
+
+
+def build_costs(config: ConfigDict) -> np.ndarray:
+    """c on the config's mechanism axis, largest 1."""
+    text = config.prior.costs
+    try:
+        costs = text if text.isalpha() else [float(part) for part in text.split(",")]
+        return resolve_costs(
+            costs,
+            tuple(config.model.mechanisms),
+            time=config.data.sequence_length,
+            dim=config.model.model_dim // config.model.num_heads,
+            window=config.model.window,
+        )
+    except ValueError as error:
+        if "expected" in str(error):
+            raise ValueError(f"prior.{error}") from None
+        expect(False, "prior.costs", "'nominal', 'analytic' or numbers like '1,0.15,0.3'", text)
+        raise
+
+
+def build_schedule(config: ConfigDict) -> Schedule:
+    """Shapes in time; shares of the run become steps."""
+    steps = config.train.steps
+    gate = GateSchedule(
+        kind=config.gate.kind,
+        start=round(config.gate.start * steps),
+        end=round(config.gate.end * steps),
+        measure=config.controller.uncertainty,
+    )
+    gate.validate()
+    return Schedule(
+        total_steps=steps,
+        warmup_steps=round(config.optimizer.warmup * steps),
+        final_fraction=config.optimizer.final_fraction,
+        beta_warmup_steps=round(config.objective.beta_warmup * steps),
+        gate=gate,
+    )
+
+
+def build_parallel(config: ConfigDict) -> Parallel:
+    """The devices of the run.
+
+    Raises:
+      ValueError: more devices than there are, or a batch that they cannot share.
+    """
+    available = jax.devices()
+    wanted = config.parallel.devices or len(available)
+    expect(
+        wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted
+    )
+    parallel = Parallel(config.parallel.mode, available[:wanted])
+    parallel.check_batch(config.data.batch_size, config.optimizer.accumulate)
+    return parallel
+
+
+def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
+    """The corpus, split and tokenised.
+
+    Raises:
+      ValueError: unknown corpus, missing file, text shorter than a sequence; one sentence.
+    """
+    recall = None
+    if config.data.corpus == "recall":
+        recall = RecallConfig(num_pairs=config.data.num_pairs, min_distance=config.model.window)
+    return make_dataset(
+        corpus=config.data.corpus,
+        tokenizer=config.data.tokenizer,
+        vocab_size=config.data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        recall=recall,
+        tokenizer_dir=tokenizer_dir,
+    )
+
+
+def build_model(config: ConfigDict, vocab_size: int) -> LanguageModel:
+    """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard."""
+    model = config.model
+    return LanguageModel(
+        vocab_size=vocab_size,
+        model_dim=model.model_dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        mlp_dim=model.mlp_dim or None,
+        mechanisms=tuple(model.mechanisms),
+        window=model.window,
+        implementation=model.implementation,
+        controller=config.controller.name,
+        controller_hidden=config.controller.hidden,
+        prior=config.prior.family,
+        posterior=config.controller.posterior,
+        uncertainty=config.controller.uncertainty,
+        fixed=tuple(config.controller.fixed),
+        scan_layers=model.scan_layers,
+        remat=model.remat,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def build_hypers(config: ConfigDict) -> Hypers:
+    """The arrays that a sweep may vary."""
+    return Hypers(
+        learning_rate=jnp.float32(config.optimizer.learning_rate),
+        beta=jnp.float32(config.objective.beta),
+        routing=RoutingHypers(
+            strength=jnp.float32(config.prior.strength),
+            preference=jnp.float32(config.prior.preference),
+            costs=jnp.asarray(build_costs(config)),
+            threshold=jnp.float32(config.gate.threshold),
+        ),
+    )
+
+
+def build_spec(config: ConfigDict, dataset: Dataset) -> StepSpec:
+    """The static side of the training step."""
+    optimizer = config.optimizer
+    return StepSpec(
+        model=build_model(config, dataset.vocab_size),
+        optimizer=make_optimizer(
+            optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip
+        ),
+        schedule=build_schedule(config),
+        num_kinds=dataset.num_kinds,
+        accumulate=optimizer.accumulate,
+    )
+
+
+def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
+    """Forward FLOPs per token of this config's model at its sequence length."""
+    model = config.model
+    lm = build_model(config, vocab_size)
+    outputs = {"bayesian": len(model.mechanisms) + (config.controller.posterior == "mean_strength"),
+               "softmax": len(model.mechanisms)}
+    return count_flops(
+        vocab_size=vocab_size,
+        model_dim=model.model_dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.model_dim // model.num_heads,
+        mlp_dim=lm.mlp_width,
+        mechanisms=tuple(model.mechanisms),
+        window=model.window,
+        time=config.data.sequence_length,
+        controller_hidden=config.controller.hidden,
+        controller_outputs=outputs.get(config.controller.name, 0),
+    )

@@ -1,0 +1,126 @@
+"""Orbax checkpoints behind one thin class: the latest N and the best, written in the background.
+
+Layout of `checkpoints/<step>/`: `state` (the whole `TrainState`), `config` (JSON), `metrics` (JSON,
+with the validation nats that decide what is best).
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any, Mapping, Optional
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+METRIC = "nll"
+
+
+def _metric(metrics: Mapping[str, Any]) -> float:
+    return float(metrics[METRIC])
+
+
+class Checkpoints:
+    """Saves and restores training states of one run directory.
+
+    Args:
+      directory: the folder of all steps; made when missing unless `read_only`.
+      keep_latest: newest steps that stay.
+      read_only: never write, never delete.
+    """
+
+    def __init__(
+        self, directory: str | pathlib.Path, *, keep_latest: int = 2, read_only: bool = False
+    ):
+        self.directory = pathlib.Path(directory).absolute()
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_latest),
+                preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "config"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_fn=_metric,
+                best_mode="min",
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def save(self, step: int, state: Any, *, config: Mapping[str, Any], nll: float) -> None:
+        """Starts writing `state`; nll (nats, validation) decides what is best.
+
+        A NaN would make every comparison false and so corrupt "best": it is written as infinity.
+        """
+        nll = float(nll)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
+            ),
+            metrics={METRIC: math.inf if math.isnan(nll) else nll},
+        )
+
+    @property
+    def latest(self) -> Optional[int]:
+        """Newest complete step; None without any."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> Optional[int]:
+        """Step of the lowest validation nats; None without any."""
+        return self._manager.best_step()
+
+    def resolve(self, step: int | str) -> int:
+        """A step number from "latest", "best" or a number.
+
+        Raises:
+          ValueError: no such complete step.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise ValueError(f"workdir: expected checkpoints under {self.directory}, got none.")
+        found = {"latest": self.latest, "best": self.best}.get(step, step)
+        if str(found) not in map(str, steps):
+            raise ValueError(f"step: expected 'latest', 'best' or one of {steps}, got {step!r}.")
+        return int(found)
+
+    def restore(self, template: Any, step: int) -> Any:
+        """The state at `step`, with the shapes, types and placement of `template`."""
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
+        )
+        return self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )["state"]
+
+    def restore_params(self, step: int) -> Any:
+        """The parameters at `step` on this process's first device, without knowing their tree."""
+        tree = self._manager.item_metadata(step)["state"].tree
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+        return restored["state"]["params"]
+
+    def wait(self) -> None:
+        """Returns when everything started has been written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,168 @@
+"""Reading, checking and comparing configs. Every mistake is one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from meta_attention_jax.controller.baselines import CONTROLLERS
+from meta_attention_jax.controller.posterior import POSTERIORS
+from meta_attention_jax.controller.prior import PRIORS
+from meta_attention_jax.mechanisms.full import IMPLEMENTATIONS
+from meta_attention_jax.mechanisms.registry import get_mechanism
+from meta_attention_jax.training.parallel import PARALLEL_MODES
+from meta_attention_jax.types import UNCERTAINTIES
+
+DTYPES = ("float32", "bfloat16")
+
+
+def expect(ok: bool, field: str, expected: str, got: Any) -> None:
+    """Raises a ValueError of one sentence unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field}: expected {expected}, got {got!r}.")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that can be checked without reading data.
+
+    Raises:
+      ValueError: one sentence with the field, what was expected, and what it got.
+    """
+    data, model, train = config.data, config.model, config.train
+    positive = {
+        "data.sequence_length": data.sequence_length,
+        "data.batch_size": data.batch_size,
+        "data.vocab_size": data.vocab_size,
+        "data.num_pairs": data.num_pairs,
+        "model.model_dim": model.model_dim,
+        "model.num_layers": model.num_layers,
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.window": model.window,
+        "controller.hidden": config.controller.hidden,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.accumulate": config.optimizer.accumulate,
+        "train.steps": train.steps,
+        "train.log_every": train.log_every,
+        "train.eval_every": train.eval_every,
+        "train.eval_batches": train.eval_batches,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.keep_latest": train.keep_latest,
+    }
+    for field, value in positive.items():
+        expect(value > 0, field, "a number > 0", value)
+    not_negative = {
+        "seed": config.seed,
+        "model.mlp_dim": model.mlp_dim,
+        "objective.beta": config.objective.beta,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.clip": config.optimizer.clip,
+        "parallel.devices": config.parallel.devices,
+    }
+    for field, value in not_negative.items():
+        expect(value >= 0, field, "a number >= 0", value)
+    shares = {
+        "objective.beta_warmup": config.objective.beta_warmup,
+        "gate.start": config.gate.start,
+        "gate.end": config.gate.end,
+        "optimizer.warmup": config.optimizer.warmup,
+        "optimizer.final_fraction": config.optimizer.final_fraction,
+    }
+    for field, value in shares.items():
+        expect(0 <= value <= 1, field, "a share in [0, 1]", value)
+    expect(
+        0 <= config.gate.threshold <= 1, "gate.threshold", "theta in [0, 1]", config.gate.threshold
+    )
+    expect(
+        model.model_dim % (2 * model.num_heads) == 0,
+        "model.num_heads",
+        f"a divisor of model_dim = {model.model_dim} with an even head width",
+        model.num_heads,
+    )
+    expect(
+        model.num_heads % model.num_kv_heads == 0,
+        "model.num_kv_heads",
+        f"a divisor of num_heads = {model.num_heads}",
+        model.num_kv_heads,
+    )
+    choices = {
+        "model.dtype": (model.dtype, DTYPES),
+        "model.implementation": (model.implementation, IMPLEMENTATIONS),
+        "controller.name": (config.controller.name, tuple(CONTROLLERS)),
+        "controller.posterior": (config.controller.posterior, POSTERIORS),
+        "controller.uncertainty": (config.controller.uncertainty, UNCERTAINTIES),
+        "prior.family": (config.prior.family, PRIORS),
+        "optimizer.name": (config.optimizer.name, ("adamw", "sgd")),
+        "parallel.mode": (config.parallel.mode, PARALLEL_MODES),
+    }
+    for field, (value, known) in choices.items():
+        expect(value in known, field, f"one of {known}", value)
+    mechanisms = tuple(model.mechanisms)
+    expect(
+        len(mechanisms) > 0 and len(set(mechanisms)) == len(mechanisms),
+        "model.mechanisms",
+        "distinct names",
+        mechanisms,
+    )
+    for name in mechanisms:
+        try:
+            get_mechanism(name)
+        except ValueError as error:
+            raise ValueError(f"model.mechanisms: {error}") from None
+    for name in config.controller.fixed:
+        expect(name in mechanisms, "controller.fixed", f"mechanisms among {mechanisms}", name)
+    expect(len(config.controller.fixed) > 0, "controller.fixed", "at least one mechanism", ())
+    if model.scan_layers and config.controller.name == "fixed":
+        layers = {config.controller.fixed[i % len(config.controller.fixed)]
+                  for i in range(model.num_layers)}
+        expect(
+            len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True
+        )
+    if config.controller.name != "bayesian":
+        expect(
+            config.controller.uncertainty == "entropy",
+            "controller.uncertainty",
+            f"'entropy', the only measure without a Dirichlet (controller.name = "
+            f"{config.controller.name!r})",
+            config.controller.uncertainty,
+        )
+
+
+def config_to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Plain nested dict, tuples as lists: what JSON holds."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, (tuple, list)) else value
+
+    return plain(config.to_dict())
+
+
+def dict_to_config(values: dict[str, Any]) -> ConfigDict:
+    """Inverse of `config_to_dict`."""
+    def rich(value):
+        if isinstance(value, dict):
+            return {k: rich(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(rich(values))
+
+
+def config_difference(
+    stored: dict[str, Any], given: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """(dotted field, stored value, given value) wherever two plain configs differ."""
+    def flat(values, prefix=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    left, right = dict(flat(stored)), dict(flat(given))
+    return [
+        (field, left.get(field), right.get(field))
+        for field in sorted(left.keys() | right.keys())
+        if left.get(field) != right.get(field)
+    ]

@@ -1,0 +1,102 @@
+"""Held-out evaluation of a set of parameters, in any mode, at the mean or with samples."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.objective import Sums
+from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.step import eval_step, sampled_eval_step
+from meta_attention_jax.types import RoutingHypers
+
+
+class Evaluator:
+    """Compiles the evaluation steps of one model once and reuses them.
+
+    Args:
+      model: the language model, in any mode.
+      dataset: where the batches come from.
+      parallel: where they run; parameters and hypers given later are replicated over it.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, parallel: Parallel):
+        self.model = model
+        self.dataset = dataset
+        self.parallel = parallel
+        self._compiled: dict[Any, Any] = {}
+
+    def _step(self, kind: Any, function: Any) -> Any:
+        if kind not in self._compiled:
+            self._compiled[kind] = self.parallel.compile(function, batch_argument=1)
+        return self._compiled[kind]
+
+    def sums(
+        self,
+        params: Any,
+        hypers: RoutingHypers,
+        *,
+        split: str,
+        mode: str,
+        max_batches: Optional[int] = None,
+    ) -> Sums:
+        """Sums over the split at the posterior mean.
+
+        Args:
+          params: replicated parameters.
+          hypers: replicated; theta counts in mode "gated" only.
+          split: "train", "validation" or "test".
+          mode: "soft", "hard" or "gated".
+          max_batches: at most so many, spread evenly over the split; None is all of it.
+
+        Raises:
+          ValueError: unknown mode or split.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        step = self._step(
+            mode,
+            functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds),
+        )
+        total = None
+        for batch in self.dataset.eval_batches(split, max_batches=max_batches):
+            sums = step(params, self.parallel.shard(batch), hypers)
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        return jax.device_get(self.parallel.unreplicate(total))
+
+    def sampled(
+        self,
+        params: Any,
+        hypers: RoutingHypers,
+        *,
+        split: str,
+        samples: int,
+        seed: int = 0,
+        max_batches: Optional[int] = None,
+    ) -> dict[str, float]:
+        """{"predictive", "elbo"} in nats per token, from `samples` soft samples of pi.
+
+        The gate is off: every token mixes its sampled weights.
+        """
+        if samples <= 0:
+            raise ValueError(f"samples: expected a number > 0, got {samples}.")
+        step = self._step(
+            ("samples", samples),
+            functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples),
+        )
+        hypers = hypers.replace(threshold=jnp.zeros_like(hypers.threshold))
+        key = self.parallel.replicate(jax.random.key(seed))
+        total = {"tokens": 0.0, "predictive": 0.0, "elbo": 0.0}
+        for index, batch in enumerate(self.dataset.eval_batches(split, max_batches=max_batches)):
+            # Rows of different batches must not share noise.
+            batch = batch.replace(row=batch.row + index * len(batch.row))
+            sums = step(params, self.parallel.shard(batch), hypers, key)
+            sums = jax.device_get(self.parallel.unreplicate(sums))
+            total = {name: total[name] + float(sums[name]) for name in total}
+        return {name: total[name] / total["tokens"] for name in ("predictive", "elbo")}

@@ -1,0 +1,135 @@
+"""What a run tells: a live line for people, JSONL and TensorBoard for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any, Mapping, Sequence
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+from meta_attention_jax.objective import flatten_scalars
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal: at most one progress line in so many seconds."""
+
+
+def _json_ready(value: Any) -> Any:
+    """NaN and infinities as null: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {k: _json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there.
+
+    A resumed run appends {"event": "resume", "step": s}; `read_metrics` then drops the records after
+    step s that an interrupted run had written before.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        directory = pathlib.Path(directory)
+        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """One record; `event` is "train", "eval", "resume" or "final"."""
+        record = {"event": event, "step": int(step), **metrics}
+        self._file.write(json.dumps(_json_ready(record)) + "\n")
+        self._file.flush()
+        for name, value in flatten_scalars(metrics, prefix=f"{event}/").items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl` in order, without those that a resumed run has redone.
+
+    A last line cut short by a crash is left out.
+    """
+    records: list[dict[str, Any]] = []
+    path = pathlib.Path(directory) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["event"] == "resume":
+            records = [r for r in records if r["step"] <= record["step"]]
+        records.append(record)
+    return records
+
+
+def status_line(metrics: Mapping[str, Any], mechanisms: Sequence[str]) -> str:
+    """nats, theta and route fractions in a few words."""
+    routes = " ".join(f"{name} {metrics[f'fraction/{name}']:.0%}" for name in mechanisms)
+    return f"nll {metrics['nll']:.3f} · {routes} · hard {metrics['hard_fraction']:.0%}"
+
+
+class Progress:
+    """A live line in a terminal; a plain line now and then elsewhere.
+
+    Args:
+      label: what runs.
+      total: steps of the run.
+      start: steps done before.
+      tokens_per_step: for tokens per second.
+      enabled: False says nothing.
+    """
+
+    def __init__(
+        self, label: str, *, total: int, start: int, tokens_per_step: int, enabled: bool = True
+    ):
+        self._label, self._total, self._start = label, total, start
+        self._tokens = tokens_per_step
+        self._enabled = enabled
+        self._began = time.monotonic()
+        self._spoke = self._began
+        self._live = None
+        if enabled and sys.stdout.isatty():
+            self._live = rich.progress.Progress(
+                rich.progress.TextColumn("[bold]{task.description}"),
+                rich.progress.BarColumn(bar_width=20),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[status]}"),
+                rich.progress.TimeRemainingColumn(),
+                console=rich.console.Console(),
+            )
+            self._task = self._live.add_task(
+                label, total=total, completed=start, status="compiling"
+            )
+            self._live.start()
+
+    def update(self, step: int, status: str) -> None:
+        """Shows the state after `step` steps."""
+        if not self._enabled:
+            return
+        now = time.monotonic()
+        done = max(step - self._start, 1)
+        rate = done * self._tokens / max(now - self._began, 1e-9)
+        status = f"{status} · {rate / 1e3:.1f}k tok/s"
+        if self._live is not None:
+            self._live.update(self._task, completed=step, status=status)
+        elif now - self._spoke >= PLAIN_SECONDS or step >= self._total:
+            self._spoke = now
+            eta = (self._total - step) * (now - self._began) / done
+            print(f"{self._label}  {step}/{self._total}  {status} · eta {eta:.0f}s", flush=True)
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._live is not None:
+            self._live.stop()

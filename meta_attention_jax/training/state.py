@@ -1,0 +1,69 @@
+"""What a training run carries from step to step, and what a sweep may vary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from meta_attention_jax.routing.gate import GateState
+from meta_attention_jax.types import RoutingHypers, Scalar
+
+
+@flax.struct.dataclass
+class Hypers:
+    """Hyper-parameters that a sweep varies: array inputs of the step, never compiled in.
+
+    Attributes:
+      learning_rate: peak of the warm-up cosine schedule.
+      beta: final weight of the KL, per nat.
+      routing: kappa, eta, c, and the *final* threshold theta of the gate.
+    """
+
+    learning_rate: Scalar
+    beta: Scalar
+    routing: RoutingHypers
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a resumed run needs besides its config.
+
+    Attributes:
+      step: optimizer steps done.
+      params: parameters.
+      opt_state: the optimizer's moments.
+      gate: state of the soft-to-hard gate (an average of past routing entropy).
+      key: the run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r).
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    gate: GateState
+    key: Key[Array, ""]
+
+
+def row_keys(key: Key[Array, ""], step: Array, row: Int[Array, "batch"]) -> Key[Array, "batch"]:
+    """One key per example from (run key, step, global row): sharding changes no sample."""
+    at_step = jax.random.fold_in(key, step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(at_step, row)
+
+
+def count_parameters(params: Any) -> tuple[int, int]:
+    """(all parameters, those of the controllers)."""
+    total = controller = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total += leaf.size
+        if any(getattr(entry, "key", None) == "controller" for entry in path):
+            controller += leaf.size
+    return total, controller
+
+
+def all_finite(tree: Any) -> Array:
+    """True when no leaf holds a NaN or an infinity."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))

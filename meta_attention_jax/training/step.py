@@ -1,0 +1,246 @@
+"""The training step and the evaluation step, as pure functions of arrays.
+
+Inside a mesh or pmap both run per device on that device's rows: every device sums over its own
+tokens, one psum at the end adds the sums, and only then is anything divided by the global number of
+tokens. Gradients are therefore those of the whole batch however uneven its shards are, and no
+collective stands inside a loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from meta_attention_jax.objective import Sums, apply_sums, objective, predictive_nll, token_nll
+from meta_attention_jax.routing import gate
+from meta_attention_jax.training.state import Hypers, TrainState, row_keys
+from meta_attention_jax.types import Batch, RoutingHypers, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Shapes in time; the sizes are in `Hypers`. Compiled in.
+
+    Attributes:
+      total_steps: steps of the whole run.
+      warmup_steps: of the learning rate, linear from 0.
+      final_fraction: of the peak learning rate that the cosine ends at.
+      beta_warmup_steps: beta rises linearly from 0 over this many steps.
+      gate: the soft-to-hard schedule.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    final_fraction: float
+    beta_warmup_steps: int
+    gate: gate.GateSchedule
+
+    def learning_rate(self, step: Array) -> Scalar:
+        """Linear warm-up, then cosine, as a fraction of the peak."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if self.warmup_steps else 1.0,
+            peak_value=1.0,
+            warmup_steps=self.warmup_steps,
+            decay_steps=max(self.total_steps, self.warmup_steps + 1),
+            end_value=self.final_fraction,
+        )(step)
+
+    def beta(self, step: Array) -> Scalar:
+        """Linear warm-up of the KL weight, as a fraction of its final value."""
+        if not self.beta_warmup_steps:
+            return jnp.float32(1.0)
+        return jnp.minimum(step.astype(jnp.float32) / self.beta_warmup_steps, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """The static side of a step: model, optimizer, schedules and sizes.
+
+    Attributes:
+      model: the language model.
+      optimizer: gives the update direction; the step multiplies it by minus the learning rate.
+      schedule: shapes in time.
+      num_kinds: kinds of tokens that the corpus tells apart.
+      accumulate: micro-batches per device that make one step.
+    """
+
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    num_kinds: int = 1
+    accumulate: int = 1
+
+
+def make_optimizer(
+    name: str, *, weight_decay: float, clip: float, b1: float = 0.9, b2: float = 0.99
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
+
+    The learning rate is an array input, so it is applied by the step and not in here.
+    Weight decay leaves vectors (norm scales, biases) alone.
+    """
+    clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
+    if name == "sgd":
+        return clipping
+    if name == "adamw":
+        decay = optax.add_decayed_weights(
+            weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+        )
+        return optax.chain(clipping, optax.scale_by_adam(b1=b1, b2=b2), decay)
+    raise ValueError(f"optimizer.name: expected one of ('adamw', 'sgd'), got {name!r}.")
+
+
+def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> TrainState:
+    """Fresh parameters from `key`; `batch` gives shapes only."""
+    init_key, run_key = jax.random.split(key)
+    variables = spec.model.init(
+        init_key, jnp.asarray(batch.tokens[:1]), hypers=hypers.routing
+    )
+    params = variables["params"]
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=spec.optimizer.init(params),
+        gate=spec.schedule.gate.init_state(),
+        key=run_key,
+    )
+
+
+def routing_hypers(spec: StepSpec, state: TrainState, hypers: Hypers) -> RoutingHypers:
+    """The routing hypers in force at `state.step`: theta follows the gate's schedule."""
+    threshold = gate.threshold(
+        spec.schedule.gate, state.gate, state.step, hypers.routing.threshold
+    )
+    return hypers.routing.replace(threshold=threshold)
+
+
+def gradient_sums(
+    spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers
+) -> tuple[Any, Sums]:
+    """Gradients and sums over this device's rows, in `accumulate` micro-batches; not normalised."""
+    beta = hypers.beta * spec.schedule.beta(state.step)
+    routing = routing_hypers(spec, state, hypers)
+
+    def loss(params, rows: Batch):
+        keys = row_keys(state.key, state.step, rows.row)
+        sums = apply_sums(
+            spec.model, params, rows, routing, num_kinds=spec.num_kinds, keys=keys
+        )
+        return objective(sums, beta), sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if spec.accumulate == 1:
+        return gradient(state.params, batch)
+    micro = jax.tree.map(
+        lambda leaf: leaf.reshape(spec.accumulate, -1, *leaf.shape[1:]), batch
+    )
+    add = lambda total, new: jax.tree.map(jnp.add, total, new)  # noqa: E731
+    first = jax.tree.map(lambda leaf: leaf[0], micro)
+    rest = jax.tree.map(lambda leaf: leaf[1:], micro)
+    total, _ = jax.lax.scan(
+        lambda total, rows: (add(total, gradient(state.params, rows)), None),
+        gradient(state.params, first),
+        rest,
+    )
+    return total
+
+
+def train_step(
+    spec: StepSpec,
+    state: TrainState,
+    batch: Batch,
+    hypers: Hypers,
+    *,
+    axis_name: Optional[str] = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimizer step: (state, batch, hypers) -> (state, metrics).
+
+    Metrics: "sums" (a `Sums`, over the global batch), "gradient_norm" (before clipping), "threshold",
+    "beta", "learning_rate", "finite" (no NaN or infinity in loss, gradients and new parameters).
+    """
+    gradients, sums = gradient_sums(spec, state, batch, hypers)
+    if axis_name is not None:
+        gradients, sums = jax.lax.psum((gradients, sums), axis_name)
+    tokens = jnp.maximum(sums.tokens, 1.0)
+    gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
+
+    direction, opt_state = spec.optimizer.update(gradients, state.opt_state, state.params)
+    learning_rate = hypers.learning_rate * spec.schedule.learning_rate(state.step)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    threshold = routing_hypers(spec, state, hypers).threshold
+    # As a fraction of log K, the largest entropy of K mechanisms.
+    entropy = jnp.mean(sums.entropy) / tokens / jnp.log(sums.mean.shape[-1])
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(params))
+    new_state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        gate=gate.update(spec.schedule.gate, state.gate, state.step, entropy),
+    )
+    return new_state, {
+        "sums": sums,
+        "gradient_norm": norm,
+        "threshold": threshold,
+        "beta": hypers.beta * spec.schedule.beta(state.step),
+        "learning_rate": learning_rate,
+        "finite": finite,
+    }
+
+
+def eval_step(
+    model: nn.Module,
+    num_kinds: int,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    axis_name: Optional[str] = None,
+) -> Sums:
+    """Sums at the posterior mean, in the model's mode."""
+    sums = apply_sums(model, params, batch, hypers, num_kinds=num_kinds)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def sampled_eval_step(
+    model: nn.Module,
+    num_samples: int,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    key: Array,
+    *,
+    axis_name: Optional[str] = None,
+) -> dict[str, Array]:
+    """Sums over S samples of pi per token and layer: the predictive and the ELBO.
+
+    Returns:
+      "tokens"; "predictive": -log (1/S) sum_s p(target | pi_s); "elbo": mean_s NLL_s + KL, beta = 1.
+    """
+
+    def once(sample: Array):
+        keys = row_keys(key, sample, batch.row)
+        output = model.apply(
+            {"params": params},
+            batch.tokens,
+            segment_ids=batch.segment_ids,
+            positions=batch.positions,
+            hypers=hypers,
+            keys=keys,
+        )
+        return -token_nll(output.logits, batch.targets), jnp.sum(output.routing.kl, axis=0)
+
+    log_likelihoods, kl = jax.lax.map(once, jnp.arange(num_samples))
+    mask = batch.loss_mask.astype(jnp.float32)
+    sums = {
+        "tokens": jnp.sum(mask),
+        "predictive": jnp.sum(predictive_nll(log_likelihoods) * mask),
+        "elbo": jnp.sum((jnp.mean(-log_likelihoods, axis=0) + kl[0]) * mask),
+    }
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)

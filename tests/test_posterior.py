@@ -1,0 +1,124 @@
+"""Dirichlet posteriors: both parametrisations, and closed forms against SciPy and Monte Carlo."""
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from meta_attention_jax.controller import posterior
+
+PRIOR = np.array([0.1, 0.95, 0.8])
+
+
+def kl_reference(alpha, beta):
+    """KL(Dir(alpha) || Dir(beta)) in nats, float64."""
+    total = alpha.sum(-1, keepdims=True)
+    log_norm = special.gammaln(total[..., 0]) - special.gammaln(alpha).sum(-1)
+    log_norm -= special.gammaln(beta.sum(-1)) - special.gammaln(beta).sum(-1)
+    expected_log = special.digamma(alpha) - special.digamma(total)
+    return log_norm + ((alpha - beta) * expected_log).sum(-1)
+
+
+def concentrations(seed, num=64, low=0.05, high=1e3):
+    return np.exp(np.random.default_rng(seed).uniform(np.log(low), np.log(high), (num, 3)))
+
+
+def test_additive_is_pseudo_counts_on_the_prior():
+    f = np.random.default_rng(0).normal(0.0, 3.0, (2, 5, 3))
+    got = posterior.additive(jnp.float32(PRIOR), jnp.float32(f))
+    np.testing.assert_allclose(got, PRIOR + np.log1p(np.exp(f)), rtol=2e-6)
+    assert (np.asarray(got) >= np.float32(PRIOR)).all()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("strength", [0.5, 1.85, 30.0])
+def test_mean_strength_starts_at_the_prior(strength):
+    mean = jnp.float32(np.array([0.2, 0.5, 0.3]))
+    zeros = jnp.zeros((2, 5, 3))
+    alpha = posterior.mean_strength(mean, jnp.float32(strength), zeros, zeros[..., 0])
+    np.testing.assert_allclose(
+        alpha, np.broadcast_to(strength * np.asarray(mean), alpha.shape), rtol=1e-6
+    )
+    kl = posterior.kl_divergence(alpha, strength * mean)
+    assert np.abs(kl).max() < 5e-6 * max(strength, 1.0)
+
+
+def test_mean_strength_moves_mean_and_confidence_apart():
+    rng = np.random.default_rng(1)
+    mean = PRIOR / PRIOR.sum()
+    f, g = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5))
+    alpha = np.asarray(
+        posterior.mean_strength(*map(jnp.float32, (mean, 4.0, f, g))), np.float64
+    )
+    np.testing.assert_allclose(alpha.sum(-1), 4.0 * np.log1p(np.exp(g)) / np.log(2.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        alpha / alpha.sum(-1, keepdims=True), special.softmax(np.log(mean) + f, -1), rtol=1e-5
+    )
+    assert (alpha < 4.0 * mean).any(), "counts can be taken away from a mechanism"
+
+
+def test_concentration_is_float32_and_clamped():
+    f = jnp.asarray([[[60.0, -60.0, 0.0], [1e4, 1e4, 1e4]]], jnp.bfloat16)
+    g = jnp.asarray([[60.0, 1e4]], jnp.bfloat16)
+    for alpha in (
+        posterior.additive(jnp.full((3,), 1e-3), f),
+        posterior.mean_strength(jnp.full((3,), 1 / 3), jnp.float32(900.0), f, g),
+    ):
+        assert alpha.dtype == jnp.float32
+        assert np.min(alpha) == np.float32(0.05) and np.max(alpha) == np.float32(1e3)
+
+
+def test_kl_matches_the_closed_form_in_float64():
+    alpha, beta = concentrations(2), np.array([0.3, 4.0, 1.5])
+    got = posterior.kl_divergence(jnp.float32(alpha), jnp.float32(beta))
+    expected = kl_reference(np.float64(np.float32(alpha)), np.float64(np.float32(beta)))
+    assert (np.abs(got - expected) <= 1e-5 * alpha.max(-1) + 2e-6 * expected + 1e-5).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_matches_monte_carlo(seed):
+    alpha = concentrations(seed, 1, 0.5, 20.0)[0]
+    draws = np.random.default_rng(seed).dirichlet(alpha, 100_000)
+    difference = stats.dirichlet.logpdf(draws.T, alpha) - stats.dirichlet.logpdf(draws.T, PRIOR)
+    got = posterior.kl_divergence(jnp.float32(alpha), jnp.float32(PRIOR))
+    error = difference.std() / np.sqrt(len(difference))
+    assert abs(got - difference.mean()) < 5 * error
+
+
+def test_kl_gradient_matches_finite_differences():
+    alpha = concentrations(3, 16, 0.1, 50.0)
+    got = jax.grad(lambda a: posterior.kl_divergence(a, jnp.float32(PRIOR)).sum())(
+        jnp.float32(alpha)
+    )
+    for k in range(3):
+        step = 1e-5 * alpha[:, k]
+        up, down = alpha.copy(), alpha.copy()
+        up[:, k] += step
+        down[:, k] -= step
+        slope = (kl_reference(up, PRIOR) - kl_reference(down, PRIOR)) / (2.0 * step)
+        np.testing.assert_allclose(got[:, k], slope, rtol=2e-4, atol=2e-4)
+
+
+def test_entropy_and_mean_match_scipy():
+    alpha = concentrations(4, 16, 0.1, 100.0)
+    dist = posterior.Dirichlet(jnp.float32(alpha))
+    np.testing.assert_allclose(dist.mean(), alpha / alpha.sum(-1, keepdims=True), rtol=1e-5)
+    expected = [stats.dirichlet.entropy(a) for a in alpha]
+    np.testing.assert_allclose(dist.entropy(), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_only_the_sampler_of_distrax_is_replaced():
+    alpha, beta = (jnp.float32(concentrations(seed, 7, 0.5, 50.0)) for seed in (5, 6))
+    ours, theirs = posterior.Dirichlet(alpha), distrax.Dirichlet(alpha)
+    draws = ours.sample(seed=jax.random.key(0), sample_shape=(2, 3))
+    assert draws.shape == (2, 3, 7, 3)
+    np.testing.assert_allclose(jnp.sum(draws, axis=-1), 1.0, rtol=1e-5)
+    for get in (
+        lambda d: d.entropy(),
+        lambda d: d.log_prob(draws),
+        lambda d: d.kl_divergence(distrax.Dirichlet(beta)),
+    ):
+        with jax.numpy_rank_promotion("allow"):
+            np.testing.assert_array_equal(get(ours), get(theirs))
