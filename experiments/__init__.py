@@ -1,1 +1,1 @@
-"""Command-line programs over `meta_attention_jax`: thin mains, benchmarks, notebooks."""
+"""Thin mains over the package; each is `python -m experiments.<name> --help`."""

@@ -12,7 +12,9 @@ from meta_attention_jax.data.recall import KIND_QUERY, RecallConfig
 
 CONFIGS = [
     RecallConfig(min_distance=8),
-    RecallConfig(num_pairs=3, num_keys=3, num_values=5, num_fillers=7, query_rate=0.6, jump_rate=0.5),
+    RecallConfig(
+        num_keys=3, num_values=5, num_fillers=7, num_pairs=3, query_rate=0.6, jump_rate=0.5
+    ),
     RecallConfig(num_pairs=1, num_fillers=1, num_values=1, jump_rate=1.0),
 ]
 LENGTH = 40

@@ -32,7 +32,7 @@ SYMBOLS = ("k0=v0", "?k0", "v0", "c0")
 
 @pytest.fixture(scope="module")
 def bpe():
-    return make_tokenizer("bpe", CORPUS, 330)
+    return make_tokenizer("bpe", CORPUS, 300)
 
 
 def random_text(rng, length):
@@ -72,13 +72,13 @@ def test_bpe_compresses_what_it_has_learned_and_decodes_single_tokens(bpe):
     assert len(ids) < len(TEXTS[0]) / 2
     assert b"".join(bpe.decode([i]) for i in ids) == TEXTS[0]
     assert sorted(bpe.decode([i]) for i in range(256)) == [bytes([b]) for b in range(256)]
-    assert bpe.vocab_size == len(bpe.token_bytes) == 330
+    assert bpe.vocab_size == len(bpe.token_bytes) == 300
     assert bpe.token_bytes.min() == 1
 
 
 def test_bpe_training_is_deterministic_and_reads_the_training_split_only(bpe, tmp_path):
     held_out = dict(CORPUS.splits, validation=(Document("v", b"zyzzyva " * 500),))
-    again = make_tokenizer("bpe", Corpus("toy", "a test", held_out), 330)
+    again = make_tokenizer("bpe", Corpus("toy", "a test", held_out), 300)
     bpe.save(tmp_path / "a")
     again.save(tmp_path / "b")
     a, b = ((tmp_path / name / "tokenizer.json").read_bytes() for name in "ab")

@@ -57,7 +57,7 @@ def _limits(runs: Sequence[Mapping[str, Any]], floor: float | None) -> tuple[flo
             found += list(part)
     if not kept:
         return None
-    margin = 0.04 * max(max(kept) - min(kept), 0.02)
+    margin = max(0.04 * (max(kept) - min(kept)), 0.01)
     bottom, top = min(kept) - margin, max(kept) + 2 * margin
     legend_height = (0.21 * len(runs) + 0.15) / _PANEL_HEIGHT
     if late:

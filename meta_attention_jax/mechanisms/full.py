@@ -14,6 +14,7 @@ BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
 
 CUDNN_DIM = 128
+CUDNN_CAPABILITY = 8.0
 
 
 def attend(
@@ -74,6 +75,7 @@ def resolve_implementation(
     head_dim: int,
     has_segments: bool,
     backend: str,
+    compute_capability: float | None = None,
 ) -> str:
     """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
 
@@ -86,6 +88,7 @@ def resolve_implementation(
       head_dim: d.
       has_segments: whether segment ids are given (cuDNN has no ids without a T x T mask).
       backend: `jax.default_backend()`.
+      compute_capability: of the GPU; None asks the first device. cuDNN's kernel needs 8.0.
 
     Returns:
       "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
@@ -97,14 +100,22 @@ def resolve_implementation(
         raise ValueError(
             f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
         )
-    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    fused = backend == "gpu" and half and head_dim <= CUDNN_DIM and head_dim % 8 == 0
-    fused = fused and not has_segments
+    dtype = jnp.dtype(dtype)
+    fused = (
+        backend == "gpu"
+        and dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+        and head_dim <= CUDNN_DIM
+        and head_dim % 8 == 0
+        and not has_segments
+    )
+    if fused and compute_capability is None:
+        compute_capability = _compute_capability()
+    fused = fused and compute_capability >= CUDNN_CAPABILITY
     if implementation == "cudnn" and not fused:
         raise ValueError(
-            "implementation: expected a GPU, bfloat16 or float16, a head dim that is a multiple of "
-            f"8 up to {CUDNN_DIM} and no segment_ids for 'cudnn', got {backend}, "
-            f"{jnp.dtype(dtype).name}, {head_dim} and "
+            f"implementation: expected for 'cudnn' an NVIDIA GPU of compute capability "
+            f"{CUDNN_CAPABILITY}, bfloat16 or float16, a head dim that is a multiple of 8 up to "
+            f"{CUDNN_DIM} and no segment_ids, got {backend}, {dtype.name}, head dim {head_dim} and "
             f"{'segment_ids' if has_segments else 'no segment_ids'}."
         )
     if implementation != "auto":
@@ -112,6 +123,14 @@ def resolve_implementation(
     if fused:
         return "cudnn"
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
+
+
+def _compute_capability() -> float:
+    """Of the first device; 0 where the vendor has no such number."""
+    try:
+        return float(jax.devices()[0].compute_capability)
+    except (AttributeError, TypeError, ValueError):  # AMD reports names such as "gfx90a".
+        return 0.0
 
 
 def _square(

@@ -1,8 +1,8 @@
 """The gate: which tokens are certain enough to use one mechanism only, and when in training.
 
-Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its final
-value (1: all hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness would then
-depend on later tokens.
+Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its
+final value (1: all hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness
+would then depend on later tokens.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ class GateSchedule:
         cosine    (1 - cos(pi p)) / 2 of the linear p
         settled   linear over end - start steps from the step when routing entropy settled
 
-    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta is
-    R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
+    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta
+    is R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
     rarely come near 1 too.
 
     Routing entropy has settled when, at or after `start` and after at least `window` steps, its
-    exponential average over about `window` steps is within `tolerance` of that average's own average.
+    exponential average over about `window` steps is within `tolerance` of that average's own
+    average.
 
     Attributes:
       kind: "none", "linear", "cosine" or "settled".

@@ -104,7 +104,7 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
     return make_dataset(
         corpus=config.data.corpus,
         tokenizer=config.data.tokenizer,
-        vocab_size=config.data.vocab_size,
+        vocab_size=config.data.vocab_size if config.data.tokenizer == "bpe" else None,
         sequence_length=config.data.sequence_length,
         batch_size=config.data.batch_size,
         seed=config.seed,

@@ -94,7 +94,7 @@ class Progress:
     def __init__(
         self, label: str, *, total: int, start: int, tokens_per_step: int, enabled: bool = True
     ):
-        self._label, self._total, self._start = label, total, start
+        self._label, self._total, self._first = label, total, 0
         self._tokens = tokens_per_step
         self._enabled = enabled
         self._began = time.monotonic()
@@ -119,15 +119,18 @@ class Progress:
         if not self._enabled:
             return
         now = time.monotonic()
-        done = max(step - self._start, 1)
-        rate = done * self._tokens / max(now - self._began, 1e-9)
-        status = f"{status} · {rate / 1e3:.1f}k tok/s"
+        if not self._first:  # Compilation is over: speed and ETA count from here.
+            self._first, self._began = step, now
+        done = step - self._first
+        seconds_per_step = (now - self._began) / done if done else math.inf
+        status = f"{status} · {self._tokens / seconds_per_step / 1e3:.1f}k tok/s"
         if self._live is not None:
             self._live.update(self._task, completed=step, status=status)
         elif now - self._spoke >= PLAIN_SECONDS or step >= self._total:
             self._spoke = now
-            eta = (self._total - step) * (now - self._began) / done
-            print(f"{self._label}  {step}/{self._total}  {status} · eta {eta:.0f}s", flush=True)
+            eta = (self._total - step) * seconds_per_step if done else math.inf
+            eta = f"{eta:.0f}s" if math.isfinite(eta) else "?"
+            print(f"{self._label}  {step}/{self._total}  {status} · eta {eta}", flush=True)
 
     def close(self) -> None:
         """Ends the live line."""

@@ -6,6 +6,8 @@ A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metri
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -24,8 +26,9 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.evaluation import Evaluator
-from meta_attention_jax.training.logs import MetricsLog, Progress, status_line
-from meta_attention_jax.training.state import TrainState, count_parameters
+from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import Hypers, TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, train_step
 
 PROFILED_STEPS = 3
@@ -43,6 +46,18 @@ FREE_TO_CHANGE = (
 
 class Diverged(RuntimeError):
     """NaN or infinity in the loss, the gradients or the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: checked, and with its directory made."""
+
+    config: ConfigDict
+    path: pathlib.Path
+    dataset: Dataset
+    parallel: Parallel
+    spec: StepSpec
+    hypers: Hypers
 
 
 def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
@@ -77,15 +92,16 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     return path
 
 
-def describe(config: ConfigDict, spec: StepSpec, dataset: Dataset, params: Any) -> dict[str, Any]:
+def describe(job: Job, params: Any) -> dict[str, Any]:
     """What runs, once per run: sizes, the controller's share, and which full attention."""
+    config, dataset = job.config, job.dataset
     flops = build.build_flops(config, dataset.vocab_size)
     parameters, controller = count_parameters(params)
     return {
         "full_attention": resolve_implementation(
             config.model.implementation,
             time=config.data.sequence_length,
-            dtype=spec.model.dtype,
+            dtype=job.spec.model.dtype,
             head_dim=config.model.model_dim // config.model.num_heads,
             has_segments=True,
             backend=jax.default_backend(),
@@ -108,19 +124,33 @@ def _check_finite(flags: list[jax.Array], first_step: int, good: Optional[int]) 
             )
 
 
+def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Job:
+    """Checks the config, the data and the directory, in this order; only then writes anything.
+
+    Raises:
+      ValueError: any mistake of the user's, as one sentence.
+    """
+    build.check(config)
+    parallel = build.build_parallel(config)
+    dataset = build.build_dataset(config, workdir)
+    spec = build.build_spec(config, dataset)
+    path = open_workdir(workdir, config)
+    dataset.tokenizer.save(path)
+    write_manifest(dataset, path)
+    return Job(config, path, dataset, parallel, spec, build.build_hypers(config))
+
+
 def train(
-    config: ConfigDict,
-    workdir: str | pathlib.Path,
+    job: Job,
     *,
     stop_after: Optional[int] = None,
     progress: bool = True,
     label: Optional[str] = None,
 ) -> dict[str, Any]:
-    """Trains to `config.train.steps`, from the newest checkpoint if there is one.
+    """Trains to `train.steps`, from the newest checkpoint if there is one.
 
     Args:
-      config: a full config; see configs/base.py.
-      workdir: the run directory.
+      job: of `prepare`.
       stop_after: stop (with a checkpoint) after this step, as an interruption would.
       progress: show the live line.
       label: of the live line; the config's name when None.
@@ -129,127 +159,112 @@ def train(
       The last evaluation on the validation split: {"soft": metrics, "hard": metrics}.
 
     Raises:
-      ValueError: a mistake in the config or the directory, before any work.
       Diverged: NaN or infinity; names the step and the last good checkpoint.
     """
-    build.check(config)
-    parallel = build.build_parallel(config)
-    existing = pathlib.Path(workdir) / "config.json"
-    dataset = build.build_dataset(config, workdir if existing.exists() else None)
-    path = open_workdir(workdir, config)
-    dataset.tokenizer.save(path)
-    write_manifest(dataset, path)
-
-    spec = build.build_spec(config, dataset)
-    hypers = build.build_hypers(config)
-    state = init_state(spec, jax.random.key(config.seed), dataset.train_batch(0), hypers)
-    checkpoints = Checkpoints(path / "checkpoints", keep_latest=config.train.keep_latest)
-    log = MetricsLog(path)
-    start = 0
-    if checkpoints.latest is not None:
-        start = checkpoints.latest
-        state = checkpoints.restore(state, start)
-        log.write("resume", start, {})
-    about = describe(config, spec, dataset, state.params)
-    if not start:
-        log.write("start", 0, about)
-    if progress:
-        print(
-            f"{label or config.name}: {about['parameters']:,} parameters "
-            f"({about['controller_parameter_share']:.1%} controller), full attention "
-            f"{about['full_attention']}, {len(parallel.devices)} × {jax.default_backend()} by "
-            f"{config.parallel.mode}" + (f", resumed at step {start}" if start else ""),
-            flush=True,
-        )
-    try:
-        return _run(
-            config, spec, dataset, parallel, state, hypers, checkpoints, log,
+    config = job.config
+    label = label or config.name
+    state = init_state(
+        job.spec, jax.random.key(config.seed), job.dataset.train_batch(0), job.hypers
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
+        stack.callback(checkpoints.close)
+        log = MetricsLog(job.path)
+        stack.callback(log.close)
+        start = checkpoints.latest or 0
+        about = describe(job, state.params)
+        if start:
+            state = checkpoints.restore(state, start)
+            log.write("resume", start, {})
+        else:
+            log.write("start", 0, about)
+        if progress:
+            print(_headline(label, about, job, start), flush=True)
+        stop = min(stop_after or config.train.steps, config.train.steps)
+        if start >= stop:
+            return _last_evaluation(job.path)
+        line = Progress(
+            label,
+            total=config.train.steps,
             start=start,
-            stop=min(stop_after or config.train.steps, config.train.steps),
-            line=Progress(
-                label or config.name,
-                total=config.train.steps,
-                start=start,
-                tokens_per_step=config.data.batch_size * config.data.sequence_length,
-                enabled=progress,
-            ),
-            path=path,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length,
+            enabled=progress,
         )
-    finally:
-        checkpoints.close()
-        log.close()
+        stack.callback(line.close)
+        return _run(job, state, checkpoints, log, line, start=start, stop=stop)
+
+
+def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str:
+    devices = f"{len(job.parallel.devices)} x {jax.default_backend()} by {job.parallel.mode}"
+    return (
+        f"{label}: {about['parameters']:,} parameters "
+        f"({about['controller_parameter_share']:.1%} controller), "
+        f"full attention {about['full_attention']}, {devices}"
+        + (f", resumed at step {start}" if start else "")
+    )
+
+
+def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
+    evaluations = [r for r in read_metrics(path) if r["event"] == "eval"]
+    return {mode: evaluations[-1][mode] for mode in ("soft", "hard")} if evaluations else {}
 
 
 def _run(
-    config: ConfigDict,
-    spec: StepSpec,
-    dataset: Dataset,
-    parallel: Any,
+    job: Job,
     state: TrainState,
-    hypers: Any,
     checkpoints: Checkpoints,
     log: MetricsLog,
+    line: Progress,
     *,
     start: int,
     stop: int,
-    line: Progress,
-    path: pathlib.Path,
 ) -> dict[str, Any]:
+    config, parallel = job.config, job.parallel
+    every = config.train
     mechanisms = tuple(config.model.mechanisms)
     report = functools.partial(
-        summarise, mechanisms=mechanisms, costs=jax.device_get(hypers.routing.costs)
+        summarise, mechanisms=mechanisms, costs=jax.device_get(job.hypers.routing.costs)
     )
-    compiled = parallel.compile(
-        functools.partial(train_step, spec), batch_argument=1, donate=(0,)
-    )
-    evaluator = Evaluator(spec.model, dataset, parallel)
-    state, hypers = parallel.replicate(state), parallel.replicate(hypers)
+    step_fn = functools.partial(train_step, job.spec)
+    compiled = parallel.compile(step_fn, batch_argument=1, donate=(0,))
+    evaluator = Evaluator(job.spec.model, job.dataset, parallel)
+    state, hypers = parallel.replicate(state), parallel.replicate(job.hypers)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
     total: Optional[Sums] = None
     flags: list[jax.Array] = []
     evaluation: dict[str, Any] = {}
     good = start or None
-    try:
-        for step in range(start, stop):
-            if step == config.train.profile_step:
-                jax.profiler.start_trace(str(path / "profile"))
-            state, metrics = compiled(state, parallel.shard(dataset.train_batch(step)), hypers)
-            if step == config.train.profile_step + PROFILED_STEPS - 1 >= PROFILED_STEPS - 1:
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
-            done = step + 1
-            total = metrics["sums"] if total is None else add(total, metrics["sums"])
-            flags.append(metrics["finite"])
-            last = done == stop
-            due_eval = done % config.train.eval_every == 0 or last
-            due_save = done % config.train.checkpoint_every == 0 or last
-            if done % config.train.log_every == 0 or due_eval or due_save:
-                _check_finite(flags, done - len(flags) + 1, good)
-                sums = jax.device_get(parallel.unreplicate(total))
-                scalars = {
-                    name: float(jax.device_get(parallel.unreplicate(metrics[name])))
-                    for name in ("gradient_norm", "threshold", "beta", "learning_rate")
-                }
-                record = {**report(sums, beta=scalars["beta"]), **scalars}
-                log.write("train", done, record)
-                line.update(done, status_line(record, mechanisms))
-                total, flags = None, []
-            if due_eval:
-                evaluation = _evaluate(config, evaluator, state.params, hypers, report)
-                log.write("eval", done, evaluation)
-            if due_save:
-                checkpoints.save(
-                    done,
-                    parallel.unreplicate(state),
-                    config=config_to_dict(config),
-                    nll=evaluation["soft"]["nll"] if due_eval else math.inf,
-                )
-                checkpoints.wait() if last else None
-                good = done
-    finally:
-        line.close()
-    if stop == config.train.steps:
-        log.write("final", stop, evaluation)
+    for step in range(start, stop):
+        if step == every.profile_step:
+            jax.profiler.start_trace(str(job.path / "profile"))
+        state, metrics = compiled(state, parallel.shard(job.dataset.train_batch(step)), hypers)
+        if every.profile_step >= 0 and step == every.profile_step + PROFILED_STEPS - 1:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        done = step + 1
+        total = metrics["sums"] if total is None else add(total, metrics["sums"])
+        flags.append(metrics["finite"])
+        due_eval = done % every.eval_every == 0 or done == stop
+        due_save = done % every.checkpoint_every == 0 or done == stop
+        if done % every.log_every == 0 or due_eval or due_save:
+            _check_finite(flags, done - len(flags) + 1, good)
+            sums = jax.device_get(parallel.unreplicate(total))
+            scalars = {
+                name: float(jax.device_get(parallel.unreplicate(metrics[name])))
+                for name in ("gradient_norm", "threshold", "beta", "learning_rate")
+            }
+            record = {**report(sums, beta=scalars["beta"]), **scalars}
+            log.write("train", done, record)
+            line.update(done, status_line(record, mechanisms))
+            total, flags = None, []
+        if due_eval:
+            evaluation = _evaluate(config, evaluator, state.params, hypers, report)
+            log.write("eval", done, evaluation)
+        if due_save:
+            nll = evaluation["soft"]["nll"] if due_eval else math.inf
+            values = config_to_dict(config)
+            checkpoints.save(done, parallel.unreplicate(state), config=values, nll=nll)
+            good = done
     return evaluation
 
 

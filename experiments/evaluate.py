@@ -1,0 +1,79 @@
+"""Evaluates a run on held-out data: soft, hard and gated; optionally with samples of pi.
+
+python -m experiments.evaluate --workdir=runs/recall [--split=validation] [--length=128]
+    [--modes=soft,hard,gated] [--threshold=0.5] [--samples=4] [--step=best] [--json=FILE]
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import common
+from meta_attention_jax import analysis
+from meta_attention_jax.objective import summarise
+from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.run import open_run
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which split.")
+MODE = flags.DEFINE_list("modes", list(MODES), "Among soft, hard, gated.")
+STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
+LENGTH = flags.DEFINE_integer("length", None, "Sequence length; as trained when absent.", 1)
+THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.0)
+SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats and ELBO.", 0)
+MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
+JSON = flags.DEFINE_string("json", None, "Write the rows to this file as well.")
+flags.mark_flag_as_required("workdir")
+
+COLUMNS = [
+    analysis.Column("mode", "mode"),
+    analysis.Column("tokens", "tokens", ",d"),
+    analysis.Column("nll", "nats", ".4f"),
+    analysis.Column("bits_per_byte", "bits/byte", ".4f"),
+    analysis.Column("elbo", "nats + KL", ".4f"),
+    analysis.Column("hard_fraction", "hard", ".1%"),
+    analysis.Column("cost", "cost of k*", ".1%"),
+    analysis.Column("routing_entropy", "H(E pi)/log K", ".1%"),
+    analysis.Column("usage_entropy", "H(usage)/log K", ".1%"),
+]
+
+
+def main() -> None:
+    with common.user_mistakes():
+        if unknown := set(MODE.value) - set(MODES):
+            raise ValueError(f"modes: expected some of {MODES}, got {sorted(unknown)[0]!r}.")
+        run = open_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value)
+    parallel = Parallel("jit")
+    if run.config.data.batch_size % len(parallel.devices):
+        parallel = Parallel("jit", parallel.devices[:1])
+    evaluator = Evaluator(run.model, run.dataset, parallel)
+    hypers = run.hypers.routing.replace(threshold=jnp.float32(THRESHOLD.value))
+    params, hypers = parallel.replicate((run.params, hypers))
+    where = dict(split=SPLIT.value, max_batches=MAX_BATCHES.value)
+    mechanisms = tuple(run.config.model.mechanisms)
+    rows = []
+    for mode in MODE.value:
+        sums = evaluator.sums(params, hypers, mode=mode, **where)
+        metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
+        rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics})
+    columns = COLUMNS + [
+        analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms
+    ]
+    print(f"{run.path.name} at step {run.step}, {SPLIT.value} split")
+    print(analysis.terminal_table(rows, columns))
+    if SAMPLES.value:
+        sampled = evaluator.sampled(params, hypers, samples=SAMPLES.value, **where)
+        rows.append({"mode": "sampled", "samples": SAMPLES.value, **sampled})
+        print(
+            f"{SAMPLES.value} samples of pi: predictive {sampled['predictive']:.4f} nats, "
+            f"ELBO {sampled['elbo']:.4f} nats"
+        )
+    if JSON.value:
+        analysis.write_json(JSON.value, rows)
+
+
+if __name__ == "__main__":
+    common.run(main)

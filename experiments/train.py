@@ -1,0 +1,32 @@
+"""Trains one model in one directory, or goes on where it stopped.
+
+python -m experiments.train --config=configs/recall.py --workdir=runs/recall
+    [--config.prior.strength=2.0] [--config.controller.name=softmax] ...
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import common
+from meta_attention_jax.training.loop import Diverged, prepare, train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    with common.user_mistakes():
+        job = prepare(CONFIG.value, WORKDIR.value)
+    try:
+        evaluation = train(job)
+    except Diverged as error:
+        common.fail(error)
+    for mode, metrics in evaluation.items():
+        print(f"validation, {mode}: {metrics['nll']:.4f} nats, projected cost {metrics['cost']:.1%}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,88 @@
+"""Naive references in float64 NumPy: values and gradients, written from the equations.
+
+Everything is computed on the full square of pairs with an explicit table of who may attend to whom.
+Nothing is shared with the package.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def allowed_pairs(segment_ids: np.ndarray, *, causal: bool, window: int | None) -> np.ndarray:
+    """[B, T, T] table; pair by pair, as in the definition."""
+    batch, time = segment_ids.shape
+    table = np.zeros((batch, time, time), bool)
+    for t in range(time):
+        for s in range(time):
+            near = window is None or abs(t - s) < window
+            if near and (s <= t or not causal):
+                table[:, t, s] = (segment_ids[:, t] == segment_ids[:, s]) & (segment_ids[:, t] != 0)
+    return table
+
+
+def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None):
+    """softmax(q . k / sqrt(d)) v over the allowed pairs.
+
+    Returns:
+      (out, dq, dk, dv), the gradients those of sum(out * cotangent); [B, T, heads, d] each.
+    """
+    q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    allowed = allowed_pairs(segment_ids, causal=causal, window=window)
+    group, scale = q.shape[2] // k.shape[2], 1 / np.sqrt(q.shape[3])
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            key, value, g = k[b, :, h // group], v[b, :, h // group], cotangent[b, :, h]
+            logits = np.where(allowed[b], q[b, :, h] @ key.T * scale, -np.inf)
+            top = np.where(allowed[b].any(1), logits.max(1), 0.0)
+            weights = np.exp(logits - top[:, None])
+            weights /= np.maximum(weights.sum(1, keepdims=True), 1e-300)
+            out[b, :, h] = weights @ value
+            d_weights = g @ value.T
+            d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
+            dq[b, :, h] = d_logits @ key * scale
+            dk[b, :, h // group] += d_logits.T @ q[b, :, h] * scale
+            dv[b, :, h // group] += weights.T @ g
+    return out, dq, dk, dv
+
+
+def linear_attention(q, k, v, cotangent, segment_ids, *, causal=True, epsilon=1e-6):
+    """sum_s a_ts v_s / (sum_s a_ts + epsilon), a_ts = phi(q_t) . phi(k_s), phi(x) = ELU(x) + 1.
+
+    Returns:
+      (out, dq, dk, dv) as `softmax_attention`.
+    """
+    q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    allowed = allowed_pairs(segment_ids, causal=causal, window=None)
+    group = q.shape[2] // k.shape[2]
+
+    def phi(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    def slope(x):
+        return np.where(x > 0, 1.0, np.exp(np.minimum(x, 0)))
+
+    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            query, key = q[b, :, h], k[b, :, h // group]
+            value, g = v[b, :, h // group], cotangent[b, :, h]
+            scores = np.where(allowed[b], phi(query) @ phi(key).T, 0.0)
+            total = scores.sum(1, keepdims=True) + epsilon
+            out[b, :, h] = scores @ value / total
+            d_scores = (g @ value.T - (g * out[b, :, h]).sum(1, keepdims=True)) / total
+            d_scores = np.where(allowed[b], d_scores, 0.0)
+            dq[b, :, h] = d_scores @ phi(key) * slope(query)
+            dk[b, :, h // group] += d_scores.T @ phi(query) * slope(key)
+            dv[b, :, h // group] += (scores / total).T @ g
+    return out, dq, dk, dv
+
+
+def rotate(x, positions, base=10000.0):
+    """Rotary positions as complex multiplication: (x_i + i x_{i + d/2}) exp(i p base^(-2i/d))."""
+    x = np.asarray(x, np.float64)
+    half = x.shape[-1] // 2
+    angle = np.asarray(positions)[:, :, None, None] * base ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=-1)

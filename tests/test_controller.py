@@ -1,0 +1,300 @@
+"""Controllers: uncertainty measures, causality, invariance, initial state, and the factory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from meta_attention_jax import controller as room
+from meta_attention_jax.controller import make_controller
+from meta_attention_jax.controller.uncertainty import uncertainty
+from meta_attention_jax.types import UNCERTAINTIES, RoutingHypers
+
+B, T, D, K = 2, 6, 8, 3
+ARMS = {
+    "additive": ("bayesian", {"posterior": "additive"}),
+    "mean_strength": ("bayesian", {"posterior": "mean_strength"}),
+    "softmax": ("softmax", {}),
+    "fixed": ("fixed", {"fixed": 2}),
+}
+LEARNED = ("additive", "mean_strength", "softmax")
+
+
+def hypers(strength=1.85, costs=(1.0, 0.15, 0.30)):
+    return RoutingHypers(
+        strength=jnp.float32(strength),
+        preference=jnp.float32(0.1),
+        costs=jnp.asarray(costs, jnp.float32),
+        threshold=jnp.float32(0.0),
+    )
+
+
+def inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    x, residual = (jnp.float32(rng.normal(size=(B, T, D))) for _ in range(2))
+    positions = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None], (B, 1))
+    return {
+        "x": x,
+        "residual": 3.0 * residual,
+        "positions": positions,
+        "segment_ids": jnp.ones((B, T), jnp.int32),
+        "keys": jax.random.split(jax.random.key(seed), B),
+    }
+
+
+@functools.cache
+def build(arm, perturb=True, **fields):
+    """(jitted apply, params) of an arm; `perturb` moves the zero-initialised output layer."""
+    name, own = ARMS[arm]
+    module = make_controller(name, num_mechanisms=K, hidden=16, **own, **fields)
+
+    @jax.jit
+    def apply(params, x, **kwargs):
+        return module.apply(params, x, **{"hypers": hypers(), **kwargs})
+
+    given = inputs() | {"keys": None}
+    variables = jax.jit(lambda key: module.init(key, hypers=hypers(), **given))(jax.random.key(7))
+    if perturb:
+        variables = jax.tree.map(
+            lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(8), leaf.shape), variables
+        )
+    return apply, variables
+
+
+@pytest.fixture(scope="module", params=LEARNED)
+def learned(request):
+    return build(request.param)
+
+
+def same(a, b, rows=slice(None), **tolerance):
+    jax.tree.map(
+        lambda u, v: np.testing.assert_allclose(u[rows], v[rows], **tolerance), a, b
+    )
+
+
+# Uncertainty ------------------------------------------------------------------------------------
+
+
+def alphas(seed=0, num=200):
+    return np.exp(np.random.default_rng(seed).uniform(np.log(0.05), np.log(1e3), (num, K)))
+
+
+def test_uncertainties_are_their_definitions_by_monte_carlo():
+    for alpha in ([0.1, 0.95, 0.8], [2.0, 5.0, 3.0], [0.3, 0.3, 0.3]):
+        draws = np.random.default_rng(0).dirichlet(alpha, 200_000)
+        entropies = stats.entropy(draws, axis=-1)
+        total = stats.entropy(np.mean(draws, 0)) / np.log(K)
+        error = 5 * entropies.std() / np.sqrt(len(draws)) / np.log(K)
+        alpha = jnp.float32(alpha)
+        mean = alpha / alpha.sum()
+        assert abs(uncertainty("entropy", mean, alpha) - total) < 5e-3
+        epistemic = uncertainty("mutual_information", mean, alpha)
+        expected = uncertainty("entropy", mean, alpha) - entropies.mean() / np.log(K)
+        assert abs(epistemic - expected) < error
+        assert np.isclose(uncertainty("vacuity", mean, alpha), K / (K + alpha.sum()))
+
+
+@pytest.mark.parametrize("measure", UNCERTAINTIES)
+def test_uncertainty_is_in_the_unit_interval_with_finite_gradients(measure):
+    alpha = jnp.float32(np.concatenate([alphas(), np.full((1, K), 1e3), np.full((1, K), 0.05)]))
+
+    def measured(alpha):
+        return uncertainty(measure, alpha / jnp.sum(alpha, axis=-1, keepdims=True), alpha)
+
+    u, pull = jax.vjp(measured, alpha)
+    assert (np.asarray(u) >= 0.0).all() and (np.asarray(u) <= 1.0).all()
+    assert np.isfinite(pull(jnp.ones_like(u))[0]).all()
+
+
+def test_entropy_at_the_corners_of_the_simplex():
+    mean = jnp.asarray([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0]])
+    u, pull = jax.vjp(room.entropy, mean)
+    np.testing.assert_allclose(u, [0.0, 1.0, np.log(2) / np.log(3)], atol=1e-6)
+    assert np.isfinite(pull(jnp.ones_like(u))[0]).all()
+    nats = room.categorical_entropy(mean)
+    np.testing.assert_allclose(nats, [0.0, np.log(3), np.log(2)], atol=1e-6)
+
+
+def test_evidence_lowers_epistemic_uncertainty_and_not_the_total():
+    mean = jnp.asarray([0.2, 0.5, 0.3])
+    for measure in ("mutual_information", "vacuity"):
+        values = [float(uncertainty(measure, mean, s * mean)) for s in (1.0, 10.0, 100.0)]
+        assert values[0] > values[1] > values[2]
+
+
+@pytest.mark.parametrize("measure", ["mutual_information", "vacuity"])
+def test_prior_free_controllers_have_total_uncertainty_only(measure):
+    module = make_controller("softmax", num_mechanisms=K, uncertainty=measure)
+    with pytest.raises(ValueError, match=f"expected 'entropy' .* got '{measure}'"):
+        jax.eval_shape(lambda: module.init(jax.random.key(0), hypers=hypers(), **inputs()))
+
+
+def test_unknown_measure_names_the_known():
+    with pytest.raises(ValueError, match="uncertainty: expected one of .*vacuity.* got 'doubt'"):
+        uncertainty("doubt", jnp.ones(3) / 3, None)
+
+
+# What every controller promises -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_routing_is_well_formed(arm, sampled):
+    apply, params = build(arm)
+    given = inputs()
+    given["keys"] = given["keys"] if sampled else None
+    out = apply(params, **given)
+    for array in (out.mean, out.weights):
+        assert array.shape == (B, T, K) and array.dtype == jnp.float32
+        np.testing.assert_allclose(array.sum(-1), 1.0, rtol=1e-5)
+    assert out.uncertainty.shape == out.kl.shape == (B, T)
+    assert ((out.uncertainty >= 0.0) & (out.uncertainty <= 1.0)).all()
+    assert (out.concentration is not None) == (ARMS[arm][0] == "bayesian")
+    if sampled and out.concentration is not None:
+        assert np.abs(out.weights - out.mean).max() > 0.1
+        assert (out.kl > 0.0).all()
+    else:
+        np.testing.assert_array_equal(out.weights, out.mean)
+
+
+@pytest.mark.smoke
+def test_routing_at_t_ignores_what_follows(learned):
+    apply, params = learned
+    given, other = inputs(), inputs(9)
+
+    @jax.jit
+    @jax.grad
+    def slopes(x, residual, past):
+        out = apply(params, **{**given, "x": x, "residual": residual})
+        flat = jnp.concatenate([leaf.reshape(B, T, -1) for leaf in jax.tree.leaves(out)], axis=-1)
+        return jnp.sum(jnp.where(past, jnp.sin(flat), 0.0))
+
+    full = apply(params, **given)
+    for t in (0, 3):
+        past = np.arange(T)[None, :, None] <= t
+        names = ("x", "residual")
+        replaced = {name: jnp.where(past, given[name], other[name]) for name in names}
+        same(apply(params, **{**given, **replaced}), full, np.s_[:, : t + 1], rtol=0)
+        slope = slopes(given["x"], given["residual"], past)
+        assert np.any(slope[:, : t + 1]) and not np.any(slope[:, t + 1 :])
+
+
+@pytest.mark.smoke
+def test_routing_ignores_cutting_padding_and_batching(learned):
+    apply, params = learned
+    given = inputs()
+    full = apply(params, **given)
+    per_token = ("x", "residual", "positions", "segment_ids")
+    cut = {name: given[name][1:, :4] for name in per_token} | {"keys": given["keys"][1:]}
+    expected = jax.tree.map(lambda leaf: leaf[1:, :4], full)
+    same(apply(params, **cut), expected, rtol=2e-5, atol=1e-6)
+
+    padded = {
+        name: jnp.pad(given[name], ((0, 0), (3, 0)) + ((0, 0),) * (given[name].ndim - 2))
+        for name in per_token
+    }
+    out = apply(params, **padded, keys=given["keys"])
+    same(jax.tree.map(lambda leaf: leaf[:, 3:], out), full, rtol=2e-5, atol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)), "finite at padding"
+
+
+def test_residual_norm_is_a_feature_without_gradient(learned):
+    apply, params = learned
+    given = inputs()
+
+    @functools.partial(jax.grad, has_aux=True)
+    def total(residual):
+        out = apply(params, **{**given, "residual": residual})
+        return jnp.sum(jnp.sin(3.0 * out.mean)), out.mean
+
+    slope, mean = total(given["residual"])
+    assert not np.any(slope)
+    scaled = apply(params, **{**given, "residual": 4.0 * given["residual"]}).mean
+    assert np.abs(mean - scaled).max() > 1e-3
+
+
+def test_features_are_their_formula():
+    given = inputs()
+    got = room.features(given["x"], given["residual"], given["positions"])
+    norm = np.linalg.norm(given["residual"], axis=-1) / np.sqrt(D)
+    np.testing.assert_allclose(got[..., :D], given["x"])
+    np.testing.assert_allclose(got[..., D], norm, rtol=1e-5)
+    np.testing.assert_allclose(got[..., D + 1], np.log1p(given["positions"]) / 10.0, rtol=1e-5)
+
+
+# Each controller ----------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("prior", room.PRIORS)
+def test_initial_controllers_know_what_they_know_without_evidence(prior):
+    """mean_strength: q = p. additive: p plus softplus(0) each. softmax: uniform."""
+    given = inputs() | {"keys": None}
+    alpha = np.asarray(room.prior_concentration(prior, hypers()))
+    apply, params = build("mean_strength", perturb=False, prior=prior)
+    out = apply(params, **given)
+    np.testing.assert_allclose(out.concentration, np.broadcast_to(alpha, (B, T, K)), rtol=1e-5)
+    assert np.abs(out.kl).max() < 1e-5
+    apply, params = build("additive", perturb=False, prior=prior)
+    np.testing.assert_allclose(
+        apply(params, **given).concentration,
+        np.broadcast_to(alpha + np.log(2.0), (B, T, K)),
+        rtol=1e-5,
+    )
+    apply, params = build("softmax", perturb=False)
+    np.testing.assert_allclose(apply(params, **given).mean, 1 / K, rtol=1e-6)
+
+
+def test_learned_controllers_share_their_network():
+    shapes = {arm: jax.tree.map(jnp.shape, build(arm)[1]) for arm in LEARNED}
+    assert shapes["additive"] == shapes["softmax"]
+    hidden = {arm: shape["params"]["mlp"]["hidden"] for arm, shape in shapes.items()}
+    assert hidden["mean_strength"] == hidden["softmax"]
+
+
+def test_strength_is_an_input_and_can_be_swept():
+    apply, params = build("mean_strength")
+    sweep = jax.jit(
+        jax.vmap(lambda k: apply(params, **inputs(), hypers=hypers(k)).concentration.sum(-1))
+    )
+    counts = sweep(jnp.asarray([10.0, 20.0]))
+    np.testing.assert_allclose(counts[1], 2.0 * counts[0], rtol=1e-2)
+
+
+def test_fixed_routing_is_certain_and_has_no_parameters():
+    apply, params = build("fixed")
+    out = apply(params, **inputs())
+    assert not jax.tree.leaves(params)
+    np.testing.assert_array_equal(out.mean, np.broadcast_to([0.0, 0.0, 1.0], (B, T, K)))
+    assert not np.any(out.uncertainty) and not np.any(out.kl)
+
+
+@pytest.mark.parametrize("arm", LEARNED)
+def test_bfloat16_leaves_the_statistics_in_float32(arm):
+    apply, params = build(arm, dtype=jnp.bfloat16)
+    given = inputs() | {"keys": None}
+    low = given | {name: given[name].astype(jnp.bfloat16) for name in ("x", "residual")}
+    out = apply(params, **low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(out.mean, apply(params, **given).mean, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("oracle", {}, "controller: expected one of .*'bayesian'.*'fixed'.* got 'oracle'"),
+        ("softmax", {"widht": 3}, r"controller: expected fields among .* got \['widht'\]"),
+        ("softmax", {"num_mechanisms": 1}, "num_mechanisms: expected at least 2"),
+        ("fixed", {"fixed": 3}, r"fixed: expected an index in \[0, 3\), got 3"),
+        ("bayesian", {"posterior": "exact"}, "posterior: expected one of .* got 'exact'"),
+        ("bayesian", {"prior": "flat"}, "prior: expected one of .* got 'flat'"),
+        ("bayesian", {"num_mechanisms": 4}, r"costs: expected 4 numbers, .* got shape \(3,\)"),
+    ],
+)
+def test_bad_fields_are_one_sentence(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        module = make_controller(name, **({"num_mechanisms": K} | fields))
+        jax.eval_shape(lambda: module.init(jax.random.key(0), hypers=hypers(), **inputs()))
