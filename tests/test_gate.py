@@ -12,7 +12,7 @@ MEASURES = ("entropy", "mutual_information", "vacuity")
 
 
 def run(schedule, entropies, final=0.8):
-    """theta and `opened` at every step, theta before that step's entropy is known; the last state."""
+    """theta and `opened` at every step, theta before that step's entropy is known; last state."""
 
     def body(state, inputs):
         step, entropy = inputs

@@ -1,0 +1,239 @@
+"""The layer and the language model: causality, invariance of routes, one truth, and refusals."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_attention_jax import LanguageModel, MetaAttention, RoutingHypers
+
+BATCH, TIME, VOCAB = 2, 21, 13
+CONTROLLERS = ("bayesian", "softmax", "fixed")
+MODES = ("soft", "hard", "gated")
+THETA = 0.6
+
+
+def hypers(threshold=THETA):
+    return RoutingHypers(
+        strength=jnp.float32(2.0),
+        preference=jnp.float32(0.3),
+        costs=jnp.array([1.0, 0.15, 0.3]),
+        threshold=jnp.float32(threshold),
+    )
+
+
+def make(controller="bayesian", mode="soft", **fields):
+    return LanguageModel(
+        vocab_size=VOCAB, model_dim=16, num_layers=2, num_heads=2, window=4, mlp_dim=32,
+        controller=controller, controller_hidden=8, mode=mode, fixed=("local", "full"), **fields
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def parameters(controller):
+    """Parameters in which every token is routed its own way: the zero output layer is filled."""
+    tokens = jnp.zeros((1, TIME), jnp.int32)
+    params = make(controller).init(jax.random.key(0), tokens, hypers=hypers())["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def tokens(seed=0, shape=(BATCH, TIME)):
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+
+
+@functools.lru_cache(maxsize=None)
+def runner(controller, mode, sampled):
+    """(tokens, segment_ids, positions or None) -> Output."""
+    model = make(controller, mode)
+
+    @jax.jit
+    def run(tokens, segment_ids):
+        keys = jax.vmap(jax.random.key)(jnp.arange(tokens.shape[0])) if sampled else None
+        return model.apply(
+            {"params": parameters(controller)}, tokens, segment_ids=segment_ids,
+            hypers=hypers(), keys=keys,
+        )
+
+    return run
+
+
+def seen(output):
+    """What may not change: logits, routes, weights, uncertainties."""
+    r = output.routing
+    return [np.moveaxis(np.asarray(x), 0, 0) for x in (output.logits,)] + [
+        np.moveaxis(np.asarray(x), 0, 2) for x in (r.route, r.hard, r.uncertainty, r.weights)
+    ]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_no_gradient_flows_from_later_tokens(controller, mode):
+    model, params = make(controller, mode), parameters(controller)
+    x = jax.random.normal(jax.random.key(2), (1, TIME, 16))
+    keys = jax.random.split(jax.random.key(3), 1)  # training: straight-through gradients too
+
+    @jax.jit
+    def jacobian(x):
+        def summed(x):
+            out = model.apply({"params": params}, x, hypers=hypers(), keys=keys,
+                              method="from_embeddings")
+            return jnp.sum(jnp.sin(out.logits[0]), axis=-1)
+
+        return jnp.abs(jax.jacrev(summed)(x)[:, 0]).sum(axis=-1)
+
+    effect = np.asarray(jacobian(x))  # [t, s]
+    assert np.all(effect[np.triu_indices(TIME, 1)] == 0.0)
+    assert np.all(np.diagonal(effect) > 0.0)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("controller", CONTROLLERS)
+def test_replacing_later_tokens_changes_nothing_before(controller, mode, sampled):
+    run, ones = runner(controller, mode, sampled), jnp.ones((BATCH, TIME), jnp.int32)
+    x = tokens()
+    changed = x.at[:, 12:].set((x[:, 12:] + 1) % VOCAB)
+    before, after = run(x, ones), run(changed, ones)
+    for a, b in zip(seen(before), seen(after)):
+        np.testing.assert_array_equal(a[:, :12], b[:, :12])
+    assert np.any(before.logits[:, 12:] != after.logits[:, 12:])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_routes_ignore_cutting_padding_and_batching(sampled):
+    run = runner("bayesian", "gated", sampled)
+    x = tokens()
+    whole = seen(run(x, jnp.ones((BATCH, TIME), jnp.int32)))
+    cut = 9
+    ids = jnp.ones((BATCH, TIME), jnp.int32)
+    right = seen(run(x, ids.at[:, cut:].set(0)))
+    left = seen(run(jnp.roll(x, 5, axis=1), ids.at[:, :5].set(0)))
+    alone = seen(run(x[:1], ids[:1]))
+    shorter = seen(run(x[:, :cut], ids[:, :cut]))
+    for i, all_of_it in enumerate(whole):
+        check = np.testing.assert_array_equal if all_of_it.dtype.kind in "ib" else (
+            functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5))
+        check(right[i][:, :cut], all_of_it[:, :cut])
+        check(shorter[i], all_of_it[:, :cut])
+        check(left[i][:, 5:], all_of_it[:, : TIME - 5])
+        check(alone[i], all_of_it[:1])
+
+
+def test_forced_dense_one_hot_is_each_mechanism_alone():
+    x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
+    layer = lambda **kw: MetaAttention(num_heads=2, window=4, rotary=True, **kw)  # noqa: E731
+    variables = layer().init(jax.random.key(1), x)
+
+    def run(module, route):
+        def loss(params, x):
+            out, _ = module.apply({"params": params}, x, route=route, method="routed")
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+    for index, name in enumerate(("full", "linear", "local")):
+        route = jnp.full((BATCH, TIME), index)
+        (grads, dx), out = run(layer(), route)
+        (alone, dx_alone), out_alone = run(layer(controller="fixed", fixed=name), None)
+        np.testing.assert_array_equal(out, out_alone)
+        np.testing.assert_allclose(dx, dx_alone, rtol=1e-5, atol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads["projections"]), jax.tree.leaves(alone["projections"])):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_hard_mode_is_the_forced_route_of_its_own_argmax():
+    model = make(mode="hard")
+    params = {"params": parameters("bayesian")}
+    out = model.apply(params, tokens(), hypers=hypers())
+    forced = model.clone(mode="soft").apply(
+        params, tokens(), hypers=hypers(), route=out.routing.route
+    )
+    np.testing.assert_array_equal(out.logits, forced.logits)
+    assert len(np.unique(out.routing.route)) > 1
+
+
+def test_gate_limits_are_soft_and_hard():
+    params = {"params": parameters("bayesian")}
+    run = lambda mode, theta: make(mode=mode).apply(  # noqa: E731
+        params, tokens(), hypers=hypers(theta)
+    ).logits
+    np.testing.assert_array_equal(run("gated", 0.0), run("soft", 0.0))
+    np.testing.assert_array_equal(run("gated", 1.0), run("hard", 0.0))
+    assert np.any(run("soft", 0.0) != run("hard", 0.0))
+
+
+@pytest.mark.parametrize("controller", ["bayesian", "softmax"])
+def test_remat_changes_no_gradient(controller):
+    def gradient(model):
+        def loss(params):
+            keys = jax.random.split(jax.random.key(4), BATCH)
+            out = model.apply({"params": params}, tokens(), hypers=hypers(), keys=keys)
+            return jnp.sum(jnp.square(out.logits))
+
+        return jax.jit(jax.grad(loss))(parameters(controller))
+
+    plain, remat = gradient(make(controller)), gradient(make(controller, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+
+
+def test_scanned_layers_equal_unrolled_ones():
+    params = parameters("bayesian")
+    stacked = {k: v for k, v in params.items() if not k.startswith("layer_")}
+    stacked["layers"] = jax.tree.map(
+        lambda *x: jnp.stack(x), params["layer_0"], params["layer_1"]
+    )
+    plain = make().apply({"params": params}, tokens(), hypers=hypers())
+    scanned = make(scan_layers=True).apply({"params": stacked}, tokens(), hypers=hypers())
+    np.testing.assert_allclose(plain.logits, scanned.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(plain.routing.route, scanned.routing.route)
+
+
+def test_layer_stands_in_for_self_attention():
+    class User(nn.Module):
+        @nn.compact
+        def __call__(self, x, deterministic):
+            return MetaAttention(num_heads=2, window=4)(x, deterministic=deterministic)
+
+    x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
+    variables = User().init(jax.random.key(1), x, True)
+    out, aux = User().apply(
+        variables, x, False, rngs={"routing": jax.random.key(2)}, mutable="intermediates"
+    )
+    assert out.shape == x.shape
+    (routing,) = aux["intermediates"]["MetaAttention_0"]["routing"]
+    assert routing.mean.shape == (BATCH, TIME, 3)
+
+
+@pytest.mark.parametrize(
+    "fields, call, sentence",
+    [
+        (dict(num_heads=3), {}, "num_heads: expected a positive divisor"),
+        (dict(num_kv_heads=3), {}, "num_kv_heads: expected a positive divisor"),
+        (dict(window=0), {}, "window: expected a positive"),
+        (dict(mode="sof"), {}, "mode: expected one of"),
+        (dict(mechanisms=("full", "lokal")), {}, "got 'lokal'; did you mean 'local'"),
+        (dict(mechanisms=("full", "full")), {}, "mechanisms: expected distinct"),
+        (dict(controller="fixed", fixed="lin"), {}, "fixed: expected one of"),
+        (dict(controller="bayes"), {}, "controller: expected one of"),
+        (dict(strength=0.0), {}, "strength: expected a finite number > 0"),
+        (dict(costs=(1.0, 2.0)), {}, "costs: expected 3 positive numbers"),
+        ({}, dict(mask=jnp.ones((1, 1, TIME, TIME))), "segment_ids"),
+        ({}, dict(inputs_kv=jnp.ones((BATCH, TIME, 16))), "self-attention"),
+        ({}, dict(segment_ids=jnp.ones((BATCH, 3), jnp.int32)), "segment_ids: expected shape"),
+        ({}, dict(route=jnp.full((BATCH, TIME), 3)), "route: expected indices"),
+    ],
+)
+def test_bad_input_is_one_sentence(fields, call, sentence):
+    x = jnp.ones((BATCH, TIME, 16))
+    with pytest.raises(ValueError, match=sentence) as error:
+        MetaAttention(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
+    assert "\n" not in str(error.value)
