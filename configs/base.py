@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
                 vocab_size=4096,  # of a trained bpe
                 sequence_length=256,
                 batch_size=16,
-                # recall only: bindings per sequence
+                # recall only: keys and values that exist, bindings per sequence
+                num_keys=16,
+                num_values=16,
                 num_pairs=8,
             ),
             model=dict(

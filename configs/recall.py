@@ -8,7 +8,9 @@ def get_config():
     config.name = "recall"
     config.data.corpus = "recall"
     config.data.sequence_length = 64
-    config.data.batch_size = 64
+    config.data.batch_size = 32
+    config.data.num_keys = 8
+    config.data.num_values = 8
     config.data.num_pairs = 8
     config.model.model_dim = 64
     config.model.num_layers = 2
@@ -16,7 +18,7 @@ def get_config():
     config.model.num_kv_heads = 4
     config.model.window = 8
     config.objective.beta = 0.003
-    config.train.steps = 1500
+    config.train.steps = 1000
     config.train.eval_every = 250
     config.train.checkpoint_every = 500
     config.train.eval_batches = 8

@@ -100,7 +100,13 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
     """
     recall = None
     if config.data.corpus == "recall":
-        recall = RecallConfig(num_pairs=config.data.num_pairs, min_distance=config.model.window)
+        data = config.data
+        recall = RecallConfig(
+            num_keys=data.num_keys,
+            num_values=data.num_values,
+            num_pairs=data.num_pairs,
+            min_distance=max(config.model.window, 2),
+        )
     return make_dataset(
         corpus=config.data.corpus,
         tokenizer=config.data.tokenizer,

@@ -34,6 +34,8 @@ def validate(config: ConfigDict) -> None:
         "data.sequence_length": data.sequence_length,
         "data.batch_size": data.batch_size,
         "data.vocab_size": data.vocab_size,
+        "data.num_keys": data.num_keys,
+        "data.num_values": data.num_values,
         "data.num_pairs": data.num_pairs,
         "model.model_dim": model.model_dim,
         "model.num_layers": model.num_layers,

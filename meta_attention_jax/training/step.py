@@ -176,8 +176,8 @@ def train_step(
     threshold = routing_hypers(spec, state, hypers).threshold
     # As a fraction of log K, the largest entropy of K mechanisms.
     entropy = jnp.mean(sums.entropy) / tokens / jnp.log(sums.mean.shape[-1])
-    norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(params))
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
     new_state = state.replace(
         step=state.step + 1,
         params=params,

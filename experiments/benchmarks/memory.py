@@ -1,0 +1,54 @@
+"""How does the peak memory of the layer's gradient grow with the length of the sequence?
+
+python -m experiments.benchmarks.memory [--json=FILE]
+
+Compiler's figures (temporaries, outputs), not timings: the ratio has no spread.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import common as commands
+from experiments.benchmarks import common
+from meta_attention_jax import MetaAttention
+
+JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+HEADS, DIM, WINDOW = 4, 64, 256
+SHORT, LONG = 4096, 16384
+
+
+def peak_bytes(time: int) -> int:
+    """Temporaries and outputs of the compiled gradient, bytes."""
+    layer = MetaAttention(
+        num_heads=HEADS, window=WINDOW, rotary=True, implementation="blockwise"
+    )
+    x = jax.ShapeDtypeStruct((1, time, HEADS * DIM), jnp.float32)
+    key = jax.random.key(0)
+    variables = jax.eval_shape(layer.init, key, jnp.zeros((1, 8, HEADS * DIM)))
+
+    def loss(params, x):
+        keys = jax.random.split(key, 1)
+        return jnp.sum(jnp.square(layer.apply({"params": params}, x, keys=keys)))
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables["params"], x).compile()
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+
+def main() -> None:
+    short, long = peak_bytes(SHORT), peak_bytes(LONG)
+    rows = [
+        {"name": "peak memory of the layer's gradient", "T": LONG, "T_baseline": SHORT,
+         "ratio": long / short, "spread": 0.0, "bytes": long, "baseline_bytes": short}
+    ]
+    print(common.environment())
+    print(common.markdown(rows))
+    if JSON.value:
+        common.write_json(JSON.value, rows)
+
+
+if __name__ == "__main__":
+    commands.run(main)

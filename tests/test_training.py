@@ -1,0 +1,140 @@
+"""Training: resuming, refusing, diverging, and the same numbers on one device and on eight."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.loop import Diverged, prepare, train
+from meta_attention_jax.training.run import open_run
+
+
+def config(**changes):
+    values = smoke.get_config()
+    values.parallel.devices = 1
+    values.update_from_flattened_dict(
+        {"train.steps": 8, "train.eval_every": 8, "train.checkpoint_every": 4,
+         "train.log_every": 2, "train.eval_batches": 1}
+    )
+    values.update_from_flattened_dict(changes)
+    return values
+
+
+def final_params(path):
+    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
+    try:
+        return checkpoints.restore_params(checkpoints.latest)
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    train(prepare(config(), path), progress=False)
+    return path
+
+
+@pytest.mark.smoke
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
+    half = tmp_path / "half"
+    train(prepare(config(), half), stop_after=4, progress=False)
+    train(prepare(config(), half), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, final_params(whole), final_params(half))
+    steps = [r["step"] for r in read_metrics(half) if r["event"] == "train"]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_a_run_directory_opens_from_itself_alone(whole):
+    before = sorted(p.name for p in whole.iterdir())
+    run = open_run(whole)
+    assert run.step == 8
+    batch = run.dataset.train_batch(0)
+    out = run.model.apply({"params": run.params}, batch.tokens, hypers=run.hypers.routing)
+    assert out.logits.shape == (*batch.tokens.shape, run.dataset.vocab_size)
+    assert sorted(p.name for p in whole.iterdir()) == before
+
+
+def test_another_config_is_refused_and_changes_nothing(whole):
+    stored = (whole / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"prior.strength: expected 2.0, .* got 3.0"):
+        prepare(config(**{"prior.strength": 3.0}), whole)
+    assert (whole / "config.json").read_text() == stored
+
+
+def test_a_foreign_directory_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="workdir: expected a new or empty directory"):
+        prepare(config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="workdir: expected a run directory"):
+        open_run(tmp_path)
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
+    values = config(**{"optimizer.learning_rate": 1e38, "optimizer.clip": 0.0,
+                       "optimizer.warmup": 0.0})
+    with pytest.raises(Diverged, match=r"^step \d+: expected finite .* no checkpoint is kept\.$"):
+        train(prepare(values, tmp_path / "run"), progress=False)
+
+
+@pytest.mark.parametrize(
+    "field, value, sentence",
+    [
+        ("model.num_heads", 5, "model.num_heads: expected a divisor"),
+        ("model.num_kv_heads", 3, "model.num_kv_heads: expected a divisor"),
+        ("model.window", 0, "model.window: expected a number > 0"),
+        ("prior.strength", 0.0, "strength: expected a finite number > 0"),
+        ("prior.costs", "1,2", "prior.costs: expected 3 positive numbers"),
+        ("prior.costs", "cheap", "prior.costs: expected one of"),
+        ("model.mechanisms", ("full", "lokal"), "did you mean 'local'"),
+        ("data.corpus", "sotuu", "did you mean 'sotu'"),
+        ("data.corpus", "path:/no/such/file", "no/such/file"),
+        ("data.batch_size", 0, "data.batch_size: expected a number > 0"),
+        ("parallel.devices", 1000, "parallel.devices: expected at most"),
+        ("parallel.mode", "tpu", "parallel.mode: expected one of"),
+        ("optimizer.accumulate", 3, "data.batch_size: expected a multiple"),
+        ("gate.end", 0.1, "end"),
+        ("controller.name", "bayes", "controller.name: expected one of"),
+        ("data.sequence_length", 5, "sequence_length: expected more than"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_any_work(tmp_path, field, value, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        prepare(config(**{field: value}), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("a short text\nof three lines\nand no more\n" * 2)
+    values = config(**{"data.corpus": f"path:{tmp_path}/short.txt", "data.sequence_length": 4096})
+    with pytest.raises(ValueError, match="sequence_length: expected at most"):
+        prepare(values, tmp_path / "run")
+
+
+def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
+    root = pathlib.Path(__file__).parent.parent
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+           "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(root / "tests" / "parallel_check.py")],
+        env=env, capture_output=True, text=True, timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    for mode in ("jit8", "pmap8", "jit1_accumulated"):
+        assert result[mode]["gradient"] <= 1e-5, result
+        assert result[mode]["sgd"] <= 1e-5, result
+    assert result["wrong_scale"] > 1e-2, "the comparison must see a gradient of the wrong scale"
+    assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
