@@ -17,7 +17,11 @@ def get_config():
     config.model.num_heads = 4
     config.model.num_kv_heads = 4
     config.model.window = 8
+    config.prior.preference = 1.0
     config.objective.beta = 0.003
+    config.optimizer.learning_rate = 6e-3
+    config.gate.start = 0.6
+    config.gate.end = 0.9
     config.train.steps = 1000
     config.train.eval_every = 250
     config.train.checkpoint_every = 500

@@ -6,4 +6,9 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.name = "tiny_lm"
+    config.data.batch_size = 8
+    config.train.steps = 300
+    config.train.eval_every = 100
+    config.train.eval_batches = 8
+    config.train.checkpoint_every = 300
     return config

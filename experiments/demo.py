@@ -38,7 +38,7 @@ ARMS = {
     "prior-free": {"controller.name": "softmax"},
     "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
 }
-TEST_BATCHES = 64
+TEST_BATCHES = 32
 SHOWN_TOKENS = 1024
 
 
