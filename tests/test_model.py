@@ -52,13 +52,13 @@ def tokens(seed=0, shape=(BATCH, TIME)):
 @functools.lru_cache(maxsize=None)
 def runner(controller, mode, sampled):
     """(tokens, segment_ids, positions or None) -> Output."""
-    model = make(controller, mode)
+    model, params = make(controller, mode), parameters(controller)
 
     @jax.jit
     def run(tokens, segment_ids):
         keys = jax.vmap(jax.random.key)(jnp.arange(tokens.shape[0])) if sampled else None
         return model.apply(
-            {"params": parameters(controller)}, tokens, segment_ids=segment_ids,
+            {"params": params}, tokens, segment_ids=segment_ids,
             hypers=hypers(), keys=keys,
         )
 
@@ -173,13 +173,15 @@ def test_gate_limits_are_soft_and_hard():
 
 @pytest.mark.parametrize("controller", ["bayesian", "softmax"])
 def test_remat_changes_no_gradient(controller):
+    params = parameters(controller)
+
     def gradient(model):
         def loss(params):
             keys = jax.random.split(jax.random.key(4), BATCH)
             out = model.apply({"params": params}, tokens(), hypers=hypers(), keys=keys)
             return jnp.sum(jnp.square(out.logits))
 
-        return jax.jit(jax.grad(loss))(parameters(controller))
+        return jax.jit(jax.grad(loss))(params)
 
     plain, remat = gradient(make(controller)), gradient(make(controller, remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_sentence_before_any_work(tmp_path, field, value, sente
 
 
 def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
-    (tmp_path / "short.txt").write_text("a short text\nof three lines\nand no more\n" * 2)
+    (tmp_path / "short.txt").write_text("one short line\n" * 60)
     values = config(**{"data.corpus": f"path:{tmp_path}/short.txt", "data.sequence_length": 4096})
     with pytest.raises(ValueError, match="sequence_length: expected at most"):
         prepare(values, tmp_path / "run")
