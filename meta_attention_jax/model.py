@@ -21,8 +21,6 @@ from meta_attention_jax.types import (
     positions_in_segment,
 )
 
-EMBEDDING_STD = 0.02
-
 
 @flax.struct.dataclass
 class Output:
@@ -123,7 +121,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embed(
             self.vocab_size,
             self.model_dim,
-            embedding_init=nn.initializers.normal(EMBEDDING_STD),
+            embedding_init=nn.initializers.normal(self.model_dim**-0.5),
             param_dtype=self.param_dtype,
             dtype=self.dtype,
         )
@@ -182,9 +180,9 @@ class LanguageModel(nn.Module):
         return self.mlp_dim or -(-self.model_dim * 8 // 3 // 32) * 32
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
-        """Token embeddings, scaled to unit variance at initialisation (they are small for the head)."""
+        """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""
         x = self.embedding(tokens)
-        return x * jnp.asarray(1.0 / EMBEDDING_STD, x.dtype)
+        return x * jnp.asarray(self.model_dim**0.5, x.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"], **kwargs: Any) -> Output:
         """Logits and routing of `tokens`; keyword arguments are those of `from_embeddings`."""
