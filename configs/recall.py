@@ -22,8 +22,8 @@ def get_config():
     config.optimizer.learning_rate = 6e-3
     config.gate.start = 0.6
     config.gate.end = 0.9
-    config.train.steps = 1000
-    config.train.eval_every = 250
-    config.train.checkpoint_every = 500
+    config.train.steps = 600
+    config.train.eval_every = 150
+    config.train.checkpoint_every = 300
     config.train.eval_batches = 8
     return config

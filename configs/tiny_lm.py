@@ -7,8 +7,9 @@ def get_config():
     config = base.get_config()
     config.name = "tiny_lm"
     config.data.batch_size = 8
-    config.train.steps = 300
+    config.objective.beta = 0.001
+    config.train.steps = 400
     config.train.eval_every = 100
     config.train.eval_batches = 8
-    config.train.checkpoint_every = 300
+    config.train.checkpoint_every = 200
     return config
