@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,6 +13,8 @@ from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
 CHUNK = 64
+BATCHED = 16
+"""Sequences x heads x chunks that one step of the loop multiplies together (measured on CPU)."""
 
 
 def feature_map(x: Array) -> Array:
@@ -47,73 +51,205 @@ def attend(
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     segments = blocks.default_segments(q, segment_ids)
-    numerator, denominator = _sums(q, k, v, segments, inclusive=True)
+    numerator, denominator = _sums(q, k, v, segments, True)
     if not causal:
         # The future of a token is the strict past of the reversed sequence.
         flipped = (jnp.flip(x, 1) for x in (q, k, v, segments))
-        future = (jnp.flip(x, 1) for x in _sums(*flipped, inclusive=False))
+        future = (jnp.flip(x, 1) for x in _sums(*flipped, False))
         numerator, denominator = (x + y for x, y in zip((numerator, denominator), future))
     out = numerator / (denominator + EPSILON)[..., None]
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
 
 
+Numerator = Float[Array, "batch time heads dim"]
+Denominator = Float[Array, "batch time heads"]
+State = tuple[Float[Array, "batch kv_heads dim value"], Float[Array, "batch kv_heads dim"]]
+"""(S, z), float32."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(
-    q: Queries, k: Keys, v: Values, segments: SegmentIds, *, inclusive: bool
-) -> tuple[Float[Array, "batch time heads dim"], Float[Array, "batch time heads"]]:
+    q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool
+) -> tuple[Numerator, Denominator]:
     """phi(q_t)^T S_t and phi(q_t)^T z_t over s <= t (inclusive) or s < t of the same segment."""
-    batch, time, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    chunk = min(CHUNK, time)
-    count = -(-time // chunk)
-    tail = count * chunk - time
+    return _forward(q, k, v, segments, inclusive, save=False)[0]
 
-    def chunks(x):
-        x = blocks.pad_time(x, 1, after=tail)
-        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
 
-    queries = chunks(q).reshape(count, batch, chunk, kv_heads, heads // kv_heads, dim)
-    queries = queries.transpose(0, 1, 3, 4, 2, 5)
-    keys, values = (chunks(x).transpose(0, 1, 3, 2, 4) for x in (k, v))
-    ids = chunks(segments)
-    # The state belongs to the segment of the last token seen; segments are contiguous, so no other
-    # can go on in the next chunk.
-    last = ids[:, :, -1:]
-    owner = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-    index = jnp.arange(chunk)
-    order = masks.band(index, index, causal=True)
-    if not inclusive:
-        order &= index[:, None] != index[None, :]
+def _sums_forward(q, k, v, segments, inclusive):
+    sums, states = _forward(q, k, v, segments, inclusive, save=True)
+    return sums, (q, k, v, segments, states)
 
-    @jax.checkpoint
-    def step(state, inputs):
-        s, z = state
-        query, key, value, ids, owner, last = inputs
-        query, key, value = feature_map(query), feature_map(key), value.astype(jnp.float32)
-        allowed = masks.same_segment(ids, ids) & order[None]
-        scores = jnp.einsum("bgrqd,bgkd->bgrqk", query, key)
-        scores = jnp.where(allowed[:, None, None], scores, 0.0)
-        reads = query * (ids == owner).astype(jnp.float32)[:, None, None, :, None]
-        numerator = jnp.einsum("bgrqk,bgkd->bgrqd", scores, value)
-        numerator += jnp.einsum("bgrqd,bgde->bgrqe", reads, s)
-        denominator = scores.sum(-1) + jnp.einsum("bgrqd,bgd->bgrq", reads, z)
-        writes = key * (ids == last).astype(jnp.float32)[:, None, :, None]
-        keep = (owner == last).astype(jnp.float32)[:, :, None]
-        s = s * keep[..., None] + jnp.einsum("bgkd,bgke->bgde", writes, value)
-        z = z * keep + writes.sum(-2)
-        return (s, z), (numerator, denominator)
 
-    z = jnp.zeros_like(keys[0, :, :, 0], jnp.float32)
-    s = jnp.zeros_like(keys[0, :, :, 0, :, None] * values[0, :, :, 0, None, :], jnp.float32)
-    _, (numerator, denominator) = jax.lax.scan(
-        step, (s, z), (queries, keys, values, ids, owner, last)
+def _forward(
+    q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool, *, save: bool
+) -> tuple[tuple[Numerator, Denominator], State | None]:
+    """The sums, and (S, z) before every chunk if they are to be saved.
+
+    A step of the loop takes m chunks: their products are batched, and only the states, which are
+    small, follow each other.
+    """
+    time = q.shape[1]
+    steps, m, chunk = _steps(q)
+    q, k, v, segments = (_padded(x, steps * m * chunk) for x in (q, k, v, segments))
+
+    def step(carry, i):
+        state, numerator, denominator = carry
+        query, key, value = _slices(q, k, v, i, m, chunk)
+        allowed, reads, writes, keep = _masks(segments, i, m, chunk, inclusive)
+        scores = jnp.where(allowed, jnp.einsum("bmgrqd,bmgkd->bmgrqk", query, key), 0.0)
+        reading, writing = query * reads, key * writes
+        added = jnp.einsum("bmgkd,bmgke->bmgde", writing, value), writing.sum(-2)
+        (s, z), state = _advance(state, keep, added)
+        top = jnp.einsum("bmgrqk,bmgke->bmgrqe", scores, value)
+        top += jnp.einsum("bmgrqd,bmgde->bmgrqe", reading, s)
+        bottom = scores.sum(-1) + jnp.einsum("bmgrqd,bmgd->bmgrq", reading, z)
+        numerator = _put(numerator, _ungroup(top), i)
+        denominator = _put(denominator, _ungroup(bottom), i)
+        return (state, numerator, denominator), (s, z) if save else None
+
+    start = (
+        _zero_state(k, v),
+        jnp.zeros_like(q, jnp.float32),
+        jnp.zeros_like(q[..., 0], jnp.float32),
+    )
+    (_, numerator, denominator), states = jax.lax.scan(step, start, jnp.arange(steps))
+    return (numerator[:, :time], denominator[:, :time]), states
+
+
+def _sums_backward(inclusive, saved, cotangents):
+    """Chunks in reverse, with the gradients (dS, dz) in the place of (S, z).
+
+    With scores A = phi(q) phi(k)^T and dA = dN V^T + dD, N and D the numerator and denominator:
+    dphi(q) = dA phi(k) + dN S^T + dD z^T, dphi(k) = dA^T phi(q) + V dS^T + dz,
+    dV = A^T dN + phi(k) dS, and a chunk adds phi(q)^T dN to dS, phi(q)^T dD to dz.
+    """
+    q, k, v, segments, states = saved
+    time, kv_heads = q.shape[1], k.shape[2]
+    steps, m, chunk = _steps(q)
+    q, k, v, segments, *cotangents = (
+        _padded(x, steps * m * chunk) for x in (q, k, v, segments, *cotangents)
     )
 
-    def joined(x):
-        """`[count, B, G, r, chunk, ...]` to `[B, T, H, ...]`."""
-        x = jnp.moveaxis(x, (0, 4), (1, 2))
-        return x.reshape(batch, count * chunk, heads, *x.shape[5:])[:, :time]
+    def step(carry, inputs):
+        state, dq, dk, dv = carry
+        i, (s, z) = inputs
+        query, key, value = _slices(q, k, v, i, m, chunk)
+        allowed, reads, writes, keep = _masks(segments, i, m, chunk, inclusive)
+        top, bottom = (_group(x, i, m, chunk, kv_heads) for x in cotangents)
+        bottom = bottom[..., None]
+        reading, writing = query * reads, key * writes
+        added = (
+            jnp.einsum("bmgrqd,bmgrqe->bmgde", reading, top),
+            (reading * bottom).sum((3, 4)),
+        )
+        (ds, dz), state = _advance(state, keep, added, reverse=True)
+        scores = jnp.where(allowed, jnp.einsum("bmgrqd,bmgkd->bmgrqk", query, key), 0.0)
+        d_scores = jnp.einsum("bmgrqe,bmgke->bmgrqk", top, value) + bottom
+        d_scores = jnp.where(allowed, d_scores, 0.0)
+        d_query = jnp.einsum("bmgrqe,bmgde->bmgrqd", top, s) + bottom * z[:, :, :, None, None]
+        d_query = d_query * reads + jnp.einsum("bmgrqk,bmgkd->bmgrqd", d_scores, key)
+        d_key = jnp.einsum("bmgke,bmgde->bmgkd", value, ds) + dz[..., None, :]
+        d_key = d_key * writes + jnp.einsum("bmgrqk,bmgrqd->bmgkd", d_scores, query)
+        d_value = jnp.einsum("bmgrqk,bmgrqe->bmgke", scores, top)
+        d_value += jnp.einsum("bmgkd,bmgde->bmgke", writing, ds)
+        # phi' = exp(x) = phi where x <= 0, else 1: the smaller of phi and 1.
+        dq = _put(dq, _ungroup(d_query * jnp.minimum(query, 1.0)), i)
+        dk = _put(dk, _ungroup((d_key * jnp.minimum(key, 1.0))[:, :, :, None]), i)
+        dv = _put(dv, _ungroup(d_value[:, :, :, None]), i)
+        return (state, dq, dk, dv), None
 
-    return joined(numerator), joined(denominator)
+    start = (_zero_state(k, v), *(jnp.zeros_like(x) for x in (q, k, v)))
+    inputs = (jnp.arange(steps), states)
+    (_, *gradients), _ = jax.lax.scan(step, start, inputs, reverse=True)
+    return (*(x[:, :time] for x in gradients), None)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _steps(q: Queries) -> tuple[int, int, int]:
+    """Steps of the loop, chunks in a step, tokens in a chunk."""
+    batch, time, heads, _ = q.shape
+    chunk = min(CHUNK, time)
+    chunks = -(-time // chunk)
+    m = max(1, min(chunks, BATCHED // (batch * heads)))
+    return -(-chunks // m), m, chunk
+
+
+def _padded(x: Array, time: int) -> Array:
+    return blocks.pad_time(x, 1, after=time - x.shape[1])
+
+
+def _advance(
+    state: State, keep: Float[Array, "batch m"], added: State, reverse: bool = False
+) -> tuple[State, State]:
+    """The state before each of m chunks (after, in reverse), stacked on axis 1; and the last one."""
+    m = keep.shape[1]
+    before = [None] * m
+    for j in reversed(range(m)) if reverse else range(m):
+        before[j] = state
+        stay = keep[:, j, None, None]
+        state = (
+            state[0] * stay[..., None] + added[0][:, j],
+            state[1] * stay + added[1][:, j],
+        )
+    return jax.tree.map(lambda *x: jnp.stack(x, 1), *before), state
+
+
+def _group(x: Array, i: Array, m: int, chunk: int, kv_heads: int) -> Array:
+    """Step i of `[B, T, H, ...]` as `[B, m, G, r, chunk, ...]`.
+
+    Slices are taken and turned inside the loop, where they stay in cache: turning whole arrays first
+    costs as much as the products.
+    """
+    x = jax.lax.dynamic_slice_in_dim(x, i * m * chunk, m * chunk, 1)
+    batch, _, heads, *rest = x.shape
+    x = x.reshape(batch, m, chunk, kv_heads, heads // kv_heads, *rest)
+    return jnp.moveaxis(x, 2, 4)
+
+
+def _ungroup(x: Array) -> Array:
+    """`[B, m, G, r, chunk, ...]` to `[B, m chunk, H, ...]`."""
+    x = jnp.moveaxis(x, 4, 2)
+    batch, m, chunk, kv_heads, group, *rest = x.shape
+    return x.reshape(batch, m * chunk, kv_heads * group, *rest)
+
+
+def _put(buffer: Array, x: Array, i: Array) -> Array:
+    """Writes step i, `[B, m chunk, ...]`."""
+    x = x.astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, x, i * x.shape[1], 1)
+
+
+def _slices(q: Queries, k: Keys, v: Values, i: Array, m: int, chunk: int):
+    """phi(q) `[B, m, G, r, chunk, d]`, phi(k) and v `[B, m, G, chunk, d]` of step i, float32."""
+    q, k, v = (_group(x, i, m, chunk, k.shape[2]) for x in (q, k, v))
+    return feature_map(q), feature_map(k[:, :, :, 0]), v[:, :, :, 0].astype(jnp.float32)
+
+
+def _masks(segments: SegmentIds, i: Array, m: int, chunk: int, inclusive: bool):
+    """Who attends to whom within a chunk, who reads the state, who writes it, and whether it stays.
+
+    The state belongs to the segment of the last token before the chunk; segments are contiguous, so
+    no other can go on in the chunk.
+    """
+    first = i * m * chunk
+    ids = jax.lax.dynamic_slice_in_dim(segments, first, m * chunk, 1).reshape(-1, m, chunk)
+    before = jax.lax.dynamic_slice_in_dim(segments, jnp.maximum(first - 1, 0), 1, 1)
+    last = ids[:, :, -1]
+    owner = jnp.concatenate([jnp.where(i == 0, 0, before), last[:, :-1]], axis=1)
+    index = jnp.arange(chunk)
+    order = index[:, None] >= index[None, :] if inclusive else index[:, None] > index[None, :]
+    allowed = (masks.same_segment(ids, ids) & order[None, None])[:, :, None, None]
+    reads = (ids == owner[..., None]).astype(jnp.float32)[:, :, None, None, :, None]
+    writes = (ids == last[..., None]).astype(jnp.float32)[:, :, None, :, None]
+    return allowed, reads, writes, (owner == last).astype(jnp.float32)
+
+
+def _zero_state(k: Keys, v: Values) -> State:
+    """(S, z) = 0; made from k and v, whose placement over devices it shares."""
+    z = jnp.zeros_like(k[:, 0], jnp.float32)
+    return jnp.zeros_like(z[..., :, None] * v[:, 0, :, None, :].astype(jnp.float32)), z
 
 
 def recurrent(
