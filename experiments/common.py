@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,9 +18,24 @@ warnings.filterwarnings("ignore", message="jax.core.pytype_aval_mappings")
 
 
 def fail(message: object) -> None:
-    """Ends the program with one sentence on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    """Ends the program with one sentence, on one line of stderr, and exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def sentence(error: Exception) -> str:
+    """What the libraries say of a mistake, without their wrapping."""
+    if isinstance(error, OSError):  # A missing config comes with every path that was tried.
+        return re.sub(r".*\[Errno \d+\] ", "", str(error), flags=re.DOTALL)
+    words: object = error
+    while isinstance(words, (AttributeError, KeyError)) and words.args:
+        words = words.args[0]
+    unknown = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words))
+    if not unknown:
+        return str(words)
+    field, near = unknown.groups()
+    hint = f"; did you mean {near!r}?" if near else "."
+    return f"config: expected a field of the config, got {field!r}{hint}"
 
 
 @contextlib.contextmanager
@@ -29,7 +45,7 @@ def user_mistakes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(sentence(error))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -39,7 +55,7 @@ def run(main: Callable[[], None]) -> None:
         flags.FLAGS.validate_all_flags()
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
             SyntaxError) as error:
-        fail(" ".join(str(error).strip("'\"").split()))
+        fail(sentence(error))
     if rest:
         fail(f"arguments: expected flags only, got {rest[0]!r}.")
     main()

@@ -152,8 +152,12 @@ def shown_text(run: Run) -> dict[str, Any]:
     routing = jax.device_get(output.routing)
     take = lambda values: np.asarray(values)[:, :rows][:, keep]  # noqa: E731
     decode = run.dataset.tokenizer.decode
+    pieces = [decode([token]) for token in batch.tokens[:rows][keep]]
+    if run.dataset.num_kinds > 1:  # Generated sequences have nothing to do with each other.
+        for end in np.cumsum(keep.sum(axis=1)) - 1:
+            pieces[end] += "\n"
     return {
-        "pieces": [decode([token]) for token in batch.tokens[:rows][keep]],
+        "pieces": pieces,
         "route": take(routing.route),
         "uncertainty": take(routing.uncertainty),
         "mean": take(routing.mean),

@@ -72,7 +72,8 @@ def main() -> None:
             f"ELBO {sampled['elbo']:.4f} nats"
         )
     if JSON.value:
-        analysis.write_json(JSON.value, rows)
+        with common.user_mistakes():
+            analysis.write_json(JSON.value, rows)
 
 
 if __name__ == "__main__":

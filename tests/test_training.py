@@ -23,8 +23,8 @@ def config(**changes):
     values = smoke.get_config()
     values.parallel.devices = 1
     values.update_from_flattened_dict(
-        {"train.steps": 8, "train.eval_every": 8, "train.checkpoint_every": 4,
-         "train.log_every": 2, "train.eval_batches": 1}
+        {"train.steps": 30, "train.eval_every": 30, "train.checkpoint_every": 15,
+         "train.log_every": 5, "train.eval_batches": 1}
     )
     values.update_from_flattened_dict(changes)
     return values
@@ -48,17 +48,17 @@ def whole(tmp_path_factory):
 @pytest.mark.smoke
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
     half = tmp_path / "half"
-    train(prepare(config(), half), stop_after=4, progress=False)
+    train(prepare(config(), half), stop_after=15, progress=False)
     train(prepare(config(), half), progress=False)
     jax.tree.map(np.testing.assert_array_equal, final_params(whole), final_params(half))
     steps = [r["step"] for r in read_metrics(half) if r["event"] == "train"]
-    assert steps == [2, 4, 6, 8]
+    assert steps == [5, 10, 15, 20, 25, 30]
 
 
 def test_a_run_directory_opens_from_itself_alone(whole):
     before = sorted(p.name for p in whole.iterdir())
     run = open_run(whole)
-    assert run.step == 8
+    assert run.step == 30
     batch = run.dataset.train_batch(0)
     out = run.model.apply({"params": run.params}, batch.tokens, hypers=run.hypers.routing)
     assert out.logits.shape == (*batch.tokens.shape, run.dataset.vocab_size)

@@ -29,11 +29,13 @@ def check(config: ConfigDict) -> None:
       ValueError: one sentence with the field, what was expected, and what it got.
     """
     validate(config)
-    validate_prior(
-        strength=config.prior.strength,
-        preference=config.prior.preference,
-        costs=build_costs(config),
-    )
+    costs = build_costs(config)
+    try:
+        validate_prior(
+            strength=config.prior.strength, preference=config.prior.preference, costs=costs
+        )
+    except ValueError as error:
+        raise ValueError(f"prior.{error}") from None
     build_schedule(config)
     build_parallel(config)
 

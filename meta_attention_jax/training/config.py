@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -139,6 +141,21 @@ def config_to_dict(config: ConfigDict) -> dict[str, Any]:
         return list(value) if isinstance(value, (tuple, list)) else value
 
     return plain(config.to_dict())
+
+
+def read_stored(path: pathlib.Path) -> dict[str, Any]:
+    """The plain config in a run's `config.json`.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(f"workdir: expected a config in {str(path)!r}, got something else.")
+    return stored
 
 
 def dict_to_config(values: dict[str, Any]) -> ConfigDict:

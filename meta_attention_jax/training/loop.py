@@ -24,7 +24,7 @@ from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.objective import Sums, summarise
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.config import config_difference, config_to_dict
+from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.parallel import Parallel
@@ -72,7 +72,7 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     if path.exists() and not path.is_dir():
         raise ValueError(f"workdir: expected a directory, got the file {str(workdir)!r}.")
     if stored_at.exists():
-        stored = json.loads(stored_at.read_text(encoding="utf-8"))
+        stored = read_stored(stored_at)
         for field, old, new in config_difference(stored, given):
             if field not in FREE_TO_CHANGE:
                 raise ValueError(
@@ -97,6 +97,11 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
     config, dataset = job.config, job.dataset
     flops = build.build_flops(config, dataset.vocab_size)
     parameters, controller = count_parameters(params)
+    per_token = flops.dense
+    if config.controller.name == "fixed":  # Nothing but the fixed mechanism of a layer runs.
+        pattern, layers = config.controller.fixed, config.model.num_layers
+        ran = [pattern[i % len(pattern)] for i in range(layers)]
+        per_token = flops.routed({name: ran.count(name) / layers for name in set(ran)})
     return {
         "full_attention": resolve_implementation(
             config.model.implementation,
@@ -108,7 +113,7 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
         ),
         "parameters": parameters,
         "controller_parameter_share": controller / parameters,
-        "flops_per_token": flops.dense,
+        "flops_per_token": per_token,
         "controller_flop_share": flops.controller_share,
     }
 
@@ -196,11 +201,12 @@ def train(
 
 def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str:
     devices = f"{len(job.parallel.devices)} x {jax.default_backend()} by {job.parallel.mode}"
+    state = "finished" if start >= job.config.train.steps else "resumed"
     return (
         f"{label}: {about['parameters']:,} parameters "
         f"({about['controller_parameter_share']:.1%} controller), "
         f"full attention {about['full_attention']}, {devices}"
-        + (f", resumed at step {start}" if start else "")
+        + (f", {state} at step {start}" if start else "")
     )
 
 

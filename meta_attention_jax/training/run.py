@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Optional
 
@@ -13,7 +12,7 @@ from meta_attention_jax.data.pipeline import Dataset, write_manifest
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.config import dict_to_config
+from meta_attention_jax.training.config import dict_to_config, read_stored
 from meta_attention_jax.training.state import Hypers
 
 
@@ -64,10 +63,7 @@ def open_run(
         raise ValueError(
             f"workdir: expected a run directory with config.json, got {str(workdir)!r}."
         )
-    try:
-        config = dict_to_config(json.loads(stored.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"workdir: expected JSON in {str(stored)!r}, got something else.") from None
+    config = dict_to_config(read_stored(stored))
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"workdir: expected checkpoints in {str(workdir)!r}, got none.")
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)

@@ -99,10 +99,9 @@ def make_optimizer(
 def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> TrainState:
     """Fresh parameters from `key`; `batch` gives shapes only."""
     init_key, run_key = jax.random.split(key)
-    variables = spec.model.init(
-        init_key, jnp.asarray(batch.tokens[:1]), hypers=hypers.routing
-    )
-    params = variables["params"]
+    # Compiled as one program: op by op, initialisation takes longer than many a short run.
+    initialise = jax.jit(lambda key, tokens: spec.model.init(key, tokens, hypers=hypers.routing))
+    params = initialise(init_key, jnp.asarray(batch.tokens[:1]))["params"]
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -1,0 +1,223 @@
+"""The commands as a user calls them: a run's life, and mistakes, each of them one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.eval_every=4",
+         "--config.train.checkpoint_every=4", "--config.train.eval_batches=1",
+         "--config.model.num_layers=1", "--config.parallel.devices=1")
+
+
+def environment(cache=None):
+    """One CPU; code is compiled quickly rather than well, and once for all commands."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+           "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                        "--xla_llvm_disable_expensive_passes=true"}
+    if cache:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return env
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """command("train", *flags) -> Result."""
+    folder = tmp_path_factory.mktemp("commands")
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "command_server.py")], cwd=ROOT, text=True,
+        env=environment(folder / "cache"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )
+
+    def call(name, *flags):
+        paths = {stream: folder / stream for stream in ("stdout", "stderr")}
+        request = {"argv": [f"experiments.{name}", *map(str, flags)]}
+        request |= {stream: str(path) for stream, path in paths.items()}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return Result(code, paths["stdout"].read_text(), paths["stderr"].read_text())
+
+    yield call
+    server.stdin.close()
+    assert server.wait(timeout=30) == 0
+    server.stdout.close()
+
+
+def check_success(result):
+    assert result.code == 0, result.err
+    assert "Traceback" not in result.err and "error: " not in result.err
+    return result.out
+
+
+def check_mistake(result, sentence):
+    """Exit code 2 and one line that says `sentence`, before anything else is said."""
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.startswith("error: ") and result.err.endswith("\n")
+    assert result.err.count("\n") == 1, result.err
+    assert sentence in result.err, result.err
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    if isinstance(value, list):
+        return all(map(finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_rows(path, modes, tokens):
+    rows = json.loads(path.read_text())
+    assert [row["mode"] for row in rows] == modes
+    for row in rows:
+        assert row["step"] == 4 and row["split"] == "validation" and row["tokens"] == tokens
+        assert finite(row) and 0 < row["nll"] < 10
+        assert row["elbo"] == pytest.approx(row["nll"] + row["kl"])
+        fractions = [row[f"fraction/{name}"] for name in ("full", "linear", "local")]
+        assert sum(fractions) == pytest.approx(1)
+        assert row["cost"] == pytest.approx(
+            sum(f * c for f, c in zip(fractions, (1, 0.15, 0.3))), rel=1e-5
+        )
+    return {row["mode"]: row for row in rows}
+
+
+def test_a_run_from_training_to_evaluation(command, tmp_path):
+    run, table = tmp_path / "run", tmp_path / "rows.json"
+
+    first = check_success(command("train", f"--workdir={run}", *SMOKE))
+    assert "validation, soft: " in first and "validation, hard: " in first
+    assert "finished" not in first and "resumed" not in first
+    records = (run / "metrics.jsonl").read_text()
+
+    again = check_success(command("train", f"--workdir={run}", *SMOKE))
+    assert "finished at step 4" in again
+    assert again.splitlines()[1:] == first.splitlines()[-2:], "the same evaluation"
+    assert (run / "metrics.jsonl").read_text().startswith(records), "nothing is rewritten"
+
+    stored = (run / "config.json").read_text()
+    other = command("train", f"--workdir={run}", *SMOKE, "--config.prior.strength=3")
+    check_mistake(other, "prior.strength: expected 2.0, as in ")
+    assert (run / "config.json").read_text() == stored
+
+    where = (f"--workdir={run}", f"--json={table}")
+    shown = check_success(command("evaluate", *where, "--modes=soft,hard", "--max_batches=1"))
+    assert "run at step 4, validation split" in shown
+    rows = check_rows(table, ["soft", "hard"], tokens=8 * 32)
+    for mode, row in rows.items():
+        assert f"validation, {mode}: {row['nll']:.4f} nats" in first, "training's own evaluation"
+        assert f"{row['nll']:.4f}" in shown
+    assert rows["soft"]["hard_fraction"] == 0 and rows["hard"]["hard_fraction"] == 1
+    assert rows["soft"]["nll"] != rows["hard"]["nll"]
+    assert rows["soft"]["cost"] == rows["hard"]["cost"], "the first layer's routes are the same"
+
+    theta = rows["soft"]["uncertainty"]  # some tokens are below their mean, some above
+    shown = check_success(command("evaluate", *where, "--modes=gated", f"--threshold={theta}",
+                                  "--max_batches=1", "--samples=2"))
+    gated, sampled = json.loads(table.read_text())
+    assert 0 < gated["hard_fraction"] < 1
+    assert sampled["predictive"] < sampled["elbo"] and f"ELBO {sampled['elbo']:.4f}" in shown
+
+    check_success(command("evaluate", *where, "--modes=soft", "--max_batches=1", "--length=16",
+                          "--step=best"))
+    check_rows(table, ["soft"], tokens=8 * 16)
+
+    for flags, sentence in (
+        (["--step=3"], "step: expected 'latest', 'best' or one of [4], got '3'."),
+        (["--length=6"], "sequence_length: expected more than"),
+    ):
+        check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
+
+    unwritable = command("evaluate", f"--workdir={run}", "--modes=soft", "--max_batches=1",
+                         f"--json={run}/config.json/rows.json")
+    assert "validation split" in unwritable.out, "the table is not lost"
+    check_mistake(dataclasses.replace(unwritable, out=""), "config.json")
+
+
+TRAINING_MISTAKES = [
+    (["--config.prior.strenght=2"], "got 'strenght'; did you mean 'strength'?"),
+    (["--config.priro.strength=2"], "got 'priro'; did you mean 'prior'?"),
+    (["--config.zzz=2"], "config: expected a field of the config, got 'zzz'."),
+    (["--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
+    (["--config.train.steps=0"], "train.steps: expected a number > 0, got 0."),
+    (["--config.prior.strength=-1"], "prior.strength: expected a finite number > 0, got -1.0."),
+    (["--config.prior.costs=1,2"], "prior.costs: expected 3 positive numbers"),
+    (["--config.data.corpus=sotuu"], "did you mean 'sotu'?"),
+    (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+    (["again"], "arguments: expected flags only, got 'again'."),
+]
+
+
+def test_a_mistake_in_training_is_one_line_and_makes_no_directory(command, tmp_path):
+    run = tmp_path / "run"
+    for flags, sentence in TRAINING_MISTAKES:
+        check_mistake(command("train", f"--workdir={run}", *SMOKE, *flags), sentence)
+        assert not run.exists()
+
+
+def test_a_config_that_is_not_there_or_no_config_is_one_line(command, tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    run = tmp_path / "run"
+    for flags, sentence in (
+        (["--config=configs/smok.py"], "No such file or directory: 'configs/smok.py'"),
+        (["--config=configs/smok.py", "--config.seed=1"], "No such file or directory"),
+        (["--config=configs"], "Is a directory: 'configs'"),
+        ([f"--config={tmp_path}/empty.py"], "has no attribute 'get_config'"),
+        ([f"--config={tmp_path}/broken.py"], "invalid syntax (broken.py, line 1)"),
+        ([], "--config must have a value"),
+    ):
+        check_mistake(command("train", f"--workdir={run}", *flags), sentence)
+    check_mistake(command("train", *SMOKE), "--workdir must have a value")
+    assert not run.exists()
+
+
+def test_a_mistake_in_evaluation_is_one_line_and_writes_nothing(command, tmp_path):
+    for flags, sentence in (
+        ([], "workdir: expected a run directory with config.json, got "),
+        (["--modes=soft,firm"], "modes: expected some of ('soft', 'hard', 'gated'), got 'firm'."),
+        (["--split=tset"], "--split=tset: value should be one of"),
+        (["--length=0"], "--length=0"),
+        (["--threshold=1.5"], "--threshold=1.5"),
+        (["--samples=few"], "--samples=few"),
+    ):
+        check_mistake(command("evaluate", f"--workdir={tmp_path}", *flags), sentence)
+    check_mistake(command("evaluate", f"--workdir={tmp_path}/nowhere"), "workdir: expected a run")
+    check_mistake(command("evaluate"), "--workdir must have a value")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_run_directory_is_refused(command, tmp_path):
+    (tmp_path / "config.json").write_text("not json")
+    workdir = f"--workdir={tmp_path}"
+    check_mistake(command("evaluate", workdir), "workdir: expected a config in ")
+    check_mistake(command("train", workdir, *SMOKE), "workdir: expected a config in ")
+    (tmp_path / "config.json").write_text('{"name": "smoke"}')
+    check_mistake(command("evaluate", workdir), "workdir: expected checkpoints in ")
+
+
+@pytest.mark.smoke
+def test_a_mistake_is_one_line_of_the_real_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path}/run", *SMOKE,
+         "--config.prior.strenght=2"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )
+    check_mistake(Result(done.returncode, done.stdout, done.stderr), "did you mean 'strength'?")
+    assert not (tmp_path / "run").exists()
