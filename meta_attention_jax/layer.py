@@ -22,6 +22,7 @@ from meta_attention_jax.mechanisms.modules import Projections
 from meta_attention_jax.mechanisms.registry import attend_with, get_mechanism
 from meta_attention_jax.mechanisms.rotary import rotate
 from meta_attention_jax.routing import mixture
+from meta_attention_jax.routing.dispatch import hard_attention, resolve_dispatch
 from meta_attention_jax.types import (
     MECHANISMS,
     Positions,
@@ -55,6 +56,9 @@ class MetaAttention(nn.Module):
       implementation: of full attention: "auto", "xla", "blockwise" or "cudnn".
       mode: "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the
         uncertainty is at most the threshold and soft elsewhere.
+      dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed"
+        does only the work that the routes ask for, "dense" computes all mechanisms and selects,
+        "auto" is packed for long sequences. The output is the same.
       controller: "bayesian", "softmax" (prior-free) or "fixed".
       controller_hidden: width of the controller's hidden layer.
       prior: "cost_aware" or "uniform".
@@ -79,6 +83,7 @@ class MetaAttention(nn.Module):
     rotary: bool = False
     implementation: str = "auto"
     mode: str = "soft"
+    dispatch: str = "auto"
     controller: str = "bayesian"
     controller_hidden: int = 64
     prior: str = "cost_aware"
@@ -228,6 +233,21 @@ class MetaAttention(nn.Module):
         if self.controller == "fixed" and route is None:
             # One mechanism for all: the baselines pay for what they use, and for nothing else.
             mixed = attend(self.fixed)
+        elif (route is not None or (self.mode == "hard" and keys is None)) and (
+            resolve_dispatch(self.dispatch, time=time) == "packed"
+        ):
+            mixed = hard_attention(
+                q,
+                k,
+                v,
+                route_used,
+                mechanisms=self.mechanisms,
+                rotated=rotated,
+                segment_ids=segment_ids,
+                causal=self.causal,
+                window=self.window,
+                implementation=self.implementation,
+            )
         else:
             mixed = mixture.soft([attend(name) for name in self.mechanisms], weights)
         routing = routing.replace(route=route_used, hard=hard)
@@ -262,6 +282,7 @@ class MetaAttention(nn.Module):
             )
         if self.window <= 0:
             raise ValueError(f"window: expected a positive number of tokens, got {self.window}.")
+        resolve_dispatch(self.dispatch, time=x.shape[1])
         if self.mode not in mixture.MODES:
             raise ValueError(f"mode: expected one of {mixture.MODES}, got {self.mode!r}.")
         for name in self.mechanisms:

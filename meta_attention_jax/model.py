@@ -98,6 +98,7 @@ class LanguageModel(nn.Module):
     window: int = 128
     implementation: str = "auto"
     mode: str = "soft"
+    dispatch: str = "auto"
     controller: str = "bayesian"
     controller_hidden: int = 64
     prior: str = "cost_aware"
@@ -153,6 +154,7 @@ class LanguageModel(nn.Module):
             rotary=True,
             implementation=self.implementation,
             mode=self.mode,
+            dispatch=self.dispatch,
             controller=self.controller,
             controller_hidden=self.controller_hidden,
             prior=self.prior,

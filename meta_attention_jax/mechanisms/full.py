@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from meta_attention_jax.mechanisms import blocks, blockwise, masks
+from meta_attention_jax.mechanisms import blocks, blockwise, masks, packed
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
@@ -64,6 +65,27 @@ def attend(
     block = 128 if rows >= 16 else 256
     return blockwise.attend(
         q, k, v, segment_ids=segment_ids, causal=causal, window=None, block=block
+    )
+
+
+def attend_packed(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    chosen: Bool[Array, "batch time"],
+    base: Queries,
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    implementation: str = "auto",
+) -> Queries:
+    """`attend` at the chosen rows, `base` at the others, in work proportional to the choice.
+
+    See `packed.attend`; `implementation` is of no consequence here.
+    """
+    del implementation
+    return packed.attend(
+        q, k, v, chosen, base, segment_ids=segment_ids, causal=causal, block=64, tile=128
     )
 
 

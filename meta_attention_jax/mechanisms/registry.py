@@ -25,8 +25,9 @@ class Mechanism:
       options: the static options that `attend` takes, among `window` and `implementation`.
       init_cache, prefill, decode: the stepwise form, `(cache, token) -> (cache, output)`; None when
         the mechanism cannot decode.
-      attend_packed: attention of the packed queries alone; None makes hard dispatch attend
-        everywhere and select.
+      attend_packed: `attend_packed(q, k, v, chosen, base, *, segment_ids, causal, **options)`:
+        `attend` at the chosen tokens, `base` elsewhere, in work proportional to the choice; None
+        makes hard dispatch attend everywhere and select.
     """
 
     attend: Callable[..., Queries]
@@ -95,11 +96,22 @@ def attend_with(
     """
     if not isinstance(mechanism, Mechanism):
         mechanism = get_mechanism(mechanism)
+    options = select_options(mechanism, window=window, implementation=implementation)
+    return mechanism.attend(q, k, v, segment_ids=segment_ids, causal=causal, **options)
+
+
+def select_options(
+    mechanism: Mechanism, *, window: int | None, implementation: str
+) -> dict[str, object]:
+    """The options that the mechanism declares.
+
+    Raises:
+      ValueError: a mechanism with a window and `window` None.
+    """
     if "window" in mechanism.options and window is None:
         raise ValueError("window: expected a positive integer for this mechanism, got None.")
     given = {"window": window, "implementation": implementation}
-    options = {name: given[name] for name in mechanism.options}
-    return mechanism.attend(q, k, v, segment_ids=segment_ids, causal=causal, **options)
+    return {name: given[name] for name in mechanism.options}
 
 
 def full_flops(time: int, dim: int, *, causal: bool = True, window: int | None = None) -> float:
@@ -127,8 +139,23 @@ def linear_flops(time: int, dim: int, *, causal: bool = True, window: int | None
 
 register_mechanism(
     "full",
-    Mechanism(full.attend, full_flops, rotary=True, options=("implementation",)),
+    Mechanism(
+        full.attend,
+        full_flops,
+        rotary=True,
+        options=("implementation",),
+        attend_packed=full.attend_packed,
+    ),
 )
 # Rotation would break the positivity of the linear kernel.
 register_mechanism("linear", Mechanism(linear.attend, linear_flops))
-register_mechanism("local", Mechanism(local.attend, local_flops, rotary=True, options=("window",)))
+register_mechanism(
+    "local",
+    Mechanism(
+        local.attend,
+        local_flops,
+        rotary=True,
+        options=("window",),
+        attend_packed=local.attend_packed,
+    ),
+)

@@ -1,0 +1,298 @@
+"""Packed hard dispatch: equal to computing all and selecting, whatever the routes; as sparse as they are."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_attention_jax.layer import MetaAttention
+from meta_attention_jax.mechanisms import packed
+from meta_attention_jax.mechanisms.registry import Mechanism, attend_with, register_mechanism
+from meta_attention_jax.routing import dispatch
+from meta_attention_jax.types import MECHANISMS
+from tests import oracles
+
+TOLERANCE = 2e-5
+FULL, LINEAR, LOCAL = range(3)
+DIM = 8
+
+# batch, time, heads, kv_heads, window, causal: T below, at and off the multiples of every block.
+SHAPES = {
+    "grouped heads": (3, 200, 4, 2, 24, True),
+    "one key head": (2, 131, 3, 1, 70, True),
+    "short": (4, 37, 2, 2, 5, True),
+    "both directions": (2, 150, 4, 2, 33, False),
+}
+SEEDS = range(52)  # of each shape: 208 cases
+
+
+@pytest.fixture(autouse=True)
+def strict_dtypes():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def select(q, k, v, route, *, ids, causal, window):
+    """The definition: all mechanisms on all tokens, then the chosen one."""
+    outs = [
+        attend_with(name, q, k, v, segment_ids=ids, causal=causal, window=window,
+                    implementation="xla")
+        for name in MECHANISMS
+    ]
+    chosen = jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)
+    return chosen[0]
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(shape, which):
+    """(q, k, v, cotangent, route, segment_ids) -> (out, dq, dk, dv)."""
+    *_, window, causal = SHAPES[shape]
+
+    @jax.jit
+    def run(q, k, v, cotangent, route, ids):
+        def function(q, k, v):
+            if which == "select":
+                return select(q, k, v, route, ids=ids, causal=causal, window=window)
+            return dispatch.hard_attention(
+                q, k, v, route, segment_ids=ids, causal=causal, window=window
+            )
+
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(cotangent)
+
+    return run
+
+
+def random_case(shape, seed):
+    """q, k, v, cotangent, route, segment ids; every sequence with fractions and segments of its own."""
+    batch, time, heads, kv_heads, *_ = SHAPES[shape]
+    rng = np.random.default_rng([seed, time])
+    q, cotangent = rng.normal(size=(2, batch, time, heads, DIM)) * 1.5
+    k, v = rng.normal(size=(2, batch, time, kv_heads, DIM))
+    route = np.zeros((batch, time), np.int32)
+    ids = np.zeros((batch, time), np.int32)
+    for row in range(batch):
+        weights = rng.dirichlet(np.full(3, 0.5))
+        corner = rng.integers(6)
+        if corner < 3:  # One mechanism for the whole sequence, or none of one.
+            weights = np.eye(3)[corner]
+        elif corner == 3:
+            weights[rng.integers(3)] = 0.0
+            weights /= weights.sum()
+        route[row] = rng.choice(3, size=time, p=weights)
+        cuts = np.sort(rng.integers(0, time + 1, size=rng.integers(0, 4)))
+        ids[row] = 1 + np.searchsorted(cuts, np.arange(time), side="right")
+        left, right = rng.integers(0, time // 3, size=2) * rng.integers(0, 2, size=2)
+        ids[row, :left] = 0
+        ids[row, time - right :] = 0
+    floats = [jnp.asarray(x, jnp.float32) for x in (q, k, v, cotangent)]
+    return *floats, jnp.asarray(route), jnp.asarray(ids)
+
+
+def distance(x, reference):
+    x, reference = np.asarray(x, np.float64), np.asarray(reference, np.float64)
+    return np.linalg.norm(x - reference) / max(np.linalg.norm(reference), 1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_compute_all_and_select(shape):
+    """Values and gradients of q, k, v."""
+    packed_form, dense_form = compiled(shape, "packed"), compiled(shape, "select")
+    for seed in SEEDS:
+        case = random_case(shape, seed)
+        got, expected = packed_form(*case), dense_form(*case)
+        for name, x, reference in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
+            assert distance(x, reference) <= TOLERANCE, (seed, name, distance(x, reference))
+
+
+@pytest.mark.parametrize("shape", ["grouped heads", "both directions"])
+def test_equals_the_oracle(shape):
+    """Float64, from the equations: the sum over mechanisms of their gradients at their own rows."""
+    *_, window, causal = SHAPES[shape]
+    for seed in range(4):
+        q, k, v, cotangent, route, ids = case = random_case(shape, seed)
+        route_, ids_ = np.asarray(route), np.asarray(ids)
+        expected = [0.0, 0.0, 0.0, 0.0]
+        for index in range(3):
+            mine = (route_ == index)[..., None, None]
+            arguments = q, k, v, np.asarray(cotangent) * mine, ids_
+            if index == LINEAR:
+                out, *gradients = oracles.linear_attention(*arguments, causal=causal)
+            else:
+                out, *gradients = oracles.softmax_attention(
+                    *arguments, causal=causal, window=window if index == LOCAL else None
+                )
+            parts = out * mine, *gradients
+            expected = [total + part for total, part in zip(expected, parts, strict=True)]
+        for x, reference in zip(compiled(shape, "packed")(*case), expected, strict=True):
+            assert distance(x, reference) <= TOLERANCE
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("index", range(3))
+def test_one_route_for_all_is_that_mechanism(index):
+    q, k, v, cotangent, route, ids = random_case("short", 0)
+    route = jnp.full_like(route, index)
+    got = compiled("short", "packed")(q, k, v, cotangent, route, ids)
+    window = SHAPES["short"][4]
+    expected, pull = jax.vjp(
+        lambda q, k, v: attend_with(MECHANISMS[index], q, k, v, segment_ids=ids, window=window),
+        q, k, v,
+    )
+    for x, reference in zip(got, (expected, *pull(cotangent)), strict=True):
+        assert distance(x, reference) <= TOLERANCE
+
+
+def test_nothing_flows_from_later_tokens():
+    """Gradients are exactly 0 and values unchanged, also where the routes of later tokens change."""
+    q, k, v, cotangent, route, _ = random_case("grouped heads", 3)
+    route = jnp.asarray(np.random.default_rng(0).integers(0, 3, size=route.shape), jnp.int32)
+    ids = jnp.ones_like(route)
+    t = 101
+    run = compiled("grouped heads", "packed")
+    early = cotangent.at[:, t:].set(0.0)
+    out, *gradients = run(q, k, v, early, route, ids)
+    for gradient in gradients:
+        assert float(jnp.abs(gradient[:, t:]).max()) == 0.0
+        assert float(jnp.abs(gradient[:, :t]).max()) > 0.0
+    changed = [x.at[:, t:].add(1.0) for x in (q, k, v)]
+    other, *_ = run(*changed, early, route.at[:, t:].set((route[:, t:] + 1) % 3), ids)
+    assert distance(other[:, :t], out[:, :t]) <= 1e-6
+
+
+def test_rotated_queries_and_keys_go_to_full_and_local_alone():
+    q, k, v, _, route, ids = random_case("short", 5)
+    turned = -q, k * 2.0
+    out = dispatch.hard_attention(q, k, v, route, rotated=turned, segment_ids=ids, window=5)
+    plain = select(q, k, v, route, ids=ids, causal=True, window=5)
+    rotated = select(*turned, v, route, ids=ids, causal=True, window=5)
+    expected = jnp.where((route == LINEAR)[..., None, None], plain, rotated)
+    assert distance(out, expected) <= TOLERANCE
+
+
+def test_a_custom_mechanism_without_a_packed_form_runs_dense_and_is_selected():
+    def attend(q, k, v, *, segment_ids, causal):
+        valid = 1.0 if segment_ids is None else (segment_ids != 0).astype(q.dtype)[..., None, None]
+        return q * 3.0 * valid
+
+    try:
+        register_mechanism("tripled", Mechanism(attend, lambda *a, **k: 1.0))
+    except ValueError:
+        pass  # Registered by an earlier test of this process.
+    q, k, v, _, route, ids = random_case("short", 7)
+    names = ("local", "tripled", "linear")
+    out = dispatch.hard_attention(q, k, v, route, mechanisms=names, segment_ids=ids, window=5)
+    all_three = jnp.stack(
+        [attend_with(name, q, k, v, segment_ids=ids, window=5) for name in names]
+    )
+    expected = jnp.take_along_axis(all_three, route[None, ..., None, None], axis=0)[0]
+    assert distance(out, expected) <= TOLERANCE
+
+
+def test_bfloat16_stays_bfloat16():
+    q, k, v, cotangent, route, ids = random_case("grouped heads", 9)
+    case = [x.astype(jnp.bfloat16) for x in (q, k, v, cotangent)]
+    got = compiled("grouped heads", "packed")(*case, route, ids)
+    expected = compiled("grouped heads", "select")(q, k, v, cotangent, route, ids)
+    for x, reference in zip(got, expected, strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert distance(x, reference) <= 2e-2
+
+
+def test_work_follows_the_routes():
+    """Pairs computed: none for no choice, the sum over sequences for uneven ones, causal extent."""
+    time, block, tile = 1024, 64, 128
+    pairs = functools.partial(packed.count_pairs, block=block, tile=tile)
+    none = jnp.zeros((2, time), bool)
+    everything = jnp.ones((2, time), bool)
+    one = none.at[0].set(True)
+    assert float(pairs(none)) == 0.0
+    assert float(pairs(everything)) == 2 * float(pairs(one))
+    causal = time * (time + block) / 2
+    assert causal <= float(pairs(one)) <= causal + time * tile
+    head = none.at[0, :block].set(True)
+    assert float(pairs(head)) == block * tile
+    last = none.at[0, -1].set(True)
+    assert float(pairs(last)) == block * time
+    assert float(pairs(last, window=100)) == block * tile
+    assert float(pairs(everything, causal=False)) == 2 * time * time
+
+
+def test_memory_is_linear_in_time():
+    def peak(time):
+        x = jax.ShapeDtypeStruct((1, time, 1, 8), jnp.float32)
+        route = jax.ShapeDtypeStruct((1, time), jnp.int32)
+
+        def loss(q, k, v, route):
+            return jnp.sum(jnp.square(dispatch.hard_attention(q, k, v, route, window=64)))
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, route).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert peak(16384) <= 4.4 * peak(4096)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_lowers_for_accelerators(platform):
+    x = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+    route = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def gradient(q, k, v, route):
+        def loss(q, k, v):
+            return jnp.sum(dispatch.hard_attention(q, k, v, route, window=64))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    exported = jax.export.export(jax.jit(gradient), platforms=[platform])(x, x, x, route)
+    assert exported.platforms == (platform,)
+
+
+def test_bad_input_is_one_sentence():
+    q, k, v, _, route, ids = random_case("short", 1)
+    with pytest.raises(ValueError, match=r"route: expected shape \(4, 37\), got \(4, 36\)\."):
+        dispatch.hard_attention(q, k, v, route[:, :-1], window=5)
+    with pytest.raises(ValueError, match="window: expected a positive integer"):
+        dispatch.hard_attention(q, k, v, route)
+    with pytest.raises(ValueError, match="dispatch: expected one of .* got 'sparse'"):
+        dispatch.resolve_dispatch("sparse", time=8)
+
+
+def layer_outputs(dispatch_name, **call):
+    layer = MetaAttention(num_heads=4, num_kv_heads=2, window=9, rotary=True, mode="hard",
+                          dispatch=dispatch_name)
+    x = jax.random.normal(jax.random.key(0), (3, 50, 32))
+    params = layer.init(jax.random.key(1), x)["params"]
+    # Away from the initial controller, which routes all tokens alike.
+    params["controller"]["mlp"]["output"]["kernel"] += jax.random.normal(
+        jax.random.key(2), params["controller"]["mlp"]["output"]["kernel"].shape
+    )
+    ids = jnp.asarray(np.repeat([[0] * 5 + [1] * 20 + [2] * 25], 3, axis=0), jnp.int32)
+
+    def loss(params, x):
+        out, routing = layer.apply(
+            {"params": params}, x, segment_ids=ids, method="routed", **call
+        )
+        return jnp.sum(out**2), (out, routing.route)
+
+    (_, aux), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    return aux, gradients
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_layer_is_the_same_with_either_dispatch(forced):
+    call = {}
+    if forced:
+        call["route"] = jnp.asarray(np.random.default_rng(1).integers(0, 3, (3, 50)), jnp.int32)
+    (out, route), gradients = layer_outputs("packed", **call)
+    (dense_out, dense_route), dense_gradients = layer_outputs("dense", **call)
+    assert len(np.unique(np.asarray(route))) == 3
+    np.testing.assert_array_equal(route, dense_route)
+    assert distance(out, dense_out) <= TOLERANCE
+    for x, reference in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(dense_gradients), strict=True
+    ):
+        assert distance(x, reference) <= TOLERANCE
