@@ -76,6 +76,9 @@ def get_config() -> ConfigDict:
                 eval_batches=16,
                 checkpoint_every=500,
                 keep_latest=2,
+                # Packed dispatch once the gate is fully hard: cheaper steps, and a frozen controller ...
+                packed=False,
+                packed_dense_rows=0.0,  # ... unless this share of the rows runs all mechanisms
                 profile_step=-1,  # first of 3 steps traced into <workdir>/profile; -1 = off
             ),
             parallel=dict(

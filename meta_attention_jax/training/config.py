@@ -72,6 +72,7 @@ def validate(config: ConfigDict) -> None:
         "gate.end": config.gate.end,
         "optimizer.warmup": config.optimizer.warmup,
         "optimizer.final_fraction": config.optimizer.final_fraction,
+        "train.packed_dense_rows": train.packed_dense_rows,
     }
     for field, value in shares.items():
         expect(0 <= value <= 1, field, "a share in [0, 1]", value)
@@ -122,6 +123,20 @@ def validate(config: ConfigDict) -> None:
                   for i in range(model.num_layers)}
         expect(
             len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True
+        )
+    if train.packed:
+        expect(
+            config.gate.kind in ("linear", "cosine") and config.gate.threshold == 1.0,
+            "train.packed",
+            "False unless gate.kind is 'linear' or 'cosine' and gate.threshold 1, which make every "
+            "token hard at a known step",
+            True,
+        )
+        expect(
+            config.controller.name != "fixed",
+            "train.packed",
+            "False with a fixed controller, which runs one mechanism as it is",
+            True,
         )
     if config.controller.name != "bayesian":
         expect(

@@ -43,7 +43,7 @@ class MetricsLog:
         self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One record; `event` is "train", "eval", "resume" or "final"."""
+        """One record; `event` is "start", "train", "eval", "packed" or "resume"."""
         record = {"event": event, "step": int(step), **metrics}
         self._file.write(json.dumps(_json_ready(record)) + "\n")
         self._file.flush()
@@ -131,6 +131,15 @@ class Progress:
             eta = (self._total - step) * seconds_per_step if done else math.inf
             eta = f"{eta:.0f}s" if math.isfinite(eta) else "?"
             print(f"{self._label}  {step}/{self._total}  {status} · eta {eta}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        if not self._enabled:
+            return
+        if self._live is not None:
+            self._live.console.print(text)
+        else:
+            print(f"{self._label}  {text}", flush=True)
 
     def close(self) -> None:
         """Ends the live line."""

@@ -231,8 +231,9 @@ def _run(
     report = functools.partial(
         summarise, mechanisms=mechanisms, costs=jax.device_get(job.hypers.routing.costs)
     )
-    step_fn = functools.partial(train_step, job.spec)
-    compiled = parallel.compile(step_fn, batch_argument=1, donate=(0,))
+    compiled = _compile(job, job.spec)
+    # Every token is hard from here on: theta is 1.
+    packed_from = job.spec.schedule.gate.end if every.packed else stop
     evaluator = Evaluator(job.spec.model, job.dataset, parallel)
     state, hypers = parallel.replicate(state), parallel.replicate(job.hypers)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -241,6 +242,11 @@ def _run(
     evaluation: dict[str, Any] = {}
     good = start or None
     for step in range(start, stop):
+        if step == max(packed_from, start) and packed_from < stop:
+            compiled = _compile(job, packed_spec(job))
+            about = {"controller_rows": every.packed_dense_rows}
+            log.write("packed", step, about)
+            line.say(_packed_note(step, every.packed_dense_rows))
         if step == every.profile_step:
             jax.profiler.start_trace(str(job.path / "profile"))
         state, metrics = compiled(state, parallel.shard(job.dataset.train_batch(step)), hypers)
@@ -272,6 +278,26 @@ def _run(
             checkpoints.save(done, parallel.unreplicate(state), config=values, nll=nll)
             good = done
     return evaluation
+
+
+def packed_spec(job: Job) -> StepSpec:
+    """The step once every token is hard."""
+    dense_rows = job.config.train.packed_dense_rows
+    return dataclasses.replace(job.spec, packed=True, dense_rows=dense_rows)
+
+
+def _compile(job: Job, spec: StepSpec) -> Any:
+    step = functools.partial(train_step, spec)
+    return job.parallel.compile(step, batch_argument=1, donate=(0,))
+
+
+def _packed_note(step: int, dense_rows: float) -> str:
+    learns = (
+        f"the controller learns from {dense_rows:.0%} of the rows, which run all mechanisms"
+        if dense_rows
+        else "the controller is frozen, for a weight that is always 1 gives it no gradient"
+    )
+    return f"step {step}: packed dispatch from here on; {learns}"
 
 
 def _evaluate(

@@ -53,12 +53,17 @@ def row_keys(key: Key[Array, ""], step: Array, row: Int[Array, "batch"]) -> Key[
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(at_step, row)
 
 
+def in_controller(path: tuple[Any, ...]) -> bool:
+    """Whether a path of the parameter tree leads into a controller."""
+    return any(getattr(entry, "key", None) == "controller" for entry in path)
+
+
 def count_parameters(params: Any) -> tuple[int, int]:
     """(all parameters, those of the controllers)."""
     total = controller = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += leaf.size
-        if any(getattr(entry, "key", None) == "controller" for entry in path):
+        if in_controller(path):
             controller += leaf.size
     return total, controller
 

@@ -9,6 +9,7 @@ collective stands inside a loop.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jaxtyping import Array
 
 from meta_attention_jax.objective import Sums, apply_sums, objective, predictive_nll, token_nll
 from meta_attention_jax.routing import gate
-from meta_attention_jax.training.state import Hypers, TrainState, row_keys
+from meta_attention_jax.training.state import Hypers, TrainState, in_controller, row_keys
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
 
 
@@ -68,6 +69,10 @@ class StepSpec:
       schedule: shapes in time.
       num_kinds: kinds of tokens that the corpus tells apart.
       accumulate: micro-batches per device that make one step.
+      packed: train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so
+        the controller has no honest gradient: it is frozen, but for `dense_rows`.
+      dense_rows: share of the rows (at least one, if not 0) that still run all mechanisms with the
+        straight-through gradient and the KL; the controller learns from these alone.
     """
 
     model: nn.Module
@@ -75,6 +80,8 @@ class StepSpec:
     schedule: Schedule
     num_kinds: int = 1
     accumulate: int = 1
+    packed: bool = False
+    dense_rows: float = 0.0
 
 
 def make_optimizer(
@@ -126,12 +133,26 @@ def gradient_sums(
     beta = hypers.beta * spec.schedule.beta(state.step)
     routing = routing_hypers(spec, state, hypers)
 
-    def loss(params, rows: Batch):
+    def dense_loss(params, rows: Batch):
         keys = row_keys(state.key, state.step, rows.row)
         sums = apply_sums(
             spec.model, params, rows, routing, num_kinds=spec.num_kinds, keys=keys
         )
         return objective(sums, beta), sums
+
+    def packed_loss(params, rows: Batch):
+        model = spec.model.clone(mode="hard", dispatch="packed")
+        count = math.ceil(spec.dense_rows * len(rows.row))
+        if count == len(rows.row):
+            return dense_loss(params, rows)
+        rest = jax.tree.map(lambda leaf: leaf[count:], rows)
+        sums = apply_sums(model, params, rest, routing, num_kinds=spec.num_kinds)
+        if not count:
+            return sums.nll, sums
+        value, dense = dense_loss(params, jax.tree.map(lambda leaf: leaf[:count], rows))
+        return sums.nll + value, jax.tree.map(jnp.add, sums, dense)
+
+    loss = packed_loss if spec.packed else dense_loss
 
     gradient = jax.grad(loss, has_aux=True)
     if spec.accumulate == 1:
@@ -170,6 +191,11 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
 
     direction, opt_state = spec.optimizer.update(gradients, state.opt_state, state.params)
+    if spec.packed and not spec.dense_rows:
+        # Without gradients, momentum and weight decay would still move the controller.
+        direction = jax.tree_util.tree_map_with_path(
+            lambda path, d: jnp.zeros_like(d) if in_controller(path) else d, direction
+        )
     learning_rate = hypers.learning_rate * spec.schedule.learning_rate(state.step)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
     threshold = routing_hypers(spec, state, hypers).threshold

@@ -1,0 +1,127 @@
+"""Does packed hard routing pay, and how close does it come to what its parts cost?
+
+python -m experiments.benchmarks.hard_routing [--json=FILE] [--times=2048,8192,32768] [--rounds=5]
+    [--fractions=5,10,25] [--batches=1,4] [--max_tokens=32768]
+
+One layer's attention, float32, H 4, d 64, w 256, routes at random positions, what is not full half
+linear half local. `speedup`: the fastest full attention at hand / packed dispatch, in the same
+process, interleaved, median of the rounds' ratios; `spread` its interquartile range. `efficiency`:
+(f t_full + t_linear + t_local) / measured, each the best there is. Batch 4: sequences of their own
+fractions, 0, 5, 10 and 25 % full (`fraction_full` is their mean).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import common as commands
+from experiments.benchmarks import common
+from meta_attention_jax.mechanisms import full, linear, local
+from meta_attention_jax.routing.dispatch import hard_attention
+
+JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+TIMES = flags.DEFINE_list("times", ["2048", "8192", "32768"], "T.")
+FRACTIONS = flags.DEFINE_list("fractions", ["5", "10", "25"], "Percent full, batch 1.")
+BATCHES = flags.DEFINE_list("batches", ["1", "4"], "Among 1 and 4.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32768, "Larger batch x T are left out.", 1)
+
+HEADS, DIM, WINDOW = 4, 64, 256
+SQUARE_TIME = 2048
+"""Longest T at which the T x T form is tried: beyond, it is slower and its square takes gigabytes."""
+UNEVEN = (0.0, 0.05, 0.10, 0.25)
+
+
+def random_routes(fractions, time: int) -> np.ndarray:
+    """[B, T]: full with the sequence's own probability, else linear or local."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random((len(fractions), time))
+    f = np.asarray(fractions)[:, None]
+    return np.where(uniform < f, 0, np.where(uniform < f + (1 - f) / 2, 1, 2)).astype(np.int32)
+
+
+def sides(time: int, batch: int, fractions, direction: str):
+    """name -> call; "full ..." are the candidates of the baseline."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (batch, time, HEADS, DIM)) for key in keys)
+    everything = jnp.zeros((batch, time), jnp.int32)
+
+    def timed(function, *routes):
+        if direction == "forward":
+            call = function
+        else:
+            def call(q, k, v, *routes):
+                loss = lambda *x: jnp.sum(jnp.square(function(*x, *routes)))  # noqa: E731
+                return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return functools.partial(jax.jit(call), q, k, v, *routes)
+
+    hard = functools.partial(hard_attention, window=WINDOW)
+    calls = {
+        "full blockwise": timed(functools.partial(full.attend, implementation="blockwise")),
+        "full packed": timed(hard, everything),
+        "linear": timed(linear.attend),
+        "local": timed(functools.partial(local.attend, window=WINDOW)),
+    }
+    if time <= SQUARE_TIME:
+        calls["full xla"] = timed(functools.partial(full.attend, implementation="xla"))
+    for label, rows in fractions.items():
+        calls[label] = timed(hard, jnp.asarray(random_routes(rows, time)))
+    return calls
+
+
+def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
+    """Times one setting and makes its rows."""
+    if batch == 1:
+        fractions = {f"hard {p} %": [float(p) / 100] for p in FRACTIONS.value}
+    else:
+        fractions = {"hard uneven": list(UNEVEN)}
+    seconds = common.interleave(sides(time, batch, fractions, direction), ROUNDS.value)
+    medians = {name: float(np.median(s)) for name, s in seconds.items()}
+    baseline = min((name for name in medians if name.startswith("full")), key=medians.get)
+    rows = []
+    for label, parts in fractions.items():
+        f = float(np.mean(parts))
+        ratios = seconds[baseline] / seconds[label]
+        ideal = f * medians[baseline] + medians["linear"] + medians["local"]
+        low, high = np.percentile(ratios, [25, 75])
+        rows.append({
+            "T": time,
+            "fraction_full": f,
+            "direction": direction,
+            "batch": batch,
+            "speedup": float(np.median(ratios)),
+            "efficiency": ideal / medians[label],
+            "spread": float(high - low),
+            "baseline": baseline,
+            "seconds": medians[label],
+            "full_seconds": medians[baseline],
+            "linear_seconds": medians["linear"],
+            "local_seconds": medians["local"],
+            "rounds": ROUNDS.value,
+        })
+    return rows
+
+
+def main() -> None:
+    print(common.environment())
+    rows = []
+    for time in map(int, TIMES.value):
+        for batch in map(int, BATCHES.value):
+            if batch * time > MAX_TOKENS.value:
+                print(f"left out: batch {batch} x T {time} > max_tokens {MAX_TOKENS.value}")
+                continue
+            for direction in ("forward", "forward+backward"):
+                new = rows_of(time, batch, direction)
+                print(common.markdown(new), flush=True)
+                rows += new
+                if JSON.value:
+                    common.write_json(JSON.value, rows)
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,145 @@
+"""Training with packed dispatch: the gradients of hard routing, and a controller that stays or learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from meta_attention_jax.objective import apply_sums
+from meta_attention_jax.training import build
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.state import in_controller
+from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """(spec, state past the gate, batch, hypers); the controller away from its zero initialisation."""
+    config = smoke.get_config()
+    config.model.num_layers = 1
+    config.objective.beta_warmup = 0.0
+    dataset = build.build_dataset(config)
+    spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
+    batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
+    state = init_state(spec, jax.random.key(0), batch, hypers)
+
+    def moved(path, leaf):
+        if in_controller(path):
+            return leaf + 0.5 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+        return leaf
+
+    params = jax.tree_util.tree_map_with_path(moved, state.params)
+    state = state.replace(params=params, step=jnp.int32(spec.schedule.gate.end))
+    return dataclasses.replace(spec, packed=True), state, batch, hypers
+
+
+def split(tree):
+    """(leaves of the controller, the others), flat vectors."""
+    parts = [], []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts[not in_controller(path)].append(np.ravel(leaf))
+    return tuple(np.concatenate(p) for p in parts)
+
+
+def distance(x, reference):
+    return np.linalg.norm(x - reference) / np.linalg.norm(reference)
+
+
+def test_gradients_are_those_of_dense_hard_routing(setting):
+    spec, state, batch, hypers = setting
+    (controller, others), sums = jax.tree.map(
+        np.asarray, _split_first(jax.jit(lambda: gradient_sums(spec, state, batch, hypers))())
+    )
+    model = spec.model.clone(mode="hard", dispatch="dense")
+
+    def loss(params):
+        sums = apply_sums(model, params, batch, hypers.routing, num_kinds=spec.num_kinds)
+        return sums.nll, sums
+
+    expected, expected_sums = jax.jit(jax.grad(loss, has_aux=True))(state.params)
+    assert np.all(controller == 0.0)
+    assert distance(others, split(expected)[1]) <= 2e-5
+    assert (np.asarray(sums.routes).sum(axis=(0, 1)) > 0).sum() >= 2, "routes must differ"
+    np.testing.assert_array_equal(sums.routes, expected_sums.routes)
+
+
+def _split_first(result):
+    gradients, sums = result
+    return split(gradients), sums
+
+
+def test_a_frozen_controller_does_not_move(setting):
+    """Also with momentum from before, and with weight decay."""
+    spec, state, batch, hypers = setting
+    dense = jax.jit(lambda s: train_step(dataclasses.replace(spec, packed=False), s, batch, hypers)[0])
+    warm = dense(state)
+    after = jax.jit(lambda s: train_step(spec, s, batch, hypers)[0])(warm)
+    before_, after_ = split(warm.params), split(after.params)
+    np.testing.assert_array_equal(after_[0], before_[0])
+    assert distance(after_[1], before_[1]) > 1e-6
+
+
+def test_the_controller_learns_from_the_dense_rows_alone(setting):
+    spec, state, batch, hypers = setting
+    spec = dataclasses.replace(spec, dense_rows=0.3)  # 3 of 8 rows
+    gradient = jax.jit(lambda spec_batch: gradient_sums(spec, state, spec_batch, hypers)[0])
+    whole = split(gradient(batch))
+    dense = dataclasses.replace(spec, packed=False)
+    rows = jax.tree.map(lambda leaf: leaf[:3], batch)
+    alone = split(jax.jit(lambda: gradient_sums(dense, state, rows, hypers)[0])())
+    assert np.linalg.norm(alone[0]) > 0
+    assert distance(whole[0], alone[0]) <= 2e-5
+    assert distance(whole[1], alone[1]) > 1e-2, "the other rows count for everything else"
+
+
+def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
+    config = smoke.get_config()
+    config.parallel.devices = 1
+    config.model.num_layers = 1
+    config.update_from_flattened_dict(
+        {"train.steps": 10, "train.eval_every": 10, "train.checkpoint_every": 2,
+         "train.keep_latest": 5, "train.eval_batches": 1, "train.log_every": 1,
+         "train.packed": True, "gate.start": 0.2, "gate.end": 0.6}
+    )
+    train(prepare(config, tmp_path / "run"), stop_after=8)
+    train(prepare(config, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "step 6: packed dispatch from here on; the controller is frozen" in said
+    assert "step 8: packed dispatch from here on" in said
+    records = read_metrics(tmp_path / "run")
+    assert [r["step"] for r in records if r["event"] == "packed"] == [6, 8]
+    hard = {r["step"]: r["hard_fraction"] for r in records if r["event"] == "train"}
+    assert all(hard[step] == 1.0 for step in range(7, 11))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    try:
+        at = {step: split(checkpoints.restore_params(step)) for step in (4, 6, 10)}
+    finally:
+        checkpoints.close()
+    assert distance(at[6][0], at[4][0]) > 0
+    np.testing.assert_array_equal(at[10][0], at[6][0])
+    assert distance(at[10][1], at[6][1]) > 0
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"gate.kind": "none"}, "train.packed: expected False unless gate.kind"),
+        ({"gate.threshold": 0.9}, "train.packed: expected False unless gate.kind"),
+        ({"controller.name": "fixed"}, "train.packed: expected False with a fixed controller"),
+        ({"train.packed_dense_rows": 1.5}, "train.packed_dense_rows: expected a share"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(tmp_path, changes, sentence):
+    config = smoke.get_config()
+    config.parallel.devices = 1
+    config.update_from_flattened_dict({"train.packed": True, **changes})
+    with pytest.raises(ValueError, match=sentence):
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
