@@ -9,6 +9,7 @@ Each arm is an ordinary run directory: interrupted, it goes on where it stopped.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pathlib
 import time
@@ -20,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import common
+from experiments.benchmarks.common import interleave
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.objective import summarise
@@ -28,6 +30,7 @@ from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.run import Run, open_run
+from meta_attention_jax.training.step import eval_step
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the arms and the report go.")
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
@@ -40,6 +43,8 @@ ARMS = {
 }
 TEST_BATCHES = 32
 SHOWN_TOKENS = 1024
+TIMED_CORPUS, TIMED_LENGTH, TIMED_ROUNDS = "tiny_lm", 4096, 5
+"""Where soft, hard and full-only evaluation are timed against each other: a length where they differ."""
 
 
 def arm_config(corpus: str, arm: str) -> ConfigDict:
@@ -165,6 +170,47 @@ def shown_text(run: Run) -> dict[str, Any]:
     }
 
 
+def timed_evaluation(paths: dict[str, pathlib.Path]) -> list[dict[str, Any]]:
+    """Seconds of one long evaluation batch: full-only, soft, and hard by packed dispatch.
+
+    Interleaved in this process; ratios are medians over the rounds, `spread` their quartiles apart.
+    """
+    length = 512 if QUICK.value else TIMED_LENGTH
+
+    def side(arm: str, mode: str):
+        run = open_run(paths[arm], sequence_length=length, batch_size=1)
+        batch = jax.device_put(next(run.dataset.eval_batches("validation")))
+        model = run.model.clone(mode=mode, dispatch="packed")
+        step = jax.jit(functools.partial(eval_step, model, run.dataset.num_kinds))
+        return functools.partial(step, run.params, batch, run.hypers.routing)
+
+    sides = {
+        "full-only": side("full-only", "soft"),
+        "bayesian, soft": side("bayesian", "soft"),
+        "bayesian, hard (packed)": side("bayesian", "hard"),
+    }
+    seconds = interleave(sides, 1 if QUICK.value else TIMED_ROUNDS)
+    return [
+        {
+            "evaluation": name,
+            "length": length,
+            "seconds": float(np.median(taken)),
+            "ratio": float(np.median(taken / seconds["full-only"])),
+            "spread": float(np.subtract(*np.percentile(taken / seconds["full-only"], [75, 25]))),
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+TIMING_COLUMNS = [
+    analysis.Column("evaluation", "evaluation"),
+    analysis.Column("length", "tokens", ",d"),
+    analysis.Column("seconds", "seconds", ".3f", "median wall clock of one sequence of this length"),
+    analysis.Column("ratio", "of full-only", ".2f", "median over interleaved rounds; below 1 is faster"),
+    analysis.Column("spread", "spread", ".2f", "interquartile range of that ratio"),
+]
+
+
 def write_report(
     out: pathlib.Path,
     rows: list[dict[str, Any]],
@@ -172,6 +218,7 @@ def write_report(
     routes: list[dict[str, Any]],
     texts: dict[str, dict[str, Any]],
     floor: dict[str, float],
+    timing: list[dict[str, Any]],
 ) -> None:
     """table.md, table.json, loss.png, routing.png, text_<corpus>.png, text.html, index.html."""
     rows = analysis.comparison_rows(rows)
@@ -185,6 +232,15 @@ def write_report(
         notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
         markdown.append(f"## {corpus}\n\n{analysis.markdown_table(part, columns)}\n\n{notes}")
         sections.append(analysis.Section(corpus, analysis.table_html(part, columns)))
+    if timing:
+        print("\none long sequence, measured")
+        print(analysis.terminal_table(timing, TIMING_COLUMNS))
+        table = analysis.markdown_table(timing, TIMING_COLUMNS)
+        markdown.append(f"## Measured evaluation\n\n{table}\n")
+        sections.append(
+            analysis.Section("Measured evaluation", analysis.table_html(timing, TIMING_COLUMNS))
+        )
+        analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
     loss, routing = analysis.loss_curves(runs, floor), analysis.routing_by_layer(routes)
     analysis.save(loss, out / "loss.png")
@@ -233,8 +289,11 @@ def main() -> None:
             texts[corpus] = shown_text(run)
         if run.dataset.num_kinds > 1:
             floor[corpus] = recall.entropy_floor(run.dataset.config, run.dataset.sequence_length)
+    timing = []
+    if TIMED_CORPUS in CORPORA.value:
+        timing = timed_evaluation({arm: jobs[TIMED_CORPUS, arm].path for arm in ARMS})
     out = root / "report"
-    write_report(out, rows, runs, routes, texts, floor)
+    write_report(out, rows, runs, routes, texts, floor, timing)
     print(f"\nreport: {out}/index.html   ({(time.monotonic() - began) / 60:.1f} minutes)")
 
 
