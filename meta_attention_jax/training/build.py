@@ -77,7 +77,8 @@ def build_costs(
     except ValueError as error:
         if "expected" in str(error):
             raise ValueError(f"prior.{error}") from None
-        expect(False, "prior.costs", "'nominal', 'analytic', 'measured' or numbers like '1,0.15,0.3'", text)
+        kinds = "'nominal', 'analytic', 'measured' or numbers like '1,0.15,0.3'"
+        expect(False, "prior.costs", kinds, text)
         raise
 
 
