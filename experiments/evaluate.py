@@ -58,7 +58,7 @@ EXECUTED_COLUMNS = [
 
 
 def executed_table(row: dict[str, Any], run: Run) -> str:
-    """FLOPs and bytes of attention per token, all layers; and which dispatch this evaluation used."""
+    """FLOPs and bytes of attention per token, all layers, and which dispatch ran here."""
     used = resolve_dispatch(run.model.dispatch, time=run.dataset.sequence_length)
     if run.model.controller == "fixed":
         used = "of one mechanism"

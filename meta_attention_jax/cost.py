@@ -40,7 +40,7 @@ COST_KINDS = ("nominal", "analytic", "measured")
 
 ROUNDS = 7
 MINIMUM_SECONDS = 2e-3
-"""A mechanism is called again and again until a round takes so long: clocks and queues are coarse."""
+"""A mechanism is called repeatedly until a round takes so long: clocks and queues are coarse."""
 
 
 def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:

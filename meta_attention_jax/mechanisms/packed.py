@@ -112,7 +112,7 @@ def count_work(
     block: int = 128,
     tile: int = 128,
 ) -> Work:
-    """What `attend` spends on these choices, forward; q and k are asked for shape and dtype only."""
+    """What `attend` spends on these choices, forward; q and k may be abstract."""
     pairs = count_pairs(
         chosen, segment_ids=segment_ids, causal=causal, window=window, block=block, tile=tile
     )

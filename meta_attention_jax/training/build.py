@@ -31,7 +31,7 @@ def check(config: ConfigDict) -> None:
       ValueError: one sentence with the field, what was expected, and what it got.
     """
     validate(config)
-    # Measured costs come last, once there is a directory to freeze them in; any numbers will do here.
+    # Measured costs come last, once there is a directory to freeze them in; any numbers do here.
     measured = config.prior.costs == "measured"
     costs = np.ones(len(config.model.mechanisms)) if measured else build_costs(config)
     try:

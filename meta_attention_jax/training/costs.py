@@ -57,7 +57,7 @@ def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarra
     """
     path = pathlib.Path(directory) / FILE
     if not path.exists():
-        raise ValueError(f"{FILE}: expected the measured costs of the run in {str(path)!r}, got none.")
+        raise ValueError(f"{FILE}: expected the run's measured costs in {str(path)!r}, got none.")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         record = _from_json(stored)
