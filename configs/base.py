@@ -47,7 +47,8 @@ def get_config() -> ConfigDict:
                 family="cost_aware",  # cost_aware | uniform
                 strength=2.0,  # kappa: pseudo-counts in all
                 preference=0.1,  # eta: preference floor
-                # nominal | analytic, or one number per mechanism separated by commas
+                # nominal | analytic | measured (timed once, frozen in the run directory), or one
+                # number per mechanism separated by commas
                 costs="nominal",
             ),
             objective=dict(

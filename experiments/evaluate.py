@@ -1,21 +1,28 @@
 """Evaluates a run on held-out data: soft, hard and gated; optionally with samples of pi.
 
+Mode hard comes with the FLOPs and bytes that attention executes for its routes.
+
 python -m experiments.evaluate --workdir=runs/recall [--split=validation] [--length=128]
     [--modes=soft,hard,gated] [--threshold=0.5] [--samples=4] [--step=best] [--json=FILE]
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
 from meta_attention_jax import analysis
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.run import open_run
+from meta_attention_jax.training.run import Run, open_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which split.")
@@ -41,6 +48,25 @@ COLUMNS = [
 ]
 
 
+EXECUTED_COLUMNS = [
+    analysis.Column("unit", "per token"),
+    analysis.Column("executed_packed", "executed, packed", ".3e"),
+    analysis.Column("executed_dense", "executed, dense select", ".3e"),
+    analysis.Column("projected", "projected", ".3e"),
+    analysis.Column("full_only", "full only", ".3e"),
+]
+
+
+def executed_table(row: dict[str, Any], run: Run) -> str:
+    """FLOPs and bytes of attention per token, all layers, and which dispatch ran here."""
+    used = resolve_dispatch(run.model.dispatch, time=run.dataset.sequence_length)
+    if run.model.controller == "fixed":
+        used = "of one mechanism"
+    rows = [{"unit": unit, **row[unit.lower()]} for unit in ("FLOPs", "bytes")]
+    title = f"Attention of all layers, mode hard (dispatch here: {used})"
+    return f"{title}\n{analysis.terminal_table(rows, EXECUTED_COLUMNS)}"
+
+
 def main() -> None:
     with common.user_mistakes():
         if unknown := set(MODE.value) - set(MODES):
@@ -56,14 +82,22 @@ def main() -> None:
     mechanisms = tuple(run.config.model.mechanisms)
     rows = []
     for mode in MODE.value:
-        sums = evaluator.sums(params, hypers, mode=mode, **where)
+        if mode == "hard":
+            sums, accounting = evaluator.accounted(params, hypers, **where)
+            spent = dataclasses.asdict(jax.tree.map(float, accounting))
+            executed = {"flops": spent["flops"], "bytes": spent["bytes"]}
+        else:
+            sums, executed = evaluator.sums(params, hypers, mode=mode, **where), {}
         metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
-        rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics})
+        rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics, **executed})
     columns = COLUMNS + [
         analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms
     ]
     print(f"{run.path.name} at step {run.step}, {SPLIT.value} split")
     print(analysis.terminal_table(rows, columns))
+    for row in rows:
+        if "flops" in row:
+            print(executed_table(row, run))
     if SAMPLES.value:
         sampled = evaluator.sampled(params, hypers, samples=SAMPLES.value, **where)
         rows.append({"mode": "sampled", "samples": SAMPLES.value, **sampled})

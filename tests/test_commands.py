@@ -123,6 +123,9 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     for mode, row in rows.items():
         assert f"validation, {mode}: {row['nll']:.4f} nats" in first, "training's own evaluation"
         assert f"{row['nll']:.4f}" in shown
+    spent = rows["hard"]["flops"]
+    assert "flops" not in rows["soft"] and f"{spent['executed_packed']:.3e}" in shown
+    assert 0 < spent["projected"] <= spent["full_only"] < spent["executed_dense"]
     assert rows["soft"]["hard_fraction"] == 0 and rows["hard"]["hard_fraction"] == 1
     assert rows["soft"]["nll"] != rows["hard"]["nll"]
     assert rows["soft"]["cost"] == rows["hard"]["cost"], "the first layer's routes are the same"

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meta_attention_jax.mechanisms import blocks, masks
+from meta_attention_jax.mechanisms import blocks, masks, work
+from meta_attention_jax.mechanisms.work import Work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 GroupedQueries = Float[Array, "batch kv_heads group time dim"]
@@ -44,8 +45,7 @@ def attend(
       block: edge of a tile; lowered so that the padding of T stays below the number of blocks.
     """
     time = q.shape[1]
-    count = -(-time // block)
-    block = -(-time // count)
+    count, block = _edges(time, block)
     tail = count * block - time
     if tail and not causal:
         # Without ids, nothing but the causal order would hide the padded keys.
@@ -62,6 +62,26 @@ def attend(
         block,
     )
     return blocks.ungroup_queries(out[:, :, :, :time])
+
+
+def count_work(q: Queries, k: Keys, *, causal: bool, window: int | None, block: int) -> Work:
+    """What `attend` spends, forward: every tile it visits, padding and all; blind to segments."""
+    batch, time = q.shape[:2]
+    count, block = _edges(time, block)
+    reach = _reach(count, window, block)
+    tiles = sum(
+        1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count)
+    )
+    return work.of_tiles(
+        q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block,
+        block=block, tile=block,
+    )
+
+
+def _edges(time: int, block: int) -> tuple[int, int]:
+    """How many blocks there are, and the edge of one, lowered to what they need."""
+    count = -(-time // block)
+    return count, -(-time // count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

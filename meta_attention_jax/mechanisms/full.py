@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from meta_attention_jax.mechanisms import blocks, blockwise, masks, packed
+from meta_attention_jax.mechanisms import blocks, blockwise, masks, packed, work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
 
 BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
+
+PACKED_BLOCK, PACKED_TILE = 64, 128
+"""Queries of a packed block, and keys that it meets at once."""
 
 CUDNN_DIM = 128
 CUDNN_CAPABILITY = 8.0
@@ -60,12 +63,32 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if chosen == "xla":
         return _square(q, k, v, segment_ids, causal)
-    # Measured on a 2-core CPU: tiles of all heads together should fit the last-level cache.
-    rows = q.shape[0] * q.shape[2]
-    block = 128 if rows >= 16 else 256
     return blockwise.attend(
-        q, k, v, segment_ids=segment_ids, causal=causal, window=None, block=block
+        q, k, v, segment_ids=segment_ids, causal=causal, window=None, block=_dense_block(q)
     )
+
+
+def count_work(
+    q: Queries, k: Keys, *, causal: bool = True, implementation: str = "auto"
+) -> work.Work:
+    """What `attend` with segment ids spends on all tokens, forward.
+
+    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits. q and k
+    are asked for shape and dtype only.
+
+    Raises:
+      ValueError: an implementation that is unknown or cannot serve with segment ids ("cudnn").
+    """
+    batch, time, _, dim = q.shape
+    chosen = resolve_implementation(
+        implementation, time=time, dtype=q.dtype, head_dim=dim, has_segments=True,
+        backend=jax.default_backend(),
+    )
+    if chosen == "xla":
+        return work.of_tiles(
+            q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time
+        )
+    return blockwise.count_work(q, k, causal=causal, window=None, block=_dense_block(q))
 
 
 def attend_packed(
@@ -85,8 +108,32 @@ def attend_packed(
     """
     del implementation
     return packed.attend(
-        q, k, v, chosen, base, segment_ids=segment_ids, causal=causal, block=64, tile=128
+        q, k, v, chosen, base,
+        segment_ids=segment_ids, causal=causal,
+        block=PACKED_BLOCK, tile=PACKED_TILE,
     )
+
+
+def count_packed_work(
+    q: Queries,
+    k: Keys,
+    chosen: Bool[Array, "batch time"],
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    implementation: str = "auto",
+) -> work.Work:
+    """What `attend_packed` spends on these choices, forward; see `packed.count_work`."""
+    del implementation
+    return packed.count_work(
+        q, k, chosen, segment_ids=segment_ids, causal=causal, block=PACKED_BLOCK, tile=PACKED_TILE
+    )
+
+
+def _dense_block(q: Queries) -> int:
+    """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the
+    last-level cache (measured)."""
+    return 128 if q.shape[0] * q.shape[2] >= 16 else 256
 
 
 def resolve_implementation(

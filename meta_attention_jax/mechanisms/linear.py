@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax.mechanisms import blocks, masks
+from meta_attention_jax.mechanisms import blocks, masks, work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
@@ -59,6 +59,23 @@ def attend(
         numerator, denominator = (x + y for x, y in zip((numerator, denominator), future))
     out = numerator / (denominator + EPSILON)[..., None]
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
+
+
+def count_work(q: Queries, k: Keys, *, causal: bool = True) -> work.Work:
+    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
+
+    A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the
+    state, 2 c d^2 per key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many
+    chunks as the loop visits, the filling of its last step included; twice as many when `causal` is
+    False. Bytes: each array once per direction.
+    """
+    batch, _, heads, dim = q.shape
+    steps, m, chunk = _steps(q)
+    per_head = 4.0 * chunk**2 * dim + 2.0 * chunk * dim * (dim + 1)
+    state = 2.0 * chunk * dim**2
+    once = work.of_arrays(q, k, batch * steps * m * (heads * per_head + k.shape[2] * state))
+    directions = 1 if causal else 2
+    return work.Work(*(directions * x for x in once))
 
 
 Numerator = Float[Array, "batch time heads dim"]

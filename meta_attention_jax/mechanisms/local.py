@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool
 
-from meta_attention_jax.mechanisms import blocks, blockwise, packed
+from meta_attention_jax.mechanisms import blocks, blockwise, packed, work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 BLOCK = 64
+"""Edge of a tile of all tokens."""
+
+PACKED_BLOCK, PACKED_TILE = 64, 64
+"""Queries of a packed block, and keys that it meets at once."""
 
 
 def attend(
@@ -44,6 +48,11 @@ def attend(
     )
 
 
+def count_work(q: Queries, k: Keys, *, causal: bool = True, window: int) -> work.Work:
+    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only."""
+    return blockwise.count_work(q, k, causal=causal, window=window, block=BLOCK)
+
+
 def attend_packed(
     q: Queries,
     k: Keys,
@@ -62,5 +71,22 @@ def attend_packed(
     """
     return packed.attend(
         q, k, v, chosen, base,
-        segment_ids=segment_ids, causal=causal, window=window, block=BLOCK, tile=BLOCK,
+        segment_ids=segment_ids, causal=causal, window=window,
+        block=PACKED_BLOCK, tile=PACKED_TILE,
+    )
+
+
+def count_packed_work(
+    q: Queries,
+    k: Keys,
+    chosen: Bool[Array, "batch time"],
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    window: int,
+) -> work.Work:
+    """What `attend_packed` spends on these choices, forward; see `packed.count_work`."""
+    return packed.count_work(
+        q, k, chosen, segment_ids=segment_ids, causal=causal, window=window,
+        block=PACKED_BLOCK, tile=PACKED_TILE,
     )

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.mechanisms import blocks, masks
+from meta_attention_jax.mechanisms import blocks, masks, work
 from meta_attention_jax.mechanisms.blockwise import dot
+from meta_attention_jax.mechanisms.work import Work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 LogSumExp = Float[Array, "batch time heads"]
@@ -98,6 +99,31 @@ def count_pairs(
         return pairs + steps.astype(jnp.float32) * (block * tile)
 
     return jax.lax.fori_loop(0, plan.ends[-1], visit, jnp.float32(0.0))
+
+
+def count_work(
+    q: Queries,
+    k: Keys,
+    chosen: Bool[Array, "batch time"],
+    *,
+    segment_ids: SegmentIds | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    block: int = 128,
+    tile: int = 128,
+) -> Work:
+    """What `attend` spends on these choices, forward; q and k may be abstract."""
+    pairs = count_pairs(
+        chosen, segment_ids=segment_ids, causal=causal, window=window, block=block, tile=tile
+    )
+    tile = min(tile, chosen.shape[1])
+    if segment_ids is not None:
+        chosen = chosen & (segment_ids != 0)
+    count = chosen.sum(axis=1, dtype=jnp.int32)
+    return work.of_tiles(
+        q, k, blocks=(-(-count // block)).sum(), tiles=pairs / (block * tile), rows=count.sum(),
+        block=block, tile=tile,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))

@@ -25,9 +25,13 @@ class Mechanism:
       options: the static options that `attend` takes, among `window` and `implementation`.
       init_cache, prefill, decode: the stepwise form, `(cache, token) -> (cache, output)`; None when
         the mechanism cannot decode.
+      work: `work(q, k, *, causal, **options)`, what `attend` really spends on all tokens, forward, as
+        a `Work`; q and k may be abstract. None counts `flops`, and every array once.
       attend_packed: `attend_packed(q, k, v, chosen, base, *, segment_ids, causal, **options)`:
         `attend` at the chosen tokens, `base` elsewhere, in work proportional to the choice; None
         makes hard dispatch attend everywhere and select.
+      packed_work: `packed_work(q, k, chosen, *, segment_ids, causal, **options)`, what
+        `attend_packed` really spends, forward. None counts the chosen tokens' share of `work`.
     """
 
     attend: Callable[..., Queries]
@@ -38,6 +42,8 @@ class Mechanism:
     prefill: Callable | None = None
     decode: Callable | None = None
     attend_packed: Callable | None = None
+    work: Callable | None = None
+    packed_work: Callable | None = None
 
     def __post_init__(self):
         unknown = [option for option in self.options if option not in OPTIONS]
@@ -144,11 +150,13 @@ register_mechanism(
         full_flops,
         rotary=True,
         options=("implementation",),
+        work=full.count_work,
         attend_packed=full.attend_packed,
+        packed_work=full.count_packed_work,
     ),
 )
 # Rotation would break the positivity of the linear kernel.
-register_mechanism("linear", Mechanism(linear.attend, linear_flops))
+register_mechanism("linear", Mechanism(linear.attend, linear_flops, work=linear.count_work))
 register_mechanism(
     "local",
     Mechanism(
@@ -156,6 +164,8 @@ register_mechanism(
         local_flops,
         rotary=True,
         options=("window",),
+        work=local.count_work,
         attend_packed=local.attend_packed,
+        packed_work=local.count_packed_work,
     ),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import pathlib
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.prior import validate_prior
-from meta_attention_jax.cost import FlopCount, count_flops, resolve_costs
+from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.training.config import expect, validate
+from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
@@ -29,7 +31,9 @@ def check(config: ConfigDict) -> None:
       ValueError: one sentence with the field, what was expected, and what it got.
     """
     validate(config)
-    costs = build_costs(config)
+    # Measured costs come last, once there is a directory to freeze them in; any numbers do here.
+    measured = config.prior.costs == "measured"
+    costs = np.ones(len(config.model.mechanisms)) if measured else build_costs(config)
     try:
         validate_prior(
             strength=config.prior.strength, preference=config.prior.preference, costs=costs
@@ -40,9 +44,27 @@ def check(config: ConfigDict) -> None:
     build_parallel(config)
 
 
-def build_costs(config: ConfigDict) -> np.ndarray:
-    """c on the config's mechanism axis, largest 1."""
+def build_costs(
+    config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False
+) -> np.ndarray:
+    """c on the config's mechanism axis, largest 1.
+
+    Args:
+      config: checked.
+      workdir: of the run, where measured costs are frozen; None refuses them.
+      measure: measure and freeze them if they are not there yet, instead of an error.
+
+    Raises:
+      ValueError: costs that cannot be had; one sentence.
+    """
     text = config.prior.costs
+    if text == "measured" and workdir is not None:
+        setting = build_cost_setting(config)
+        if not measure:
+            return read_costs(workdir, setting)
+        devices = len(build_parallel(config).devices)
+        share = config.data.batch_size // (devices * config.optimizer.accumulate)
+        return freeze_costs(workdir, setting, batch=share)
     try:
         costs = text if text.isalpha() else [float(part) for part in text.split(",")]
         return resolve_costs(
@@ -55,8 +77,24 @@ def build_costs(config: ConfigDict) -> np.ndarray:
     except ValueError as error:
         if "expected" in str(error):
             raise ValueError(f"prior.{error}") from None
-        expect(False, "prior.costs", "'nominal', 'analytic' or numbers like '1,0.15,0.3'", text)
+        kinds = "'nominal', 'analytic', 'measured' or numbers like '1,0.15,0.3'"
+        expect(False, "prior.costs", kinds, text)
         raise
+
+
+def build_cost_setting(config: ConfigDict) -> CostSetting:
+    """What measured costs of this config hold for."""
+    model = config.model
+    return CostSetting(
+        mechanisms=tuple(model.mechanisms),
+        time=config.data.sequence_length,
+        window=model.window,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.model_dim // model.num_heads,
+        dtype=model.dtype,
+        implementation=model.implementation,
+    )
 
 
 def build_schedule(config: ConfigDict) -> Schedule:
@@ -146,15 +184,17 @@ def build_model(config: ConfigDict, vocab_size: int) -> LanguageModel:
     )
 
 
-def build_hypers(config: ConfigDict) -> Hypers:
-    """The arrays that a sweep may vary."""
+def build_hypers(
+    config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False
+) -> Hypers:
+    """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         beta=jnp.float32(config.objective.beta),
         routing=RoutingHypers(
             strength=jnp.float32(config.prior.strength),
             preference=jnp.float32(config.prior.preference),
-            costs=jnp.asarray(build_costs(config)),
+            costs=jnp.asarray(build_costs(config, workdir, measure=measure)),
             threshold=jnp.float32(config.gate.threshold),
         ),
     )

@@ -9,12 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from meta_attention_jax.cost import Accounting, count_attention
 from meta_attention_jax.data.pipeline import Dataset
-from meta_attention_jax.objective import Sums
+from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.objective import Sums, loss_sums
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import eval_step, sampled_eval_step
-from meta_attention_jax.types import RoutingHypers
+from meta_attention_jax.types import Batch, RoutingHypers
 
 
 class Evaluator:
@@ -64,6 +66,33 @@ class Evaluator:
             mode,
             functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds),
         )
+        return self._total(step, params, hypers, split, max_batches)
+
+    def accounted(
+        self,
+        params: Any,
+        hypers: RoutingHypers,
+        *,
+        split: str,
+        max_batches: Optional[int] = None,
+    ) -> tuple[Sums, Accounting]:
+        """`sums` in mode "hard", and what attention spends on its routes, per token, all layers.
+
+        Executed numbers are those of batches and devices as they are here: a device runs a
+        mechanism without a packed form if one token of its rows asks for it.
+        """
+        step = self._step(
+            "accounted",
+            functools.partial(
+                accounted_eval_step, self.model.clone(mode="hard"), self.dataset.num_kinds
+            ),
+        )
+        sums, accounting = self._total(step, params, hypers, split, max_batches)
+        return sums, accounting.per_token()
+
+    def _total(
+        self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]
+    ) -> Any:
         total = None
         for batch in self.dataset.eval_batches(split, max_batches=max_batches):
             sums = step(params, self.parallel.shard(batch), hypers)
@@ -100,3 +129,39 @@ class Evaluator:
             sums = jax.device_get(self.parallel.unreplicate(sums))
             total = {name: total[name] + float(sums[name]) for name in total}
         return {name: total[name] / total["tokens"] for name in ("predictive", "elbo")}
+
+
+def accounted_eval_step(
+    model: LanguageModel,
+    num_kinds: int,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    axis_name: Optional[str] = None,
+) -> tuple[Sums, Accounting]:
+    """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
+    output = model.apply(
+        {"params": params},
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        hypers=hypers,
+    )
+    count = functools.partial(
+        count_attention,
+        mechanisms=model.mechanisms,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.model_dim // model.num_heads,
+        segment_ids=batch.segment_ids,
+        window=model.window,
+        implementation=model.implementation,
+        dtype=model.dtype or jnp.float32,
+        fixed=model.controller == "fixed",
+    )
+    layers = jax.lax.map(count, output.routing.route)
+    accounting = jax.tree.map(lambda x: x.sum(0), layers)
+    accounting = accounting.replace(tokens=layers.tokens[0])  # The same tokens in every layer.
+    totals = loss_sums(output, batch, num_kinds=num_kinds), accounting
+    return totals if axis_name is None else jax.lax.psum(totals, axis_name)

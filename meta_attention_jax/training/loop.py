@@ -1,7 +1,7 @@
 """One training run in one directory, resumable at any checkpoint.
 
 A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`,
-`tensorboard/` and `checkpoints/`.
+`tensorboard/`, `checkpoints/`, and `costs.json` when costs are measured.
 """
 
 from __future__ import annotations
@@ -140,9 +140,12 @@ def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Job:
     dataset = build.build_dataset(config, workdir)
     spec = build.build_spec(config, dataset)
     path = open_workdir(workdir, config)
+    # Once trained upon, measured costs may only be read.
+    trained = (path / "checkpoints").exists()
+    hypers = build.build_hypers(config, path, measure=not trained)
     dataset.tokenizer.save(path)
     write_manifest(dataset, path)
-    return Job(config, path, dataset, parallel, spec, build.build_hypers(config))
+    return Job(config, path, dataset, parallel, spec, hypers)
 
 
 def train(

@@ -1,0 +1,116 @@
+"""Measured costs, frozen: one `costs.json` in a run directory, written once and read ever after."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from meta_attention_jax.cost import CostSetting, MeasuredCosts, measure_costs
+
+FILE = "costs.json"
+
+
+def freeze_costs(
+    directory: str | pathlib.Path, setting: CostSetting, *, batch: int
+) -> np.ndarray:
+    """c of the run in `directory`: as frozen there, else measured now and frozen.
+
+    Of several processes, the first one reads, measures and writes, and the others get its numbers;
+    all must call together.
+
+    Args:
+      directory: of the run; it exists.
+      setting: what the costs must hold for.
+      batch: sequences of a timed call.
+
+    Raises:
+      ValueError: the file is damaged, or of another setting; it stays as it is.
+    """
+    if jax.process_count() == 1:
+        return _freeze(directory, setting, batch)
+    costs, failure = np.full(len(setting.mechanisms), np.nan, np.float32), None
+    if jax.process_index() == 0:
+        try:
+            costs = _freeze(directory, setting, batch)
+        except Exception as error:  # The others are waiting: they must hear of it.
+            failure = error
+    costs = np.asarray(multihost_utils.broadcast_one_to_all(costs), np.float32)
+    if failure is not None:
+        raise failure
+    if np.isnan(costs).any():
+        raise ValueError(f"{FILE}: expected the costs of process 0, got its error.")
+    return costs
+
+
+def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarray:
+    """c as frozen in `directory`; never measures, never writes.
+
+    Raises:
+      ValueError: no such file, a damaged one, or one of another setting; one sentence.
+    """
+    path = pathlib.Path(directory) / FILE
+    if not path.exists():
+        raise ValueError(f"{FILE}: expected the run's measured costs in {str(path)!r}, got none.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        record = _from_json(stored)
+        costs = record.costs
+        sound = bool(np.all(np.isfinite(record.seconds) & (costs > 0)))
+        sound &= stored["costs"] == _named(record, costs)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{FILE}: expected measured costs in {str(path)!r}, got something else.")
+    for field in dataclasses.fields(CostSetting):
+        wanted, got = getattr(setting, field.name), getattr(record.setting, field.name)
+        if wanted != got:
+            raise ValueError(
+                f"{FILE}: expected costs for {field.name} {wanted!r}, as in the config, in "
+                f"{str(path)!r}, got {got!r}."
+            )
+    return costs
+
+
+def _freeze(directory: str | pathlib.Path, setting: CostSetting, batch: int) -> np.ndarray:
+    path = pathlib.Path(directory) / FILE
+    if path.exists():
+        return read_costs(directory, setting)
+    record = measure_costs(setting, batch=batch)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(_to_json(record), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return record.costs
+
+
+def _named(record: MeasuredCosts, values: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(record.setting.mechanisms, values)}
+
+
+def _to_json(record: MeasuredCosts) -> dict[str, Any]:
+    return {
+        "costs": _named(record, record.costs),
+        "seconds": _named(record, record.seconds),
+        "setting": dataclasses.asdict(record.setting),
+        "batch": record.batch,
+        "device": record.device,
+        "versions": record.versions,
+    }
+
+
+def _from_json(stored: dict[str, Any]) -> MeasuredCosts:
+    setting = dict(stored["setting"])
+    mechanisms = tuple(setting.pop("mechanisms"))
+    return MeasuredCosts(
+        setting=CostSetting(mechanisms=mechanisms, **setting),
+        batch=stored["batch"],
+        seconds=tuple(stored["seconds"][name] for name in mechanisms),
+        device=stored["device"],
+        versions=stored["versions"],
+    )
