@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from meta_attention_jax.mechanisms import full, linear, local
+from jaxtyping import Array, Bool
+
+from meta_attention_jax.mechanisms import decode, full, linear, local
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 OPTIONS = ("window", "implementation")
@@ -23,8 +25,9 @@ class Mechanism:
         multiply-add) that the equation needs for one head and one sequence of `time` tokens.
       rotary: whether q and k arrive rotated when the layer uses rotary positions.
       options: the static options that `attend` takes, among `window` and `implementation`.
-      init_cache, prefill, decode: the stepwise form, `(cache, token) -> (cache, output)`; None when
-        the mechanism cannot decode.
+      decode: `decode(q, cache, layer, *, needed, **options) -> out`, attention of the newest token of
+        each row; q and out `[B, H, d]`, `cache` a `decode.Cache` that has the token, `needed` `[B]`
+        the rows that will be used, `options` the `window` if declared. None: it cannot generate.
       attend_packed: attention of the packed queries alone; None makes hard dispatch attend
         everywhere and select.
     """
@@ -33,9 +36,7 @@ class Mechanism:
     flops: Callable[..., float]
     rotary: bool = False
     options: tuple[str, ...] = ()
-    init_cache: Callable | None = None
-    prefill: Callable | None = None
-    decode: Callable | None = None
+    decode: Callable[..., Queries] | None = None
     attend_packed: Callable | None = None
 
     def __post_init__(self):
@@ -102,6 +103,35 @@ def attend_with(
     return mechanism.attend(q, k, v, segment_ids=segment_ids, causal=causal, **options)
 
 
+def decode_with(
+    name: str,
+    q: decode.StepQuery,
+    cache: decode.Cache,
+    layer: decode.Layer,
+    *,
+    needed: Bool[Array, "batch"],
+    window: int,
+) -> decode.StepQuery:
+    """`decode` of a mechanism, given only the options that it declares.
+
+    Raises:
+      ValueError: unknown mechanism, or one that cannot decode.
+    """
+    mechanism = get_mechanism(name)
+    check_decodes((name,))
+    options = {"window": window} if "window" in mechanism.options else {}
+    return mechanism.decode(q, cache, layer, needed=needed, **options)
+
+
+def check_decodes(names: Sequence[str]) -> None:
+    """Raises ValueError when one of the mechanisms cannot decode."""
+    for name in names:
+        if get_mechanism(name).decode is None:
+            raise ValueError(
+                f"mechanism: expected one with a `decode` function for generation, got {name!r}."
+            )
+
+
 def full_flops(time: int, dim: int, *, causal: bool = True, window: int | None = None) -> float:
     """Logits and weighted sum, 4 d per pair: 2 d T (T + 1) causal, 4 d T^2 bidirectional."""
     del window
@@ -127,8 +157,19 @@ def linear_flops(time: int, dim: int, *, causal: bool = True, window: int | None
 
 register_mechanism(
     "full",
-    Mechanism(full.attend, full_flops, rotary=True, options=("implementation",)),
+    Mechanism(
+        full.attend,
+        full_flops,
+        rotary=True,
+        options=("implementation",),
+        decode=decode.decode_full,
+    ),
 )
 # Rotation would break the positivity of the linear kernel.
-register_mechanism("linear", Mechanism(linear.attend, linear_flops))
-register_mechanism("local", Mechanism(local.attend, local_flops, rotary=True, options=("window",)))
+register_mechanism("linear", Mechanism(linear.attend, linear_flops, decode=decode.decode_linear))
+register_mechanism(
+    "local",
+    Mechanism(
+        local.attend, local_flops, rotary=True, options=("window",), decode=decode.decode_local
+    ),
+)
