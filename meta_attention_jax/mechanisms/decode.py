@@ -18,7 +18,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from meta_attention_jax.mechanisms import masks
 from meta_attention_jax.mechanisms.linear import EPSILON, feature_map
@@ -31,7 +31,7 @@ two thirds of the memory's speed, 1024 nine tenths, 4096 no more."""
 StepQuery = Float[Array, "batch heads dim"]
 StepKey = Float[Array, "batch kv_heads dim"]
 Layer = int | Int[Array, ""]
-Stack = Float[Array, "layer batch kv_heads capacity dim"]
+Stack = Shaped[Array, "layer batch kv_heads capacity dim"]
 State = Float[Array, "layer batch kv_heads dim dim"]
 Normaliser = Float[Array, "layer batch kv_heads dim"]
 
@@ -39,6 +39,9 @@ Normaliser = Float[Array, "layer batch kv_heads dim"]
 @flax.struct.dataclass
 class Cache:
     """What all layers remember of every row.
+
+    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU
+    backend would widen the whole stack to float32 and back for every update.
 
     Attributes:
       k: keys as full and local attention want them (rotated where the layer is rotary); 0 from the
@@ -77,14 +80,27 @@ def init_cache(
             raise ValueError(f"{name}: expected at least 1, got {size}.")
     if capacity > BLOCK:
         capacity = -(-capacity // BLOCK) * BLOCK
-    stack = (layers, batch, kv_heads, capacity, dim)
+    kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    empty = jnp.zeros((layers, batch, kv_heads, capacity, dim), kept)
     return Cache(
-        k=jnp.zeros(stack, dtype),
-        v=jnp.zeros(stack, dtype),
+        k=empty,
+        v=jnp.zeros_like(empty),
         s=jnp.zeros((layers, batch, kv_heads, dim, dim), jnp.float32),
         z=jnp.zeros((layers, batch, kv_heads, dim), jnp.float32),
         length=jnp.zeros((layers, batch), jnp.int32),
     )
+
+
+def stored(x: Float[Array, "..."], dtype: Any) -> Shaped[Array, "..."]:
+    """x as a stack of `dtype` holds it: uint16 stands for the bits of bfloat16."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """Inverse of `stored`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def fill(
@@ -111,7 +127,7 @@ def fill(
     state = jnp.einsum("btgd,btge->bgde", phi, v.astype(jnp.float32))
 
     def written(stack, x):
-        x = jnp.where(valid, x, 0).astype(stack.dtype).transpose(0, 2, 1, 3)
+        x = stored(jnp.where(valid, x, 0), stack.dtype).transpose(0, 2, 1, 3)
         return jax.lax.dynamic_update_slice(stack, x[None], (layer, 0, 0, 0, 0))
 
     return Cache(
@@ -126,15 +142,19 @@ def fill(
 def append(cache: Cache, layer: Layer, rotated: StepKey, k: StepKey, v: StepKey) -> Cache:
     """The cache after a layer has seen one more token per row.
 
-    A row at its capacity loses the new key and value: callers bound the lengths beforehand.
+    A row at its capacity overwrites its last key: callers bound the lengths beforehand.
     """
     length = cache.length[layer]
-    rows = jnp.arange(length.shape[0])
     phi = feature_map(k)
     outer = phi[..., :, None] * v.astype(jnp.float32)[..., None, :]
 
     def written(stack, x):
-        return stack.at[layer, rows, :, length].set(x.astype(stack.dtype), mode="drop")
+        x = stored(x, stack.dtype)[:, None, None, :, None]
+
+        def row(b, stack):
+            return jax.lax.dynamic_update_slice(stack, x[b], (layer, b, 0, length[b], 0))
+
+        return jax.lax.fori_loop(0, x.shape[0], row, stack)
 
     return Cache(
         k=written(cache.k, rotated),
@@ -269,9 +289,9 @@ def _grouped(q: StepQuery, kv_heads: int) -> Float[Array, "batch kv_heads group 
 
 def _slice(stack: Stack, layer: Layer, row, first, size: int) -> Float[Array, "kv_heads size dim"]:
     _, _, kv_heads, _, dim = stack.shape
-    return jax.lax.dynamic_slice(
-        stack, (layer, row, 0, first, 0), (1, 1, kv_heads, size, dim)
-    )[0, 0]
+    return loaded(
+        jax.lax.dynamic_slice(stack, (layer, row, 0, first, 0), (1, 1, kv_heads, size, dim))[0, 0]
+    )
 
 
 def _logits(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:
