@@ -8,37 +8,58 @@ arXiv 2605.28384.
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import resolve_costs
+from meta_attention_jax.mechanisms import decode as stepwise
 from meta_attention_jax.mechanisms.modules import Projections
-from meta_attention_jax.mechanisms.registry import attend_with, get_mechanism
+from meta_attention_jax.mechanisms.registry import (
+    attend_with,
+    check_decodes,
+    decode_with,
+    get_mechanism,
+)
 from meta_attention_jax.mechanisms.rotary import rotate
 from meta_attention_jax.routing import mixture
 from meta_attention_jax.routing.dispatch import hard_attention, resolve_dispatch
 from meta_attention_jax.types import (
     MECHANISMS,
+    Keys,
     Positions,
+    Queries,
     Route,
     Routing,
     RoutingHypers,
     SegmentIds,
+    Values,
+    Weights,
     positions_in_segment,
 )
+
+
+class Heads(NamedTuple):
+    """Projected tokens; the rotated ones equal the plain ones where the layer is not rotary."""
+
+    q: Queries
+    k: Keys
+    v: Values
+    rotated_q: Queries
+    rotated_k: Keys
 
 
 class MetaAttention(nn.Module):
     """Self-attention in which every token is routed to full, linear or local attention.
 
     Usable in the place of `nn.MultiHeadDotProductAttention` for self-attention: `layer(x)` returns
-    the array alone; the `Routing` is sown as `("intermediates", "routing")`. `routed` returns both.
+    the array alone; the `Routing` is sown as `("intermediates", "routing")`. `routed` returns both;
+    `prefill` and `decode` generate with the same parameters.
 
     Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys`
     (one per example) it trains: one reparameterised sample of pi per token, and straight-through
@@ -138,7 +159,6 @@ class MetaAttention(nn.Module):
             kwargs["keys"] = jax.random.split(self.make_rng("routing"), inputs_q.shape[0])
         return self.routed(inputs_q, **kwargs)[0]
 
-    @nn.compact
     def routed(
         self,
         x: Float[Array, "batch time model"],
@@ -164,6 +184,117 @@ class MetaAttention(nn.Module):
         Raises:
           ValueError: a field that cannot be, or a shape that does not fit; one sentence.
         """
+
+        def attention(*arguments):
+            return self._attend(*arguments), None
+
+        out, routing, _ = self._forward(
+            x, attention, segment_ids, positions, residual, route, hypers, keys
+        )
+        return out, routing
+
+    def prefill(
+        self,
+        cache: stepwise.Cache,
+        layer: stepwise.Layer,
+        x: Float[Array, "batch time model"],
+        *,
+        segment_ids: SegmentIds,
+        hypers: RoutingHypers,
+        residual: Optional[Float[Array, "batch time model"]] = None,
+        route: Optional[Route] = None,
+    ) -> tuple[stepwise.Cache, Float[Array, "batch time out"], Routing]:
+        """`routed` over right-padded prompts, which also fills the cache.
+
+        Args:
+          cache: whose `layer` is overwritten.
+          layer: index of this layer in the cache.
+          x: input.
+          segment_ids: 1 in the prompts, 0 behind them.
+          hypers, residual, route: as in `routed`.
+
+        Raises:
+          ValueError: as `routed`; a mechanism that cannot decode, `causal` False, or prompts longer
+            than the capacity.
+        """
+        self._validate_decoding()
+
+        def attention(names, heads: Heads, weights, segment_ids, route):
+            filled = stepwise.fill(cache, layer, heads.rotated_k, heads.k, heads.v, segment_ids)
+            return self._attend(names, heads, weights, segment_ids, route), filled
+
+        out, routing, filled = self._forward(
+            x, attention, segment_ids, None, residual, route, hypers, None
+        )
+        return filled, out, routing
+
+    def decode(
+        self,
+        cache: stepwise.Cache,
+        layer: stepwise.Layer,
+        x: Float[Array, "batch 1 model"],
+        *,
+        hypers: RoutingHypers,
+        residual: Optional[Float[Array, "batch 1 model"]] = None,
+        route: Optional[Int[Array, "batch 1"]] = None,
+    ) -> tuple[stepwise.Cache, Float[Array, "batch 1 out"], Routing]:
+        """One more token per row: (cache, token) -> (cache, output, routing).
+
+        The token's position is its row's length. Every token enters the cache; a row then reads
+        only what the mechanisms of non-zero weight need.
+
+        Raises:
+          ValueError: as `prefill`; more than one token.
+        """
+        self._validate_decoding()
+        if x.ndim != 3 or x.shape[1] != 1:
+            raise ValueError(f"x: expected [batch, 1, model], one token per row, got {x.shape}.")
+
+        def attention(names, heads: Heads, weights, segment_ids, route):
+            del segment_ids, route  # Weights of 0 say which rows need nothing.
+            longer = stepwise.append(
+                cache, layer, heads.rotated_k[:, 0], heads.k[:, 0], heads.v[:, 0]
+            )
+            outputs = [
+                decode_with(
+                    name,
+                    (heads.rotated_q if get_mechanism(name).rotary else heads.q)[:, 0],
+                    longer,
+                    layer,
+                    needed=weights[:, 0, k] != 0,
+                    window=self.window,
+                )[:, None]
+                for k, name in enumerate(names)
+            ]
+            return mixture.soft(outputs, weights), longer
+
+        positions = cache.length[layer][:, None]
+        out, routing, longer = self._forward(
+            x, attention, jnp.ones_like(positions), positions, residual, route, hypers, None
+        )
+        return longer, out, routing
+
+    @nn.compact
+    def _forward(
+        self,
+        x: Float[Array, "batch time model"],
+        attention: Callable[..., tuple[Queries, Any]],
+        segment_ids: Optional[SegmentIds],
+        positions: Optional[Positions],
+        residual: Optional[Float[Array, "batch time model"]],
+        route: Optional[Route],
+        hypers: Optional[RoutingHypers],
+        keys: Optional[Key[Array, "batch"]],
+    ) -> tuple[Float[Array, "batch time out"], Routing, Any]:
+        """What training, prefill and decoding share: all but how the heads attend.
+
+        Args:
+          attention: (mechanisms to mix, heads, their weights, segment_ids, the route where every
+            token is hard or None) -> (mixed, extra).
+
+        Returns:
+          The output, the routing, and `extra`.
+        """
         heads, kv_heads, dim = self._validate(x)
         batch, time, model = x.shape
         if segment_ids is None:
@@ -188,20 +319,6 @@ class MetaAttention(nn.Module):
         )
         q, k, v = projections.project(x)
         rotated = (rotate(q, positions), rotate(k, positions)) if self.rotary else (q, k)
-
-        def attend(name: str) -> Array:
-            mechanism = get_mechanism(name)
-            query, key = rotated if mechanism.rotary else (q, k)
-            return attend_with(
-                mechanism,
-                query,
-                key,
-                v,
-                segment_ids=segment_ids,
-                causal=self.causal,
-                window=self.window,
-                implementation=self.implementation,
-            )
 
         controller = make_controller(
             self.controller,
@@ -230,29 +347,65 @@ class MetaAttention(nn.Module):
             route=route,
             training=keys is not None,
         )
+        names = tuple(self.mechanisms)
         if self.controller == "fixed" and route is None:
             # One mechanism for all: the baselines pay for what they use, and for nothing else.
-            mixed = attend(self.fixed)
-        elif (route is not None or (self.mode == "hard" and keys is None)) and (
-            resolve_dispatch(self.dispatch, time=time) == "packed"
-        ):
-            mixed = hard_attention(
+            names, weights = (self.fixed,), jnp.ones_like(weights[..., :1])
+        all_hard = route is not None or (self.mode == "hard" and keys is None)
+        mixed, extra = attention(
+            names, Heads(q, k, v, *rotated), weights, segment_ids, route_used if all_hard else None
+        )
+        routing = routing.replace(route=route_used, hard=hard)
+        self.sow("intermediates", "routing", routing)
+        return projections.merge(mixed), routing, extra
+
+    def _attend(
+        self,
+        names: Sequence[str],
+        heads: Heads,
+        weights: Weights,
+        segment_ids: SegmentIds,
+        route: Optional[Route],
+    ) -> Queries:
+        """Whole sequences: packed dispatch where every token has a route, else all mechanisms on all
+        tokens, mixed by weight."""
+
+        def attend(name: str) -> Queries:
+            mechanism = get_mechanism(name)
+            q, k = (heads.rotated_q, heads.rotated_k) if mechanism.rotary else (heads.q, heads.k)
+            return attend_with(
+                mechanism,
                 q,
                 k,
-                v,
-                route_used,
-                mechanisms=self.mechanisms,
-                rotated=rotated,
+                heads.v,
                 segment_ids=segment_ids,
                 causal=self.causal,
                 window=self.window,
                 implementation=self.implementation,
             )
-        else:
-            mixed = mixture.soft([attend(name) for name in self.mechanisms], weights)
-        routing = routing.replace(route=route_used, hard=hard)
-        self.sow("intermediates", "routing", routing)
-        return projections.merge(mixed), routing
+
+        if len(names) == 1:
+            return attend(names[0])
+        time = heads.q.shape[1]
+        if route is not None and resolve_dispatch(self.dispatch, time=time) == "packed":
+            return hard_attention(
+                heads.q,
+                heads.k,
+                heads.v,
+                route,
+                mechanisms=names,
+                rotated=(heads.rotated_q, heads.rotated_k),
+                segment_ids=segment_ids,
+                causal=self.causal,
+                window=self.window,
+                implementation=self.implementation,
+            )
+        return mixture.soft([attend(name) for name in names], weights)
+
+    def _validate_decoding(self) -> None:
+        if not self.causal:
+            raise ValueError("causal: expected True for generation, got False.")
+        check_decodes(self.mechanisms)
 
     def _hypers(self, time: int, dim: int) -> RoutingHypers:
         costs = resolve_costs(self.costs, self.mechanisms, time=time, dim=dim, window=self.window)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from meta_attention_jax.layer import MetaAttention
+from meta_attention_jax.mechanisms.decode import Cache, init_cache
+from meta_attention_jax.mechanisms.registry import check_decodes
 from meta_attention_jax.types import (
     MECHANISMS,
     Positions,
@@ -30,6 +32,14 @@ class Output:
     routing: Routing
 
 
+@flax.struct.dataclass
+class StepOutput:
+    """Logits of the next token [batch vocab] (float32) and the `Routing` of all layers."""
+
+    logits: Float[Array, "batch vocab"]
+    routing: Routing
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Scannable over layers."""
 
@@ -39,22 +49,55 @@ class Block(nn.Module):
     dtype: Optional[Any]
     param_dtype: Any
 
-    @nn.compact
     def __call__(self, carry, route, segment_ids, positions, hypers, keys):
         x, index = carry
         if keys is not None:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+
+        def attend(attention, normed):
+            return None, *attention.routed(
+                normed,
+                segment_ids=segment_ids,
+                positions=positions,
+                residual=x,
+                route=route,
+                hypers=hypers,
+                keys=keys,
+            )
+
+        _, x, routing = self._around(x, attend)
+        return (x, index + 1), routing
+
+    def prefill(self, carry, route, segment_ids, hypers):
+        """`__call__` over right-padded prompts with the cache in the carry: (cache, x, layer)."""
+        cache, x, index = carry
+
+        def attend(attention, normed):
+            return attention.prefill(
+                cache, index, normed, segment_ids=segment_ids, residual=x, route=route, hypers=hypers
+            )
+
+        cache, x, routing = self._around(x, attend)
+        return (cache, x, index + 1), routing
+
+    def decode(self, carry, route, hypers):
+        """One more token per row, x `[batch, 1, model]`, with the cache in the carry."""
+        cache, x, index = carry
+
+        def attend(attention, normed):
+            return attention.decode(cache, index, normed, residual=x, route=route, hypers=hypers)
+
+        cache, x, routing = self._around(x, attend)
+        return (cache, x, index + 1), routing
+
+    @nn.compact
+    def _around(self, x, attend):
+        """Norms, residuals and MLP around attend(attention, normed) -> (cache, attended, routing)."""
         norm = lambda name: nn.RMSNorm(  # noqa: E731
             dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )
-        attended, routing = self.make_attention(name="attention").routed(
-            norm("attention_norm")(x),
-            segment_ids=segment_ids,
-            positions=positions,
-            residual=x,
-            route=route,
-            hypers=hypers,
-            keys=keys,
+        cache, attended, routing = attend(
+            self.make_attention(name="attention"), norm("attention_norm")(x)
         )
         x = x + attended
         dense = lambda width, name, scale: nn.Dense(  # noqa: E731
@@ -68,8 +111,7 @@ class Block(nn.Module):
         h = norm("mlp_norm")(x)
         h = nn.silu(dense(self.mlp_dim, "gate", 1.0)(h)) * dense(self.mlp_dim, "up", 1.0)(h)
         # Residual branches start small, so that the stream's variance does not grow with depth.
-        x = x + dense(x.shape[-1], "down", 0.5 / self.num_layers)(h)
-        return (x, index + 1), routing
+        return cache, x + dense(x.shape[-1], "down", 0.5 / self.num_layers)(h), routing
 
 
 class LanguageModel(nn.Module):
@@ -132,10 +174,16 @@ class LanguageModel(nn.Module):
         if self.scan_layers:
             block = nn.scan(
                 block,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=self.num_layers,
+                methods={
+                    # Of the arguments after the carry, the route alone differs by layer.
+                    method: dict(
+                        variable_axes={"params": 0, "intermediates": 0},
+                        split_rngs={"params": True},
+                        in_axes=(0, *[nn.broadcast] * shared),
+                        length=self.num_layers,
+                    )
+                    for method, shared in (("__call__", 4), ("prefill", 2), ("decode", 1))
+                },
             )
             self.layers = self._block(block, pattern[0], "layers")
         else:
@@ -215,23 +263,112 @@ class LanguageModel(nn.Module):
             segment_ids = jnp.ones((batch, time), jnp.int32)
         if positions is None:
             positions = positions_in_segment(segment_ids)
-        if route is not None and route.ndim == 2:
-            route = jnp.broadcast_to(route[None], (self.num_layers, batch, time))
-        if route is not None and route.shape != (self.num_layers, batch, time):
-            raise ValueError(
-                f"route: expected shape {(batch, time)} or {(self.num_layers, batch, time)}, "
-                f"got {route.shape}."
-            )
-        carry = (x, jnp.int32(0))
+        route = self._layer_routes(route, (batch, time))
+        (x, _), routing = self._blocks(
+            "__call__", (x, jnp.int32(0)), route, segment_ids, positions, hypers, keys
+        )
+        return Output(logits=self._logits(x), routing=routing)
+
+    def init_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens (`decode.init_cache`).
+
+        Raises:
+          ValueError: a size below 1; a mechanism that cannot decode.
+        """
+        check_decodes(self.mechanisms)
+        return init_cache(
+            layers=self.num_layers,
+            batch=batch,
+            capacity=capacity,
+            kv_heads=self.num_kv_heads or self.num_heads,
+            dim=self.model_dim // self.num_heads,
+            dtype=self.dtype or self.param_dtype,
+        )
+
+    def prefill(
+        self,
+        cache: Cache,
+        tokens: Int[Array, "batch time"],
+        lengths: Int[Array, "batch"],
+        *,
+        hypers: RoutingHypers,
+        route: Optional[Int[Array, "..."]] = None,
+    ) -> tuple[Cache, StepOutput]:
+        """One pass over right-padded prompts, from an empty cache.
+
+        Args:
+          cache: of `init_cache`.
+          tokens: prompts; what stands behind a prompt's length is ignored.
+          lengths: tokens of each prompt, in [1, time].
+          hypers: kappa, eta, c, theta as arrays.
+          route: [batch time] or [layer batch time]; forces k* and hard routing.
+
+        Returns:
+          The filled cache; logits behind the last token of each prompt and the routing of all
+          tokens, [layer batch time ...].
+
+        Raises:
+          ValueError: prompts longer than the capacity, shapes that do not fit.
+        """
+        if lengths.shape != tokens.shape[:1]:
+            raise ValueError(f"lengths: expected shape {tokens.shape[:1]}, got {lengths.shape}.")
+        segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
+        route = self._layer_routes(route, tokens.shape)
+        carry = (cache, self.embed(tokens), jnp.int32(0))
+        (cache, x, _), routing = self._blocks("prefill", carry, route, segment_ids, hypers)
+        # The head sees one token per row: logits of long prompts would outweigh the cache.
+        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        return cache, StepOutput(logits=self._logits(last)[:, 0], routing=routing)
+
+    def decode(
+        self,
+        cache: Cache,
+        token: Int[Array, "batch"],
+        *,
+        hypers: RoutingHypers,
+        route: Optional[Int[Array, "..."]] = None,
+    ) -> tuple[Cache, StepOutput]:
+        """One more token per row: (cache, token) -> (cache, output).
+
+        Args:
+          cache: after `prefill` or `decode`; no row at its capacity.
+          token: of each row.
+          hypers: kappa, eta, c, theta as arrays.
+          route: [batch] or [layer batch]; forces k* and hard routing.
+
+        Returns:
+          The cache with the token in it; logits behind the token and its routing,
+          [layer batch ...].
+        """
+        route = None if route is None else route[..., None]
+        route = self._layer_routes(route, (*token.shape, 1))
+        carry = (cache, self.embed(token[:, None]), jnp.int32(0))
+        (cache, x, _), routing = self._blocks("decode", carry, route, hypers)
+        routing = jax.tree.map(lambda leaf: leaf[:, :, 0], routing)
+        return cache, StepOutput(logits=self._logits(x)[:, 0], routing=routing)
+
+    def _blocks(self, method: str, carry: Any, route: Any, *shared: Any) -> tuple[Any, Routing]:
+        """Runs a method of all blocks in turn; the routing is stacked [layer ...]."""
         if self.scan_layers:
-            (x, _), routing = self.layers(carry, route, segment_ids, positions, hypers, keys)
-        else:
-            routings = []
-            for i, block in enumerate(self.blocks):
-                chosen = None if route is None else route[i]
-                carry, routing = block(carry, chosen, segment_ids, positions, hypers, keys)
-                routings.append(routing)
-            x, _ = carry
-            routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
-        logits = self.embedding.attend(self.final_norm(x))
-        return Output(logits=logits.astype(jnp.float32), routing=routing)
+            return getattr(self.layers, method)(carry, route, *shared)
+        routings = []
+        for i, block in enumerate(self.blocks):
+            chosen = None if route is None else route[i]
+            carry, routing = getattr(block, method)(carry, chosen, *shared)
+            routings.append(routing)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+
+    def _layer_routes(
+        self, route: Optional[Int[Array, "..."]], shape: tuple[int, int]
+    ) -> Optional[Int[Array, "layer batch time"]]:
+        """A forced route for every layer."""
+        if route is not None and route.ndim == 2:
+            route = jnp.broadcast_to(route[None], (self.num_layers, *route.shape))
+        if route is not None and route.shape != (self.num_layers, *shape):
+            raise ValueError(
+                f"route: expected shape {shape} or {(self.num_layers, *shape)}, got {route.shape}."
+            )
+        return route
+
+    def _logits(self, x: Float[Array, "batch time model"]) -> Float[Array, "batch time vocab"]:
+        return self.embedding.attend(self.final_norm(x)).astype(jnp.float32)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from meta_attention_jax.mechanisms import full, linear, local
+from jaxtyping import Array, Bool
+
+from meta_attention_jax.mechanisms import decode, full, linear, local
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 OPTIONS = ("window", "implementation")
@@ -23,8 +25,9 @@ class Mechanism:
         multiply-add) that the equation needs for one head and one sequence of `time` tokens.
       rotary: whether q and k arrive rotated when the layer uses rotary positions.
       options: the static options that `attend` takes, among `window` and `implementation`.
-      init_cache, prefill, decode: the stepwise form, `(cache, token) -> (cache, output)`; None when
-        the mechanism cannot decode.
+      decode: `decode(q, cache, layer, *, needed, **options) -> out`, attention of the newest token of
+        each row; q and out `[B, H, d]`, `cache` a `decode.Cache` that has the token, `needed` `[B]`
+        the rows that will be used, `options` the `window` if declared. None: it cannot generate.
       work: `work(q, k, *, causal, **options)`, what `attend` really spends on all tokens, forward, as
         a `Work`; q and k may be abstract. None counts `flops`, and every array once.
       attend_packed: `attend_packed(q, k, v, chosen, base, *, segment_ids, causal, **options)`:
@@ -38,9 +41,7 @@ class Mechanism:
     flops: Callable[..., float]
     rotary: bool = False
     options: tuple[str, ...] = ()
-    init_cache: Callable | None = None
-    prefill: Callable | None = None
-    decode: Callable | None = None
+    decode: Callable[..., Queries] | None = None
     attend_packed: Callable | None = None
     work: Callable | None = None
     packed_work: Callable | None = None
@@ -120,6 +121,35 @@ def select_options(
     return {name: given[name] for name in mechanism.options}
 
 
+def decode_with(
+    name: str,
+    q: decode.StepQuery,
+    cache: decode.Cache,
+    layer: decode.Layer,
+    *,
+    needed: Bool[Array, "batch"],
+    window: int,
+) -> decode.StepQuery:
+    """`decode` of a mechanism, given only the options that it declares.
+
+    Raises:
+      ValueError: unknown mechanism, or one that cannot decode.
+    """
+    mechanism = get_mechanism(name)
+    check_decodes((name,))
+    options = {"window": window} if "window" in mechanism.options else {}
+    return mechanism.decode(q, cache, layer, needed=needed, **options)
+
+
+def check_decodes(names: Sequence[str]) -> None:
+    """Raises ValueError when one of the mechanisms cannot decode."""
+    for name in names:
+        if get_mechanism(name).decode is None:
+            raise ValueError(
+                f"mechanism: expected one with a `decode` function for generation, got {name!r}."
+            )
+
+
 def full_flops(time: int, dim: int, *, causal: bool = True, window: int | None = None) -> float:
     """Logits and weighted sum, 4 d per pair: 2 d T (T + 1) causal, 4 d T^2 bidirectional."""
     del window
@@ -150,13 +180,19 @@ register_mechanism(
         full_flops,
         rotary=True,
         options=("implementation",),
+        decode=decode.decode_full,
         work=full.count_work,
         attend_packed=full.attend_packed,
         packed_work=full.count_packed_work,
     ),
 )
 # Rotation would break the positivity of the linear kernel.
-register_mechanism("linear", Mechanism(linear.attend, linear_flops, work=linear.count_work))
+register_mechanism(
+    "linear",
+    Mechanism(
+        linear.attend, linear_flops, decode=decode.decode_linear, work=linear.count_work
+    ),
+)
 register_mechanism(
     "local",
     Mechanism(
@@ -164,6 +200,7 @@ register_mechanism(
         local_flops,
         rotary=True,
         options=("window",),
+        decode=decode.decode_local,
         work=local.count_work,
         attend_packed=local.attend_packed,
         packed_work=local.count_packed_work,

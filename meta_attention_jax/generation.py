@@ -1,0 +1,276 @@
+"""Generation: prefill, then one compiled decode loop; samplers.
+
+A prompt is read in one pass that fills the caches; then every token costs one step in which a row
+reads only what its route needs. Sampling is a function of (row key, position), so a row generates
+the same text alone and in a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from meta_attention_jax.mechanisms.decode import Cache
+from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.types import RoutingHypers
+
+Logits = Float[Array, "batch vocab"]
+Tokens = Int[Array, "batch"]
+RowKeys = Key[Array, "batch"]
+Draw = Callable[[Logits, RowKeys], Tokens]
+
+
+def greedy(logits: Logits, keys: Optional[RowKeys] = None) -> Tokens:
+    """The most likely token; the first of equals."""
+    del keys
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def keep_top_k(logits: Logits, k: int) -> Logits:
+    """Masks all but the k largest logits of every row (equals of the k-th stay)."""
+    k = min(k, logits.shape[-1])
+    least = jax.lax.top_k(logits, k)[0][..., -1:]
+    return jnp.where(logits < least, MASKED, logits)
+
+
+def keep_top_p(logits: Logits, p: float) -> Logits:
+    """Masks all but the smallest set of most likely tokens whose mass is at least p.
+
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in
+    order of falling probability, have a mass below p; the first always stays.
+    """
+    order = jnp.argsort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # Ranks of the tokens: the inverse of the permutation `order`.
+    keep = jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(keep, logits, MASKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws from softmax(logits / temperature), cut to the top k, then to the mass p.
+
+    A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the
+    same settings compile once.
+
+    Attributes:
+      temperature: > 0.
+      top_k: None or at least 1 (1 is greedy).
+      top_p: None or in (0, 1]; of what `temperature` and `top_k` leave.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: Optional[int] = None
+    top_p: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}.")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}.")
+
+    def filtered(self, logits: Logits) -> Logits:
+        """Logits that are sampled from; those of tokens that are left out are `MASKED`."""
+        logits = logits.astype(jnp.float32) / self.temperature
+        if self.top_k is not None:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p is not None:
+            logits = keep_top_p(logits, self.top_p)
+        return logits
+
+    def __call__(self, logits: Logits, keys: RowKeys) -> Tokens:
+        return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
+
+
+@flax.struct.dataclass
+class Trace:
+    """What was generated; `prompt_*` are of the prompts, right-padded.
+
+    Attributes:
+      tokens: the text.
+      route: k* of every generated token, by layer.
+      hard: whether the token used k* alone.
+      uncertainty: u_t in [0, 1].
+      prompt_route: k* of the prompts' tokens; means nothing behind a prompt's length.
+      prompt_uncertainty: likewise.
+    """
+
+    tokens: Int[Array, "batch steps"]
+    route: Int[Array, "layer batch steps"]
+    hard: Bool[Array, "layer batch steps"]
+    uncertainty: Float[Array, "layer batch steps"]
+    prompt_route: Int[Array, "layer batch time"]
+    prompt_uncertainty: Float[Array, "layer batch time"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+def prefill(
+    model: LanguageModel,
+    params: Any,
+    tokens: Int[Array, "batch time"],
+    lengths: Int[Array, "batch"],
+    hypers: RoutingHypers,
+    *,
+    capacity: int,
+    route: Optional[Int[Array, "..."]] = None,
+) -> tuple[Cache, Any]:
+    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled."""
+    cache = model.init_cache(tokens.shape[0], capacity)
+    return model.apply(
+        {"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill"
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits")
+)
+def decode_loop(
+    model: LanguageModel,
+    params: Any,
+    cache: Cache,
+    logits: Logits,
+    keys: RowKeys,
+    hypers: RoutingHypers,
+    *,
+    steps: int,
+    sampler: Draw = greedy,
+    route: Optional[Int[Array, "steps layer batch"]] = None,
+) -> tuple[Cache, Logits, dict[str, Array]]:
+    """`steps` times: draw a token from the logits, then decode it. One compiled loop.
+
+    Args:
+      model: static; its mode says how routed.
+      params: of the model.
+      cache: consumed, its buffers are updated in place; rows need `steps` free places.
+      logits: of the first token to draw; consumed.
+      keys: one per row.
+      hypers: kappa, eta, c, theta as arrays.
+      steps: tokens per row.
+      sampler: `greedy` or a `Sampler`; any hashable function of that signature.
+      route: forces the routes of the generated tokens.
+
+    Returns:
+      The cache with all drawn tokens in it, the logits behind the last, and tokens
+      [batch steps], route, hard and uncertainty [layer batch steps] by name.
+    """
+
+    def step(carry, forced):
+        cache, logits = carry
+        fold = jax.vmap(jax.random.fold_in)
+        token = sampler(logits, fold(keys, cache.length[0]))
+        cache, out = model.apply(
+            {"params": params}, cache, token, hypers=hypers, route=forced, method="decode"
+        )
+        routing = out.routing
+        seen = dict(
+            token=token, route=routing.route, hard=routing.hard, uncertainty=routing.uncertainty
+        )
+        return (cache, out.logits), seen
+
+    (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
+    tokens = seen.pop("token")
+    return cache, logits, {
+        "tokens": tokens.T,
+        **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()},
+    }
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], vocab_size: int
+) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch"]]:
+    """Prompts of any lengths as one right-padded array, and their lengths.
+
+    Raises:
+      ValueError: no prompt, an empty one, or a token outside the vocabulary.
+    """
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("prompts: expected at least one, got none.")
+    for row in rows:
+        if row.ndim != 1 or row.size == 0:
+            raise ValueError(f"prompt: expected at least one token, got shape {row.shape}.")
+        if row.dtype.kind not in "iu":
+            raise ValueError(f"prompt: expected integer tokens, got {row.dtype}.")
+        if row.min() < 0 or row.max() >= vocab_size:
+            outside = row[(row < 0) | (row >= vocab_size)][0]
+            raise ValueError(f"prompt: expected tokens in [0, {vocab_size}), got {outside}.")
+    lengths = np.array([row.size for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : row.size] = row
+    return tokens, lengths
+
+
+def generate(
+    model: LanguageModel,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    hypers: RoutingHypers,
+    keys: Optional[RowKeys] = None,
+    sampler: Draw = greedy,
+    mode: Optional[str] = None,
+    capacity: Optional[int] = None,
+) -> Trace:
+    """Goes on from each prompt by `steps` tokens.
+
+    Args:
+      model: the language model.
+      params: its parameters, as trained.
+      prompts: token ids, rows of any lengths.
+      steps: tokens to generate per row, at least 1.
+      hypers: kappa, eta, c, theta as arrays.
+      keys: one PRNG key per row; only `greedy` can do without.
+      sampler: `greedy` or a `Sampler`.
+      mode: "soft", "hard" or "gated"; None is the model's own.
+      capacity: tokens that a row of the cache can hold; None is what the longest row needs.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step, a prompt that
+        with its steps exceeds the capacity, missing or too few keys; one sentence.
+    """
+    tokens, lengths = pad_prompts(prompts, model.vocab_size)
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    needed = int(lengths.max()) + steps
+    if capacity is None:
+        capacity = needed
+    if needed > capacity:
+        raise ValueError(
+            f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, "
+            f"got {capacity}."
+        )
+    batch = len(lengths)
+    if keys is None:
+        if sampler is not greedy:
+            raise ValueError("keys: expected one PRNG key per row for this sampler, got None.")
+        keys = jax.random.split(jax.random.key(0), batch)
+    if keys.shape != (batch,):
+        raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
+    if mode is not None:
+        model = model.clone(mode=mode)
+    cache, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
+    _, _, seen = decode_loop(
+        model, params, cache, first.logits, keys, hypers, steps=steps, sampler=sampler
+    )
+    return Trace(
+        **seen,
+        prompt_route=first.routing.route,
+        prompt_uncertainty=first.routing.uncertainty,
+    )

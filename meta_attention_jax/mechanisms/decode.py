@@ -1,0 +1,304 @@
+"""One new token per row: the stepwise forms of full, local and linear attention, and their cache.
+
+One cache serves all mechanisms: whatever a token's own route is, its key, value and linear state
+enter, and the routes of later tokens decide what is read. Rows of a batch have lengths of their own.
+
+    full    softmax over the s < n keys of a row, n its length        reads n keys and values
+    local   the same over its last w keys                              reads min(w, C)
+    linear  phi(q)^T S / (phi(q)^T z + 1e-6)                            reads (S, z)
+
+Keys and values are read where they lie: the loops below take slices of the whole stack of layers, so
+that a compiled decode loop updates its cache in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from meta_attention_jax.mechanisms import masks
+from meta_attention_jax.mechanisms.linear import EPSILON, feature_map
+from meta_attention_jax.types import Keys, SegmentIds, Values
+
+BLOCK = 1024
+"""Keys that full attention reads at a time. Measured on a 2-core CPU (d 64, 4 heads): 256 keys reach
+two thirds of the memory's speed, 1024 nine tenths, 4096 no more."""
+
+StepQuery = Float[Array, "batch heads dim"]
+StepKey = Float[Array, "batch kv_heads dim"]
+Layer = int | Int[Array, ""]
+Stack = Shaped[Array, "layer batch kv_heads capacity dim"]
+State = Float[Array, "layer batch kv_heads dim dim"]
+Normaliser = Float[Array, "layer batch kv_heads dim"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """What all layers remember of every row.
+
+    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU
+    backend would widen the whole stack to float32 and back for every update.
+
+    Attributes:
+      k: keys as full and local attention want them (rotated where the layer is rotary); 0 from the
+        length on.
+      v: values; 0 from the length on.
+      s: S = sum phi(k_s) v_s^T over the unrotated keys, float32.
+      z: z = sum phi(k_s), float32.
+      length: tokens seen, by layer and row.
+    """
+
+    k: Stack
+    v: Stack
+    s: State
+    z: Normaliser
+    length: Int[Array, "layer batch"]
+
+    @property
+    def capacity(self) -> int:
+        """C, tokens that a row can hold."""
+        return self.k.shape[3]
+
+
+def init_cache(
+    *, layers: int, batch: int, capacity: int, kv_heads: int, dim: int, dtype: Any = jnp.float32
+) -> Cache:
+    """An empty cache. A capacity above BLOCK is rounded up to a multiple of it.
+
+    Bytes: L B G d (2 C + d + 1 numbers), the 2 C of them in `dtype`, the rest float32.
+
+    Raises:
+      ValueError: a size below 1.
+    """
+    sizes = dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim)
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}.")
+    if capacity > BLOCK:
+        capacity = -(-capacity // BLOCK) * BLOCK
+    kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    empty = jnp.zeros((layers, batch, kv_heads, capacity, dim), kept)
+    return Cache(
+        k=empty,
+        v=jnp.zeros_like(empty),
+        s=jnp.zeros((layers, batch, kv_heads, dim, dim), jnp.float32),
+        z=jnp.zeros((layers, batch, kv_heads, dim), jnp.float32),
+        length=jnp.zeros((layers, batch), jnp.int32),
+    )
+
+
+def stored(x: Float[Array, "..."], dtype: Any) -> Shaped[Array, "..."]:
+    """x as a stack of `dtype` holds it: uint16 stands for the bits of bfloat16."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """Inverse of `stored`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def fill(
+    cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds
+) -> Cache:
+    """The cache after a layer has seen right-padded prompts of at least one token from empty.
+
+    Args:
+      cache: whose `layer` is overwritten.
+      layer: index of the layer.
+      rotated: keys for full and local attention, `[B, P, G, d]`.
+      k: keys for linear attention, unrotated.
+      v: values.
+      segment_ids: 0 from the end of each prompt on; nothing of that enters.
+
+    Raises:
+      ValueError: prompts longer than the capacity.
+    """
+    time = k.shape[1]
+    if time > cache.capacity:
+        raise ValueError(f"prompt: expected at most {cache.capacity} tokens, got {time}.")
+    valid = (segment_ids != 0)[:, :, None, None]
+    phi = jnp.where(valid, feature_map(k), 0.0)
+    state = jnp.einsum("btgd,btge->bgde", phi, v.astype(jnp.float32))
+
+    def written(stack, x):
+        x = stored(jnp.where(valid, x, 0), stack.dtype).transpose(0, 2, 1, 3)
+        return jax.lax.dynamic_update_slice(stack, x[None], (layer, 0, 0, 0, 0))
+
+    return Cache(
+        k=written(cache.k, rotated),
+        v=written(cache.v, v),
+        s=cache.s.at[layer].set(state),
+        z=cache.z.at[layer].set(phi.sum(1)),
+        length=cache.length.at[layer].set((segment_ids != 0).sum(1).astype(jnp.int32)),
+    )
+
+
+def append(cache: Cache, layer: Layer, rotated: StepKey, k: StepKey, v: StepKey) -> Cache:
+    """The cache after a layer has seen one more token per row.
+
+    A row at its capacity overwrites its last key: callers bound the lengths beforehand.
+    """
+    length = cache.length[layer]
+    phi = feature_map(k)
+    outer = phi[..., :, None] * v.astype(jnp.float32)[..., None, :]
+
+    def written(stack, x):
+        x = stored(x, stack.dtype)[:, None, None, :, None]
+
+        def row(b, stack):
+            return jax.lax.dynamic_update_slice(stack, x[b], (layer, b, 0, length[b], 0))
+
+        return jax.lax.fori_loop(0, x.shape[0], row, stack)
+
+    return Cache(
+        k=written(cache.k, rotated),
+        v=written(cache.v, v),
+        s=cache.s.at[layer].add(outer),
+        z=cache.z.at[layer].add(phi),
+        length=cache.length.at[layer].add(1),
+    )
+
+
+def full_step(
+    q: StepQuery,
+    k: Stack,
+    v: Stack,
+    layer: Layer,
+    *,
+    length: Int[Array, "batch"],
+    needed: Bool[Array, "batch"],
+) -> StepQuery:
+    """sum_s softmax_s(q . k_s / sqrt(d)) v_s over s < length, in the rows that are needed; 0 elsewhere.
+
+    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other
+    rows: an online softmax over blocks, row by row. Softmax in float32.
+
+    Args:
+      q: query of the newest token of each row.
+      k, v: of all layers; their capacity is at most BLOCK or a multiple of it.
+      layer: which layer.
+      length: keys of each row, the newest token included; at least 1.
+      needed: rows whose output will be used.
+    """
+    block = min(BLOCK, k.shape[3])
+    index = jnp.arange(block)
+
+    def attend(query, row):
+        def visit(i, carry):
+            top, total, out = carry
+            key, value = (_slice(x, layer, row, i * block, block) for x in (k, v))
+            logits = _logits(query, key, i * block + index < length[row])
+            higher = jnp.maximum(top, logits.max(-1))
+            weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
+            out = out * decay[..., None] + _dot("grk,gkd->grd", weights, value)
+            return higher, total * decay + weights.sum(-1), out
+
+        start = jnp.full(query.shape[:2], masks.MASKED), jnp.zeros(query.shape[:2])
+        start = *start, jnp.zeros(query.shape)
+        _, total, out = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
+        return out / total[..., None]
+
+    return _rows(attend, q, k.shape[2], needed)
+
+
+def local_step(
+    q: StepQuery,
+    k: Stack,
+    v: Stack,
+    layer: Layer,
+    *,
+    length: Int[Array, "batch"],
+    needed: Bool[Array, "batch"],
+    window: int,
+) -> StepQuery:
+    """`full_step` over the last min(window, length) keys; reads one slice of min(window, C) keys.
+
+    Raises:
+      ValueError: window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}.")
+    width = min(window, k.shape[3])
+
+    def attend(query, row):
+        first = jnp.clip(length[row] - width, 0, k.shape[3] - width)
+        key, value = (_slice(x, layer, row, first, width) for x in (k, v))
+        logits = _logits(query, key, first + jnp.arange(width) < length[row])
+        return _dot("grk,gkd->grd", jax.nn.softmax(logits, axis=-1), value)
+
+    return _rows(attend, q, k.shape[2], needed)
+
+
+def linear_step(
+    q: StepQuery, s: State, z: Normaliser, layer: Layer, *, needed: Bool[Array, "batch"]
+) -> StepQuery:
+    """phi(q)^T S / (phi(q)^T z + 1e-6) in float32, in the rows that are needed; 0 elsewhere.
+
+    All rows at once: their states have just been written, and are small.
+    """
+    query = feature_map(_grouped(q, s.shape[2]))
+    numerator = jnp.einsum("bgrd,bgde->bgre", query, s[layer])
+    denominator = jnp.einsum("bgrd,bgd->bgr", query, z[layer]) + EPSILON
+    out = (numerator / denominator[..., None]).reshape(q.shape).astype(q.dtype)
+    return jnp.where(needed[:, None, None], out, 0)
+
+
+def decode_full(q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"]):
+    """`full_step` from a cache that has the newest token."""
+    length = cache.length[layer]
+    return full_step(q, cache.k, cache.v, layer, length=length, needed=needed)
+
+
+def decode_local(
+    q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"], window: int
+):
+    """`local_step` from a cache that has the newest token."""
+    length = cache.length[layer]
+    return local_step(q, cache.k, cache.v, layer, length=length, needed=needed, window=window)
+
+
+def decode_linear(q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"]):
+    """`linear_step` from a cache that has the newest token."""
+    return linear_step(q, cache.s, cache.z, layer, needed=needed)
+
+
+def _rows(attend, q: StepQuery, kv_heads: int, needed: Bool[Array, "batch"]) -> StepQuery:
+    """attend(query [G, r, d], row) in the needed rows, one after the other; 0 in the others."""
+    query = _grouped(q, kv_heads)
+    order = jnp.argsort(~needed, stable=True)
+
+    def visit(i, out):
+        row = order[i]
+        return out.at[row].set(attend(query[row], row))
+
+    start = jnp.zeros(query.shape, jnp.float32)
+    out = jax.lax.fori_loop(0, needed.sum(dtype=jnp.int32), visit, start)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _grouped(q: StepQuery, kv_heads: int) -> Float[Array, "batch kv_heads group dim"]:
+    batch, heads, dim = q.shape
+    return q.reshape(batch, kv_heads, heads // kv_heads, dim)
+
+
+def _slice(stack: Stack, layer: Layer, row, first, size: int) -> Float[Array, "kv_heads size dim"]:
+    _, _, kv_heads, _, dim = stack.shape
+    return loaded(
+        jax.lax.dynamic_slice(stack, (layer, row, 0, first, 0), (1, 1, kv_heads, size, dim))[0, 0]
+    )
+
+
+def _logits(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:
+    logits = _dot("grd,gkd->grk", query, key) * query.shape[-1] ** -0.5
+    return jnp.where(allowed[None, None], logits, masks.MASKED)
+
+
+def _dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
+    """Product in the dtype of the cached y, accumulated in float32."""
+    return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)

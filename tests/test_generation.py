@@ -1,0 +1,388 @@
+"""Caches, prefill, decode and samplers: one truth with the training forward, in every mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_attention_jax import LanguageModel, RoutingHypers, get_mechanism, register_mechanism
+from meta_attention_jax import generation
+from meta_attention_jax.mechanisms import decode, registry
+from meta_attention_jax.mechanisms.registry import attend_with
+
+VOCAB, TIME, LAYERS = 13, 18, 2
+LENGTHS = np.array([3, 9, 5])
+BATCH, PROMPT = len(LENGTHS), int(LENGTHS.max())
+ROWS = np.arange(BATCH)
+STEPS = TIME - PROMPT
+HYPERS = RoutingHypers(
+    strength=jnp.float32(2.0),
+    preference=jnp.float32(0.3),
+    costs=jnp.array([1.0, 0.15, 0.3]),
+    threshold=jnp.float32(0.6),
+)
+
+
+def make(mode="hard", **fields):
+    defaults = dict(
+        vocab_size=VOCAB, model_dim=16, num_layers=LAYERS, num_heads=4, num_kv_heads=2, window=4,
+        mlp_dim=32, controller_hidden=8, mode=mode, fixed=("local", "full"),
+    )
+    return LanguageModel(**{**defaults, **fields})
+
+
+@functools.lru_cache(maxsize=None)
+def parameters(model):
+    """Parameters in which every token is routed its own way: the zero output layer is filled."""
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), hypers=HYPERS)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def text(seed=0):
+    return np.asarray(jax.random.randint(jax.random.key(seed), (BATCH, TIME), 0, VOCAB))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, route=None):
+    return model.apply({"params": params}, tokens, hypers=HYPERS, route=route)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(model, params, cache, token, route=None):
+    return model.apply(
+        {"params": params}, cache, token, hypers=HYPERS, route=route, method="decode"
+    )
+
+
+def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
+    params, tokens = parameters(model), text()
+    whole = forward(model, params, tokens, route)
+    chosen = None if route is None else route[:, :, :PROMPT]
+    cache, out = generation.prefill(
+        model, params, tokens[:, :PROMPT], LENGTHS, HYPERS, capacity=TIME, route=chosen
+    )
+    last = LENGTHS - 1
+    np.testing.assert_allclose(out.logits, whole.logits[ROWS, last], rtol=0, atol=tolerance)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_array_equal(
+            out.routing.route[:, row, :length], whole.routing.route[:, row, :length]
+        )
+    for t in range(STEPS):
+        at = LENGTHS + t
+        forced = None if route is None else route[:, ROWS, at]
+        cache, out = step(model, params, cache, tokens[ROWS, at], forced)
+        np.testing.assert_allclose(out.logits, whole.logits[ROWS, at], rtol=0, atol=tolerance)
+        for name in ("route", "hard"):
+            ours, theirs = getattr(out.routing, name), getattr(whole.routing, name)
+            np.testing.assert_array_equal(ours, theirs[:, ROWS, at])
+        np.testing.assert_allclose(
+            out.routing.uncertainty, whole.routing.uncertainty[:, ROWS, at], atol=1e-4
+        )
+    np.testing.assert_array_equal(cache.length, np.tile(LENGTHS + STEPS, (LAYERS, 1)))
+
+
+CASES = {
+    "soft": dict(mode="soft"),
+    "hard": dict(mode="hard"),
+    "gated": dict(mode="gated"),
+    "scanned soft": dict(mode="soft", scan_layers=True),
+    "scanned hard": dict(mode="hard", scan_layers=True),
+    "remat": dict(remat=True),
+    "window of one": dict(window=1),
+    "window beyond the text": dict(window=64),
+    "one kv head": dict(num_kv_heads=1, mode="gated"),
+    "no groups": dict(num_kv_heads=None),
+    "softmax": dict(controller="softmax"),
+    "fixed pattern": dict(controller="fixed"),
+    "fixed linear": dict(controller="fixed", fixed=("linear",), scan_layers=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_and_steps_are_one_forward_pass_at_own_routes(name):
+    assert_stepwise_is_forward(make(**CASES[name]))
+
+
+@pytest.mark.parametrize(
+    "name", ["soft", "hard", "gated", "scanned hard", "window beyond the text", "fixed pattern"]
+)
+def test_prefill_and_steps_are_one_forward_pass_at_forced_routes(name):
+    route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
+    assert_stepwise_is_forward(make(**CASES[name]), route)
+
+
+def test_own_routes_in_these_tests_use_every_mechanism():
+    routes = forward(make(), parameters(make()), text()).routing.route
+    assert set(np.unique(routes)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_bfloat16_stays_near_its_forward_pass(scan_layers):
+    # Routes are forced: near ties, rounding would choose.
+    route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
+    model = make(dtype=jnp.bfloat16, scan_layers=scan_layers)
+    params, tokens = parameters(model), text()
+    whole = np.asarray(forward(model, params, tokens, route).logits)
+    exact = np.asarray(forward(model.clone(dtype=None), params, tokens, route).logits)
+    cache, _ = generation.prefill(
+        model, params, tokens[:, :PROMPT], LENGTHS, HYPERS, capacity=TIME,
+        route=route[:, :, :PROMPT],
+    )
+    assert cache.k.dtype == jnp.uint16 and cache.s.dtype == jnp.float32
+    ours, theirs = [], []
+    for t in range(STEPS):
+        at = LENGTHS + t
+        cache, out = step(model, params, cache, tokens[ROWS, at], route[:, ROWS, at])
+        ours.append(np.asarray(out.logits) - exact[ROWS, at])
+        theirs.append(whole[ROWS, at] - exact[ROWS, at])
+    norm = np.linalg.norm
+    assert norm(ours) < 2 * norm(theirs) + 1e-3 and norm(theirs) > 0
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_greedy_text_with_cache_is_greedy_text_without(mode):
+    model = make(mode)
+    params = parameters(model)
+    prompts = [list(row[:length]) for row, length in zip(text(), LENGTHS)]
+    out = generation.generate(model, params, prompts, steps=STEPS, hypers=HYPERS)
+    tokens = np.zeros((BATCH, TIME), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    for t in range(STEPS):
+        logits = forward(model, params, tokens).logits[ROWS, LENGTHS + t - 1]
+        tokens[ROWS, LENGTHS + t] = np.argmax(logits, axis=-1)
+    np.testing.assert_array_equal(
+        out.tokens, [row[n : n + STEPS] for row, n in zip(tokens, LENGTHS)]
+    )
+    route = forward(model, params, tokens).routing.route
+    for row, n in enumerate(LENGTHS):
+        np.testing.assert_array_equal(out.route[:, row], route[:, row, n : n + STEPS])
+
+
+def test_a_row_generates_the_same_alone_and_in_a_batch():
+    model = make("gated")
+    keys = jax.random.split(jax.random.key(7), BATCH)
+    prompts = [list(row[:length]) for row, length in zip(text(), LENGTHS)]
+    run = functools.partial(
+        generation.generate, model, parameters(model), steps=6, hypers=HYPERS,
+        sampler=generation.Sampler(temperature=1.5, top_k=9, top_p=0.95),
+    )
+    together = run(prompts, keys=keys)
+    for row in range(BATCH):
+        alone = run(prompts[row : row + 1], keys=keys[row : row + 1], capacity=40)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_array_equal(alone.route[:, 0], together.route[:, row])
+    other = run(prompts, keys=jax.random.split(jax.random.key(8), BATCH))
+    assert np.any(np.asarray(other.tokens) != np.asarray(together.tokens))
+
+
+def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
+    model = make("soft")
+    params, tokens = parameters(model), text()[:, :PROMPT]
+    cache, _ = generation.prefill(model, params, tokens, LENGTHS, HYPERS, capacity=TIME)
+    for row, n in enumerate(LENGTHS):
+        alone, _ = generation.prefill(
+            model, params, tokens[row : row + 1, :n], LENGTHS[row : row + 1], HYPERS, capacity=TIME
+        )
+        for name in ("k", "v", "s", "z", "length"):
+            np.testing.assert_allclose(
+                getattr(cache, name)[:, row], getattr(alone, name)[:, 0], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_steps_fill_the_cache_as_prefill_does():
+    model = make()
+    params, tokens = parameters(model), text()
+    fill = functools.partial(generation.prefill, model, params, capacity=TIME)
+    cache, _ = fill(tokens[:, :PROMPT], LENGTHS, HYPERS)
+    for t in range(STEPS):
+        cache, _ = step(model, params, cache, tokens[ROWS, LENGTHS + t])
+    whole, _ = fill(tokens, LENGTHS + STEPS, HYPERS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), cache, whole)
+
+
+@pytest.mark.parametrize("name", ["full", "linear", "local"])
+@pytest.mark.parametrize("window, block", [(5, 8), (64, 8), (1, 1024)])
+def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
+    monkeypatch.setattr(decode, "BLOCK", block)
+    batch, time, heads, kv_heads, dim = 3, 20, 4, 2, 8
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (batch, time, h, dim))
+        for i, h in enumerate((heads, kv_heads, kv_heads))
+    )
+    lengths = jnp.array([1, 20, 9])
+    ids = (jnp.arange(time)[None] < lengths[:, None]).astype(jnp.int32)
+    whole = attend_with(name, q, k, v, segment_ids=ids, window=window)
+    cache = decode.init_cache(
+        layers=2, batch=batch, capacity=time, kv_heads=kv_heads, dim=dim
+    )
+    cache = decode.fill(cache, 1, k, k, v, ids)
+    rows = jnp.arange(batch)
+    needed = jnp.array([True, True, False])
+    for need in (needed, ~needed, jnp.ones(batch, bool)):
+        out = registry.decode_with(
+            name, q[rows, lengths - 1], cache, jnp.int32(1), needed=need, window=window
+        )
+        expected = jnp.where(need[:, None, None], whole[rows, lengths - 1], 0.0)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
+    """NaN spreads from whatever is read into a product, masked or not."""
+    monkeypatch.setattr(decode, "BLOCK", 4)
+    shape, window = (1, 3, 1, 16, 2), 3
+    lengths = jnp.array([6, 11, 16])
+    needed = jnp.array([True, True, False])
+    k = jax.random.normal(jax.random.key(0), shape)
+    read_full = jnp.arange(16)[None] < (-(-lengths // 4) * 4)[:, None]
+    read_local = (jnp.arange(16)[None] < lengths[:, None]) & (
+        jnp.arange(16)[None] >= lengths[:, None] - window
+    )
+    q = jnp.ones((3, 1, 2))
+    for run, read in (
+        (decode.full_step, read_full),
+        (functools.partial(decode.local_step, window=window), read_local),
+    ):
+        poisoned = jnp.where((read & needed[:, None])[None, :, None, :, None], k, jnp.nan)
+        out = run(q, poisoned, poisoned, 0, length=lengths, needed=needed)
+        assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
+
+
+def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
+    for fields in (dict(), dict(scan_layers=True), dict(dtype=jnp.bfloat16)):
+        model = make(window=8, **fields)
+        params = parameters(model)
+        cache = model.init_cache(BATCH, 8192)
+        keys = jax.random.split(jax.random.key(0), BATCH)
+        compiled = generation.decode_loop.lower(
+            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5
+        ).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 4
+
+
+def test_the_model_is_traced_once_whatever_the_prompts_and_steps_of_equal_shape():
+    traces = 0
+
+    def counting(logits, keys):
+        nonlocal traces
+        traces += 1
+        return generation.greedy(logits)
+
+    model = make()
+    run = functools.partial(
+        generation.generate, model, parameters(model), hypers=HYPERS, steps=7, sampler=counting
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    run([[1, 2, 3], [4]], keys=keys)
+    first = traces
+    run([[5, 2, 3], [4, 7]], keys=keys)
+    assert traces == first <= 2  # lax.scan may trace its body twice to settle types
+
+
+def softmax(x):
+    x = np.exp(np.float64(x) - np.max(x, -1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def kept(logits):
+    return np.asarray(logits) > -1e29
+
+
+def test_top_p_keeps_the_smallest_set_that_has_the_mass():
+    logits = 2 * jax.random.normal(jax.random.key(0), (20, 11))
+    probabilities = softmax(np.asarray(logits))
+    for p in (0.05, 0.5, 0.9, 0.999):
+        chosen = kept(generation.keep_top_p(logits, p))
+        for row, keep in zip(probabilities, chosen):
+            assert row[keep].sum() >= p - 1e-6
+            assert row[keep].sum() - row[keep].min() < p + 1e-6  # one fewer would not do
+            assert keep.all() or row[keep].min() >= row[~keep].max()
+    assert kept(generation.keep_top_p(logits, 1.0)).sum() >= logits.size - 1
+
+
+def test_top_k_keeps_the_k_largest_and_one_is_greedy():
+    logits = jax.random.normal(jax.random.key(0), (20, 11))
+    keys = jax.random.split(jax.random.key(1), 20)
+    for k in (1, 4, 11, 50):
+        chosen = kept(generation.keep_top_k(logits, k))
+        assert np.all(chosen.sum(-1) == min(k, 11))
+        rank = np.argsort(np.argsort(-np.asarray(logits), -1), -1)
+        np.testing.assert_array_equal(chosen, rank < k)
+    greedy = np.argmax(logits, -1)
+    np.testing.assert_array_equal(generation.greedy(logits), greedy)
+    np.testing.assert_array_equal(generation.Sampler(2.0, top_k=1)(logits, keys), greedy)
+    np.testing.assert_array_equal(generation.Sampler(1e-4)(logits, keys), greedy)
+    np.testing.assert_array_equal(generation.Sampler(top_p=1e-6)(logits, keys), greedy)
+
+
+def test_samples_follow_the_tempered_and_cut_distribution():
+    logits = jnp.array([0.3, -1.0, 1.2, 0.9, -0.2])
+    sampler = generation.Sampler(temperature=0.7, top_k=4, top_p=0.9)
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(2), draws)
+    samples = sampler(jnp.broadcast_to(logits, (draws, 5)), keys)
+    expected = softmax(np.asarray(logits) / 0.7)
+    order = np.argsort(-expected)
+    four = expected[order[:4]] / expected[order[:4]].sum()
+    keep = order[: int(np.searchsorted(np.cumsum(four), 0.9)) + 1]
+    wanted = np.zeros(5)
+    wanted[keep] = expected[keep] / expected[keep].sum()
+    found = np.bincount(np.asarray(samples), minlength=5) / draws
+    np.testing.assert_allclose(found, wanted, atol=4 * 0.5 / np.sqrt(draws))
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (dict(temperature=0.0), "temperature: expected"),
+        (dict(temperature=float("nan")), "temperature: expected"),
+        (dict(top_k=0), "top_k: expected"),
+        (dict(top_p=0.0), "top_p: expected"),
+        (dict(top_p=1.1), "top_p: expected"),
+    ],
+)
+def test_bad_samplers_are_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        generation.Sampler(**fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (dict(prompts=[]), "prompts: expected at least one"),
+        (dict(prompts=[[1], []]), "prompt: expected at least one token"),
+        (dict(prompts=[[1, VOCAB]]), r"prompt: expected tokens in \[0, 13\), got 13"),
+        (dict(prompts=[[-1]]), "prompt: expected tokens in"),
+        (dict(prompts=[[0.5]]), "prompt: expected integer tokens"),
+        (dict(steps=0), "steps: expected at least 1"),
+        (dict(capacity=6), r"capacity: expected at least prompt \+ steps = 3 \+ 4 tokens, got 6"),
+        (dict(mode="sof"), "mode: expected one of"),
+        (dict(sampler=generation.Sampler()), "keys: expected one PRNG key per row"),
+        (dict(keys=jax.random.split(jax.random.key(0), 2)), "keys: expected 1 PRNG keys"),
+    ],
+)
+def test_bad_input_is_one_sentence(fields, sentence):
+    model = make()
+    call = {"prompts": [[1, 2, 3]], "steps": 4, "hypers": HYPERS, **fields}
+    with pytest.raises(ValueError, match=sentence) as error:
+        generation.generate(model, parameters(model), **call)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mechanism_without_decode_is_refused(monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    register_mechanism("mute", dataclasses.replace(get_mechanism("local"), decode=None))
+    model = make(mechanisms=("full", "linear", "mute"))
+    params = parameters(make())
+    with pytest.raises(ValueError, match="expected one with a `decode` function .*, got 'mute'"):
+        generation.generate(model, params, [[1]], steps=1, hypers=HYPERS)
