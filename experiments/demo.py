@@ -20,10 +20,11 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import common
+from experiments import common, samples
 from experiments.benchmarks.common import interleave
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
+from meta_attention_jax.generation import Sampler, greedy
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import read_metrics
@@ -202,6 +203,17 @@ def timed_evaluation(paths: dict[str, pathlib.Path]) -> list[dict[str, Any]]:
     ]
 
 
+def show_sample(run: Run) -> None:
+    """Prints a short continuation of a test text, hard-routed, with the routes."""
+    batch = next(run.dataset.eval_batches("test"))
+    length, draw = 32, Sampler(temperature=0.8, top_p=0.9)
+    if run.dataset.num_kinds > 1:  # Ends with the first question, to be answered by its value.
+        length, draw = 1 + int(np.argmax(batch.kind[0] == recall.KIND_QUERY)), greedy
+    ids, trace = samples.go_on(run, batch.tokens[0, :length], steps=64, mode="hard", draw=draw)
+    print(f"\n{run.config.name}, hard, goes on from {length} test tokens")
+    print(samples.show_routes(run, ids, trace))
+
+
 TIMING_COLUMNS = [
     analysis.Column("evaluation", "evaluation"),
     analysis.Column("length", "tokens", ",d"),
@@ -289,6 +301,8 @@ def main() -> None:
             texts[corpus] = shown_text(run)
         if run.dataset.num_kinds > 1:
             floor[corpus] = recall.entropy_floor(run.dataset.config, run.dataset.sequence_length)
+    for corpus in CORPORA.value:
+        show_sample(open_run(jobs[corpus, "bayesian"].path))
     timing = []
     if TIMED_CORPUS in CORPORA.value:
         timing = timed_evaluation({arm: jobs[TIMED_CORPUS, arm].path for arm in ARMS})

@@ -14,6 +14,7 @@ from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.training.config import expect, validate
@@ -42,6 +43,26 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"prior.{error}") from None
     build_schedule(config)
     build_parallel(config)
+    try:
+        full_attention(config)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
+def full_attention(config: ConfigDict) -> str:
+    """The implementation of full attention that the config's model uses here.
+
+    Raises:
+      ValueError: one that cannot serve it.
+    """
+    return resolve_implementation(
+        config.model.implementation,
+        time=config.data.sequence_length,
+        dtype=config.model.dtype,
+        head_dim=config.model.model_dim // config.model.num_heads,
+        has_segments=True,  # The model always gives ids.
+        backend=jax.default_backend(),
+    )
 
 
 def build_costs(

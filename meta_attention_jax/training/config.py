@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -55,7 +56,7 @@ def validate(config: ConfigDict) -> None:
         "train.keep_latest": train.keep_latest,
     }
     for field, value in positive.items():
-        expect(value > 0, field, "a number > 0", value)
+        expect(0 < value < math.inf, field, "a number > 0", value)
     not_negative = {
         "seed": config.seed,
         "model.mlp_dim": model.mlp_dim,
@@ -65,7 +66,7 @@ def validate(config: ConfigDict) -> None:
         "parallel.devices": config.parallel.devices,
     }
     for field, value in not_negative.items():
-        expect(value >= 0, field, "a number >= 0", value)
+        expect(0 <= value < math.inf, field, "a number >= 0", value)
     shares = {
         "objective.beta_warmup": config.objective.beta_warmup,
         "gate.start": config.gate.start,
@@ -105,9 +106,9 @@ def validate(config: ConfigDict) -> None:
         expect(value in known, field, f"one of {known}", value)
     mechanisms = tuple(model.mechanisms)
     expect(
-        len(mechanisms) > 0 and len(set(mechanisms)) == len(mechanisms),
+        len(mechanisms) > 1 and len(set(mechanisms)) == len(mechanisms),
         "model.mechanisms",
-        "distinct names",
+        "two or more distinct names",
         mechanisms,
     )
     for name in mechanisms:

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from meta_attention_jax.data.pipeline import Dataset, write_manifest
-from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.objective import Sums, summarise
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
@@ -103,14 +102,7 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
         ran = [pattern[i % len(pattern)] for i in range(layers)]
         per_token = flops.routed({name: ran.count(name) / layers for name in set(ran)})
     return {
-        "full_attention": resolve_implementation(
-            config.model.implementation,
-            time=config.data.sequence_length,
-            dtype=job.spec.model.dtype,
-            head_dim=config.model.model_dim // config.model.num_heads,
-            has_segments=True,
-            backend=jax.default_backend(),
-        ),
+        "full_attention": build.full_attention(config),
         "parameters": parameters,
         "controller_parameter_share": controller / parameters,
         "flops_per_token": per_token,

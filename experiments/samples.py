@@ -1,0 +1,92 @@
+"""Going on from a prompt, and showing the routes: what `generate` and `demo` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from meta_attention_jax import analysis
+from meta_attention_jax.generation import Draw, Trace, generate
+from meta_attention_jax.training.run import Run
+
+LINE = 80
+"""Characters after which a line is broken."""
+
+
+def go_on(
+    run: Run, ids: Int[np.ndarray, "prompt"], *, steps: int, mode: str, draw: Draw, seed: int = 0
+) -> tuple[Int[np.ndarray, "prompt+steps"], Trace]:
+    """Token ids of prompt and continuation, and the trace of this one row.
+
+    Raises:
+      ValueError: an empty prompt, or what else `generate` refuses.
+    """
+    trace = generate(
+        run.model,
+        run.params,
+        [ids],
+        steps=steps,
+        hypers=run.hypers.routing,
+        keys=jax.random.split(jax.random.key(seed), 1),
+        sampler=draw,
+        mode=mode,
+    )
+    trace = jax.device_get(trace)
+    return np.concatenate([ids, trace.tokens[0]]), trace
+
+
+def show_routes(
+    run: Run,
+    ids: Int[np.ndarray, "tokens"],
+    trace: Trace,
+    *,
+    layer: Optional[int] = None,
+    colour: bool = False,
+) -> str:
+    """Shares of all layers, then prompt and continuation with the routes of one layer.
+
+    Args:
+      ids, trace: of `go_on`.
+      layer: None is the one that uses full most.
+      colour: ANSI backgrounds; else a line of letters below each line of text.
+    """
+    mechanisms = tuple(run.config.model.mechanisms)
+    route = np.concatenate([trace.prompt_route[:, 0], trace.route[:, 0]], axis=1)
+    shares = [[float(np.mean(row == k)) for k in range(len(mechanisms))] for row in route]
+    if layer is None:
+        layer = int(np.argmax(np.asarray(shares)[:, 0]))
+    pieces = [run.dataset.tokenizer.decode([token]) for token in ids]
+    lines = [
+        f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
+        for i, row in enumerate(shares)
+    ]
+    lines.append(f"\nroutes of layer {layer}, the prompt's {route.shape[1] - trace.tokens.shape[1]} "
+                 "tokens first")
+    if colour:
+        lines.append(analysis.coloured_terminal(pieces, route[layer], mechanisms))
+    else:
+        lines.append(lettered(pieces, route[layer], mechanisms))
+    return "\n".join(lines)
+
+
+def lettered(
+    pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]
+) -> str:
+    """Lines of text, each with a line of letters below: F full, L linear, w local (window)."""
+    known = {"full": "F", "linear": "L", "local": "w"}
+    letters = [known.get(name, str(k)) for k, name in enumerate(mechanisms)]
+    legend = "  ".join(f"{letter} {name}" for letter, name in zip(letters, mechanisms))
+    top, bottom, lines = "", "", [legend]
+    for piece, k in zip(pieces, route):
+        text = piece.decode(errors="replace").replace("\n", "↵")
+        top += text
+        shown = text.rstrip() or text
+        bottom += letters[int(k)] * len(shown) + " " * (len(text) - len(shown))
+        if len(top) >= LINE:
+            lines += [top, bottom]
+            top, bottom = "", ""
+    return "\n".join(lines + ([top, bottom] if top else []))
