@@ -13,7 +13,7 @@ import numpy as np
 from configs import smoke
 from meta_attention_jax.training import build
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import init_state, train_step
+from meta_attention_jax.training.step import eval_step, init_state, train_step
 
 
 def setting(accumulate=1):
@@ -84,6 +84,21 @@ def collectives(text):
             sum(count(computations.get(name, [])) for name in inside))
 
 
+def packed_evaluation(devices):
+    """(nats of an uneven batch by packed dispatch, compiled step)."""
+    _, dataset, spec, hypers = setting()
+    parallel = Parallel("jit", jax.devices()[:devices])
+    batch = dataset.train_batch(0)
+    state = init_state(spec, jax.random.key(0), batch, hypers)
+    model = spec.model.clone(mode="hard", dispatch="packed")
+    step = parallel.compile(
+        functools.partial(eval_step, model, spec.num_kinds), batch_argument=1
+    )
+    params, routing = parallel.replicate((state.params, hypers.routing))
+    arguments = params, parallel.shard(uneven(batch)), routing
+    return float(step(*arguments).nll), (step, arguments)
+
+
 def main():
     gradient, params, _ = train("jit", 1)
     result = {}
@@ -97,6 +112,11 @@ def main():
     _, _, (step, arguments) = train("jit", 8, 2)
     text = step.lower(*arguments).compile().as_text()
     result["collectives"], result["collectives_in_loops"] = collectives(text)
+    one, _ = packed_evaluation(1)
+    eight, (step, arguments) = packed_evaluation(8)
+    result["packed"] = abs(eight - one) / one
+    text = step.lower(*arguments).compile().as_text()
+    result["packed_collectives"], result["packed_collectives_in_loops"] = collectives(text)
     print(json.dumps(result))
 
 

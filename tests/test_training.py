@@ -143,3 +143,5 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
         assert result[mode]["sgd"] <= 1e-5, result
     assert result["wrong_scale"] > 1e-2, "the comparison must see a gradient of the wrong scale"
     assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
+    assert result["packed"] <= 1e-6, result
+    assert result["packed_collectives"] > 0 and result["packed_collectives_in_loops"] == 0, result
