@@ -209,8 +209,10 @@ def pad_prompts(
     if not rows:
         raise ValueError("prompts: expected at least one, got none.")
     for row in rows:
-        if row.ndim != 1 or row.size == 0:
-            raise ValueError(f"prompt: expected at least one token, got shape {row.shape}.")
+        if row.ndim != 1:
+            raise ValueError(f"prompt: expected a list of tokens, got shape {row.shape}.")
+        if row.size == 0:
+            raise ValueError("prompt: expected at least one token, got none.")
         if row.dtype.kind not in "iu":
             raise ValueError(f"prompt: expected integer tokens, got {row.dtype}.")
         if row.min() < 0 or row.max() >= vocab_size:
