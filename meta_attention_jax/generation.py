@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from meta_attention_jax.mechanisms.decode import Cache
 from meta_attention_jax.mechanisms.masks import MASKED
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.types import RoutingHypers
+from meta_attention_jax.types import Routing, RoutingHypers
 
 Logits = Float[Array, "batch vocab"]
 Tokens = Int[Array, "batch"]
@@ -128,12 +128,18 @@ def prefill(
     *,
     capacity: int,
     route: Optional[Int[Array, "..."]] = None,
-) -> tuple[Cache, Any]:
-    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled."""
+) -> tuple[Cache, Logits, dict[str, Array]]:
+    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled.
+
+    Returns:
+      The cache, the logits behind each prompt, and route, hard and uncertainty [layer batch time]
+      by name.
+    """
     cache = model.init_cache(tokens.shape[0], capacity)
-    return model.apply(
+    cache, out = model.apply(
         {"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill"
     )
+    return cache, out.logits, _seen(out.routing)
 
 
 @functools.partial(
@@ -176,11 +182,7 @@ def decode_loop(
         cache, out = model.apply(
             {"params": params}, cache, token, hypers=hypers, route=forced, method="decode"
         )
-        routing = out.routing
-        seen = dict(
-            token=token, route=routing.route, hard=routing.hard, uncertainty=routing.uncertainty
-        )
-        return (cache, out.logits), seen
+        return (cache, out.logits), dict(token=token, **_seen(out.routing))
 
     (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
     tokens = seen.pop("token")
@@ -188,6 +190,11 @@ def decode_loop(
         "tokens": tokens.T,
         **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()},
     }
+
+
+def _seen(routing: Routing) -> dict[str, Array]:
+    """What is kept of a routing; the rest (the KL above all) is then never computed."""
+    return dict(route=routing.route, hard=routing.hard, uncertainty=routing.uncertainty)
 
 
 def pad_prompts(
@@ -202,8 +209,10 @@ def pad_prompts(
     if not rows:
         raise ValueError("prompts: expected at least one, got none.")
     for row in rows:
-        if row.ndim != 1 or row.size == 0:
-            raise ValueError(f"prompt: expected at least one token, got shape {row.shape}.")
+        if row.ndim != 1:
+            raise ValueError(f"prompt: expected a list of tokens, got shape {row.shape}.")
+        if row.size == 0:
+            raise ValueError("prompt: expected at least one token, got none.")
         if row.dtype.kind not in "iu":
             raise ValueError(f"prompt: expected integer tokens, got {row.dtype}.")
         if row.min() < 0 or row.max() >= vocab_size:
@@ -265,12 +274,10 @@ def generate(
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
     if mode is not None:
         model = model.clone(mode=mode)
-    cache, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
+    cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
     _, _, seen = decode_loop(
-        model, params, cache, first.logits, keys, hypers, steps=steps, sampler=sampler
+        model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler
     )
     return Trace(
-        **seen,
-        prompt_route=first.routing.route,
-        prompt_uncertainty=first.routing.uncertainty,
+        **seen, prompt_route=first["route"], prompt_uncertainty=first["uncertainty"]
     )

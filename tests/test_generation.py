@@ -38,69 +38,80 @@ def make(mode="hard", **fields):
 
 @functools.lru_cache(maxsize=None)
 def parameters(model):
-    """Parameters in which every token is routed its own way: the zero output layer is filled."""
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), hypers=HYPERS)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, noisy)
+    """Random parameters of the shapes that `init` says: every token is routed its own way."""
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), hypers=HYPERS)
+    )["params"]
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.4 * rng.standard_normal(shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def text(seed=0):
     return np.asarray(jax.random.randint(jax.random.key(seed), (BATCH, TIME), 0, VOCAB))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of the time here is compilation of small programs, which need no optimisation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def seen(out):
+    """Logits and what a generation keeps of the routing."""
+    r = out.routing
+    return out.logits, dict(route=r.route, hard=r.hard, uncertainty=r.uncertainty)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, tokens, route=None):
-    return model.apply({"params": params}, tokens, hypers=HYPERS, route=route)
+    return seen(model.apply({"params": params}, tokens, hypers=HYPERS, route=route))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def step(model, params, cache, token, route=None):
-    return model.apply(
+    cache, out = model.apply(
         {"params": params}, cache, token, hypers=HYPERS, route=route, method="decode"
     )
+    return cache, *seen(out)
 
 
 def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
     params, tokens = parameters(model), text()
-    whole = forward(model, params, tokens, route)
+    whole, whole_routing = forward(model, params, tokens, route)
     chosen = None if route is None else route[:, :, :PROMPT]
-    cache, out = generation.prefill(
+    cache, logits, routing = generation.prefill(
         model, params, tokens[:, :PROMPT], LENGTHS, HYPERS, capacity=TIME, route=chosen
     )
-    last = LENGTHS - 1
-    np.testing.assert_allclose(out.logits, whole.logits[ROWS, last], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(logits, whole[ROWS, LENGTHS - 1], rtol=0, atol=tolerance)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(
-            out.routing.route[:, row, :length], whole.routing.route[:, row, :length]
+            routing["route"][:, row, :length], whole_routing["route"][:, row, :length]
         )
     for t in range(STEPS):
         at = LENGTHS + t
         forced = None if route is None else route[:, ROWS, at]
-        cache, out = step(model, params, cache, tokens[ROWS, at], forced)
-        np.testing.assert_allclose(out.logits, whole.logits[ROWS, at], rtol=0, atol=tolerance)
-        for name in ("route", "hard"):
-            ours, theirs = getattr(out.routing, name), getattr(whole.routing, name)
-            np.testing.assert_array_equal(ours, theirs[:, ROWS, at])
-        np.testing.assert_allclose(
-            out.routing.uncertainty, whole.routing.uncertainty[:, ROWS, at], atol=1e-4
-        )
+        cache, logits, routing = step(model, params, cache, tokens[ROWS, at], forced)
+        np.testing.assert_allclose(logits, whole[ROWS, at], rtol=0, atol=tolerance)
+        for name, values in routing.items():
+            expected = whole_routing[name][:, ROWS, at]
+            np.testing.assert_allclose(values, expected, atol=1e-4, err_msg=name)
     np.testing.assert_array_equal(cache.length, np.tile(LENGTHS + STEPS, (LAYERS, 1)))
 
 
 CASES = {
     "soft": dict(mode="soft"),
     "hard": dict(mode="hard"),
-    "gated": dict(mode="gated"),
-    "scanned soft": dict(mode="soft", scan_layers=True),
-    "scanned hard": dict(mode="hard", scan_layers=True),
-    "remat": dict(remat=True),
-    "window of one": dict(window=1),
-    "window beyond the text": dict(window=64),
-    "one kv head": dict(num_kv_heads=1, mode="gated"),
-    "no groups": dict(num_kv_heads=None),
-    "softmax": dict(controller="softmax"),
+    "gated": dict(mode="gated", window=1, num_kv_heads=1),
+    "scanned, gated": dict(mode="gated", scan_layers=True, remat=True),
+    "window beyond the text": dict(mode="soft", window=64, scan_layers=True),
+    "softmax, no groups": dict(controller="softmax", num_kv_heads=None),
     "fixed pattern": dict(controller="fixed"),
     "fixed linear": dict(controller="fixed", fixed=("linear",), scan_layers=True),
 }
@@ -111,46 +122,38 @@ def test_prefill_and_steps_are_one_forward_pass_at_own_routes(name):
     assert_stepwise_is_forward(make(**CASES[name]))
 
 
-@pytest.mark.parametrize(
-    "name", ["soft", "hard", "gated", "scanned hard", "window beyond the text", "fixed pattern"]
-)
+@pytest.mark.parametrize("name", ["scanned, gated", "fixed pattern"])
 def test_prefill_and_steps_are_one_forward_pass_at_forced_routes(name):
     route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
     assert_stepwise_is_forward(make(**CASES[name]), route)
 
 
 def test_own_routes_in_these_tests_use_every_mechanism():
-    routes = forward(make(), parameters(make()), text()).routing.route
+    routes = forward(make(), parameters(make()), text())[1]["route"]
     assert set(np.unique(routes)) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_bfloat16_stays_near_its_forward_pass(scan_layers):
+def test_bfloat16_stays_near_its_forward_pass():
     # Routes are forced: near ties, rounding would choose.
     route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
-    model = make(dtype=jnp.bfloat16, scan_layers=scan_layers)
+    model = make(dtype=jnp.bfloat16)
     params, tokens = parameters(model), text()
-    whole = np.asarray(forward(model, params, tokens, route).logits)
-    exact = np.asarray(forward(model.clone(dtype=None), params, tokens, route).logits)
-    cache, _ = generation.prefill(
+    whole = np.asarray(forward(model, params, tokens, route)[0])
+    cache, *_ = generation.prefill(
         model, params, tokens[:, :PROMPT], LENGTHS, HYPERS, capacity=TIME,
         route=route[:, :, :PROMPT],
     )
     assert cache.k.dtype == jnp.uint16 and cache.s.dtype == jnp.float32
-    ours, theirs = [], []
     for t in range(STEPS):
         at = LENGTHS + t
-        cache, out = step(model, params, cache, tokens[ROWS, at], route[:, ROWS, at])
-        ours.append(np.asarray(out.logits) - exact[ROWS, at])
-        theirs.append(whole[ROWS, at] - exact[ROWS, at])
-    norm = np.linalg.norm
-    assert norm(ours) < 2 * norm(theirs) + 1e-3 and norm(theirs) > 0
+        cache, logits, _ = step(model, params, cache, tokens[ROWS, at], route[:, ROWS, at])
+        error = np.linalg.norm(logits - whole[ROWS, at]) / np.linalg.norm(whole[ROWS, at])
+        assert error < 4 * 2.0**-8  # a few units in the last place of bfloat16
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("mode", ["soft", "hard"])
-def test_greedy_text_with_cache_is_greedy_text_without(mode):
-    model = make(mode)
+def test_greedy_text_with_cache_is_greedy_text_without():
+    model = make()
     params = parameters(model)
     prompts = [list(row[:length]) for row, length in zip(text(), LENGTHS)]
     out = generation.generate(model, params, prompts, steps=STEPS, hypers=HYPERS)
@@ -158,12 +161,12 @@ def test_greedy_text_with_cache_is_greedy_text_without(mode):
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     for t in range(STEPS):
-        logits = forward(model, params, tokens).logits[ROWS, LENGTHS + t - 1]
+        logits = forward(model, params, tokens)[0][ROWS, LENGTHS + t - 1]
         tokens[ROWS, LENGTHS + t] = np.argmax(logits, axis=-1)
     np.testing.assert_array_equal(
         out.tokens, [row[n : n + STEPS] for row, n in zip(tokens, LENGTHS)]
     )
-    route = forward(model, params, tokens).routing.route
+    route = forward(model, params, tokens)[1]["route"]
     for row, n in enumerate(LENGTHS):
         np.testing.assert_array_equal(out.route[:, row], route[:, row, n : n + STEPS])
 
@@ -177,36 +180,35 @@ def test_a_row_generates_the_same_alone_and_in_a_batch():
         sampler=generation.Sampler(temperature=1.5, top_k=9, top_p=0.95),
     )
     together = run(prompts, keys=keys)
-    for row in range(BATCH):
-        alone = run(prompts[row : row + 1], keys=keys[row : row + 1], capacity=40)
-        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
-        np.testing.assert_array_equal(alone.route[:, 0], together.route[:, row])
+    row = 2
+    alone = run(prompts[row : row + 1], keys=keys[row : row + 1], capacity=40)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    np.testing.assert_array_equal(alone.route[:, 0], together.route[:, row])
     other = run(prompts, keys=jax.random.split(jax.random.key(8), BATCH))
     assert np.any(np.asarray(other.tokens) != np.asarray(together.tokens))
 
 
 def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
-    model = make("soft")
+    model = make()
     params, tokens = parameters(model), text()[:, :PROMPT]
-    cache, _ = generation.prefill(model, params, tokens, LENGTHS, HYPERS, capacity=TIME)
-    for row, n in enumerate(LENGTHS):
-        alone, _ = generation.prefill(
-            model, params, tokens[row : row + 1, :n], LENGTHS[row : row + 1], HYPERS, capacity=TIME
-        )
-        for name in ("k", "v", "s", "z", "length"):
-            np.testing.assert_allclose(
-                getattr(cache, name)[:, row], getattr(alone, name)[:, 0], rtol=1e-4, atol=1e-5
-            )
+    cache, *_ = generation.prefill(model, params, tokens, LENGTHS, HYPERS, capacity=TIME)
+    row, n = 2, LENGTHS[2]
+    alone, *_ = generation.prefill(
+        model, params, tokens[row : row + 1, :n], LENGTHS[row : row + 1], HYPERS, capacity=TIME
+    )
+    for name in ("k", "v", "s", "z", "length"):
+        ours, theirs = getattr(cache, name)[:, row], getattr(alone, name)[:, 0]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_steps_fill_the_cache_as_prefill_does():
     model = make()
     params, tokens = parameters(model), text()
     fill = functools.partial(generation.prefill, model, params, capacity=TIME)
-    cache, _ = fill(tokens[:, :PROMPT], LENGTHS, HYPERS)
+    cache, *_ = fill(tokens[:, :PROMPT], LENGTHS, HYPERS)
     for t in range(STEPS):
-        cache, _ = step(model, params, cache, tokens[ROWS, LENGTHS + t])
-    whole, _ = fill(tokens, LENGTHS + STEPS, HYPERS)
+        cache, *_ = step(model, params, cache, tokens[ROWS, LENGTHS + t])
+    whole, *_ = fill(tokens, LENGTHS + STEPS, HYPERS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), cache, whole)
 
 
@@ -228,7 +230,7 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     cache = decode.fill(cache, 1, k, k, v, ids)
     rows = jnp.arange(batch)
     needed = jnp.array([True, True, False])
-    for need in (needed, ~needed, jnp.ones(batch, bool)):
+    for need in (needed, jnp.ones(batch, bool)):
         out = registry.decode_with(
             name, q[rows, lengths - 1], cache, jnp.int32(1), needed=need, window=window
         )
@@ -258,7 +260,7 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
 
 
 def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
-    for fields in (dict(), dict(scan_layers=True), dict(dtype=jnp.bfloat16)):
+    for fields in (dict(), dict(dtype=jnp.bfloat16, scan_layers=True)):
         model = make(window=8, **fields)
         params = parameters(model)
         cache = model.init_cache(BATCH, 8192)
