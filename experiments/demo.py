@@ -161,7 +161,7 @@ def shown_text(run: Run) -> dict[str, Any]:
     pieces = [decode([token]) for token in batch.tokens[:rows][keep]]
     if run.dataset.num_kinds > 1:  # Generated sequences have nothing to do with each other.
         for end in np.cumsum(keep.sum(axis=1)) - 1:
-            pieces[end] += "\n"
+            pieces[end] += b"\n"
     return {
         "pieces": pieces,
         "route": take(routing.route),

@@ -86,7 +86,8 @@ class MetaAttention(nn.Module):
       posterior: "mean_strength" or "additive".
       uncertainty: "entropy", "mutual_information" or "vacuity".
       fixed: the mechanism of every token when `controller="fixed"`; the others are not computed.
-      costs: "nominal", "analytic" or one positive number per mechanism; used when `hypers` is not given.
+      costs: "nominal" or one positive number per mechanism, used when `hypers` is not given. What
+        depends on the length ("analytic") is refused: a token's route must not.
       strength: kappa of the prior, when `hypers` is not given.
       preference: eta of the prior, when `hypers` is not given.
       threshold: theta of the gate, when `hypers` is not given.
@@ -138,7 +139,8 @@ class MetaAttention(nn.Module):
           inputs_q: x.
           inputs_k: refused unless it is `inputs_q` itself, as are inputs_v and inputs_kv.
           mask: refused; padding and packing are `segment_ids`.
-          deterministic: False draws the keys from the rng stream "routing" when none are given.
+          deterministic: False draws the keys from the rng stream "routing" when none are given; a
+            Python value, so under `nn.remat` name it in `static_argnums` or give `keys`.
           **kwargs: those of `routed`.
 
         Raises:
@@ -155,7 +157,7 @@ class MetaAttention(nn.Module):
                 "mask: expected None, got an array; padding and packing are said by `segment_ids` "
                 "[batch, time] (0 = padding), causality by the field `causal`."
             )
-        if deterministic is False and kwargs.get("keys") is None:
+        if deterministic is not None and not deterministic and kwargs.get("keys") is None:
             kwargs["keys"] = jax.random.split(self.make_rng("routing"), inputs_q.shape[0])
         return self.routed(inputs_q, **kwargs)[0]
 
@@ -408,6 +410,11 @@ class MetaAttention(nn.Module):
         check_decodes(self.mechanisms)
 
     def _hypers(self, time: int, dim: int) -> RoutingHypers:
+        if self.costs == "analytic":
+            raise ValueError(
+                "costs: expected 'nominal' or numbers, such as those of "
+                "`cost.analytic_costs(..., time=...)` at one fixed length, got 'analytic'."
+            )
         costs = resolve_costs(self.costs, self.mechanisms, time=time, dim=dim, window=self.window)
         validate_prior(strength=self.strength, preference=self.preference, costs=costs)
         return RoutingHypers(
@@ -440,8 +447,10 @@ class MetaAttention(nn.Module):
             raise ValueError(f"mode: expected one of {mixture.MODES}, got {self.mode!r}.")
         for name in self.mechanisms:
             get_mechanism(name)
-        if len(set(self.mechanisms)) != len(self.mechanisms) or not self.mechanisms:
-            raise ValueError(f"mechanisms: expected distinct names, got {tuple(self.mechanisms)}.")
+        if len(set(self.mechanisms)) != len(self.mechanisms) or len(self.mechanisms) < 2:
+            raise ValueError(
+                f"mechanisms: expected two or more distinct names, got {tuple(self.mechanisms)}."
+            )
         if self.controller == "fixed" and self.fixed not in self.mechanisms:
             raise ValueError(
                 f"fixed: expected one of the mechanisms {tuple(self.mechanisms)}, got {self.fixed!r}."

@@ -371,4 +371,8 @@ class LanguageModel(nn.Module):
         return route
 
     def _logits(self, x: Float[Array, "batch time model"]) -> Float[Array, "batch time vocab"]:
-        return self.embedding.attend(self.final_norm(x)).astype(jnp.float32)
+        x, table = self.embedding.promote_dtype(
+            self.final_norm(x), self.embedding.embedding, dtype=self.dtype
+        )
+        # Accumulated and kept in float32: a cross-entropy of bfloat16 logits loses digits.
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

@@ -16,21 +16,22 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import eval_step, init_state, train_step
 
 
-def setting(accumulate=1):
+def setting(accumulate=1, rows=16, scan=False):
     config = smoke.get_config()
     config.optimizer.name = "sgd"
     config.optimizer.clip = 0.0
     config.optimizer.warmup = 0.0
     config.optimizer.learning_rate = 0.1
     config.optimizer.accumulate = accumulate
-    config.data.batch_size = 16
+    config.data.batch_size = rows
+    config.model.scan_layers = scan
     dataset = build.build_dataset(config)
     return config, dataset, build.build_spec(config, dataset), build.build_hypers(config)
 
 
 def uneven(batch):
     """Rows of every length; some devices hold almost nothing."""
-    lengths = np.minimum(np.arange(16) ** 2 // 6 + 1, batch.tokens.shape[1])
+    lengths = np.minimum(np.arange(len(batch.tokens)) ** 2 // 6 + 1, batch.tokens.shape[1])
     real = np.arange(batch.tokens.shape[1])[None] < lengths[:, None]
     return batch.replace(loss_mask=real, segment_ids=real.astype(np.int32))
 
@@ -41,11 +42,11 @@ def distance(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def train(mode, devices, accumulate=1):
+def train(mode, devices, accumulate=1, rows=16, steps=5, scan=False):
     """(gradient of the first step, parameters after 5 steps of SGD, compiled step)."""
-    config, dataset, spec, hypers = setting(accumulate)
+    config, dataset, spec, hypers = setting(accumulate, rows, scan)
     parallel = Parallel(mode, jax.devices()[:devices])
-    batches = [parallel.shard(uneven(dataset.train_batch(s))) for s in range(5)]
+    batches = [parallel.shard(uneven(dataset.train_batch(s))) for s in range(steps)]
     state = init_state(spec, jax.random.key(0), dataset.train_batch(0), hypers)
     first = jax.device_get(state.params)
     step = parallel.compile(functools.partial(train_step, spec), batch_argument=1)
@@ -109,9 +110,11 @@ def main():
         result[label] = {"gradient": distance(other_gradient, gradient),
                          "sgd": distance(other_params, params)}
     result["wrong_scale"] = distance(jax.tree.map(lambda g: 1.1 * g, gradient), gradient)
-    _, _, (step, arguments) = train("jit", 8, 2)
+    # Rows that accumulation and attention really loop over: XLA unrolls loops of one turn.
+    _, _, (step, arguments) = train("jit", 8, 3, rows=24, steps=1, scan=True)
     text = step.lower(*arguments).compile().as_text()
     result["collectives"], result["collectives_in_loops"] = collectives(text)
+    result["float_loops"] = len(re.findall(r" = \([^\n]*f32\[[^\n]* while\(", text))
     one, _ = packed_evaluation(1)
     eight, (step, arguments) = packed_evaluation(8)
     result["packed"] = abs(eight - one) / one

@@ -223,11 +223,12 @@ def test_layer_stands_in_for_self_attention():
         (dict(window=0), {}, "window: expected a positive"),
         (dict(mode="sof"), {}, "mode: expected one of"),
         (dict(mechanisms=("full", "lokal")), {}, "got 'lokal'; did you mean 'local'"),
-        (dict(mechanisms=("full", "full")), {}, "mechanisms: expected distinct"),
+        (dict(mechanisms=("full", "full")), {}, "mechanisms: expected two or more distinct"),
         (dict(controller="fixed", fixed="lin"), {}, "fixed: expected one of"),
         (dict(controller="bayes"), {}, "controller: expected one of"),
         (dict(strength=0.0), {}, "strength: expected a finite number > 0"),
         (dict(costs=(1.0, 2.0)), {}, "costs: expected 3 positive numbers"),
+        (dict(costs="analytic"), {}, "costs: expected 'nominal' or numbers"),
         ({}, dict(mask=jnp.ones((1, 1, TIME, TIME))), "segment_ids"),
         ({}, dict(inputs_kv=jnp.ones((BATCH, TIME, 16))), "self-attention"),
         ({}, dict(segment_ids=jnp.ones((BATCH, 3), jnp.int32)), "segment_ids: expected shape"),
@@ -239,3 +240,39 @@ def test_bad_input_is_one_sentence(fields, call, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         MetaAttention(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
     assert "\n" not in str(error.value)
+
+
+def test_a_numpy_false_draws_samples_as_a_python_false_does():
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16))
+    layer = MetaAttention(num_heads=2, window=4)
+    variables = layer.init(jax.random.key(1), x)
+    rngs = {"routing": jax.random.key(2)}
+    mean = layer.apply(variables, x)
+    drawn = layer.apply(variables, x, deterministic=False, rngs=rngs)
+    assert float(jnp.abs(drawn - mean).max()) > 1e-3
+    same = layer.apply(variables, x, deterministic=np.bool_(False), rngs=rngs)
+    np.testing.assert_array_equal(same, drawn)
+
+
+def test_long_hard_sequences_by_packed_dispatch_are_those_of_dense_and_of_the_cut():
+    """The whole model, T above the length where packed dispatch begins, cut to one below it."""
+    time, cut = 600, 350
+    model = LanguageModel(vocab_size=11, model_dim=16, num_layers=2, num_heads=2, window=9, mode="hard")
+    tokens = jax.random.randint(jax.random.key(0), (1, time), 0, 11)
+    hypers = RoutingHypers(
+        strength=jnp.float32(2.0), preference=jnp.float32(0.5),
+        costs=jnp.asarray([1.0, 0.15, 0.3]), threshold=jnp.float32(0.0),
+    )
+    params = jax.jit(lambda key: model.init(key, tokens[:, :8], hypers=hypers))(jax.random.key(1))
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+    run = lambda dispatch, x: jax.jit(  # noqa: E731
+        functools.partial(model.clone(dispatch=dispatch).apply, params, hypers=hypers)
+    )(x)
+    packed, dense, short = run("auto", tokens), run("dense", tokens), run("auto", tokens[:, :cut])
+    assert len(np.unique(packed.routing.route)) == 3
+    np.testing.assert_array_equal(packed.routing.route, dense.routing.route)
+    np.testing.assert_array_equal(packed.routing.route[:, :, :cut], short.routing.route)
+    assert float(jnp.abs(packed.logits - dense.logits).max()) < 1e-3
+    assert float(jnp.abs(packed.logits[:, :cut] - short.logits).max()) < 1e-3

@@ -9,14 +9,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import smoke
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.run import open_run
+from meta_attention_jax.training.step import make_optimizer
 
 
 def config(**changes):
@@ -143,5 +145,40 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
         assert result[mode]["sgd"] <= 1e-5, result
     assert result["wrong_scale"] > 1e-2, "the comparison must see a gradient of the wrong scale"
     assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
+    assert result["float_loops"] >= 2, "accumulation and layers must really be loops"
     assert result["packed"] <= 1e-6, result
     assert result["packed_collectives"] > 0 and result["packed_collectives_in_loops"] == 0, result
+
+
+def test_a_log_survives_a_crash_in_the_middle_of_a_line_and_a_new_start(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write("start", 0, {})
+    log.write("train", 5, {"nll": 2.0})
+    log.write("train", 10, {"nll": 1.5})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-4])  # Killed while writing step 10.
+    log = MetricsLog(tmp_path, start=5)
+    log.write("resume", 5, {})
+    log.write("train", 10, {"nll": 1.4})
+    log.close()
+    trained = [(r["step"], r["nll"]) for r in read_metrics(tmp_path) if r["event"] == "train"]
+    assert trained == [(5, 2.0), (10, 1.4)]
+    log = MetricsLog(tmp_path)
+    log.write("start", 0, {})
+    log.close()
+    assert [r["event"] for r in read_metrics(tmp_path)] == ["start"]
+
+
+def test_weight_decay_is_for_matrices_also_where_layers_are_stacked():
+    optimizer = make_optimizer("adamw", weight_decay=0.5, clip=0.0)
+    params = {
+        "norm": {"scale": jnp.ones((4, 3))},  # 4 scanned layers
+        "mlp": {"kernel": jnp.ones((4, 3, 3)), "bias": jnp.ones((4, 3))},
+        "table": {"embedding": jnp.ones((5, 3))},
+    }
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    direction, _ = optimizer.update(zeros, optimizer.init(params), params)
+    moved = jax.tree.map(lambda d: float(jnp.abs(d).max()), direction)
+    assert moved == {"norm": {"scale": 0.0}, "mlp": {"kernel": 0.5, "bias": 0.0},
+                     "table": {"embedding": 0.5}}

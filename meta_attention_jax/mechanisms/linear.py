@@ -189,8 +189,8 @@ def _steps(q: Queries) -> tuple[int, int, int]:
     batch, time, heads, _ = q.shape
     chunk = min(CHUNK, time)
     chunks = -(-time // chunk)
-    m = max(1, min(chunks, BATCHED // (batch * heads)))
-    return -(-chunks // m), m, chunk
+    steps = -(-chunks // max(1, min(chunks, BATCHED // (batch * heads))))
+    return steps, -(-chunks // steps), chunk
 
 
 def _padded(x: Array, time: int) -> Array:

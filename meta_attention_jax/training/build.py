@@ -143,6 +143,10 @@ def build_parallel(config: ConfigDict) -> Parallel:
     Raises:
       ValueError: more devices than there are, or a batch that they cannot share.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"processes: expected 1, since several are not supported yet, got {jax.process_count()}."
+        )
     available = jax.devices()
     wanted = config.parallel.devices or len(available)
     expect(

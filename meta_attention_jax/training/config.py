@@ -125,6 +125,12 @@ def validate(config: ConfigDict) -> None:
         expect(
             len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True
         )
+    expect(
+        train.profile_step < train.steps,
+        "train.profile_step",
+        f"-1 or a step below train.steps = {train.steps}",
+        train.profile_step,
+    )
     if train.packed:
         expect(
             config.gate.kind in ("linear", "cosine") and config.gate.threshold == 1.0,

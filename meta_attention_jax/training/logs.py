@@ -34,13 +34,23 @@ class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there.
 
     A resumed run appends {"event": "resume", "step": s}; `read_metrics` then drops the records after
-    step s that an interrupted run had written before.
+    step s that an interrupted run had written before, and all that stood before a new "start".
+
+    Args:
+      directory: of the run.
+      start: steps done before; TensorBoard drops what an interrupted run had logged after them.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
+    def __init__(self, directory: str | pathlib.Path, *, start: int = 0):
         directory = pathlib.Path(directory)
-        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+        path = directory / "metrics.jsonl"
+        cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        self._file = open(path, "a", encoding="utf-8")
+        if cut:  # A crash in the middle of a line must not swallow the next one.
+            self._file.write("\n")
+        self._board = tensorboardX.SummaryWriter(
+            str(directory / "tensorboard"), purge_step=start + 1
+        )
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One record; `event` is "start", "train", "eval", "packed" or "resume"."""
@@ -68,6 +78,8 @@ def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if record["event"] == "start":
+            records = []
         if record["event"] == "resume":
             records = [r for r in records if r["step"] <= record["step"]]
         records.append(record)
@@ -123,7 +135,8 @@ class Progress:
             self._first, self._began = step, now
         done = step - self._first
         seconds_per_step = (now - self._began) / done if done else math.inf
-        status = f"{status} · {self._tokens / seconds_per_step / 1e3:.1f}k tok/s"
+        if done:
+            status = f"{status} · {self._tokens / seconds_per_step / 1e3:.1f}k tok/s"
         if self._live is not None:
             self._live.update(self._task, completed=step, status=status)
         elif now - self._spoke >= PLAIN_SECONDS or step >= self._total:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 from typing import Any, Mapping, Optional
@@ -169,9 +168,9 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
         stack.callback(checkpoints.close)
-        log = MetricsLog(job.path)
-        stack.callback(log.close)
         start = checkpoints.latest or 0
+        log = MetricsLog(job.path, start=start)
+        stack.callback(log.close)
         about = describe(job, state.params)
         if start:
             state = checkpoints.restore(state, start)
@@ -236,6 +235,7 @@ def _run(
     flags: list[jax.Array] = []
     evaluation: dict[str, Any] = {}
     good = start or None
+    traced = False
     for step in range(start, stop):
         if step == max(packed_from, start) and packed_from < stop:
             compiled = _compile(job, packed_spec(job))
@@ -244,15 +244,18 @@ def _run(
             line.say(_packed_note(step, every.packed_dense_rows))
         if step == every.profile_step:
             jax.profiler.start_trace(str(job.path / "profile"))
+            traced = True
         state, metrics = compiled(state, parallel.shard(job.dataset.train_batch(step)), hypers)
-        if every.profile_step >= 0 and step == every.profile_step + PROFILED_STEPS - 1:
+        done = step + 1
+        if traced and (done == every.profile_step + PROFILED_STEPS or done == stop):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-        done = step + 1
+            traced = False
         total = metrics["sums"] if total is None else add(total, metrics["sums"])
         flags.append(metrics["finite"])
-        due_eval = done % every.eval_every == 0 or done == stop
         due_save = done % every.checkpoint_every == 0 or done == stop
+        # Whatever is saved is evaluated, or it could not be the best.
+        due_eval = done % every.eval_every == 0 or due_save
         if done % every.log_every == 0 or due_eval or due_save:
             _check_finite(flags, done - len(flags) + 1, good)
             sums = jax.device_get(parallel.unreplicate(total))
@@ -268,7 +271,8 @@ def _run(
             evaluation = _evaluate(config, evaluator, state.params, hypers, report)
             log.write("eval", done, evaluation)
         if due_save:
-            nll = evaluation["soft"]["nll"] if due_eval else math.inf
+            # Best in the mode that the run ends in: hard, where the gate hardens it.
+            nll = evaluation["soft" if config.gate.kind == "none" else "hard"]["nll"]
             values = config_to_dict(config)
             checkpoints.save(done, parallel.unreplicate(state), config=values, nll=nll)
             good = done
@@ -312,4 +316,5 @@ def _evaluate(
             max_batches=config.train.eval_batches,
         )
         results[mode] = report(sums)
-    return results
+    gap = results["hard"]["nll"] - results["soft"]["nll"]
+    return {mode: {**metrics, "hard_minus_soft": gap} for mode, metrics in results.items()}

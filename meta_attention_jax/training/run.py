@@ -75,9 +75,8 @@ def open_run(
     shape = config.copy_and_resolve_references()
     shape.data.sequence_length = sequence_length or config.data.sequence_length
     shape.data.batch_size = batch_size or config.data.batch_size
-    # Measured costs are those of the length as trained, whatever is evaluated.
-    measured = config.prior.costs == "measured"
-    hypers = build.build_hypers(config if measured else shape, path)
+    # Costs are those of the length as trained, whatever is evaluated.
+    hypers = build.build_hypers(config, path)
     dataset = build.build_dataset(shape, path)
     write_manifest(dataset, path)  # the same manifest again: no change, or a one-sentence error
     return Run(

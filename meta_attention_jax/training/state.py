@@ -66,9 +66,3 @@ def count_parameters(params: Any) -> tuple[int, int]:
         if in_controller(path):
             controller += leaf.size
     return total, controller
-
-
-def all_finite(tree: Any) -> Array:
-    """True when no leaf holds a NaN or an infinity."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves))

@@ -71,7 +71,7 @@ class StepSpec:
       accumulate: micro-batches per device that make one step.
       packed: train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so
         the controller has no honest gradient: it is frozen, but for `dense_rows`.
-      dense_rows: share of the rows (at least one, if not 0) that still run all mechanisms with the
+      dense_rows: share of each device's rows and micro-batch (at least one row, if not 0) that still run all mechanisms with the
         straight-through gradient and the KL; the controller learns from these alone.
     """
 
@@ -90,14 +90,19 @@ def make_optimizer(
     """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
 
     The learning rate is an array input, so it is applied by the step and not in here.
-    Weight decay leaves vectors (norm scales, biases) alone.
+    Weight decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm
+    scales and biases of all layers, which then have two axes too.
     """
+
+    def decays(path, _):
+        return getattr(path[-1], "key", None) in ("kernel", "embedding")
+
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     if name == "sgd":
         return clipping
     if name == "adamw":
         decay = optax.add_decayed_weights(
-            weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+            weight_decay, mask=lambda params: jax.tree_util.tree_map_with_path(decays, params)
         )
         return optax.chain(clipping, optax.scale_by_adam(b1=b1, b2=b2), decay)
     raise ValueError(f"optimizer.name: expected one of ('adamw', 'sgd'), got {name!r}.")
