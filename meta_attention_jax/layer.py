@@ -180,7 +180,7 @@ class MetaAttention(nn.Module):
           ValueError: a field that cannot be, or a shape that does not fit; one sentence.
         """
 
-        def attention(names: Sequence[str], heads: Heads, weights: Weights, segment_ids: SegmentIds):
+        def attention(names, heads, weights, segment_ids):
             return self._attend(names, heads, weights, segment_ids), None
 
         out, routing, _ = self._forward(
@@ -214,7 +214,7 @@ class MetaAttention(nn.Module):
         """
         self._validate_decoding()
 
-        def attention(names: Sequence[str], heads: Heads, weights: Weights, segment_ids: SegmentIds):
+        def attention(names, heads, weights, segment_ids):
             filled = stepwise.fill(cache, layer, heads.rotated_k, heads.k, heads.v, segment_ids)
             return self._attend(names, heads, weights, segment_ids), filled
 
@@ -245,7 +245,7 @@ class MetaAttention(nn.Module):
         if x.ndim != 3 or x.shape[1] != 1:
             raise ValueError(f"x: expected [batch, 1, model], one token per row, got {x.shape}.")
 
-        def attention(names: Sequence[str], heads: Heads, weights: Weights, segment_ids: SegmentIds):
+        def attention(names, heads, weights, segment_ids):
             del segment_ids
             longer = stepwise.append(
                 cache, layer, heads.rotated_k[:, 0], heads.k[:, 0], heads.v[:, 0]

@@ -25,9 +25,10 @@ class Mechanism:
         multiply-add) that the equation needs for one head and one sequence of `time` tokens.
       rotary: whether q and k arrive rotated when the layer uses rotary positions.
       options: the static options that `attend` takes, among `window` and `implementation`.
-      decode: `decode(q, cache, layer, *, needed, **options) -> out`, attention of the newest token of
-        each row; q and out `[B, H, d]`, `cache` a `decode.Cache` that has the token, `needed` `[B]`
-        the rows that will be used, `options` the `window` if declared. None: it cannot generate.
+      decode: `decode(q, cache, layer, *, needed, **options) -> out`, attention of the newest token
+        of each row; q and out `[B, H, d]`, `cache` a `decode.Cache` that has the token, `needed`
+        `[B]` the rows that will be used, `options` the `window` if declared. None: it cannot
+        generate.
       attend_packed: attention of the packed queries alone; None makes hard dispatch attend
         everywhere and select.
     """
