@@ -74,7 +74,13 @@ class Block(nn.Module):
 
         def attend(attention, normed):
             return attention.prefill(
-                cache, index, normed, segment_ids=segment_ids, residual=x, route=route, hypers=hypers
+                cache,
+                index,
+                normed,
+                segment_ids=segment_ids,
+                residual=x,
+                route=route,
+                hypers=hypers,
             )
 
         cache, x, routing = self._around(x, attend)
@@ -92,7 +98,7 @@ class Block(nn.Module):
 
     @nn.compact
     def _around(self, x, attend):
-        """Norms, residuals and MLP around attend(attention, normed) -> (cache, attended, routing)."""
+        """Norms, residuals, MLP around attend(attention, normed) -> (cache, attended, routing)."""
         norm = lambda name: nn.RMSNorm(  # noqa: E731
             dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )

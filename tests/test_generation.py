@@ -108,12 +108,10 @@ def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
 CASES = {
     "soft": dict(mode="soft"),
     "hard": dict(mode="hard"),
-    "gated": dict(mode="gated", window=1, num_kv_heads=1),
-    "scanned, gated": dict(mode="gated", scan_layers=True, remat=True),
+    "scanned, gated": dict(mode="gated", num_kv_heads=1, scan_layers=True, remat=True),
     "window beyond the text": dict(mode="soft", window=64, scan_layers=True),
-    "softmax, no groups": dict(controller="softmax", num_kv_heads=None),
+    "softmax, window of one": dict(controller="softmax", window=1, num_kv_heads=None),
     "fixed pattern": dict(controller="fixed"),
-    "fixed linear": dict(controller="fixed", fixed=("linear",), scan_layers=True),
 }
 
 
@@ -260,7 +258,7 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
 
 
 def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
-    for fields in (dict(), dict(dtype=jnp.bfloat16, scan_layers=True)):
+    for fields in (dict(num_layers=1), dict(dtype=jnp.bfloat16, scan_layers=True)):
         model = make(window=8, **fields)
         params = parameters(model)
         cache = model.init_cache(BATCH, 8192)

@@ -196,10 +196,16 @@ def test_noise_of_a_token_ignores_cutting_padding_and_batching():
         return noise(keys, np.pad(positions, pad), np.pad(ones, pad), wide)
 
     on_the_left, on_the_right = padded(3, 0), padded(0, 3)
-    for i, expected in enumerate(full):
-        np.testing.assert_array_equal(cut_alone[i], expected[1:, :4])
-        np.testing.assert_array_equal(on_the_left[i][:, 3:], expected)
-        np.testing.assert_array_equal(on_the_right[i][:, :6], expected)
+    # The keys exactly; the weights but for the last bit, which a loop's remainder may round its own way.
+    for i, same in enumerate((np.testing.assert_array_equal, assert_last_bit)):
+        expected = full[i]
+        same(cut_alone[i], expected[1:, :4])
+        same(on_the_left[i][:, 3:], expected)
+        same(on_the_right[i][:, :6], expected)
+
+
+def assert_last_bit(x, y):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
 def test_noise_of_a_segment_ignores_its_neighbours_in_the_row():
