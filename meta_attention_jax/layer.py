@@ -416,7 +416,8 @@ class MetaAttention(nn.Module):
                 "`cost.analytic_costs(..., time=...)` at one fixed length, got 'analytic'."
             )
         costs = resolve_costs(self.costs, self.mechanisms, time=time, dim=dim, window=self.window)
-        validate_prior(strength=self.strength, preference=self.preference, costs=costs)
+        if self.controller != "fixed":
+            validate_prior(strength=self.strength, preference=self.preference, costs=costs)
         return RoutingHypers(
             strength=jnp.float32(self.strength),
             preference=jnp.float32(self.preference),
@@ -447,9 +448,10 @@ class MetaAttention(nn.Module):
             raise ValueError(f"mode: expected one of {mixture.MODES}, got {self.mode!r}.")
         for name in self.mechanisms:
             get_mechanism(name)
-        if len(set(self.mechanisms)) != len(self.mechanisms) or len(self.mechanisms) < 2:
+        least = 1 if self.controller == "fixed" else 2
+        if len(set(self.mechanisms)) != len(self.mechanisms) or len(self.mechanisms) < least:
             raise ValueError(
-                f"mechanisms: expected two or more distinct names, got {tuple(self.mechanisms)}."
+                f"mechanisms: expected {least} or more distinct names, got {tuple(self.mechanisms)}."
             )
         if self.controller == "fixed" and self.fixed not in self.mechanisms:
             raise ValueError(

@@ -223,7 +223,7 @@ def test_layer_stands_in_for_self_attention():
         (dict(window=0), {}, "window: expected a positive"),
         (dict(mode="sof"), {}, "mode: expected one of"),
         (dict(mechanisms=("full", "lokal")), {}, "got 'lokal'; did you mean 'local'"),
-        (dict(mechanisms=("full", "full")), {}, "mechanisms: expected two or more distinct"),
+        (dict(mechanisms=("full", "full")), {}, "mechanisms: expected 2 or more distinct"),
         (dict(controller="fixed", fixed="lin"), {}, "fixed: expected one of"),
         (dict(controller="bayes"), {}, "controller: expected one of"),
         (dict(strength=0.0), {}, "strength: expected a finite number > 0"),
