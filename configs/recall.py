@@ -1,4 +1,11 @@
-"""Generated key-value recall: full attention is needed at the queries and nowhere else."""
+"""Generated key-value recall: full attention is needed at the queries and nowhere else.
+
+python -m experiments.train --config=configs/recall.py --workdir=runs/recall
+
+About a minute on two CPU cores. Recorded (seed 0, jax 0.10.2, commit f83b147, `make demo`), test split:
+1.488 nats soft, 1.428 hard, projected cost 26.5 %, all queries answered; full on 100 % of the queries
+and 0.0 % of the other tokens in layer 0. full-only: 1.449 nats. The source's own entropy: 1.402.
+"""
 
 from configs import base
 

@@ -1,4 +1,7 @@
-"""Every part of a run in seconds; learns nothing worth reading."""
+"""Every part of a run in seconds; learns nothing worth reading.
+
+python -m experiments.train --config=configs/smoke.py --workdir=runs/smoke
+"""
 
 from configs import base
 

@@ -1,4 +1,11 @@
-"""A byte-level language model of State of the Union addresses, for two CPU cores."""
+"""A byte-level language model of State of the Union addresses, for two CPU cores.
+
+python -m experiments.train --config=configs/tiny_lm.py --workdir=runs/tiny_lm
+
+About a minute and a half on two CPU cores. Recorded (seed 0, jax 0.10.2, commit f83b147, `make demo`),
+test split: 1.595 nats soft, 1.569 hard (2.263 bits/byte), projected cost 29.3 %, no token on full.
+prior-free: 1.539 hard. full-only: 1.578.
+"""
 
 from configs import base
 
