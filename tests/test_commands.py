@@ -147,6 +147,22 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     ):
         check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
 
+    prompt = "k3=v1 k1=v2 c0 ?k1"
+    text = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",
+                                 "--show_routes", "--layer=0"))
+    first_line = text.splitlines()[0]
+    assert first_line.startswith(prompt) and len(first_line.split()) == 4 + 5
+    assert "F full  L linear  w local" in text and "the prompt's 4 tokens first" in text
+    letters = text.splitlines()[-1].split()
+    assert len(letters) == 9 and {letter[0] for letter in letters} <= set("FLw")
+    for flags, sentence in (
+        (["--prompt=hello"], "text: expected names such as k0=v0, got b'hello'."),
+        (["--prompt="], "prompt: expected at least one token"),
+        (["--prompt=k3=v1", "--top_p=2"], "top_p: expected a number in (0, 1], got 2.0."),
+        (["--prompt=k3=v1", "--layer=1"], "layer: expected less than 1, got 1."),
+    ):
+        check_mistake(command("generate", f"--workdir={run}", *flags), sentence)
+
     unwritable = command("evaluate", f"--workdir={run}", "--modes=soft", "--max_batches=1",
                          f"--json={run}/config.json/rows.json")
     assert "validation split" in unwritable.out, "the table is not lost"
