@@ -112,12 +112,12 @@ def test_resuming_from_the_state_changes_nothing():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "sudden"}, "gate kind: expected one of .*'settled'.*, got 'sudden'"),
-        ({"measure": "variance"}, "gate measure: expected one of .*, got 'variance'"),
-        ({"start": -1}, "gate start: expected a step >= 0, got -1"),
-        ({"start": 5, "end": 5}, "gate end: expected a step > start = 5, got 5"),
-        ({"window": 0}, "gate window: expected at least 1 step, got 0"),
-        ({"tolerance": 0.0}, "gate tolerance: .* got 0.0"),
+        ({"kind": "sudden"}, "gate.kind: expected one of .*'settled'.*, got 'sudden'"),
+        ({"measure": "variance"}, "gate.measure: expected one of .*, got 'variance'"),
+        ({"start": -1}, "gate.start: expected a step >= 0, got -1"),
+        ({"start": 5, "end": 5}, "gate.end: expected a step > start = 5, got 5"),
+        ({"window": 0}, "gate.window: expected at least 1 step, got 0"),
+        ({"tolerance": 0.0}, "gate.tolerance: .* got 0.0"),
     ],
 )
 def test_bad_schedules_are_one_sentence(change, message):

@@ -106,7 +106,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
         ("parallel.devices", 1000, "parallel.devices: expected at most"),
         ("parallel.mode", "tpu", "parallel.mode: expected one of"),
         ("optimizer.accumulate", 3, "data.batch_size: expected a multiple"),
-        ("gate.end", 0.1, "end"),
+        ("gate.end", 0.1, "gate.end: expected a step > start"),
         ("model.implementation", "cudnn", "model.implementation: expected for 'cudnn' an NVIDIA GPU"),
         ("model.mechanisms", ("full",), "model.mechanisms: expected two or more distinct names"),
         ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate: expected a number > 0"),
@@ -143,7 +143,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     for mode in ("jit8", "pmap8", "jit1_accumulated"):
         assert result[mode]["gradient"] <= 1e-5, result
         assert result[mode]["sgd"] <= 1e-5, result
-    assert result["wrong_scale"] > 1e-2, "the comparison must see a gradient of the wrong scale"
+    assert result["mean_of_means"] > 1e-2, "the comparison must see a wrong normalisation"
     assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
     assert result["float_loops"] >= 2, "accumulation and layers must really be loops"
     assert result["packed"] <= 1e-6, result

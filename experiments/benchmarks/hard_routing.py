@@ -74,6 +74,14 @@ def sides(time: int, batch: int, fractions, direction: str):
     return calls
 
 
+def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
+    """Whole numbers of a list flag; raises ValueError of one sentence at the first bad one."""
+    for text in texts:
+        if not text.isdigit() or not good(int(text)):
+            raise ValueError(f"{field}: expected whole numbers, {expected}, got {text!r}.")
+    return [int(text) for text in texts]
+
+
 def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
     """Times one setting and makes its rows."""
     if batch == 1:
@@ -108,10 +116,14 @@ def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
 
 
 def main() -> None:
+    with commands.user_mistakes():
+        times = numbers("times", TIMES.value, "at least 1", lambda x: x >= 1)
+        batches = numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(UNEVEN)))
+        numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
     print(common.environment())
     rows = []
-    for time in map(int, TIMES.value):
-        for batch in map(int, BATCHES.value):
+    for time in times:
+        for batch in batches:
             if batch * time > MAX_TOKENS.value:
                 print(f"left out: batch {batch} x T {time} > max_tokens {MAX_TOKENS.value}")
                 continue

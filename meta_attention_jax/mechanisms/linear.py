@@ -14,7 +14,8 @@ from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 EPSILON = 1e-6
 CHUNK = 64
 BATCHED = 16
-"""Sequences x heads x chunks that one step of the loop multiplies together (measured on CPU)."""
+"""Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64
+differ by less than the noise."""
 
 
 def feature_map(x: Array) -> Array:

@@ -24,7 +24,8 @@ from meta_attention_jax.types import MECHANISMS, Keys, Queries, Route, SegmentId
 DISPATCHES = ("auto", "dense", "packed")
 
 PACKED_TIME = 512
-"""Length from which "auto" prefers `packed` (measured on CPU; below, loops cost more than they save)."""
+"""Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on
+two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Shorter was not measured."""
 
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:

@@ -84,21 +84,21 @@ class GateSchedule:
     def validate(self) -> None:
         """Checks the fields; raises ValueError naming the first that is wrong."""
         if self.kind not in KINDS:
-            raise ValueError(f"gate kind: expected one of {KINDS}, got {self.kind!r}.")
+            raise ValueError(f"gate.kind: expected one of {KINDS}, got {self.kind!r}.")
         if self.measure not in UNCERTAINTIES:
             raise ValueError(
-                f"gate measure: expected one of {UNCERTAINTIES}, got {self.measure!r}."
+                f"gate.measure: expected one of {UNCERTAINTIES}, got {self.measure!r}."
             )
         if self.kind == "none":
             return
         if self.start < 0:
-            raise ValueError(f"gate start: expected a step >= 0, got {self.start}.")
+            raise ValueError(f"gate.start: expected a step >= 0, got {self.start}.")
         if self.end <= self.start:
-            raise ValueError(f"gate end: expected a step > start = {self.start}, got {self.end}.")
+            raise ValueError(f"gate.end: expected a step > start = {self.start}, got {self.end}.")
         if self.window < 1:
-            raise ValueError(f"gate window: expected at least 1 step, got {self.window}.")
+            raise ValueError(f"gate.window: expected at least 1 step, got {self.window}.")
         if not 0.0 < self.tolerance <= 1.0:
-            raise ValueError(f"gate tolerance: expected a number in (0, 1], got {self.tolerance}.")
+            raise ValueError(f"gate.tolerance: expected a number in (0, 1], got {self.tolerance}.")
 
     def init_state(self) -> GateState:
         """The state before the first step."""

@@ -39,7 +39,8 @@ FREE_TO_CHANGE = (
     "train.keep_latest",
     "train.profile_step",
 )
-"""Fields that change no number of a run: a resumed run may set them anew."""
+"""Fields that a resumed run may set anew, since they change no number of it; but for one: with
+`train.packed_dense_rows` the devices decide how many rows run dense."""
 
 
 class Diverged(RuntimeError):
