@@ -72,6 +72,7 @@ def get_config() -> ConfigDict:
             ),
             train=dict(
                 steps=1000,
+                init_from="",  # run directory whose newest parameters to start from; "" = at random
                 log_every=20,
                 eval_every=200,
                 eval_batches=16,

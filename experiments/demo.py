@@ -9,7 +9,6 @@ Each arm is an ordinary run directory: interrupted, it goes on where it stopped.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pathlib
 import time
@@ -20,8 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import common, samples
-from experiments.benchmarks.common import interleave
+from experiments import common, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.generation import Sampler, greedy
@@ -31,7 +29,6 @@ from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.run import Run, open_run
-from meta_attention_jax.training.step import eval_step
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the arms and the report go.")
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
@@ -79,7 +76,9 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     return results
 
 
-def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def table_row(
+    corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]
+) -> dict[str, Any]:
     """One row of the comparison table; routes are those of the hard run."""
     soft, hard = results["soft"], results["hard"]
     row = {
@@ -99,7 +98,8 @@ def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]]) -> dict
     }
     if "kinds" in hard:
         query, other = recall.KIND_QUERY, recall.KIND_OTHER
-        full = np.array(hard["kinds"]["fractions"])[:, :, 0]  # [layer kind]
+        fractions = np.array(hard["kinds"]["fractions"])  # [layer kind mechanism]
+        full = fractions[:, :, mechanisms.index("full")]
         layer = int(np.argmax(full[:, query] - full[:, other]))
         row |= {
             "accuracy_queries_soft": soft["kinds"]["accuracy"][query],
@@ -171,38 +171,6 @@ def shown_text(run: Run) -> dict[str, Any]:
     }
 
 
-def timed_evaluation(paths: dict[str, pathlib.Path]) -> list[dict[str, Any]]:
-    """Seconds of one long evaluation batch: full-only, soft, and hard by packed dispatch.
-
-    Interleaved in this process; ratios are medians over the rounds, `spread` their quartiles apart.
-    """
-    length = 512 if QUICK.value else TIMED_LENGTH
-
-    def side(arm: str, mode: str):
-        run = open_run(paths[arm], sequence_length=length, batch_size=1)
-        batch = jax.device_put(next(run.dataset.eval_batches("validation")))
-        model = run.model.clone(mode=mode, dispatch="packed")
-        step = jax.jit(functools.partial(eval_step, model, run.dataset.num_kinds))
-        return functools.partial(step, run.params, batch, run.hypers.routing)
-
-    sides = {
-        "full-only": side("full-only", "soft"),
-        "bayesian, soft": side("bayesian", "soft"),
-        "bayesian, hard (packed)": side("bayesian", "hard"),
-    }
-    seconds = interleave(sides, 1 if QUICK.value else TIMED_ROUNDS)
-    return [
-        {
-            "evaluation": name,
-            "length": length,
-            "seconds": float(np.median(taken)),
-            "ratio": float(np.median(taken / seconds["full-only"])),
-            "spread": float(np.subtract(*np.percentile(taken / seconds["full-only"], [75, 25]))),
-        }
-        for name, taken in seconds.items()
-    ]
-
-
 def show_sample(run: Run) -> None:
     """Prints a short continuation of a test text, hard-routed, with the routes."""
     batch = next(run.dataset.eval_batches("test"))
@@ -212,15 +180,6 @@ def show_sample(run: Run) -> None:
     ids, trace = samples.go_on(run, batch.tokens[0, :length], steps=64, mode="hard", draw=draw)
     print(f"\n{run.config.name}, hard, goes on from {length} test tokens")
     print(samples.show_routes(run, ids, trace))
-
-
-TIMING_COLUMNS = [
-    analysis.Column("evaluation", "evaluation"),
-    analysis.Column("length", "tokens", ",d"),
-    analysis.Column("seconds", "seconds", ".3f", "median wall clock of one sequence of this length"),
-    analysis.Column("ratio", "of full-only", ".2f", "median over interleaved rounds; below 1 is faster"),
-    analysis.Column("spread", "spread", ".2f", "interquartile range of that ratio"),
-]
 
 
 def write_report(
@@ -246,11 +205,12 @@ def write_report(
         sections.append(analysis.Section(corpus, analysis.table_html(part, columns)))
     if timing:
         print("\none long sequence, measured")
-        print(analysis.terminal_table(timing, TIMING_COLUMNS))
-        table = analysis.markdown_table(timing, TIMING_COLUMNS)
+        columns = long.columns_of(timing)
+        print(analysis.terminal_table(timing, columns))
+        table = analysis.markdown_table(timing, columns)
         markdown.append(f"## Measured evaluation\n\n{table}\n")
         sections.append(
-            analysis.Section("Measured evaluation", analysis.table_html(timing, TIMING_COLUMNS))
+            analysis.Section("Measured evaluation", analysis.table_html(timing, columns))
         )
         analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
@@ -294,7 +254,7 @@ def main() -> None:
             common.fail(error)
         run = open_run(job.path)
         results = evaluate(run)
-        rows.append(table_row(corpus, arm, results))
+        rows.append(table_row(corpus, arm, results, tuple(run.config.model.mechanisms)))
         runs.append(curves(corpus, arm, run))
         routes.append(layers(corpus, arm, run, results))
         if arm == "bayesian":
@@ -305,7 +265,12 @@ def main() -> None:
         show_sample(open_run(jobs[corpus, "bayesian"].path))
     timing = []
     if TIMED_CORPUS in CORPORA.value:
-        timing = timed_evaluation({arm: jobs[TIMED_CORPUS, arm].path for arm in ARMS})
+        timing = long.long_evaluation(
+            jobs[TIMED_CORPUS, "full-only"].path,
+            jobs[TIMED_CORPUS, "bayesian"].path,
+            length=512 if QUICK.value else TIMED_LENGTH,
+            rounds=1 if QUICK.value else TIMED_ROUNDS,
+        )
     out = root / "report"
     write_report(out, rows, runs, routes, texts, floor, timing)
     print(f"\nreport: {out}/index.html   ({(time.monotonic() - began) / 60:.1f} minutes)")

@@ -2,25 +2,30 @@
 
 python -m experiments.generate --workdir=runs/x --prompt="Fellow citizens" [--mode=hard] [--steps=200]
     [--temperature=0.8 --top_k=40 --top_p=0.95 --seed=0] [--show_routes] [--layer=0] [--step=best]
+    [--threshold=0.5]
 
 Greedy unless one of the sampler's flags is given. A `recall` run takes names: --prompt="k3=v1 c2 ?k3".
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import unicodedata
 
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import common, samples
-from meta_attention_jax.generation import Draw, Sampler, greedy
+from meta_attention_jax.generation import Draw, Sampler, greedy, pad_prompts
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.run import open_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
 MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
+THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.0)
 STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1)
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "> 0.")
@@ -32,12 +37,25 @@ LAYER = flags.DEFINE_integer("layer", None, "Layer to show; the one with most fu
 COLOR = flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "ANSI colours.")
 flags.mark_flags_as_required(["workdir", "prompt"])
 
+
 def sampler() -> Draw:
     """Greedy, or a sampler of the flags that are given."""
     if TEMPERATURE.value is None and TOP_K.value is None and TOP_P.value is None:
         return greedy
     temperature = 1.0 if TEMPERATURE.value is None else TEMPERATURE.value
     return Sampler(temperature=temperature, top_k=TOP_K.value, top_p=TOP_P.value)
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that shows colours; see no-color.org."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
+
+
+def printable(text: str) -> str:
+    """Control characters as "\ufffd", but for line breaks and tabs: a terminal would obey them."""
+    keep = lambda c: c in "\n\t" or unicodedata.category(c) != "Cc"  # noqa: E731
+    return "".join(c if keep(c) else "\ufffd" for c in text)
 
 
 def main() -> None:
@@ -48,13 +66,15 @@ def main() -> None:
             raise ValueError(
                 f"layer: expected less than {run.config.model.num_layers}, got {LAYER.value}."
             )
-        prompt = np.asarray(run.dataset.tokenizer.encode(PROMPT.value.encode()))
-        ids, trace = samples.go_on(
-            run, prompt, steps=STEPS.value, mode=MODE.value, draw=draw, seed=SEED.value
-        )
-    print(run.dataset.tokenizer.decode(ids).decode(errors="replace"))
+        prompt = np.asarray(run.dataset.tokenizer.encode(os.fsencode(PROMPT.value)))
+        pad_prompts([prompt], run.dataset.vocab_size)
+    ids, trace = samples.go_on(
+        run, prompt, steps=STEPS.value, mode=MODE.value, draw=draw, seed=SEED.value,
+        threshold=THRESHOLD.value,
+    )
+    print(printable(run.dataset.tokenizer.decode(ids).decode(errors="replace")))
     if SHOW_ROUTES.value:
-        colour = COLOR.value == "always" or (COLOR.value == "auto" and sys.stdout.isatty())
+        colour = COLOR.value == "always" or (COLOR.value == "auto" and wants_colour())
         print()
         print(samples.show_routes(run, ids, trace, layer=LAYER.value, colour=colour))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -18,9 +19,17 @@ LINE = 80
 
 
 def go_on(
-    run: Run, ids: Int[np.ndarray, "prompt"], *, steps: int, mode: str, draw: Draw, seed: int = 0
+    run: Run,
+    ids: Int[np.ndarray, "prompt"],
+    *,
+    steps: int,
+    mode: str,
+    draw: Draw,
+    seed: int = 0,
+    threshold: float = 0.5,
 ) -> tuple[Int[np.ndarray, "prompt+steps"], Trace]:
-    """Token ids of prompt and continuation, and the trace of this one row.
+    """Token ids of prompt and continuation, and the trace of this one row; `threshold` is theta of
+    gated mode.
 
     Raises:
       ValueError: an empty prompt, or what else `generate` refuses.
@@ -30,7 +39,7 @@ def go_on(
         run.params,
         [ids],
         steps=steps,
-        hypers=run.hypers.routing,
+        hypers=run.hypers.routing.replace(threshold=jnp.float32(threshold)),
         keys=jax.random.split(jax.random.key(seed), 1),
         sampler=draw,
         mode=mode,
@@ -53,19 +62,25 @@ def show_routes(
       ids, trace: of `go_on`.
       layer: None is the one that uses full most.
       colour: ANSI backgrounds; else a line of letters below each line of text.
+
+    k* of a token that mixes all mechanisms is only the likeliest of them: how many do is said.
     """
     mechanisms = tuple(run.config.model.mechanisms)
     route = np.concatenate([trace.prompt_route[:, 0], trace.route[:, 0]], axis=1)
     shares = [[float(np.mean(row == k)) for k in range(len(mechanisms))] for row in route]
     if layer is None:
-        layer = int(np.argmax(np.asarray(shares)[:, 0]))
+        most = mechanisms.index("full") if "full" in mechanisms else 0
+        layer = int(np.argmax(np.asarray(shares)[:, most]))
     pieces = [run.dataset.tokenizer.decode([token]) for token in ids]
     lines = [
         f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
         for i, row in enumerate(shares)
     ]
-    lines.append(f"\nroutes of layer {layer}, the prompt's {route.shape[1] - trace.tokens.shape[1]} "
-                 "tokens first")
+    hard = np.concatenate([trace.prompt_hard[:, 0], trace.hard[:, 0]], axis=1)[layer]
+    prompt = route.shape[1] - trace.tokens.shape[1]
+    lines.append(f"\nroutes of layer {layer}, the prompt's {prompt} tokens first")
+    if not hard.all():
+        lines.append(f"k* only: {np.mean(~hard):.0%} of these tokens mix all mechanisms")
     if colour:
         lines.append(analysis.coloured_terminal(pieces, route[layer], mechanisms))
     else:
@@ -81,8 +96,8 @@ def lettered(
     letters = [known.get(name, str(k)) for k, name in enumerate(mechanisms)]
     legend = "  ".join(f"{letter} {name}" for letter, name in zip(letters, mechanisms))
     top, bottom, lines = "", "", [legend]
-    for piece, k in zip(pieces, route):
-        text = piece.decode(errors="replace").replace("\n", "↵")
+    for text, k in zip(analysis.visible_pieces(pieces), route):
+        text = text.replace("\n", "")  # The sign for it stays.
         top += text
         shown = text.rstrip() or text
         bottom += letters[int(k)] * len(shown) + " " * (len(text) - len(shown))

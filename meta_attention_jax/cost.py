@@ -240,8 +240,8 @@ def count_attention(
     """FLOPs and bytes of one layer's attention for these routes, totals over the batch. Jittable.
 
     Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the
-    packed loops visit; a mechanism without a packed form on all tokens if any token, padding
-    included, is routed to it. Dense select: every mechanism on all tokens; the selection itself
+    packed loops visit; a mechanism without a packed form on all tokens of the batch if any token,
+    padding left out, is routed to it. Dense select: every mechanism on all tokens; the selection itself
     makes no product and is not counted. Projected FLOPs are those of the equation at T tokens,
     divided by T; projected bytes, for which there is no equation, those of the mechanism on all
     tokens, divided by B T.
@@ -278,9 +278,9 @@ def count_attention(
     projected, packed, dense = [Work(0.0, 0.0)], [Work(0.0, 0.0)], [Work(0.0, 0.0)]
     for index, name in enumerate(mechanisms):
         mechanism = get_mechanism(name)
-        chosen, whole = route == index, everywhere(mechanism)
+        chosen, whole = (route == index) & real, everywhere(mechanism)
         used = jnp.any(chosen).astype(jnp.float32)
-        own = jnp.sum(chosen & real, dtype=jnp.float32)
+        own = jnp.sum(chosen, dtype=jnp.float32)
         flops = num_heads * mechanism.flops(time, head_dim, causal=causal, window=window) / time
         projected.append(Work(own * flops, own * (whole.bytes / route.size)))
         if fixed:

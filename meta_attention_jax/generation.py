@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from meta_attention_jax.mechanisms.decode import Cache
-from meta_attention_jax.mechanisms.masks import MASKED
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.types import Routing, RoutingHypers
 
@@ -27,6 +26,10 @@ Logits = Float[Array, "batch vocab"]
 Tokens = Int[Array, "batch"]
 RowKeys = Key[Array, "batch"]
 Draw = Callable[[Logits, RowKeys], Tokens]
+
+TINY = float(np.finfo(np.float32).tiny)
+CAPACITY_STEP = 64
+"""Capacities are rounded up to a multiple of it, so that texts of similar length share a program."""
 
 
 def greedy(logits: Logits, keys: Optional[RowKeys] = None) -> Tokens:
@@ -36,24 +39,30 @@ def greedy(logits: Logits, keys: Optional[RowKeys] = None) -> Tokens:
 
 
 def keep_top_k(logits: Logits, k: int) -> Logits:
-    """Masks all but the k largest logits of every row (equals of the k-th stay)."""
-    k = min(k, logits.shape[-1])
-    least = jax.lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits < least, MASKED, logits)
+    """-inf for all but the k largest logits of every row; of equals the first stay."""
+    rank = _rank(jnp.argsort(logits, axis=-1, descending=True))
+    return jnp.where(rank < k, logits, -jnp.inf)
 
 
 def keep_top_p(logits: Logits, p: float) -> Logits:
-    """Masks all but the smallest set of most likely tokens whose mass is at least p.
+    """-inf for all but the smallest set of most likely tokens whose mass is at least p.
 
     Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in
-    order of falling probability, have a mass below p; the first always stays.
+    order of falling probability, have a mass below p; the first always stays. p = 1 keeps all.
     """
+    if p >= 1.0:
+        return logits
     order = jnp.argsort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # Ranks of the tokens: the inverse of the permutation `order`.
-    keep = jnp.take_along_axis(before < p, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.where(keep, logits, MASKED)
+    rank = _rank(order)
+    keep = (jnp.take_along_axis(before, rank, axis=-1) < p) | (rank == 0)
+    return jnp.where(keep, logits, -jnp.inf)
+
+
+def _rank(order: Int[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
+    """Place of every token in `order`: the inverse permutation."""
+    return jnp.argsort(order, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Sampler:
     same settings compile once.
 
     Attributes:
-      temperature: > 0.
+      temperature: > 0, as a float32.
       top_k: None or at least 1 (1 is greedy).
       top_p: None or in (0, 1]; of what `temperature` and `top_k` leave.
 
@@ -77,16 +86,20 @@ class Sampler:
     top_p: Optional[float] = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}.")
+        if not TINY <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature: expected a finite number of at least {TINY:.1e}, got "
+                f"{self.temperature}; without a sampler the text is greedy."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}.")
 
     def filtered(self, logits: Logits) -> Logits:
-        """Logits that are sampled from; those of tokens that are left out are `MASKED`."""
-        logits = logits.astype(jnp.float32) / self.temperature
+        """Logits that are sampled from, the largest 0; those of tokens that are left out -inf."""
+        logits = logits.astype(jnp.float32)
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
@@ -107,6 +120,7 @@ class Trace:
       hard: whether the token used k* alone.
       uncertainty: u_t in [0, 1].
       prompt_route: k* of the prompts' tokens; means nothing behind a prompt's length.
+      prompt_hard: likewise.
       prompt_uncertainty: likewise.
     """
 
@@ -115,6 +129,7 @@ class Trace:
     hard: Bool[Array, "layer batch steps"]
     uncertainty: Float[Array, "layer batch steps"]
     prompt_route: Int[Array, "layer batch time"]
+    prompt_hard: Bool[Array, "layer batch time"]
     prompt_uncertainty: Float[Array, "layer batch time"]
 
 
@@ -248,7 +263,8 @@ def generate(
       keys: one PRNG key per row; only `greedy` can do without.
       sampler: `greedy` or a `Sampler`.
       mode: "soft", "hard" or "gated"; None is the model's own.
-      capacity: tokens that a row of the cache can hold; None is what the longest row needs.
+      capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded
+        up to a multiple of `CAPACITY_STEP`.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step, a prompt that
@@ -259,7 +275,7 @@ def generate(
         raise ValueError(f"steps: expected at least 1, got {steps}.")
     needed = int(lengths.max()) + steps
     if capacity is None:
-        capacity = needed
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
     if needed > capacity:
         raise ValueError(
             f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, "
@@ -272,12 +288,11 @@ def generate(
         keys = jax.random.split(jax.random.key(0), batch)
     if keys.shape != (batch,):
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
-    if mode is not None:
-        model = model.clone(mode=mode)
+    # Static arguments are hashed: a list that the model accepts must not stop here.
+    lists = dict(mechanisms=tuple(model.mechanisms), fixed=tuple(model.fixed))
+    model = model.clone(**lists, mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
     _, _, seen = decode_loop(
         model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler
     )
-    return Trace(
-        **seen, prompt_route=first["route"], prompt_uncertainty=first["uncertainty"]
-    )
+    return Trace(**seen, **{f"prompt_{name}": values for name, values in first.items()})

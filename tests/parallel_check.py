@@ -13,6 +13,7 @@ import numpy as np
 from configs import smoke
 from meta_attention_jax.training import build
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import eval_step, gradient_sums, init_state, train_step
 
 
@@ -100,18 +101,25 @@ def mean_of_means(devices):
 
 
 def packed_evaluation(devices):
-    """(nats of an uneven batch by packed dispatch, compiled step)."""
+    """(nats of an uneven batch by packed dispatch, tokens of each mechanism, compiled step)."""
     _, dataset, spec, hypers = setting()
     parallel = Parallel("jit", jax.devices()[:devices])
     batch = dataset.train_batch(0)
     state = init_state(spec, jax.random.key(0), batch, hypers)
+
+    def moved(path, leaf):  # The initial controller routes all tokens alike.
+        noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+        return leaf + 0.5 * noise if in_controller(path) else leaf
+
+    state = state.replace(params=jax.tree_util.tree_map_with_path(moved, state.params))
     model = spec.model.clone(mode="hard", dispatch="packed")
     step = parallel.compile(
         functools.partial(eval_step, model, spec.num_kinds), batch_argument=1
     )
     params, routing = parallel.replicate((state.params, hypers.routing))
     arguments = params, parallel.shard(uneven(batch)), routing
-    return float(step(*arguments).nll), (step, arguments)
+    sums = step(*arguments)
+    return float(sums.nll), np.asarray(sums.routes).sum(axis=(0, 1)), (step, arguments)
 
 
 def main():
@@ -129,8 +137,9 @@ def main():
     text = step.lower(*arguments).compile().as_text()
     result["collectives"], result["collectives_in_loops"] = collectives(text)
     result["float_loops"] = len(re.findall(r" = \([^\n]*f32\[[^\n]* while\(", text))
-    one, _ = packed_evaluation(1)
-    eight, (step, arguments) = packed_evaluation(8)
+    one, routes, _ = packed_evaluation(1)
+    eight, _, (step, arguments) = packed_evaluation(8)
+    result["packed_routes"] = routes.tolist()
     result["packed"] = abs(eight - one) / one
     text = step.lower(*arguments).compile().as_text()
     result["packed_collectives"], result["packed_collectives_in_loops"] = collectives(text)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from meta_attention_jax.generation import generate
+from meta_attention_jax.training.run import open_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.eval_every=4",
@@ -147,6 +154,36 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     ):
         check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
 
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    stored = json.loads((damaged / "config.json").read_text())
+
+    def refused(sentence, **changes):
+        changed = {**stored, **changes}
+        (damaged / "config.json").write_text(json.dumps(changed))
+        check_mistake(command("evaluate", f"--workdir={damaged}"), sentence)
+
+    refused("parameters of the config's model, embed", model={**stored["model"], "model_dim": 64})
+    refused("workdir: expected a complete config in ", data={"corpus": "recall"})
+    for step in (damaged / "checkpoints").glob("4/state/*"):
+        shutil.rmtree(step) if step.is_dir() else step.unlink()
+    refused("step: expected a complete checkpoint in ")
+
+    longer = tmp_path / "longer"
+    further = command("train", f"--workdir={longer}", *SMOKE, f"--config.train.init_from={run}",
+                      "--config.data.sequence_length=48", "--config.optimizer.learning_rate=1e-9")
+    assert f"from {run}" in check_success(further)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
+                 open_run(longer).params, open_run(run).params)
+    for flags, sentence in (
+        ([f"--config.train.init_from={tmp_path}"], "train.init_from: expected a run directory"),
+        ([f"--config.train.init_from={run}", "--config.model.model_dim=64"],
+         "expected parameters of the config's model, "),
+        ([f"--config.train.init_from={run}", "--config.data.num_values=9"], "expected "),
+    ):
+        check_mistake(command("train", f"--workdir={tmp_path}/new", *SMOKE, *flags), sentence)
+    assert not (tmp_path / "new").exists()
+
     prompt = "k3=v1 k1=v2 c0 ?k1"
     text = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",
                                  "--show_routes", "--layer=0"))
@@ -154,7 +191,21 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     assert first_line.startswith(prompt) and len(first_line.split()) == 4 + 5
     assert "F full  L linear  w local" in text and "the prompt's 4 tokens first" in text
     letters = text.splitlines()[-1].split()
-    assert len(letters) == 9 and {letter[0] for letter in letters} <= set("FLw")
+    opened = open_run(run)
+    ids = opened.dataset.tokenizer.encode(prompt.encode())
+    trace = generate(opened.model, opened.params, [ids], steps=5, mode="hard",
+                     hypers=opened.hypers.routing)
+    continued = opened.dataset.tokenizer.decode(trace.tokens[0]).decode()
+    assert first_line.split()[4:] == continued.split(), "what the library generates"
+    routes = np.concatenate([trace.prompt_route[0, 0], trace.route[0, 0]])
+    assert [letter[0] for letter in letters] == ["FLw"[k] for k in routes]
+    sampled = {check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}",
+                                     "--steps=20", "--temperature=9", f"--seed={seed}"))
+               for seed in (1, 1, 2)}
+    assert len(sampled) == 2
+    soft = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",
+                                 "--mode=soft", "--show_routes", "--color=always"))
+    assert "100% of these tokens mix" in soft and "\x1b[" in soft and "\x1b[" not in text
     for flags, sentence in (
         (["--prompt=hello"], "text: expected names such as k0=v0, got b'hello'."),
         (["--prompt="], "prompt: expected at least one token"),
@@ -227,6 +278,7 @@ def test_a_broken_run_directory_is_refused(command, tmp_path):
     workdir = f"--workdir={tmp_path}"
     check_mistake(command("evaluate", workdir), "workdir: expected a config in ")
     check_mistake(command("train", workdir, *SMOKE), "workdir: expected a config in ")
+    check_mistake(command("generate", workdir, "--prompt=x"), "workdir: expected a config in ")
     (tmp_path / "config.json").write_text('{"name": "smoke"}')
     check_mistake(command("evaluate", workdir), "workdir: expected checkpoints in ")
 

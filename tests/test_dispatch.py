@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,13 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.mechanisms import packed
-from meta_attention_jax.mechanisms.registry import Mechanism, attend_with, register_mechanism
+from meta_attention_jax.mechanisms import packed, registry
+from meta_attention_jax.mechanisms.registry import (
+    Mechanism,
+    attend_with,
+    get_mechanism,
+    register_mechanism,
+)
 from meta_attention_jax.routing import dispatch
 from meta_attention_jax.types import MECHANISMS
 from tests import oracles
@@ -20,7 +26,7 @@ TOLERANCE = 2e-5
 FULL, LINEAR, LOCAL = range(3)
 DIM = 8
 
-# batch, time, heads, kv_heads, window, causal: T below, at and off the multiples of every block.
+# batch, time, heads, kv_heads, window, causal: T below and off the multiples of every block.
 SHAPES = {
     "grouped heads": (3, 200, 4, 2, 24, True),
     "one key head": (2, 131, 3, 1, 70, True),
@@ -107,6 +113,120 @@ def test_equals_compute_all_and_select(shape):
         got, expected = packed_form(*case), dense_form(*case)
         for name, x, reference in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
             assert distance(x, reference) <= TOLERANCE, (seed, name, distance(x, reference))
+
+
+@pytest.mark.parametrize(
+    "time, window", [(1, 1), (64, 1), (128, 2**31 - 1), (129, 130), (256, 256)]
+)
+def test_edges_of_blocks_and_windows_without_segments(time, window):
+    keys = jax.random.split(jax.random.key(time), 4)
+    q, k, v, cotangent = (jax.random.normal(key, (1, time, 2, DIM)) for key in keys)
+    route = jax.random.randint(jax.random.key(1), (1, time), 0, 3)
+
+    def select(q, k, v):
+        outs = [attend_with(name, q, k, v, window=window) for name in MECHANISMS]
+        return jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)[0]
+
+    def pulled(function):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(cotangent)
+
+    got = jax.jit(
+        lambda: pulled(lambda *x: dispatch.hard_attention(*x, route, window=window))
+    )()
+    for x, reference in zip(got, jax.jit(lambda: pulled(select))(), strict=True):
+        # At T = 1 linear's dq and dk are 0 but for rounding, on both sides.
+        assert distance(x, reference) <= TOLERANCE or (time == 1 and jnp.abs(x).max() < 1e-5)
+
+
+def test_nothing_of_what_a_token_may_not_see_is_multiplied():
+    """Huge values of the first segment would make infinities of the second's tokens, were they to meet
+    them with any weight but 0."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 100, 2, DIM)) for key in keys)
+    ids = jnp.where(jnp.arange(100) < 50, 1, 2)[None]
+    v = jnp.where(ids[..., None, None] == 1, 1e38, v)
+    for index in (0, LOCAL):
+        out = dispatch.hard_attention(
+            q, k, v, jnp.full((1, 100), index), segment_ids=ids, window=9
+        )
+        assert np.all(np.isfinite(out[:, 50:]))
+
+
+def test_padding_makes_no_mechanism_run(monkeypatch):
+    """Whatever the controller says of padding. Here the other mechanism would answer NaN."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    loud = dataclasses.replace(
+        get_mechanism("linear"), attend=lambda q, k, v, **_: jnp.full_like(q, jnp.nan)
+    )
+    register_mechanism("loud", loud)
+    q = jax.random.normal(jax.random.key(0), (2, 20, 2, DIM))
+    ids = jnp.asarray(np.arange(20) < 15, jnp.int32)[None].repeat(2, 0)
+    run = functools.partial(
+        dispatch.hard_attention, q, q, q, mechanisms=("full", "loud"), segment_ids=ids
+    )
+    assert np.all(np.isfinite(run(1 - ids)))
+    assert not np.all(np.isfinite(run(ids)))
+
+
+def test_runs_inside_shard_map_with_its_checks():
+    """The loops' carries must vary over the mesh as the data do."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    q = jax.random.normal(jax.random.key(0), (2, 70, 2, DIM))
+    route = jax.random.randint(jax.random.key(1), (2, 70), 0, 3)
+    whole = functools.partial(dispatch.hard_attention, window=5)
+
+    def gradients(attend):
+        return jax.grad(lambda q: jnp.sum(attend(q, q, q, route) ** 2))
+
+    parts = jax.shard_map(whole, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(
+        jax.jit(gradients(parts))(q), jax.jit(gradients(whole))(q), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_compiles_once_where_the_caller_does_not_compile():
+    q = jax.random.normal(jax.random.key(0), (1, 33, 2, DIM))
+    for index in range(3):
+        dispatch.hard_attention(q, q, q, jnp.full((1, 33), index), window=3)
+        count = dispatch._hard_attention._cache_size()
+        first = count if index == 0 else first
+    assert count == first
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_every_tile_that_is_counted_is_visited_once(monkeypatch, window):
+    """`count_pairs` is the work: the loops, run in Python, visit that many distinct tiles."""
+    batch, time, block, tile = 2, 150, 8, 16
+    chosen = jax.random.bernoulli(jax.random.key(0), 0.3, (batch, time))
+    ids = jnp.asarray(np.repeat([[1] * 90 + [2] * 60], batch, 0))
+    options = dict(segment_ids=ids, window=window, block=block, tile=tile)
+    visits, counted = [], packed.count_pairs(chosen, **options)
+
+    def record(j, size, length, start=packed._tile_start):
+        visits.append((blocks[-1], int(j)))
+        return start(j, size, length)
+
+    def next_block(plan, n, size, rows=packed._rows):
+        blocks.append(int(n))
+        return rows(plan, n, size)
+
+    monkeypatch.setattr(packed, "_tile_start", record)
+    monkeypatch.setattr(packed, "_rows", next_block)
+    q = jax.random.normal(jax.random.key(1), (batch, time, 2, 4))
+    for backward in (False, True):
+        blocks, visits[:] = [], []
+        with jax.disable_jit():
+            attend = functools.partial(packed.attend, chosen=chosen, base=q, **options)
+            if backward:
+                out, pull = jax.vjp(attend, q, q, q)
+                visits.clear()
+                pull(out)
+            else:
+                attend(q, q, q)
+        assert len(set(visits)) == len(visits)
+        assert len(visits) * block * tile == counted
 
 
 @pytest.mark.parametrize("shape", ["grouped heads", "both directions"])
@@ -253,10 +373,20 @@ def test_lowers_for_accelerators(platform):
 
 def test_bad_input_is_one_sentence():
     q, k, v, _, route, ids = random_case("short", 1)
-    with pytest.raises(ValueError, match=r"route: expected shape \(4, 37\), got \(4, 36\)\."):
+    with pytest.raises(ValueError, match=r"route: expected integers of shape \(4, 37\), got int32 of shape \(4, 36\)\."):
         dispatch.hard_attention(q, k, v, route[:, :-1], window=5)
     with pytest.raises(ValueError, match="window: expected a positive integer"):
         dispatch.hard_attention(q, k, v, route)
+    for fields, sentence in (
+        (dict(route=route.astype(jnp.float32)), "route: expected integers"),
+        (dict(route=route + 1), r"route: expected indices in \[0, 3\), got"),
+        (dict(implementation="fast"), "implementation: expected one of"),
+        (dict(mechanisms=()), "mechanisms: expected distinct names"),
+        (dict(mechanisms=("full", "full")), "mechanisms: expected distinct names"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as error:
+            dispatch.hard_attention(q, k, v, **{"route": route, "window": 5, **fields})
+        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="dispatch: expected one of .* got 'sparse'"):
         dispatch.resolve_dispatch("sparse", time=8)
 

@@ -18,6 +18,7 @@ from meta_attention_jax.mechanisms.registry import attend_with
 VOCAB, TIME, LAYERS = 13, 18, 2
 LENGTHS = np.array([3, 9, 5])
 BATCH, PROMPT = len(LENGTHS), int(LENGTHS.max())
+FULL, LINEAR, LOCAL = range(3)
 ROWS = np.arange(BATCH)
 STEPS = TIME - PROMPT
 HYPERS = RoutingHypers(
@@ -108,6 +109,7 @@ def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
 CASES = {
     "soft": dict(mode="soft"),
     "hard": dict(mode="hard"),
+    "hard, packed prefill": dict(mode="hard", dispatch="packed"),
     "scanned, gated": dict(mode="gated", num_kv_heads=1, scan_layers=True, remat=True),
     "window beyond the text": dict(mode="soft", window=64, scan_layers=True),
     "softmax, window of one": dict(controller="softmax", window=1, num_kv_heads=None),
@@ -257,6 +259,44 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
         assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
 
 
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_model_reads_only_what_the_routes_need(scanned):
+    """A row that is routed to linear reads no key or value, one routed to local the last w; here all
+    others are NaN, which no weight of 0 could hide."""
+    model = make(scan_layers=scanned, window=4)
+    params, tokens = parameters(model), text()[:, :PROMPT]
+    cache, *_ = generation.prefill(model, params, tokens, LENGTHS, HYPERS, capacity=TIME)
+    route = jnp.asarray([[LINEAR, FULL, LOCAL]] * LAYERS)
+    place = np.arange(TIME)[None]
+    within = (place < LENGTHS[:, None]) & (place > (LENGTHS - 4)[:, None])
+    readable = np.stack([np.zeros(TIME, bool), np.ones(TIME, bool), within[2]])
+    hidden = lambda x: jnp.where(readable[None, :, None, :, None], x, jnp.nan)  # noqa: E731
+    poisoned = cache.replace(k=hidden(cache.k), v=hidden(cache.v))
+    token = jnp.asarray(tokens[:, 0])
+    expected = step(model, params, cache, token, route)[1]
+    np.testing.assert_array_equal(step(model, params, poisoned, token, route)[1], expected)
+    others = step(model, params, poisoned, token, jnp.roll(route, 1, axis=1))[1]
+    assert np.any(np.isnan(others)), "the NaN can be seen"
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_prefill_and_decode_lower_for_accelerators(platform):
+    model = make(dispatch="packed")
+    shaped = lambda x: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x)  # noqa: E731
+    params, cache = shaped(parameters(model)), shaped(model.init_cache(BATCH, TIME))
+    tokens = jax.ShapeDtypeStruct((BATCH, PROMPT), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    prefill = generation.prefill.trace(model, params, tokens, lengths, HYPERS, capacity=TIME)
+    logits = jax.ShapeDtypeStruct((BATCH, VOCAB), jnp.float32)
+    keys = shaped(jax.random.split(jax.random.key(0), BATCH))
+    decode_loop = generation.decode_loop.trace(
+        model, params, cache, logits, keys, HYPERS, steps=3,
+        sampler=generation.Sampler(top_k=5, top_p=0.9),
+    )
+    for traced in (prefill, decode_loop):
+        assert "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
     for fields in (dict(num_layers=1), dict(dtype=jnp.bfloat16, scan_layers=True)):
         model = make(window=8, **fields)
@@ -286,6 +326,8 @@ def test_the_model_is_traced_once_whatever_the_prompts_and_steps_of_equal_shape(
     first = traces
     run([[5, 2, 3], [4, 7]], keys=keys)
     assert traces == first <= 2  # lax.scan may trace its body twice to settle types
+    run([[5, 2, 3, 4, 5], [4, 7]], keys=keys)
+    assert traces == first, "capacities are rounded up: a longer prompt shares the loop"
 
 
 def softmax(x):
@@ -294,7 +336,7 @@ def softmax(x):
 
 
 def kept(logits):
-    return np.asarray(logits) > -1e29
+    return np.isfinite(np.asarray(logits))
 
 
 def test_top_p_keeps_the_smallest_set_that_has_the_mass():
@@ -306,7 +348,7 @@ def test_top_p_keeps_the_smallest_set_that_has_the_mass():
             assert row[keep].sum() >= p - 1e-6
             assert row[keep].sum() - row[keep].min() < p + 1e-6  # one fewer would not do
             assert keep.all() or row[keep].min() >= row[~keep].max()
-    assert kept(generation.keep_top_p(logits, 1.0)).sum() >= logits.size - 1
+    assert kept(generation.keep_top_p(logits, 1.0)).all()
 
 
 def test_top_k_keeps_the_k_largest_and_one_is_greedy():
@@ -322,6 +364,24 @@ def test_top_k_keeps_the_k_largest_and_one_is_greedy():
     np.testing.assert_array_equal(generation.Sampler(2.0, top_k=1)(logits, keys), greedy)
     np.testing.assert_array_equal(generation.Sampler(1e-4)(logits, keys), greedy)
     np.testing.assert_array_equal(generation.Sampler(top_p=1e-6)(logits, keys), greedy)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        generation.Sampler(temperature=1e-37),
+        generation.Sampler(temperature=1e-30, top_k=2, top_p=0.9),
+        generation.Sampler(top_p=1e-46),
+        generation.Sampler(top_k=1),
+    ],
+)
+def test_extreme_samplers_are_greedy(sampler):
+    """Also with all logits negative, with large ones, and with ties for the largest."""
+    logits = jnp.array([[5.0, 6, 7, 1, -3], [-8, -7, -5, -6, -9], [1e30, 0, 9, -1e30, 2]])
+    keys = jax.random.split(jax.random.key(1), 3)
+    np.testing.assert_array_equal(sampler(logits, keys), [2, 2, 0])
+    if sampler.top_k == 1:
+        np.testing.assert_array_equal(sampler(jnp.zeros((3, 5)), keys), [0, 0, 0])
 
 
 def test_samples_follow_the_tempered_and_cut_distribution():
@@ -344,6 +404,7 @@ def test_samples_follow_the_tempered_and_cut_distribution():
     "fields, sentence",
     [
         (dict(temperature=0.0), "temperature: expected"),
+        (dict(temperature=1e-40), "temperature: expected"),
         (dict(temperature=float("nan")), "temperature: expected"),
         (dict(top_k=0), "top_k: expected"),
         (dict(top_p=0.0), "top_p: expected"),
@@ -377,6 +438,11 @@ def test_bad_input_is_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         generation.generate(model, parameters(model), **call)
     assert "\n" not in str(error.value)
+
+
+def test_names_of_mechanisms_may_be_a_list():
+    model = make(mechanisms=["full", "linear", "local"])
+    generation.generate(model, parameters(make()), [[1]], steps=1, hypers=HYPERS)
 
 
 def test_a_mechanism_without_decode_is_refused(monkeypatch):

@@ -14,7 +14,7 @@ from meta_attention_jax.objective import apply_sums
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import dense_row_share, prepare, train
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
 
@@ -96,7 +96,10 @@ def test_the_controller_learns_from_the_dense_rows_alone(setting):
     alone = split(jax.jit(lambda: gradient_sums(dense, state, rows, hypers)[0])())
     assert np.linalg.norm(alone[0]) > 0
     assert distance(whole[0], alone[0]) <= 2e-5
-    assert distance(whole[1], alone[1]) > 1e-2, "the other rows count for everything else"
+    others = jax.tree.map(lambda leaf: leaf[3:], batch)
+    rest = dataclasses.replace(spec, dense_rows=0.0)
+    rest = split(jax.jit(lambda: gradient_sums(rest, state, others, hypers)[0])())
+    assert distance(whole[1], alone[1] + rest[1]) <= 2e-5, "everything else learns from all rows"
 
 
 def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
@@ -117,6 +120,8 @@ def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     assert [r["step"] for r in records if r["event"] == "packed"] == [6, 8]
     hard = {r["step"]: r["hard_fraction"] for r in records if r["event"] == "train"}
     assert all(hard[step] == 1.0 for step in range(7, 11))
+    beta = {r["step"]: r["beta"] for r in records if r["event"] == "train"}
+    assert beta[6] > 0 and all(beta[step] == 0 for step in range(7, 11)), "no KL is trained"
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
     try:
         at = {step: split(checkpoints.restore_params(step)) for step in (4, 6, 10)}
@@ -127,12 +132,30 @@ def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     assert distance(at[10][1], at[6][1]) > 0
 
 
+def test_the_log_says_how_many_rows_teach_the_controller(tmp_path, capsys):
+    """A share is rounded up to rows: here 1 of 8, however small it is."""
+    config = smoke.get_config()
+    config.parallel.devices = 1
+    config.model.num_layers = 1
+    config.update_from_flattened_dict(
+        {"train.steps": 3, "train.eval_every": 3, "train.checkpoint_every": 3,
+         "train.eval_batches": 1, "train.packed": True, "train.packed_dense_rows": 0.01,
+         "gate.start": 0.1, "gate.end": 0.4}
+    )
+    train(prepare(config, tmp_path / "run"))
+    assert "the controller learns from 12% of the rows" in capsys.readouterr().out
+    records = read_metrics(tmp_path / "run")
+    assert [r["controller_rows"] for r in records if r["event"] == "packed"] == [1 / 8]
+    assert dense_row_share(config, 8) == 1.0
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
         ({"gate.kind": "none"}, "train.packed: expected False unless gate.kind"),
         ({"gate.threshold": 0.9}, "train.packed: expected False unless gate.kind"),
         ({"controller.name": "fixed"}, "train.packed: expected False with a fixed controller"),
+        ({"gate.end": 1.0}, "train.packed: expected False unless gate.end leaves steps after it"),
         ({"train.packed_dense_rows": 1.5}, "train.packed_dense_rows: expected a share"),
     ],
 )

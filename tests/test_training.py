@@ -147,6 +147,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
     assert result["float_loops"] >= 2, "accumulation and layers must really be loops"
     assert result["packed"] <= 1e-6, result
+    assert sum(count > 0 for count in result["packed_routes"]) >= 2, "tokens must enter a packed loop"
     assert result["packed_collectives"] > 0 and result["packed_collectives_in_loops"] == 0, result
 
 

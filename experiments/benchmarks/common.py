@@ -21,6 +21,9 @@ import numpy as np
 
 Row = dict[str, Any]
 
+UNEVEN = (0.0, 0.05, 0.10, 0.25)
+"""Shares of full attention of the four sequences of an uneven batch."""
+
 
 def interleave(
     functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
@@ -71,6 +74,22 @@ def ratio_row(
         "baseline": denominator,
         "baseline_seconds": float(np.median(seconds[denominator])),
     }
+
+
+def random_routes(fractions, time: int) -> np.ndarray:
+    """[B, T]: full with the sequence's own probability, else linear or local."""
+    rng = np.random.default_rng(0)
+    uniform = rng.random((len(fractions), time))
+    f = np.asarray(fractions)[:, None]
+    return np.where(uniform < f, 0, np.where(uniform < f + (1 - f) / 2, 1, 2)).astype(np.int32)
+
+
+def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
+    """Whole numbers of a list flag; raises ValueError of one sentence at the first bad one."""
+    for text in texts:
+        if not text.isdigit() or not good(int(text)):
+            raise ValueError(f"{field}: expected whole numbers, {expected}, got {text!r}.")
+    return [int(text) for text in texts]
 
 
 def environment() -> Row:

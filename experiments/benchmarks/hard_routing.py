@@ -34,15 +34,6 @@ MAX_TOKENS = flags.DEFINE_integer("max_tokens", 32768, "Larger batch x T are lef
 HEADS, DIM, WINDOW = 4, 64, 256
 SQUARE_TIME = 2048
 """Longest T at which the T x T form is tried: beyond, it is slower and its square takes gigabytes."""
-UNEVEN = (0.0, 0.05, 0.10, 0.25)
-
-
-def random_routes(fractions, time: int) -> np.ndarray:
-    """[B, T]: full with the sequence's own probability, else linear or local."""
-    rng = np.random.default_rng(0)
-    uniform = rng.random((len(fractions), time))
-    f = np.asarray(fractions)[:, None]
-    return np.where(uniform < f, 0, np.where(uniform < f + (1 - f) / 2, 1, 2)).astype(np.int32)
 
 
 def sides(time: int, batch: int, fractions, direction: str):
@@ -70,16 +61,8 @@ def sides(time: int, batch: int, fractions, direction: str):
     if time <= SQUARE_TIME:
         calls["full xla"] = timed(functools.partial(full.attend, implementation="xla"))
     for label, rows in fractions.items():
-        calls[label] = timed(hard, jnp.asarray(random_routes(rows, time)))
+        calls[label] = timed(hard, jnp.asarray(common.random_routes(rows, time)))
     return calls
-
-
-def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
-    """Whole numbers of a list flag; raises ValueError of one sentence at the first bad one."""
-    for text in texts:
-        if not text.isdigit() or not good(int(text)):
-            raise ValueError(f"{field}: expected whole numbers, {expected}, got {text!r}.")
-    return [int(text) for text in texts]
 
 
 def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
@@ -87,7 +70,7 @@ def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
     if batch == 1:
         fractions = {f"hard {p} %": [float(p) / 100] for p in FRACTIONS.value}
     else:
-        fractions = {"hard uneven": list(UNEVEN)}
+        fractions = {"hard uneven": list(common.UNEVEN)}
     seconds = common.interleave(sides(time, batch, fractions, direction), ROUNDS.value)
     medians = {name: float(np.median(s)) for name, s in seconds.items()}
     baseline = min((name for name in medians if name.startswith("full")), key=medians.get)
@@ -117,9 +100,9 @@ def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
 
 def main() -> None:
     with commands.user_mistakes():
-        times = numbers("times", TIMES.value, "at least 1", lambda x: x >= 1)
-        batches = numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(UNEVEN)))
-        numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
+        times = common.numbers("times", TIMES.value, "at least 1", lambda x: x >= 1)
+        batches = common.numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(common.UNEVEN)))
+        common.numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
     print(common.environment())
     rows = []
     for time in times:

@@ -21,7 +21,7 @@ from meta_attention_jax.analysis.tables import (
     write_json,
     write_text,
 )
-from meta_attention_jax.analysis.text import coloured_html, coloured_terminal
+from meta_attention_jax.analysis.text import coloured_html, coloured_terminal, visible_pieces
 from meta_attention_jax.analysis.text_figure import coloured_figure
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "save",
     "table_html",
     "terminal_table",
+    "visible_pieces",
     "write_json",
     "write_text",
 ]

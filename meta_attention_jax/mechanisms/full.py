@@ -105,8 +105,11 @@ def attend_packed(
     """`attend` at the chosen rows, `base` at the others, in work proportional to the choice.
 
     See `packed.attend`; `implementation` is of no consequence here.
+
+    Raises:
+      ValueError: as `packed.attend`; an unknown implementation.
     """
-    del implementation
+    _check_name(implementation)
     return packed.attend(
         q, k, v, chosen, base,
         segment_ids=segment_ids, causal=causal,
@@ -165,10 +168,7 @@ def resolve_implementation(
     Raises:
       ValueError: unknown implementation, or "cudnn" where it cannot serve.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
-        )
+    _check_name(implementation)
     dtype = jnp.dtype(dtype)
     fused = (
         backend == "gpu"
@@ -192,6 +192,13 @@ def resolve_implementation(
     if fused:
         return "cudnn"
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
+
+
+def _check_name(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
+        )
 
 
 def _compute_capability() -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.mechanisms import blocks, masks, work
@@ -23,6 +24,8 @@ from meta_attention_jax.mechanisms.work import Work
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 LogSumExp = Float[Array, "batch time heads"]
+
+_ZERO = np.int32(0)  # Indices of one slice share a dtype, whatever the default integer is.
 
 
 class Plan(NamedTuple):
@@ -72,11 +75,13 @@ def attend(
       tile: keys that a block meets at once.
     """
     blocks.validate_qkv(q, k, v, segment_ids, window)
+    if not q.size:
+        return base
     tile = min(tile, q.shape[1])
     if segment_ids is not None:
         chosen = chosen & (segment_ids != 0)
     plan = _plan(chosen, segment_ids, causal, window, block)
-    return _attend(q, k, v, base, chosen, plan, segment_ids, causal, window, block, tile)
+    return _attend(q, k, v, base, chosen, plan, block, tile)
 
 
 def count_pairs(
@@ -95,10 +100,11 @@ def count_pairs(
     plan = _plan(chosen, segment_ids, causal, window, block)
 
     def visit(n, pairs):
-        low, steps = _tiles(plan, _rows(plan, n, block), tile)
+        steps = _tiles(_rows(plan, n, block), tile).steps
         return pairs + steps.astype(jnp.float32) * (block * tile)
 
-    return jax.lax.fori_loop(0, plan.ends[-1], visit, jnp.float32(0.0))
+    zero = jnp.zeros_like(plan.ends[-1], jnp.float32)
+    return jax.lax.fori_loop(0, plan.ends[-1], visit, zero)
 
 
 def count_work(
@@ -126,7 +132,7 @@ def count_work(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attend(
     q: Queries,
     k: Keys,
@@ -134,13 +140,10 @@ def _attend(
     base: Queries,
     chosen: Bool[Array, "batch time"],
     plan: Plan,
-    segments: SegmentIds | None,
-    causal: bool,
-    window: int | None,
     block: int,
     tile: int,
 ) -> Queries:
-    return _forward(q, k, v, base, plan, segments, causal, window, block, tile)[0]
+    return _forward(q, k, v, base, plan, block, tile)[0]
 
 
 def _forward(
@@ -149,9 +152,6 @@ def _forward(
     v: Values,
     base: Queries,
     plan: Plan,
-    segments: SegmentIds | None,
-    causal: bool,
-    window: int | None,
     block: int,
     tile: int,
 ) -> tuple[Queries, LogSumExp]:
@@ -162,23 +162,24 @@ def _forward(
         rows = _rows(plan, n, block)
         query = _gather(q, rows, k.shape[1]) * _scale(q)
 
-        def meet(step, carry):
+        def meet(j, whole, carry):
             top, total, out = carry
-            start, fresh = _tile_at(low + step, tile, k.shape[2])
+            start = _tile_start(j, tile, k.shape[2])
             key, value = (_cut(x, rows.row, start, tile) for x in (k, v))
-            allowed = _allowed(rows, start, fresh, segments, causal, window, tile)
-            logits = jnp.where(allowed[None, None], dot("grqd,gkd->grqk", query, key), masks.MASKED)
+            logits = dot("grqd,gkd->grqk", query, key)
+            if not whole:
+                allowed = _allowed(rows, j, start, tile)[None, None]
+                logits = jnp.where(allowed, logits, masks.MASKED)
             higher = jnp.maximum(top, logits.max(-1))
             weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
             total = total * decay + weights.sum(-1)
             out = out * decay[..., None] + dot("grqk,gkd->grqd", weights, value)
             return higher, total, out
 
-        low, steps = _tiles(plan, rows, tile)
-        # A row meets allowed keys in the end, and what it met before is then multiplied by 0.
-        empty = jnp.full(query.shape[:-1], masks.MASKED, jnp.float32)
         zeros = jnp.zeros_like(query, jnp.float32)
-        top, total, out = jax.lax.fori_loop(0, steps, meet, (empty, zeros[..., 0], zeros))
+        # Far above MASKED: the weight of a masked key is exactly 0 before a row meets its first key.
+        empty = zeros[..., 0] + masks.MASKED / 2
+        top, total, out = _walk(_tiles(rows, tile), meet, (empty, zeros[..., 0], zeros))
         out, lse = out / total[..., None], top + jnp.log(total)
         return _scatter(buffers[0], rows, out), _scatter(buffers[1], rows, lse)
 
@@ -186,18 +187,18 @@ def _forward(
     return jax.lax.fori_loop(0, plan.ends[-1], visit, buffers)
 
 
-def _attend_forward(q, k, v, base, chosen, plan, segments, causal, window, block, tile):
-    out, lse = _forward(q, k, v, base, plan, segments, causal, window, block, tile)
-    return out, (q, k, v, chosen, plan, segments, out, lse)
+def _attend_forward(q, k, v, base, chosen, plan, block, tile):
+    out, lse = _forward(q, k, v, base, plan, block, tile)
+    return out, (q, k, v, chosen, plan, out, lse)
 
 
-def _attend_backward(causal, window, block, tile, saved, gradient):
+def _attend_backward(block, tile, saved, gradient):
     """With P = softmax: dV = P^T dO, dS = P (dO V^T - sum_d dO O), dQ = dS K, dK = dS^T Q.
 
     Tiles are made transposed, keys by queries: four of the five products then contract the last axis
     of their left side, which is the faster way round on CPU.
     """
-    q, k, v, chosen, plan, segments, out, lse = saved
+    q, k, v, chosen, plan, out, lse = saved
     kv_heads = k.shape[2]
     k, v = blocks.head_major(k), blocks.head_major(v)
 
@@ -216,13 +217,14 @@ def _attend_backward(causal, window, block, tile, saved, gradient):
         top, mean = (x.reshape(kv_heads, 1, -1) for x in (top, mean))
         group = query.shape[1] // block
 
-        def meet(step, carry):
+        def meet(j, whole, carry):
             dq, dk, dv = carry
-            start, fresh = _tile_at(low + step, tile, k.shape[2])
+            start = _tile_start(j, tile, k.shape[2])
             key, value = (_cut(x, rows.row, start, tile) for x in (k, v))
-            allowed = _allowed(rows, start, fresh, segments, causal, window, tile).T
-            allowed = jnp.tile(allowed, (1, group))[None]
-            logits = jnp.where(allowed, dot("gkd,gqd->gkq", key, query), masks.MASKED)
+            logits = dot("gkd,gqd->gkq", key, query)
+            if not whole:
+                allowed = jnp.tile(_allowed(rows, j, start, tile).T, (1, group))[None]
+                logits = jnp.where(allowed, logits, masks.MASKED)
             weights = jnp.exp(logits - top)
             d_logits = weights * (dot("gkd,gqd->gkq", value, g) - mean)
             dq = dq + dot("gkq,gkd->gqd", d_logits, key)
@@ -230,9 +232,8 @@ def _attend_backward(causal, window, block, tile, saved, gradient):
             dv = _add(dv, rows.row, start, dot("gkq,gqd->gkd", weights, g))
             return dq, dk, dv
 
-        low, steps = _tiles(plan, rows, tile)
         start = jnp.zeros_like(query, jnp.float32), dk, dv
-        block_dq, dk, dv = jax.lax.fori_loop(0, steps, meet, start)
+        block_dq, dk, dv = _walk(_tiles(rows, tile), meet, start)
         block_dq = block_dq.reshape(kv_heads, group, block, -1) * _scale(q)
         return _scatter(dq, rows, block_dq), dk, dv
 
@@ -240,7 +241,7 @@ def _attend_backward(causal, window, block, tile, saved, gradient):
     dq, dk, dv = jax.lax.fori_loop(0, plan.ends[-1], visit, buffers)
     dk, dv = (blocks.head_major(d).astype(x.dtype) for d, x in ((dk, k), (dv, v)))
     d_base = jnp.where(chosen[..., None, None], jnp.zeros_like(gradient), gradient)
-    return dq, dk, dv, d_base, None, None, None
+    return dq, dk, dv, d_base, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -248,13 +249,23 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 class _Rows(NamedTuple):
     """One block of packed queries: its sequence, their positions, which of them are real, and the
-    first and the last key that one of them may see."""
+    first and the last key that each may see."""
 
     row: Int[Array, ""]
     position: Int[Array, "block"]
     valid: Bool[Array, "block"]
-    first: Int[Array, ""]
-    last: Int[Array, ""]
+    first: Int[Array, "block"]
+    last: Int[Array, "block"]
+
+
+class _Tiles(NamedTuple):
+    """Tiles of keys that a block meets: `steps` from `low` on, and among them `[whole, whole_end)`,
+    in which every query of the block sees every key."""
+
+    low: Int[Array, ""]
+    steps: Int[Array, ""]
+    whole: Int[Array, ""]
+    whole_end: Int[Array, ""]
 
 
 def _plan(
@@ -265,6 +276,7 @@ def _plan(
     block: int,
 ) -> Plan:
     batch, time = chosen.shape
+    window = None if window is None else min(window, time)
     index = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32)[None], (batch, time))
     first, last = jnp.zeros_like(index), jnp.full_like(index, time - 1)
     if segments is not None:
@@ -296,38 +308,40 @@ def _rows(plan: Plan, n: Int[Array, ""], block: int) -> _Rows:
     position = jax.lax.dynamic_slice(plan.order, (row, start), (1, block))[0]
     valid = start + jnp.arange(block, dtype=jnp.int32) < plan.count[row]
     position = jnp.where(valid, position, position[0])
-    first, last = plan.first[row, position], plan.last[row, position]
-    return _Rows(row, position, valid, first.min(), last.max())
+    return _Rows(row, position, valid, plan.first[row, position], plan.last[row, position])
 
 
-def _tiles(plan: Plan, rows: _Rows, tile: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """The first tile of keys that the block may see, and how many there are."""
-    low = rows.first // tile
-    return low, rows.last // tile - low + 1
+def _tiles(rows: _Rows, tile: int) -> _Tiles:
+    low, high = rows.first.min() // tile, rows.last.max() // tile + 1
+    whole = jnp.minimum(-(-rows.first.max() // tile), high)
+    whole_end = jnp.maximum((rows.last.min() + 1) // tile, whole)
+    return _Tiles(low, high - low, whole, whole_end)
 
 
-def _tile_at(j: Int[Array, ""], tile: int, time: int):
-    """First key of tile j and which of its keys are new: the last tile is moved inwards."""
-    start = jnp.minimum(j * tile, time - tile)
-    return start, start + jnp.arange(tile, dtype=jnp.int32) >= j * tile
+def _walk(tiles: _Tiles, meet, carry):
+    """meet(tile index, whole, carry) for every tile: those that need no mask, then the others."""
+    low, steps, whole, whole_end = tiles
+
+    def edge(step, carry):
+        j = low + step
+        return meet(jnp.where(j >= whole, j + whole_end - whole, j), False, carry)
+
+    carry = jax.lax.fori_loop(whole, whole_end, lambda j, carry: meet(j, True, carry), carry)
+    return jax.lax.fori_loop(0, steps - (whole_end - whole), edge, carry)
+
+
+def _tile_start(j: Int[Array, ""], tile: int, time: int) -> Int[Array, ""]:
+    """First key of tile j; the last tile is moved inwards."""
+    return jnp.minimum(j * tile, time - tile)
 
 
 def _allowed(
-    rows: _Rows,
-    start: Int[Array, ""],
-    fresh: Bool[Array, "tile"],
-    segments: SegmentIds | None,
-    causal: bool,
-    window: int | None,
-    tile: int,
+    rows: _Rows, j: Int[Array, ""], start: Int[Array, ""], tile: int
 ) -> Bool[Array, "block tile"]:
-    keys = start + jnp.arange(tile, dtype=jnp.int32)
-    allowed = masks.band(rows.position, keys, causal=causal, window=window) & fresh[None, :]
-    if segments is not None:
-        own = segments[rows.row, rows.position]
-        other = jax.lax.dynamic_slice(segments, (rows.row, start), (1, tile))[0]
-        allowed &= masks.same_segment(own, other)
-    return allowed
+    """Keys within reach of each query, and new: not of the tile before, where this one overlaps it."""
+    keys = (start + jnp.arange(tile, dtype=jnp.int32))[None, :]
+    low = jnp.maximum(rows.first, j * tile)
+    return (low[:, None] <= keys) & (keys <= rows.last[:, None])
 
 
 def _scale(q: Queries) -> float:
@@ -352,10 +366,10 @@ def _scatter(buffer: Array, rows: _Rows, x: Array) -> Array:
 def _cut(x: Array, row: Int[Array, ""], start: Int[Array, ""], tile: int) -> Array:
     """`[G, tile, d]` of `[B, G, T, d]`."""
     return jax.lax.dynamic_slice(
-        x, (row, 0, start, 0), (1, x.shape[1], tile, x.shape[3])
+        x, (row, _ZERO, start, _ZERO), (1, x.shape[1], tile, x.shape[3])
     )[0]
 
 
 def _add(buffer: Array, row: Int[Array, ""], start: Int[Array, ""], x: Array) -> Array:
     part = _cut(buffer, row, start, x.shape[1]) + x
-    return jax.lax.dynamic_update_slice(buffer, part[None], (row, 0, start, 0))
+    return jax.lax.dynamic_update_slice(buffer, part[None], (row, _ZERO, start, _ZERO))

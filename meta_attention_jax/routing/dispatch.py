@@ -2,30 +2,42 @@
 
     o_t = o^{k*_t}_t,    k* = route
 
-Mechanisms with a packed form (full, local) serve their own queries alone. The others run on all
-tokens, if any token asks for them: linear attention's state needs every key whoever reads it. The
-rows are written over one another in one buffer, so selecting costs nothing.
+Mechanisms with a packed form (full, local) serve their own queries alone, so a batch pays for the
+sum of its rows. The others run on all tokens of the batch, if any token but padding asks for them:
+linear attention's state needs every key whoever reads it. The rows are written over one another in
+one buffer, so selecting costs nothing.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
-under `vmap` every example would wait for the longest, so map over the batch axis instead.
+under `vmap` every example would wait for the longest, so map over the batch axis instead. On a mesh
+call it inside `shard_map`, as the training step does: each device then loops over its own rows, where
+plain `jit` over sharded rows would communicate inside the loops.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Optional
 
 import jax
 import jax.numpy as jnp
 
-from meta_attention_jax.mechanisms.registry import attend_with, get_mechanism, select_options
+from meta_attention_jax.mechanisms import blocks
+from meta_attention_jax.mechanisms.registry import (
+    Mechanism,
+    attend_with,
+    get_mechanism,
+    select_options,
+)
+from meta_attention_jax.routing import mixture
 from meta_attention_jax.types import MECHANISMS, Keys, Queries, Route, SegmentIds, Values
 
 DISPATCHES = ("auto", "dense", "packed")
 
 PACKED_TIME = 512
 """Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on
-two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Shorter was not measured."""
+two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller
+than what other shares and devices may change; less than 256 was not measured."""
 
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
@@ -59,7 +71,8 @@ def hard_attention(
     Args:
       q: `[B, T, H, d]`.
       k, v: `[B, T, G, d]`, G a divisor of H.
-      route: `[B, T]`, indices on the axis `mechanisms`; it has no gradient.
+      route: `[B, T]`, integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the
+        output of a token outside means nothing); it has no gradient.
       mechanisms: names, in order.
       rotated: (q, k) after rotary positions, for the mechanisms that want them; None means q, k.
       segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
@@ -71,18 +84,47 @@ def hard_attention(
       `[B, T, H, d]` in the dtype of q.
 
     Raises:
-      ValueError: unknown mechanism, a missing window, shapes that do not fit.
+      ValueError: unknown, repeated or no mechanisms, a missing window, shapes that do not fit.
     """
-    if route.shape != q.shape[:2]:
-        raise ValueError(f"route: expected shape {q.shape[:2]}, got {route.shape}.")
-    records = [get_mechanism(name) for name in mechanisms]
+    if not mechanisms or len(set(mechanisms)) != len(mechanisms):
+        raise ValueError(f"mechanisms: expected distinct names, got {tuple(mechanisms)}.")
+    blocks.validate_qkv(q, k, v, segment_ids, window)
+    route = mixture.checked_route(route, q.shape[:2], len(mechanisms))
+    query, key = rotated if rotated is not None else (q, k)
+    return _hard_attention(
+        q, k, v, query, key, route, segment_ids,
+        records=tuple(get_mechanism(name) for name in mechanisms),
+        causal=causal, window=window, implementation=implementation,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("records", "causal", "window", "implementation"), inline=True
+)
+def _hard_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    rotated_q: Queries,
+    rotated_k: Keys,
+    route: Route,
+    segment_ids: Optional[SegmentIds],
+    *,
+    records: tuple[Mechanism, ...],
+    causal: bool,
+    window: Optional[int],
+    implementation: str,
+) -> Queries:
+    """Compiled once also where the caller does not compile: its loops are new functions every time."""
+    if segment_ids is not None:
+        route = jnp.where(segment_ids != 0, route, -1)
     out = jnp.zeros_like(q)
     # Packed rows go over dense ones, so the dense ones come first, and the first of them as it is.
     first = True
     for index, mechanism in enumerate(records):
         if mechanism.attend_packed is not None:
             continue
-        query, key = rotated if mechanism.rotary and rotated is not None else (q, k)
+        query, key = (rotated_q, rotated_k) if mechanism.rotary else (q, k)
         chosen = route == index
 
         def attend(query, key, value, mechanism=mechanism):
@@ -106,7 +148,7 @@ def hard_attention(
     for index, mechanism in enumerate(records):
         if mechanism.attend_packed is None:
             continue
-        query, key = rotated if mechanism.rotary and rotated is not None else (q, k)
+        query, key = (rotated_q, rotated_k) if mechanism.rotary else (q, k)
         options = select_options(mechanism, window=window, implementation=implementation)
         out = mechanism.attend_packed(
             query, key, v, route == index, out,

@@ -77,7 +77,7 @@ def token_weights(
     mean = routing.mean
     num = mean.shape[-1]
     if route is not None:
-        route = _checked(route, mean.shape[:-1], num)
+        route = checked_route(route, mean.shape[:-1], num)
         return jax.nn.one_hot(route, num, dtype=mean.dtype), route, jnp.ones(route.shape, bool)
 
     route = jnp.argmax(mean, axis=-1).astype(jnp.int32)
@@ -94,7 +94,7 @@ def token_weights(
     return jnp.where(hard[..., None], one_hot, routing.weights), route, hard
 
 
-def _checked(route: Route, shape: tuple[int, ...], num: int) -> Route:
+def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
     """The forced route as int32, after checking what is known of it."""
     if route.shape != shape or not jnp.issubdtype(route.dtype, jnp.integer):
         raise ValueError(

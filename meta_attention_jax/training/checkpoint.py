@@ -105,8 +105,18 @@ class Checkpoints:
         )["state"]
 
     def restore_params(self, step: int) -> Any:
-        """The parameters at `step` on this process's first device, without knowing their tree."""
-        tree = self._manager.item_metadata(step)["state"].tree
+        """The parameters at `step` on this process's first device, without knowing their tree.
+
+        Raises:
+          ValueError: nothing that can be read at that step.
+        """
+        found = self._manager.item_metadata(step)["state"]
+        if found is None:
+            raise ValueError(
+                f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "
+                "got a damaged one."
+            )
+        tree = found.tree
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree

@@ -133,6 +133,12 @@ def validate(config: ConfigDict) -> None:
     )
     if train.packed:
         expect(
+            round(config.gate.end * train.steps) < train.steps,
+            "train.packed",
+            "False unless gate.end leaves steps after it",
+            True,
+        )
+        expect(
             config.gate.kind in ("linear", "cosine") and config.gate.threshold == 1.0,
             "train.packed",
             "False unless gate.kind is 'linear' or 'cosine' and gate.threshold 1, which make every "

@@ -26,8 +26,9 @@ from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.run import initial_params
 from meta_attention_jax.training.state import Hypers, TrainState, count_parameters
-from meta_attention_jax.training.step import StepSpec, init_state, train_step
+from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
 
 PROFILED_STEPS = 3
 
@@ -49,7 +50,10 @@ class Diverged(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that is ready to start: checked, and with its directory made."""
+    """A run that is ready to start: checked, and with its directory made.
+
+    `initial`: parameters to start from, of `train.init_from`; None to draw them.
+    """
 
     config: ConfigDict
     path: pathlib.Path
@@ -57,6 +61,7 @@ class Job:
     parallel: Parallel
     spec: StepSpec
     hypers: Hypers
+    initial: Optional[Any] = None
 
 
 def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
@@ -131,13 +136,16 @@ def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Job:
     parallel = build.build_parallel(config)
     dataset = build.build_dataset(config, workdir)
     spec = build.build_spec(config, dataset)
+    initial = None
+    if config.train.init_from and not (pathlib.Path(workdir) / "checkpoints").exists():
+        initial = initial_params(config.train.init_from, spec.model, dataset.tokenizer)
     path = open_workdir(workdir, config)
     # Once trained upon, measured costs may only be read.
     trained = (path / "checkpoints").exists()
     hypers = build.build_hypers(config, path, measure=not trained)
     dataset.tokenizer.save(path)
     write_manifest(dataset, path)
-    return Job(config, path, dataset, parallel, spec, hypers)
+    return Job(config, path, dataset, parallel, spec, hypers, initial)
 
 
 def train(
@@ -177,6 +185,8 @@ def train(
             state = checkpoints.restore(state, start)
             log.write("resume", start, {})
         else:
+            if job.initial is not None:
+                state = state.replace(params=job.initial)
             log.write("start", 0, about)
         if progress:
             print(_headline(label, about, job, start), flush=True)
@@ -202,6 +212,7 @@ def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str
         f"({about['controller_parameter_share']:.1%} controller), "
         f"full attention {about['full_attention']}, {devices}"
         + (f", {state} at step {start}" if start else "")
+        + (f", from {job.config.train.init_from}" if job.initial is not None else "")
     )
 
 
@@ -229,6 +240,7 @@ def _run(
     compiled = _compile(job, job.spec)
     # Every token is hard from here on: theta is 1.
     packed_from = job.spec.schedule.gate.end if every.packed else stop
+    dense_share = dense_row_share(config, len(parallel.devices))
     evaluator = Evaluator(job.spec.model, job.dataset, parallel)
     state, hypers = parallel.replicate(state), parallel.replicate(job.hypers)
     add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -240,9 +252,8 @@ def _run(
     for step in range(start, stop):
         if step == max(packed_from, start) and packed_from < stop:
             compiled = _compile(job, packed_spec(job))
-            about = {"controller_rows": every.packed_dense_rows}
-            log.write("packed", step, about)
-            line.say(_packed_note(step, every.packed_dense_rows))
+            log.write("packed", step, {"controller_rows": dense_share})
+            line.say(_packed_note(step, dense_share))
         if step == every.profile_step:
             jax.profiler.start_trace(str(job.path / "profile"))
             traced = True
@@ -264,6 +275,8 @@ def _run(
                 name: float(jax.device_get(parallel.unreplicate(metrics[name])))
                 for name in ("gradient_norm", "threshold", "beta", "learning_rate")
             }
+            if done > packed_from and not dense_share:
+                scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
             record = {**report(sums, beta=scalars["beta"]), **scalars}
             log.write("train", done, record)
             line.update(done, status_line(record, mechanisms))
@@ -284,6 +297,12 @@ def packed_spec(job: Job) -> StepSpec:
     """The step once every token is hard."""
     dense_rows = job.config.train.packed_dense_rows
     return dataclasses.replace(job.spec, packed=True, dense_rows=dense_rows)
+
+
+def dense_row_share(config: ConfigDict, devices: int) -> float:
+    """Share of the rows that run all mechanisms in packed training, as `num_dense_rows` rounds it."""
+    rows = config.data.batch_size // (devices * config.optimizer.accumulate)
+    return num_dense_rows(config.train.packed_dense_rows, rows) / rows
 
 
 def _compile(job: Job, spec: StepSpec) -> Any:

@@ -71,7 +71,7 @@ class StepSpec:
       accumulate: micro-batches per device that make one step.
       packed: train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so
         the controller has no honest gradient: it is frozen, but for `dense_rows`.
-      dense_rows: share of each device's rows and micro-batch (at least one row, if not 0) that still run all mechanisms with the
+      dense_rows: share of the rows (see `num_dense_rows`) that still run all mechanisms with the
         straight-through gradient and the KL; the controller learns from these alone.
     """
 
@@ -82,6 +82,11 @@ class StepSpec:
     accumulate: int = 1
     packed: bool = False
     dense_rows: float = 0.0
+
+
+def num_dense_rows(share: float, rows: int) -> int:
+    """Rows of one micro-batch of one device that run all mechanisms: the share, rounded up."""
+    return math.ceil(share * rows)
 
 
 def make_optimizer(
@@ -147,7 +152,7 @@ def gradient_sums(
 
     def packed_loss(params, rows: Batch):
         model = spec.model.clone(mode="hard", dispatch="packed")
-        count = math.ceil(spec.dense_rows * len(rows.row))
+        count = num_dense_rows(spec.dense_rows, len(rows.row))
         if count == len(rows.row):
             return dense_loss(params, rows)
         rest = jax.tree.map(lambda leaf: leaf[count:], rows)
