@@ -24,7 +24,7 @@ COLUMNS = [
     analysis.Column("ratio", "of full-only", ".2f", "median over interleaved rounds; below 1 is faster"),
     analysis.Column("spread", "spread", ".2f", "interquartile range of that ratio"),
     analysis.Column("nll", "nats", ".3f", "of that batch; the models may have been trained shorter"),
-    analysis.Column("routes", "full / linear / local", note="tokens and layers, by k*"),
+    analysis.Column("routes", "k*", note="full, linear, local, of all tokens and layers"),
 ]
 ANSWER_COLUMNS = [
     analysis.Column("accuracy_queries", "queries right", ".1%", "most likely next token = the value"),
@@ -71,7 +71,7 @@ def long_evaluation(
       ValueError: what is no run.
     """
     base, run = (open_run(p, sequence_length=length, batch_size=rows) for p in (full_only, routed))
-    name = run.config.name.split()[-1]
+    name = run.config.controller.name
     sides = {
         "full-only": side(base, "soft", rows),
         f"{name}, soft": side(run, "soft", rows),

@@ -21,6 +21,7 @@ from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.loop import prepare
 from meta_attention_jax.training.run import open_run
+from meta_attention_jax.training.step import init_state
 
 NAMES = ("full", "linear", "local")
 FULL, LINEAR, LOCAL = range(3)
@@ -274,7 +275,8 @@ def test_measured_costs_are_timed_once_and_frozen(timer, tmp_path):
     assert stored["seconds"]["linear"] == 1e-3 and stored["setting"]["time"] == 32
     assert stored["device"] and set(stored["versions"]) == {"python", "jax", "jaxlib"}
     checkpoints = Checkpoints(run / "checkpoints")
-    checkpoints.save(2, {"params": {"w": jnp.zeros(2)}}, config={}, nll=1.0)
+    state = init_state(job.spec, jax.random.key(0), job.dataset.train_batch(0), job.hypers)
+    checkpoints.save(2, {"params": state.params}, config={}, nll=1.0)
     checkpoints.close()
 
     def refuse(*_):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.mechanisms import packed, registry
+from meta_attention_jax.mechanisms import full, packed, registry
 from meta_attention_jax.mechanisms.registry import (
     Mechanism,
     attend_with,
@@ -116,9 +116,11 @@ def test_equals_compute_all_and_select(shape):
 
 
 @pytest.mark.parametrize(
-    "time, window", [(1, 1), (64, 1), (128, 2**31 - 1), (129, 130), (256, 256)]
+    "time, window, long_time",
+    [(1, 1, 8192), (64, 1, 8192), (128, 2**31 - 1, 8192), (129, 130, 8192), (256, 256, 1), (300, 9, 1)],
 )
-def test_edges_of_blocks_and_windows_without_segments(time, window):
+def test_edges_of_blocks_and_windows_without_segments(monkeypatch, time, window, long_time):
+    monkeypatch.setattr(full, "LONG_TIME", long_time)
     keys = jax.random.split(jax.random.key(time), 4)
     q, k, v, cotangent = (jax.random.normal(key, (1, time, 2, DIM)) for key in keys)
     route = jax.random.randint(jax.random.key(1), (1, time), 0, 3)
