@@ -32,9 +32,9 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 131072, "Larger batch x T are left out.", 1)
 
 HEADS, DIM, WINDOW = 4, 64, 256
-SQUARE_TIME = 2048
-"""Longest T at which packed dispatch of all tokens and the T x T form are candidates too: both are
-slower than blockwise there (`candidates` in the rows), and the square of 8192 tokens takes a gigabyte."""
+SQUARE_TIME, PACKED_TOKENS = 2048, 32768
+"""Longest T at which the T x T form is a candidate (it is the slowest there, and the square of 8192
+tokens takes a gigabyte), and most tokens at which packed dispatch of all tokens is (for time's sake)."""
 
 
 def sides(time: int, batch: int, fractions, direction: str):
@@ -58,8 +58,9 @@ def sides(time: int, batch: int, fractions, direction: str):
         "linear": timed(linear.attend),
         "local": timed(functools.partial(local.attend, window=WINDOW)),
     }
-    if time <= SQUARE_TIME:
+    if batch * time <= PACKED_TOKENS:
         calls["full packed"] = timed(hard, everything)
+    if time <= SQUARE_TIME:
         calls["full xla"] = timed(functools.partial(full.attend, implementation="xla"))
     for label, rows in fractions.items():
         calls[label] = timed(hard, jnp.asarray(common.random_routes(rows, time)))
