@@ -18,10 +18,17 @@ def get_config() -> ConfigDict:
                 vocab_size=4096,  # of a trained bpe
                 sequence_length=256,
                 batch_size=16,
-                # recall only: keys and values that exist, bindings per sequence
+                # recall only: keys and values that exist, bindings per sequence, ...
                 num_keys=16,
                 num_values=16,
                 num_pairs=8,
+                min_distance=0,  # from a binding to a query, in tokens; 0 = the window
+                query_rate=0.25,
+                # ... and symbols to be counted (0 or at least 2), with their rates; see data/recall.py
+                num_marks=0,
+                mark_rate=0.0,
+                mark_bias=0.5,
+                aggregate_rate=0.0,
             ),
             model=dict(
                 model_dim=128,
@@ -37,11 +44,16 @@ def get_config() -> ConfigDict:
                 remat=False,
             ),
             controller=dict(
-                name="bayesian",  # bayesian | softmax | fixed
+                # bayesian | bayesian_mean (no sampling) | softmax (prior-free) | softmax_kl |
+                # cost_penalty | switch (load balance) | gumbel (hard samples) | fixed
+                name="bayesian",
                 hidden=64,
                 posterior="mean_strength",  # mean_strength | additive
                 uncertainty="entropy",  # entropy | mutual_information | vacuity
                 fixed=("full",),  # mechanisms of the layers, repeated, when name = fixed
+                entropy_bonus=0.1,  # rho of cost_penalty: cost per nat of routing entropy
+                temperature=0.5,  # of gumbel once the gate has ended; falls geometrically from ...
+                temperature_start=2.0,  # ... this
             ),
             prior=dict(
                 family="cost_aware",  # cost_aware | uniform

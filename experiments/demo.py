@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import common, long, samples
+from experiments import arms, common, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.generation import Sampler, greedy
@@ -34,11 +34,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the arms and the re
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
 QUICK = flags.DEFINE_bool("quick", False, "A few steps of each arm: tries everything in a minute.")
 
-ARMS = {
-    "bayesian": {"controller.name": "bayesian"},
-    "prior-free": {"controller.name": "softmax"},
-    "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
-}
+ARMS = ("bayesian", "prior-free", "full-only")
 TEST_BATCHES = 32
 SHOWN_TOKENS = 1024
 TIMED_CORPUS, TIMED_LENGTH, TIMED_ROUNDS = "tiny_lm", 4096, 5
@@ -47,9 +43,7 @@ TIMED_CORPUS, TIMED_LENGTH, TIMED_ROUNDS = "tiny_lm", 4096, 5
 
 def arm_config(corpus: str, arm: str) -> ConfigDict:
     """The corpus's config with the arm's controller."""
-    config = importlib.import_module(f"configs.{corpus}").get_config()
-    config.update_from_flattened_dict(ARMS[arm])
-    config.name = f"{corpus} {arm}"
+    config = arms.configured(importlib.import_module(f"configs.{corpus}").get_config(), arm)
     if QUICK.value:
         config.train.steps = 20
         config.train.eval_every = config.train.checkpoint_every = 20

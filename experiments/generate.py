@@ -10,10 +10,7 @@ Greedy unless one of the sampler's flags is given. A `recall` run takes names: -
 from __future__ import annotations
 
 import os
-import sys
-import unicodedata
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -46,18 +43,6 @@ def sampler() -> Draw:
     return Sampler(temperature=temperature, top_k=TOP_K.value, top_p=TOP_P.value)
 
 
-def wants_colour() -> bool:
-    """Whether stdout is a terminal that shows colours; see no-color.org."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
-
-
-def printable(text: str) -> str:
-    """Control characters as "\ufffd", but for line breaks and tabs: a terminal would obey them."""
-    keep = lambda c: c in "\n\t" or unicodedata.category(c) != "Cc"  # noqa: E731
-    return "".join(c if keep(c) else "\ufffd" for c in text)
-
-
 def main() -> None:
     with common.user_mistakes():
         draw = sampler()
@@ -72,9 +57,9 @@ def main() -> None:
         run, prompt, steps=STEPS.value, mode=MODE.value, draw=draw, seed=SEED.value,
         threshold=THRESHOLD.value,
     )
-    print(printable(run.dataset.tokenizer.decode(ids).decode(errors="replace")))
+    print(samples.printable(run.dataset.tokenizer.decode(ids).decode(errors="replace")))
     if SHOW_ROUTES.value:
-        colour = COLOR.value == "always" or (COLOR.value == "auto" and wants_colour())
+        colour = COLOR.value == "always" or (COLOR.value == "auto" and samples.wants_colour())
         print()
         print(samples.show_routes(run, ids, trace, layer=LAYER.value, colour=colour))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Optional
 
@@ -105,3 +108,15 @@ def lettered(
             lines += [top, bottom]
             top, bottom = "", ""
     return "\n".join(lines + ([top, bottom] if top else []))
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that shows colours; see no-color.org."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
+
+
+def printable(text: str) -> str:
+    """Control characters as "\ufffd", but for line breaks and tabs: a terminal would obey them."""
+    keep = lambda c: c in "\n\t" or unicodedata.category(c) != "Cc"  # noqa: E731
+    return "".join(c if keep(c) else "\ufffd" for c in text)

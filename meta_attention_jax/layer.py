@@ -80,7 +80,7 @@ class MetaAttention(nn.Module):
       dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed"
         does only the work that the routes ask for, "dense" computes all mechanisms and selects,
         "auto" is packed for long sequences. The output is the same.
-      controller: "bayesian", "softmax" (prior-free) or "fixed".
+      controller: one of `CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
       controller_hidden: width of the controller's hidden layer.
       prior: "cost_aware" or "uniform".
       posterior: "mean_strength" or "additive".

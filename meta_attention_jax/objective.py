@@ -2,7 +2,7 @@
 
     J = (1/N) sum_t [ NLL_t + beta sum_layers KL(q_t || p) ]        nats per loss token
 
-with one reparameterised sample of pi per token and layer in training. What it is, honestly: beta is
+(controllers to compare with put a penalty of their own in the place of the KL, or none) with one reparameterised sample of pi per token and layer in training. What it is, honestly: beta is
 usually far below 1, and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is
 the price of the information about which mechanism.
 
@@ -39,6 +39,7 @@ class Sums:
       nll: -log p(target), nats.
       num_bytes: bytes of the targets.
       kl: KL(q || p) per layer, nats.
+      penalty: what the objective adds, times beta, per layer; the KL but for some baselines.
       entropy: H(E pi) per layer, nats.
       uncertainty: u per layer.
       hard: tokens that used one mechanism only, per layer.
@@ -55,6 +56,7 @@ class Sums:
     nll: Scalar
     num_bytes: Scalar
     kl: Float[Array, "layer"]
+    penalty: Float[Array, "layer"]
     entropy: Float[Array, "layer"]
     uncertainty: Float[Array, "layer"]
     hard: Float[Array, "layer"]
@@ -95,6 +97,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
         nll=jnp.sum(nll),
         num_bytes=jnp.sum(batch.num_bytes.astype(jnp.float32) * mask),
         kl=per_layer(routing.kl),
+        penalty=per_layer(routing.kl if routing.penalty is None else routing.penalty),
         entropy=per_layer(categorical_entropy(routing.mean)),
         uncertainty=per_layer(routing.uncertainty),
         hard=per_layer(routing.hard),
@@ -109,8 +112,9 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
 
 
 def objective(sums: Sums, beta: Scalar) -> Scalar:
-    """sum_t NLL_t + beta sum_layers KL_t in nats: *not yet* divided by the number of tokens."""
-    return sums.nll + beta * jnp.sum(sums.kl)
+    """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of
+    tokens."""
+    return sums.nll + beta * jnp.sum(sums.penalty)
 
 
 def apply_sums(
@@ -180,7 +184,7 @@ def summarise(
     kl = s.kl / n
     metrics: dict[str, Any] = {
         "tokens": int(n),
-        "loss": nll + beta * float(kl.sum()),
+        "loss": nll + beta * float(s.penalty.sum()) / n,
         "nll": nll,
         "perplexity": math.exp(min(nll, 700.0)),
         "bits_per_byte": float(s.nll / s.num_bytes) / math.log(2) if s.num_bytes > 0 else None,

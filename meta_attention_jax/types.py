@@ -25,6 +25,7 @@ from typing import Optional
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Queries = Float[Array, "batch time heads dim"]
@@ -52,6 +53,7 @@ class Routing:
       weights: the pi_t that mixes the soft output: a reparameterised sample in training, else `mean`.
       uncertainty: u_t in [0, 1], by the configured measure.
       kl: KL(q_t || p) in nats; zero for controllers without a prior.
+      penalty: what the objective adds of this token and layer, times beta; None is the KL.
       concentration: alpha_t of the Dirichlet posterior; None for controllers without one.
       route: k*_t, the mechanism a hard token uses; argmax of `mean` unless forced. Set by the layer.
       hard: whether token t used one mechanism only. Set by the layer.
@@ -61,6 +63,7 @@ class Routing:
     weights: Weights
     uncertainty: Float[Array, "batch time"]
     kl: Float[Array, "batch time"]
+    penalty: Optional[Float[Array, "batch time"]] = None
     concentration: Optional[Weights] = None
     route: Optional[Route] = None
     hard: Optional[Bool[Array, "batch time"]] = None
@@ -75,12 +78,16 @@ class RoutingHypers:
       preference: eta > 0, the preference floor of the prior mean.
       costs: c in (0, 1]^K, divided by the largest.
       threshold: theta; a token is hard iff theta > 0 and u_t <= theta (gated mode and training).
+      entropy_bonus: rho of the `cost_penalty` controller, cost per nat.
+      temperature: tau > 0 of the `gumbel` controller.
     """
 
     strength: Scalar
     preference: Scalar
     costs: Costs
     threshold: Scalar
+    entropy_bonus: Scalar = np.float32(0.0)
+    temperature: Scalar = np.float32(1.0)
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.data import recall
-from meta_attention_jax.data.recall import KIND_QUERY, RecallConfig
+from meta_attention_jax.data.recall import KIND_AGGREGATE, KIND_QUERY, RecallConfig
 
 CONFIGS = [
     RecallConfig(min_distance=8),
@@ -16,8 +16,13 @@ CONFIGS = [
         num_keys=3, num_values=5, num_fillers=7, num_pairs=3, query_rate=0.6, jump_rate=0.5
     ),
     RecallConfig(num_pairs=1, num_fillers=1, num_values=1, jump_rate=1.0),
+    RecallConfig(
+        num_keys=4, num_values=3, num_fillers=5, num_pairs=2, query_rate=0.2, min_distance=5,
+        num_marks=4, mark_rate=0.3, mark_bias=0.6, aggregate_rate=0.15,
+    ),
 ]
 LENGTH = 40
+FIRST_TOKENS = [189, 56, 212, 38, 240, 17, 138, 106, 302, 295, 288, 289]
 
 
 def draw(config, rows, seed=0, length=LENGTH):
@@ -31,6 +36,7 @@ def naive(tokens, config):
     """
     names = recall.symbols(config)
     bound, filler, asked = {}, None, None
+    counts, most = np.zeros(config.num_marks), None
     log_p, kinds = [], []
     for t, token in enumerate(tokens):
         name = names[token]
@@ -42,16 +48,32 @@ def naive(tokens, config):
         elif asked is not None:
             assert name == bound[asked]
             p, asked = 1.0, None
+        elif most is not None:
+            assert name == f"a{most}"
+            p, most = 1.0, None
         else:
             may_ask = t - (config.num_pairs - 1) >= config.min_distance
-            if name[0] == "?":
+            if name == "?most":
+                assert may_ask
+                most = max(range(config.num_marks), key=lambda m: (counts[m], -m))
+                p = config.aggregate_rate
+            elif name[0] == "m":
+                # Bayes over the favourite, mark by mark.
+                b, num = config.mark_bias, config.num_marks
+                given = b * np.eye(num) + (1 - b) / num  # [favourite mark]
+                favourite = np.prod(given**counts[None], axis=1)
+                p = config.mark_rate * (favourite @ given[:, int(name[1:])]) / favourite.sum()
+                counts[int(name[1:])] += 1
+            elif name[0] == "?":
                 assert may_ask
                 asked = name[1:]
                 assert asked in bound
                 p = config.query_rate / config.num_pairs
             else:
                 assert name[0] == "c"
-                p = 1.0 - config.query_rate if may_ask else 1.0
+                p = 1.0 - may_ask * (config.query_rate + config.aggregate_rate)
+                if filler is not None:  # The body's first token is no mark.
+                    p -= config.mark_rate
                 symbol = int(name[1:])
                 if filler is None:
                     p *= 1.0 / config.num_fillers
@@ -60,7 +82,7 @@ def naive(tokens, config):
                     p *= config.jump_rate / config.num_fillers + (1.0 - config.jump_rate) * follows
                 filler = symbol
         log_p.append(math.log(p))
-        kinds.append(int(asked is not None))
+        kinds.append(KIND_QUERY if asked else KIND_AGGREGATE if most is not None else 0)
     return log_p[1:], kinds[:-1]
 
 
@@ -73,7 +95,7 @@ def test_sequences_follow_the_rules_and_labels_are_right(config):
     assert (kind == KIND_QUERY).any()
 
 
-@pytest.mark.parametrize("config", CONFIGS[:2])
+@pytest.mark.parametrize("config", [*CONFIGS[:2], CONFIGS[3]])
 def test_entropy_floor_is_the_mean_of_the_true_log_probabilities(config):
     rows = 1500
     nll = np.array([-np.mean(naive(row, config)[0]) for row in draw(config, rows, seed=1)[0]])
@@ -88,6 +110,32 @@ def test_query_fraction(config):
     share = (kind == KIND_QUERY).mean(axis=1)
     error = share.std() / math.sqrt(len(share))
     assert abs(share.mean() - recall.query_fraction(config, LENGTH)) < 4.0 * error
+
+
+def test_without_marks_nothing_is_new():
+    """The same sequences, vocabulary and kinds as a generator that knows of no marks."""
+    config = RecallConfig(min_distance=8)
+    assert config.num_kinds == 2 and config.vocab_size == 304
+    tokens, kind = draw(config, 2)
+    assert tokens[0, :12].tolist() == FIRST_TOKENS
+    assert not (kind == KIND_AGGREGATE).any()
+
+
+def test_aggregate_answers_need_the_whole_past():
+    """The majority of a window is often another one than that of the whole past."""
+    config = RecallConfig(num_marks=4, mark_rate=0.2, mark_bias=0.4, aggregate_rate=0.1)
+    tokens, kind = draw(config, 300, length=64)
+    marks = tokens[:, :-1] - config.mark_offset
+    right = {8: 0, 64: 0}
+    rows, columns = np.nonzero(kind == KIND_AGGREGATE)
+    for row, t in zip(rows, columns):
+        answer = tokens[row, t + 1] - config.mark_offset - config.num_marks - 1
+        for window in right:
+            seen = marks[row, max(0, t + 1 - window) : t + 1]
+            counts = [np.sum(seen == m) for m in range(config.num_marks)]
+            right[window] += np.argmax(counts) == answer
+    assert right[64] == len(rows) and right[8] < 0.75 * len(rows)
+    assert np.bincount(kind.ravel(), minlength=3).min() > 100
 
 
 def test_floor_in_closed_form():
@@ -144,6 +192,10 @@ def test_symbols_name_every_id():
         ("query_rate", 1.0),
         ("jump_rate", 0.0),
         ("jump_rate", 1.5),
+        ("num_marks", 1),
+        ("mark_rate", 0.1),
+        ("aggregate_rate", 0.1),
+        ("mark_bias", 0.0),
     ],
 )
 def test_parameters_out_of_range_are_refused(field, value):

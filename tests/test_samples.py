@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments import generate, samples
+from experiments import samples
 from meta_attention_jax.data.tokenizer import ByteTokenizer
 from meta_attention_jax.generation import Trace
 
@@ -75,7 +75,7 @@ def test_tokens_that_mix_are_counted(run):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert generate.printable("a\tb\nc\x1b[31m\r") == "a\tb\nc\ufffd[31m\ufffd"
+    assert samples.printable("a\tb\nc\x1b[31m\r") == "a\tb\nc\ufffd[31m\ufffd"
 
 
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -83,6 +83,6 @@ def test_colours_can_be_refused(monkeypatch, name, value):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert generate.wants_colour()
+    assert samples.wants_colour()
     monkeypatch.setenv(name, value)
-    assert not generate.wants_colour()
+    assert not samples.wants_colour()

@@ -14,13 +14,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
-from meta_attention_jax.controller.uncertainty import uncertainty
-from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
+from meta_attention_jax.controller.uncertainty import categorical_entropy, uncertainty
+from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds, Weights
 
 
 class SoftmaxController(nn.Module):
-    """Prior-free router: pi_t = softmax(f_t), deterministic, KL = 0.
+    """Prior-free router: pi_t = softmax(f_t), deterministic, no penalty.
+
+    The routers below are this one with another penalty, another offset of the logits, or other
+    weights in training.
 
     Attributes:
       num_mechanisms: K.
@@ -46,17 +50,116 @@ class SoftmaxController(nn.Module):
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Routing:
         """Routing of every token; raises ValueError for a measure other than "entropy"."""
-        del segment_ids, hypers, keys
         logits = ControllerMLP(self.hidden, self.num_mechanisms, self.dtype, name="mlp")(
             x, residual, positions
         )
+        logits += jnp.broadcast_to(self.offset(hypers), logits.shape)
         mean = jax.nn.softmax(logits, axis=-1)
+        weights = mean
+        if keys is not None:
+            weights = self.training_weights(
+                logits, hypers, sampling.token_keys(keys, positions, segment_ids)
+            )
         return Routing(
             mean=mean,
-            weights=mean,
+            weights=weights,
             uncertainty=uncertainty(self.uncertainty, mean, None),
-            kl=jnp.zeros(mean.shape[:-1], jnp.float32),
+            kl=self.kl(mean, hypers),
+            penalty=self.penalty(mean, hypers, segment_ids),
         )
+
+    def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
+        """What is added to the network's logits."""
+        return jnp.zeros_like(hypers.costs)
+
+    def kl(self, mean: Weights, hypers: RoutingHypers) -> Float[Array, "batch time"]:
+        """KL of the weights to a prior, nats; 0 without a prior."""
+        return jnp.zeros(mean.shape[:-1], jnp.float32)
+
+    def penalty(
+        self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
+    ) -> Optional[Float[Array, "batch time"]]:
+        """What the objective adds, times beta, where it is not the KL."""
+        return None
+
+    def training_weights(
+        self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
+    ) -> Weights:
+        """pi_t of soft tokens in training."""
+        return jax.nn.softmax(logits, axis=-1)
+
+
+class SoftmaxKLController(SoftmaxController):
+    """pi_t = softmax(log m + f_t) with the penalty KL(pi_t || m) = sum_k pi_tk log(pi_tk / m_k).
+
+    The prior mean without the Dirichlet: no sample, no strength, no second-order uncertainty.
+
+    Attributes:
+      prior: "cost_aware" or "uniform"; only its mean m is used.
+    """
+
+    prior: str = "cost_aware"
+
+    def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
+        return jnp.log(prior.prior_concentration(self.prior, hypers) / hypers.strength)
+
+    def kl(self, mean: Weights, hypers: RoutingHypers) -> Float[Array, "batch time"]:
+        return -categorical_entropy(mean) - mean @ self.offset(hypers)
+
+
+class CostPenaltyController(SoftmaxController):
+    """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for
+    entropy, rho = `hypers.entropy_bonus` in units of cost per nat."""
+
+    def penalty(
+        self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
+    ) -> Float[Array, "batch time"]:
+        del segment_ids
+        return mean @ hypers.costs - hypers.entropy_bonus * categorical_entropy(mean)
+
+
+class SwitchController(SoftmaxController):
+    """pi_t = softmax(f_t) with the load balance of the Switch Transformer (arXiv 2101.03961, eq. 4).
+
+        N K sum_k F_k P_k,   F_k share of tokens with argmax k,   P_k mean of pi_k
+
+    over the N tokens of each sequence rather than of a device's batch, so that sharding and
+    micro-batches change nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use,
+    whatever the mechanisms cost.
+    """
+
+    def penalty(
+        self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
+    ) -> Float[Array, "batch time"]:
+        del hypers
+        real = (segment_ids != 0).astype(jnp.float32)
+        chosen = jax.nn.one_hot(jnp.argmax(mean, axis=-1), self.num_mechanisms)
+        share = jnp.einsum("btk,bt->bk", chosen, real) / jnp.maximum(real.sum(1), 1.0)[:, None]
+        return self.num_mechanisms * jnp.einsum("btk,bk->bt", mean, share)
+
+
+class GumbelController(SoftmaxController):
+    """pi_t = softmax(f_t); in training a hard sample (Jang et al., arXiv 1611.01144).
+
+        y = softmax((f_t + g_t) / tau),  g ~ Gumbel;   weights = one_hot(argmax y) + y - stop(y)
+
+    so the gradient is the relaxed sample's. tau = `hypers.temperature` falls during the run.
+    """
+
+    def training_weights(
+        self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
+    ) -> Weights:
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (self.num_mechanisms,))))
+        relaxed = jax.nn.softmax((logits + draw(keys)) / hypers.temperature, axis=-1)
+        one_hot = jax.nn.one_hot(jnp.argmax(relaxed, axis=-1), self.num_mechanisms)
+        # The difference is exactly 0; (one_hot + relaxed) - relaxed would not be exactly one_hot.
+        return one_hot + (relaxed - jax.lax.stop_gradient(relaxed))
+
+
+class BayesianMeanController(DirichletController):
+    """The Dirichlet posterior and its KL, without sampling: weights are E[pi_t] in training too."""
+
+    samples: bool = False
 
 
 def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Routing:
@@ -101,10 +204,21 @@ class FixedController(nn.Module):
 
 CONTROLLERS: dict[str, type[nn.Module]] = {
     "bayesian": DirichletController,
+    "bayesian_mean": BayesianMeanController,
     "softmax": SoftmaxController,
+    "softmax_kl": SoftmaxKLController,
+    "cost_penalty": CostPenaltyController,
+    "switch": SwitchController,
+    "gumbel": GumbelController,
     "fixed": FixedController,
 }
 """Controllers by the name that a config uses."""
+
+WITH_PRIOR = ("bayesian", "bayesian_mean", "softmax_kl")
+"""Those whose objective has a KL to the prior."""
+
+WITH_POSTERIOR = ("bayesian", "bayesian_mean")
+"""Those with a Dirichlet posterior, and so with every measure of uncertainty."""
 
 
 def make_controller(controller: str, **fields: Any) -> nn.Module:

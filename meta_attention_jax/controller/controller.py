@@ -79,6 +79,7 @@ class DirichletController(nn.Module):
       posterior: "additive" or "mean_strength".
       uncertainty: measure of u_t; see `uncertainty`.
       dtype: of the hidden layer's arithmetic; all statistics are float32.
+      samples: whether training mixes by a sample of pi_t; else by its mean.
 
     Raises:
       ValueError: a name above is unknown, or the hypers' costs are not K numbers.
@@ -90,6 +91,7 @@ class DirichletController(nn.Module):
     posterior: str = "additive"
     uncertainty: str = "entropy"
     dtype: Any = jnp.float32
+    samples: bool = True
 
     @nn.compact
     def __call__(
@@ -138,7 +140,7 @@ class DirichletController(nn.Module):
             )
         mean = posterior.Dirichlet(concentration).mean()
         weights = mean
-        if keys is not None:
+        if keys is not None and self.samples:
             weights = sampling.sample_dirichlet(
                 sampling.token_keys(keys, positions, segment_ids), concentration
             )

@@ -238,17 +238,20 @@ class RecallDataset(Dataset):
       config: the generator's parameters, with the distance in use.
     """
 
-    num_kinds = recall_lib.NUM_KINDS
-
     def __init__(self, config: RecallConfig, **shape: Any) -> None:
         super().__init__(SymbolTokenizer(recall_lib.symbols(config)), **shape)
         recall_lib.check_length(config, self.sequence_length)
         self.config = config
+        self.num_kinds = config.num_kinds
 
     def manifest(self) -> dict[str, Any]:
         """The generator's parameters and the size of its vocabulary."""
+        parameters = dataclasses.asdict(self.config)
+        if not self.config.num_marks:  # As before there were marks.
+            for field in ("num_marks", "mark_rate", "mark_bias", "aggregate_rate"):
+                del parameters[field]
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
-        return {"corpus": "recall", "recall": dataclasses.asdict(self.config), "tokenizer": named}
+        return {"corpus": "recall", "recall": parameters, "tokenizer": named}
 
     def train_batch(self, step: int) -> Batch:
         """See `Dataset.train_batch`."""

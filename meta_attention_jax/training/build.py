@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from meta_attention_jax.controller.baselines import WITH_POSTERIOR
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
@@ -23,6 +24,9 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
 from meta_attention_jax.types import RoutingHypers
+
+
+RECALL_FIELDS = ("query_rate", "num_marks", "mark_rate", "mark_bias", "aggregate_rate")
 
 
 def check(config: ConfigDict) -> None:
@@ -134,6 +138,7 @@ def build_schedule(config: ConfigDict) -> Schedule:
         final_fraction=config.optimizer.final_fraction,
         beta_warmup_steps=round(config.objective.beta_warmup * steps),
         gate=gate,
+        temperature_ratio=config.controller.temperature_start / config.controller.temperature,
     )
 
 
@@ -170,7 +175,9 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
             num_keys=data.num_keys,
             num_values=data.num_values,
             num_pairs=data.num_pairs,
-            min_distance=max(config.model.window, 2),
+            min_distance=data.get("min_distance", 0) or max(config.model.window, 2),
+            # Runs from before these fields have none of them.
+            **{name: data[name] for name in RECALL_FIELDS if name in data},
         )
     return make_dataset(
         corpus=config.data.corpus,
@@ -221,6 +228,8 @@ def build_hypers(
             preference=jnp.float32(config.prior.preference),
             costs=jnp.asarray(build_costs(config, workdir, measure=measure)),
             threshold=jnp.float32(config.gate.threshold),
+            entropy_bonus=jnp.float32(config.controller.get("entropy_bonus", 0.0)),
+            temperature=jnp.float32(config.controller.get("temperature", 1.0)),
         ),
     )
 
@@ -243,8 +252,9 @@ def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
     """Forward FLOPs per token of this config's model at its sequence length."""
     model = config.model
     lm = build_model(config, vocab_size)
-    outputs = {"bayesian": len(model.mechanisms) + (config.controller.posterior == "mean_strength"),
-               "softmax": len(model.mechanisms)}
+    outputs = 0 if config.controller.name == "fixed" else len(model.mechanisms)
+    if config.controller.name in WITH_POSTERIOR:
+        outputs += config.controller.posterior == "mean_strength"
     return count_flops(
         vocab_size=vocab_size,
         model_dim=model.model_dim,
@@ -257,5 +267,5 @@ def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
         window=model.window,
         time=config.data.sequence_length,
         controller_hidden=config.controller.hidden,
-        controller_outputs=outputs.get(config.controller.name, 0),
+        controller_outputs=outputs,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from meta_attention_jax.controller.baselines import CONTROLLERS
+from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR
 from meta_attention_jax.controller.posterior import POSTERIORS
 from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.mechanisms.full import IMPLEMENTATIONS
@@ -46,6 +46,8 @@ def validate(config: ConfigDict) -> None:
         "model.num_kv_heads": model.num_kv_heads,
         "model.window": model.window,
         "controller.hidden": config.controller.hidden,
+        "controller.temperature": config.controller.temperature,
+        "controller.temperature_start": config.controller.temperature_start,
         "optimizer.learning_rate": config.optimizer.learning_rate,
         "optimizer.accumulate": config.optimizer.accumulate,
         "train.steps": train.steps,
@@ -61,6 +63,7 @@ def validate(config: ConfigDict) -> None:
         "seed": config.seed,
         "model.mlp_dim": model.mlp_dim,
         "objective.beta": config.objective.beta,
+        "controller.entropy_bonus": config.controller.entropy_bonus,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.clip": config.optimizer.clip,
         "parallel.devices": config.parallel.devices,
@@ -151,7 +154,7 @@ def validate(config: ConfigDict) -> None:
             "False with a fixed controller, which runs one mechanism as it is",
             True,
         )
-    if config.controller.name != "bayesian":
+    if config.controller.name not in WITH_POSTERIOR:
         expect(
             config.controller.uncertainty == "entropy",
             "controller.uncertainty",

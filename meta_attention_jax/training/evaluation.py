@@ -8,11 +8,12 @@ from typing import Any, Optional
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from meta_attention_jax.cost import Accounting, count_attention
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import Sums, loss_sums
+from meta_attention_jax.objective import Sums, loss_sums, token_nll
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import eval_step, sampled_eval_step
@@ -165,3 +166,61 @@ def accounted_eval_step(
     accounting = accounting.replace(tokens=layers.tokens[0])  # The same tokens in every layer.
     totals = loss_sums(output, batch, num_kinds=num_kinds), accounting
     return totals if axis_name is None else jax.lax.psum(totals, axis_name)
+
+
+def token_arrays(
+    model: LanguageModel,
+    dataset: Dataset,
+    params: Any,
+    hypers: RoutingHypers,
+    *,
+    split: str,
+    max_batches: Optional[int] = None,
+) -> dict[str, np.ndarray]:
+    """What a model says of every single loss token, on this process's first device.
+
+    Args:
+      model: its mode counts.
+      dataset: where the batches come from.
+      params: of the model.
+      hypers: kappa, eta, c, theta.
+      split: "train", "validation" or "test".
+      max_batches: at most so many, spread evenly over the split.
+
+    Returns:
+      nll (nats), correct and kind [token]; mean [layer token mechanism]; uncertainty, route and hard
+      [layer token]; concentration [layer token mechanism] where there is one.
+    """
+
+    @jax.jit
+    def step(params: Any, batch: Batch, hypers: RoutingHypers) -> tuple[dict, dict]:
+        output = model.apply(
+            {"params": params},
+            batch.tokens,
+            segment_ids=batch.segment_ids,
+            positions=batch.positions,
+            hypers=hypers,
+        )
+        routing = output.routing
+        tokens = dict(
+            nll=token_nll(output.logits, batch.targets),
+            correct=jnp.argmax(output.logits, axis=-1) == batch.targets,
+        )
+        layers = dict(
+            mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route,
+            hard=routing.hard,
+        )
+        if routing.concentration is not None:
+            layers["concentration"] = routing.concentration
+        return tokens, layers
+
+    parts: dict[str, list[np.ndarray]] = {}
+    for batch in dataset.eval_batches(split, max_batches=max_batches):
+        tokens, layers = jax.device_get(step(params, batch, hypers))
+        keep = np.asarray(batch.loss_mask)
+        for name, values in {**tokens, "kind": batch.kind}.items():
+            parts.setdefault(name, []).append(np.asarray(values)[keep])
+        for name, values in layers.items():
+            parts.setdefault(name, []).append(values[:, keep])
+    axis = {"nll": 0, "correct": 0, "kind": 0}
+    return {name: np.concatenate(part, axis=axis.get(name, 1)) for name, part in parts.items()}

@@ -34,6 +34,7 @@ class Schedule:
       final_fraction: of the peak learning rate that the cosine ends at.
       beta_warmup_steps: beta rises linearly from 0 over this many steps.
       gate: the soft-to-hard schedule.
+      temperature_ratio: of the `gumbel` controller, first temperature / last.
     """
 
     total_steps: int
@@ -41,6 +42,12 @@ class Schedule:
     final_fraction: float
     beta_warmup_steps: int
     gate: gate.GateSchedule
+    temperature_ratio: float = 1.0
+
+    def temperature(self, step: Array) -> Scalar:
+        """Geometric fall to the end of the gate, as a multiple of the last temperature."""
+        done = jnp.minimum(step.astype(jnp.float32) / max(self.gate.end, 1), 1.0)
+        return jnp.float32(self.temperature_ratio) ** (1.0 - done)
 
     def learning_rate(self, step: Array) -> Scalar:
         """Linear warm-up, then cosine, as a fraction of the peak."""
@@ -129,11 +136,12 @@ def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> Trai
 
 
 def routing_hypers(spec: StepSpec, state: TrainState, hypers: Hypers) -> RoutingHypers:
-    """The routing hypers in force at `state.step`: theta follows the gate's schedule."""
+    """The routing hypers in force at `state.step`: theta follows the gate's schedule, tau falls."""
     threshold = gate.threshold(
         spec.schedule.gate, state.gate, state.step, hypers.routing.threshold
     )
-    return hypers.routing.replace(threshold=threshold)
+    temperature = hypers.routing.temperature * spec.schedule.temperature(state.step)
+    return hypers.routing.replace(threshold=threshold, temperature=temperature)
 
 
 def gradient_sums(

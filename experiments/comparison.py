@@ -1,0 +1,138 @@
+"""What a comparison concludes from finished runs: which setting, which table. No flags, no training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pathlib
+from typing import Any
+
+from meta_attention_jax import analysis
+from meta_attention_jax.analysis.statistics import interval, paired_interval
+
+TOLERANCE = 0.005
+"""Nats within which a cheaper setting counts as equal."""
+
+MEANS = {
+    "nll_hard": ("nats hard", ".4f"),
+    "nll_soft": ("nats soft", ".4f"),
+    "cost": ("cost", ".1%"),
+    "routing_entropy": ("routing entropy", ".1%"),
+    "usage_entropy": ("usage entropy", ".1%"),
+    "information": ("I(route; kind)", ".3f"),
+    "auroc": ("AUROC full", ".3f"),
+    "recall_accuracy": ("recall answered", ".1%"),
+    "aggregate_accuracy": ("aggregates answered", ".1%"),
+}
+
+
+def choose(tried: dict[float, dict[str, float]]) -> float:
+    """The cheapest value within TOLERANCE of the best nats; of equals in cost the better one."""
+    best = min(result["nll"] for result in tried.values())
+    near = {v: r for v, r in tried.items() if r["nll"] <= best + TOLERANCE}
+    return min(near, key=lambda v: (round(near[v]["cost"], 6), near[v]["nll"]))
+
+
+def collect(root: pathlib.Path) -> list[dict[str, Any]]:
+    """One row per finished run below `root`, from the directories alone."""
+    rows = []
+    for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
+        for path in sorted((root / folder).glob("*/seed*/test.json")):
+            config = json.loads((path.parent / "config.json").read_text())
+            rows.append({
+                "view": view,
+                "arm": path.parent.parent.name,
+                "seed": config["seed"],
+                "steps": config["train"]["steps"],
+                "learning_rate": config["optimizer"]["learning_rate"],
+                "beta": config["objective"]["beta"],
+                "strength": config["prior"]["strength"],
+                "preference": config["prior"]["preference"],
+                **json.loads(path.read_text()),
+            })
+    return rows
+
+
+def flat(row: dict[str, Any]) -> dict[str, float]:
+    """The scalars of a row that are averaged over seeds."""
+    values = {name: row.get(name) for name in ("nll_hard", "nll_soft", "cost", "routing_entropy",
+                                                "usage_entropy")}
+    if "information" in row:
+        values["information"] = max(row["information"])
+    if "truth" in row:
+        values["auroc"] = row["truth"]["auroc"]
+    for kind in ("recall", "aggregate"):
+        values[f"{kind}_accuracy"] = row.get("accuracy", {}).get(kind)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """One line per view and arm: means, intervals, paired differences of hard nats and cost."""
+    by_arm: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        by_arm.setdefault((row["view"], row["arm"]), {})[row["seed"]] = flat(row)
+    lines = []
+    position = {arm: i for i, arm in enumerate(order)}
+    keys = sorted(by_arm, key=lambda k: (k[0] != "tokens", position.get(k[1], len(order)), k[1]))
+    for view, arm in keys:
+        seeds = by_arm[view, arm]
+        line: dict[str, Any] = {"view": view, "arm": arm, "seeds": len(seeds)}
+        for name in MEANS:
+            values = [s[name] for s in seeds.values() if name in s]
+            if values:
+                line[name], line[f"{name}_pm"] = interval(values)
+        for other in ("full-only", "prior-free"):
+            # In the view of equal FLOPs an arm that needs no run of its own stands as it is.
+            base = by_arm.get((view, other)) or by_arm.get(("tokens", other))
+            if base and other != arm and base.keys() & seeds.keys():
+                for name in ("nll_hard", "cost"):
+                    difference = paired_interval(
+                        {s: v[name] for s, v in seeds.items()},
+                        {s: v[name] for s, v in base.items()},
+                    )
+                    line[f"{name}_vs_{other}"], line[f"{name}_vs_{other}_pm"] = difference
+        lines.append(line)
+    return lines
+
+
+def with_interval(line: dict[str, Any], name: str, form: str) -> str:
+    if name not in line:
+        return analysis.format_value(None)
+    half = analysis.format_value(line[f"{name}_pm"], form)
+    return f"{analysis.format_value(line[name], form)} ± {half}"
+
+
+def write_tables(root: pathlib.Path, order: list[str]) -> None:
+    """rows.json, table.csv, table.md; prints the table."""
+    rows = collect(root)
+    analysis.write_json(root / "rows.json", rows)
+    lines = table(rows, order)
+    names = {**MEANS}
+    for other in ("full-only", "prior-free"):
+        names[f"nll_hard_vs_{other}"] = (f"hard nats - {other}'s", "+.4f")
+        names[f"cost_vs_{other}"] = (f"cost - {other}'s", "+.1%")
+    used = {name: how for name, how in names.items() if any(name in line for line in lines)}
+    columns = [analysis.Column("view", "equal"), analysis.Column("arm", "arm"),
+               analysis.Column("seeds", "seeds", "d")]
+    columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
+    shown = [
+        {**line, **{name: with_interval(line, name, form) for name, (_, form) in used.items()}}
+        for line in lines
+    ]
+    analysis.write_text(root / "table.md", analysis.markdown_table(shown, columns))
+    text = io.StringIO()
+    fields = list(dict.fromkeys(field for line in lines for field in line))
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(lines)
+    analysis.write_text(root / "table.csv", text.getvalue())
+    print(analysis.terminal_table(shown, columns, width=160))
+    print(f"table: {root}/table.md   rows: {root}/rows.json")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise ValueError(f"shard: expected i/n with 0 <= i < n, got {text!r}.")
+    return int(index), int(number)

@@ -1,0 +1,133 @@
+"""Does uncertainty mean anything? Risk-coverage of each measure, and the frontier of gated mode.
+
+python -m experiments.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty [--split=test]
+
+Harm of a token: its nats with all tokens hard less its nats with all tokens soft. `risk`: mean harm of
+the tokens hardened so far, in order of rising uncertainty (mean over layers); `gain`: how much of the
+way from random order to the order by harm itself a measure goes. Frontier: gated mode at thetas that
+are quantiles of u on the validation split; a soft token costs the sum of all mechanisms. Runs of one
+controller (seeds) are averaged. Writes `table.md`, `rows.json`, `risk.png`, `frontier.png`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import common
+from meta_attention_jax import analysis
+from meta_attention_jax.analysis.statistics import interval, risk_coverage
+from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
+from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.training.evaluation import token_arrays
+from meta_attention_jax.training.run import Run, open_run
+from meta_attention_jax.types import UNCERTAINTIES
+
+RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
+OUT = flags.DEFINE_string("out", None, "Where table and pictures go.")
+SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Which split.")
+BATCHES = flags.DEFINE_integer("batches", 16, "Batches of the split.", 1)
+flags.mark_flags_as_required(["runs", "out"])
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def arrays(run: Run, split: str, *, mode: str, measure: str, theta: float = 1.0) -> dict[str, Any]:
+    """Per-token arrays of a run in a mode, with u by a measure."""
+    return token_arrays(
+        run.model.clone(mode=mode, uncertainty=measure), run.dataset, run.params,
+        run.hypers.routing.replace(threshold=jnp.float32(theta)),
+        split=split, max_batches=BATCHES.value,
+    )
+
+
+def cost_of(result: dict[str, Any], costs: np.ndarray) -> float:
+    """Mean cost of what runs: of k* at hard tokens, of all mechanisms at soft ones."""
+    return float(np.mean(np.where(result["hard"], costs[result["route"]], costs.sum())))
+
+
+def study(run: Run, measure: str) -> dict[str, Any]:
+    """Risk-coverage and frontier of one run by one measure."""
+    soft = arrays(run, SPLIT.value, mode="soft", measure=measure)
+    hard = arrays(run, SPLIT.value, mode="hard", measure=measure)
+    curve = risk_coverage(soft["uncertainty"].mean(0), hard["nll"] - soft["nll"])
+    possible = curve["random"] - curve["best"]
+    gain = (curve["random"] - curve["area"]) / possible if possible > 0 else None
+    costs = np.asarray(run.hypers.routing.costs)
+    u = arrays(run, "validation", mode="soft", measure=measure)["uncertainty"]
+    points = []
+    for quantile in QUANTILES:
+        theta = float(np.quantile(u, quantile)) if 0 < quantile < 1 else quantile
+        result = arrays(run, SPLIT.value, mode="gated", measure=measure, theta=theta)
+        points.append({
+            "quantile": quantile, "theta": theta, "nll": float(result["nll"].mean()),
+            "cost": cost_of(result, costs), "hard": float(result["hard"].mean()),
+        })
+    return {"curve": curve, "gain": gain, "frontier": points}
+
+
+def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Curves and points of several seeds, averaged place by place."""
+    curve = {
+        key: np.mean([r["curve"][key] for r in results], axis=0) for key in results[0]["curve"]
+    }
+    points = [
+        {key: float(np.mean([p[key] for p in same])) for key in same[0]}
+        for same in zip(*(r["frontier"] for r in results))
+    ]
+    return {"curve": curve, "frontier": points}
+
+
+COLUMNS = [
+    analysis.Column("name", "controller, measure"),
+    analysis.Column("seeds", "seeds", "d"),
+    analysis.Column("gain", "gain over random"),
+    analysis.Column("harm", "mean harm", "+.4f", "hard - soft, nats per token"),
+    analysis.Column("best_nll", "least nats", ".4f", "of the gated points"),
+    analysis.Column("best_cost", "at cost", ".1%"),
+    analysis.Column("hard_nll", "all hard, nats", ".4f"),
+    analysis.Column("hard_cost", "at cost ", ".1%"),
+]
+
+
+def main() -> None:
+    with common.user_mistakes():
+        runs = [open_run(path) for path in RUNS.value]
+        for run in runs:
+            if run.config.controller.name == "fixed":
+                raise ValueError(f"runs: expected runs that route, got {str(run.path)!r}.")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        name = run.config.controller.name
+        for measure in UNCERTAINTIES if name in WITH_POSTERIOR else ("entropy",):
+            print(f"{run.path}: {measure}", flush=True)
+            found.setdefault(f"{name}, {measure}", []).append(study(run, measure))
+    rows, means = [], {name: averaged(results) for name, results in found.items()}
+    for name, results in found.items():
+        gains = [r["gain"] for r in results if r["gain"] is not None]
+        mean, half = interval(gains) if gains else (float("nan"), float("nan"))
+        points = means[name]["frontier"]
+        best = min(points, key=lambda p: p["nll"])
+        rows.append({
+            "name": name,
+            "seeds": len(results),
+            "gain": f"{analysis.format_value(mean, '.1%')} ± {analysis.format_value(half, '.1%')}",
+            "harm": float(np.mean([r["curve"]["random"] for r in results])),
+            "best_nll": best["nll"], "best_cost": best["cost"],
+            "hard_nll": points[-1]["nll"], "hard_cost": points[-1]["cost"],
+        })
+    out = pathlib.Path(OUT.value)
+    print(analysis.terminal_table(rows, COLUMNS))
+    analysis.write_text(out / "table.md", analysis.markdown_table(rows, COLUMNS))
+    analysis.write_json(out / "rows.json", {"rows": rows, "studies": found})
+    analysis.save(risk_coverage_figure({n: m["curve"] for n, m in means.items()}), out / "risk.png")
+    analysis.save(frontier_figure({n: m["frontier"] for n, m in means.items()}), out / "frontier.png")
+    print(f"pictures: {out}/risk.png, {out}/frontier.png")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,147 @@
+"""Numbers about numbers: intervals over seeds, how routing meets the truth, what uncertainty finds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+
+LEVEL = 0.95
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half-width of the 95 % interval) by Student's t over independent seeds.
+
+    One value has no interval: its half-width is NaN.
+
+    Raises:
+      ValueError: no values.
+    """
+    x = np.asarray(values, np.float64)
+    if not x.size:
+        raise ValueError("values: expected at least one, got none.")
+    if x.size == 1:
+        return float(x[0]), math.nan
+    error = x.std(ddof=1) / math.sqrt(x.size)
+    return float(x.mean()), float(stats.t.ppf(0.5 + LEVEL / 2, x.size - 1) * error)
+
+
+def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float]:
+    """`interval` of the differences value - baseline over the seeds that both have.
+
+    Raises:
+      ValueError: no common seed.
+    """
+    common = sorted(values.keys() & baseline.keys())
+    if not common:
+        raise ValueError(
+            f"seeds: expected some in common, got {sorted(values)} and {sorted(baseline)}."
+        )
+    return interval([values[seed] - baseline[seed] for seed in common])
+
+
+def auroc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> float:
+    """P(score of a positive > score of a negative) + P(equal) / 2; NaN without either of them.
+
+    The Mann-Whitney statistic, by mid-ranks.
+    """
+    positive = np.asarray(positive, bool)
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return math.nan
+    ranks = stats.rankdata(np.asarray(scores, np.float64))
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def routing_truth(
+    mean: Float[np.ndarray, "layer token mechanism"],
+    route: Int[np.ndarray, "layer token"],
+    kind: Int[np.ndarray, "token"],
+    *,
+    mechanism: int,
+    needed: int,
+) -> list[dict[str, float]]:
+    """How each layer's use of a mechanism meets the tokens of the kind that needs it.
+
+    Args:
+      mean: E pi of every token.
+      route: k* of every token.
+      kind: of every token.
+      mechanism: index of the mechanism.
+      needed: the kind that needs it.
+
+    Returns:
+      Per layer: precision P(kind | k* is the mechanism) (NaN if never used), recall
+      P(k* is the mechanism | kind), and auroc of E pi_mechanism for the kind.
+    """
+    truth = np.asarray(kind) == needed
+    rows = []
+    for layer_mean, layer_route in zip(mean, route, strict=True):
+        used = np.asarray(layer_route) == mechanism
+        both = float((used & truth).sum())
+        rows.append({
+            "precision": both / used.sum() if used.any() else math.nan,
+            "recall": both / truth.sum() if truth.any() else math.nan,
+            "auroc": auroc(layer_mean[:, mechanism], truth),
+        })
+    return rows
+
+
+def oracle_cost(
+    kind_tokens: Sequence[float], true_costs: Sequence[float], *, cheapest: float, layers: int
+) -> float:
+    """Cost of routing by the truth: one layer gives every kind its mechanism, the others the cheapest.
+
+        (sum_kind share(kind) c(true mechanism) + (L - 1) min c) / L
+    """
+    share = np.asarray(kind_tokens, np.float64) / np.sum(kind_tokens)
+    return float((share @ np.asarray(true_costs) + (layers - 1) * cheapest) / layers)
+
+
+def mutual_information(counts: Float[np.ndarray, "kind mechanism"]) -> float:
+    """I(route; kind) in nats from joint counts: 0 if routes know nothing of the kind."""
+    joint = np.asarray(counts, np.float64)
+    joint = joint / joint.sum()
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    seen = joint > 0
+    return float(np.sum(joint[seen] * np.log(joint[seen] / independent[seen])))
+
+
+def risk_coverage(
+    score: Float[np.ndarray, "token"], harm: Float[np.ndarray, "token"], points: int = 101
+) -> dict[str, Any]:
+    """Mean harm of the least uncertain share of the tokens, over the share.
+
+    Tokens enter in order of rising score (those of equal score together, at their mean harm), so a
+    measure that knows where it hurts keeps the curve low until the end. Random order is flat.
+
+    Args:
+      score: u of every token; higher is hardened later.
+      harm: what hardening the token costs, nats.
+      points: of the curve.
+
+    Returns:
+      coverage and risk [points]; area, the mean of the risk over all coverages; random, the mean
+      harm; best, the area of the order by harm itself.
+    """
+    score, harm = np.asarray(score, np.float64), np.asarray(harm, np.float64)
+
+    def curve(order_by):
+        order = np.argsort(order_by, kind="stable")
+        _, group = np.unique(order_by, return_inverse=True)
+        tied = np.bincount(group, harm) / np.bincount(group)
+        return np.cumsum(tied[group][order]) / np.arange(1, harm.size + 1)
+
+    risk = curve(score)
+    at = np.clip(np.round(np.linspace(0, 1, points) * harm.size).astype(int) - 1, 0, None)
+    return {
+        "coverage": np.linspace(0, 1, points).tolist(),
+        "risk": risk[at].tolist(),
+        "area": float(risk.mean()),
+        "random": float(harm.mean()),
+        "best": float(curve(harm).mean()),
+    }

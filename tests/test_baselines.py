@@ -1,0 +1,205 @@
+"""Controllers to compare with, each against its own equation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import smoke
+from meta_attention_jax.controller import CONTROLLERS, make_controller, preference_mean
+from meta_attention_jax.objective import apply_sums, objective
+from meta_attention_jax.training import build
+from meta_attention_jax.training.step import init_state, routing_hypers
+from meta_attention_jax.types import RoutingHypers
+
+B, T, D, K = 3, 8, 6, 3
+COSTS = np.array([1.0, 0.15, 0.3])
+LEARNED = tuple(name for name in CONTROLLERS if name != "fixed")
+HYPERS = RoutingHypers(
+    strength=jnp.float32(2.0),
+    preference=jnp.float32(0.3),
+    costs=jnp.float32(COSTS),
+    threshold=jnp.float32(0.0),
+    entropy_bonus=jnp.float32(0.2),
+    temperature=jnp.float32(0.7),
+)
+SEGMENTS = jnp.asarray(np.arange(T)[None] < np.array([[8], [5], [3]]), jnp.int32)
+
+
+def call(name, params=None, x=None, keys=None, hypers=HYPERS):
+    """(routing, parameters); random parameters unless given."""
+    module = make_controller(name, num_mechanisms=K, hidden=8)
+    x = jax.random.normal(jax.random.key(0), (B, T, D)) if x is None else x
+    given = dict(
+        residual=x, positions=jnp.tile(jnp.arange(T)[None], (B, 1)), segment_ids=SEGMENTS,
+        hypers=hypers,
+    )
+    if params is None:
+        params = module.init(jax.random.key(1), x, **given)
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(2), leaf.shape), params
+        )
+    return module.apply(params, x, keys=keys, **given), params
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_routing_is_on_the_simplex_and_depends_on_its_own_token_alone(name):
+    keys = jax.random.split(jax.random.key(3), B)
+    for given in (None, keys):
+        routing, _ = call(name, keys=given)
+        for weights in (routing.mean, routing.weights):
+            np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
+            assert np.all(np.asarray(weights) >= -1e-6)
+
+    def of_token(x):
+        routing, _ = call(name, x=x, keys=keys)
+        return jnp.stack([routing.mean, routing.weights])[:, 0, 4]
+
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    jacobian = np.asarray(jax.jacobian(of_token)(x))
+    others = np.ones((B, T), bool)
+    others[0, 4] = False
+    assert np.all(jacobian[..., others, :] == 0.0) and np.any(jacobian[..., 0, 4, :] != 0.0)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_starts_from_what_it_knows(name):
+    """W_2 = 0: the prior mean where there is a prior, else all alike."""
+    module = make_controller(name, num_mechanisms=K, hidden=8, posterior="mean_strength")
+    x = jax.random.normal(jax.random.key(0), (B, T, D))
+    given = dict(residual=x, positions=jnp.zeros((B, T), jnp.int32), segment_ids=SEGMENTS,
+                 hypers=HYPERS)
+    routing = module.apply(module.init(jax.random.key(1), x, **given), x, **given)
+    prior = preference_mean(HYPERS.costs, HYPERS.preference)
+    expected = prior if name in ("bayesian", "bayesian_mean", "softmax_kl") else np.full(K, 1 / K)
+    np.testing.assert_allclose(routing.mean, np.broadcast_to(expected, (B, T, K)), atol=1e-5)
+    assert np.max(np.abs(routing.kl)) < 1e-5
+
+
+def test_softmax_kl_is_the_categorical_kl_to_the_prior_mean():
+    routing, _ = call("softmax_kl")
+    mean = np.float64(routing.mean)
+    prior = np.float64(preference_mean(HYPERS.costs, HYPERS.preference))
+    expected = stats.entropy(mean, np.broadcast_to(prior, mean.shape), axis=-1)
+    np.testing.assert_allclose(routing.kl, expected, atol=1e-5)
+    assert routing.penalty is None and routing.concentration is None
+    stronger = call("softmax_kl", hypers=HYPERS.replace(strength=jnp.float32(50.0)))[0]
+    np.testing.assert_allclose(stronger.mean, routing.mean, atol=1e-6)
+
+
+def test_bayesian_mean_is_the_posterior_without_its_sample():
+    keys = jax.random.split(jax.random.key(3), B)
+    sampled, params = call("bayesian", keys=keys)
+    mean, _ = call("bayesian_mean", params=params, keys=keys)
+    np.testing.assert_array_equal(mean.weights, mean.mean)
+    for field in ("mean", "kl", "concentration", "uncertainty"):
+        np.testing.assert_array_equal(getattr(mean, field), getattr(sampled, field))
+    assert np.max(np.abs(sampled.weights - mean.weights)) > 0.05
+
+
+def test_cost_penalty_is_expected_cost_less_the_bonus():
+    routing, _ = call("cost_penalty")
+    mean = np.float64(routing.mean)
+    expected = mean @ COSTS - 0.2 * stats.entropy(mean, axis=-1)
+    np.testing.assert_allclose(routing.penalty, expected, atol=1e-6)
+    assert not np.any(routing.kl)
+
+
+def test_switch_is_the_load_balance_of_every_sequence():
+    routing, _ = call("switch")
+    mean, real = np.float64(routing.mean), np.asarray(SEGMENTS) != 0
+    for row in range(B):
+        p = mean[row][real[row]]
+        share = np.bincount(p.argmax(-1), minlength=K) / len(p)
+        balance = len(p) * K * np.sum(share * p.mean(0))
+        assert np.isclose(np.sum(routing.penalty[row][real[row]]), balance, rtol=1e-5)
+
+
+def test_switch_moves_weight_from_the_busy_mechanism_to_the_idle_ones():
+    """Descent on the penalty lowers the largest share; at equal use the penalty is 1 a token."""
+    _, params = call("switch")
+    params["params"]["mlp"]["output"]["bias"] = jnp.array([0.0, 2.0, 0.0])
+
+    def total(params):
+        return jnp.sum(call("switch", params=params)[0].penalty)
+
+    gradient = jax.grad(total)(params)["params"]["mlp"]["output"]["bias"]
+    assert gradient[1] > 0 and gradient[0] < 0 and gradient[2] < 0
+    assert total(params) > np.asarray(SEGMENTS).sum()
+
+
+def test_gumbel_trains_with_hard_samples_of_the_softmax():
+    """One-hot exactly, with the frequencies of softmax(f) at every temperature."""
+    draws = 4000
+    module = make_controller("gumbel", num_mechanisms=K, hidden=8)
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    keys = jax.random.split(jax.random.key(0), (1, draws))
+    for temperature in (0.2, 3.0):
+        hypers = HYPERS.replace(temperature=jnp.float32(temperature))
+        weights = module.training_weights(jnp.tile(logits, (1, draws, 1)), hypers, keys)[0]
+        assert set(np.unique(weights)) == {0.0, 1.0}
+        error = 4 * 0.5 / np.sqrt(draws)
+        np.testing.assert_allclose(np.mean(weights, 0), [0.5, 0.3, 0.2], atol=error)
+
+
+def test_gumbel_gradient_is_that_of_the_relaxed_sample():
+    module = make_controller("gumbel", num_mechanisms=K, hidden=8)
+    logits = jax.random.normal(jax.random.key(1), (1, 5, K))
+    keys = jax.random.split(jax.random.key(2), (1, 5))
+    target = jax.random.normal(jax.random.key(3), (1, 5, K))
+
+    def straight_through(logits):
+        return jnp.sum(module.training_weights(logits, HYPERS, keys) * target)
+
+    def relaxed(logits):
+        noise = jnp.stack([jax.random.gumbel(key, (K,)) for key in keys[0]])[None]
+        return jnp.sum(jax.nn.softmax((logits + noise) / 0.7, axis=-1) * target)
+
+    np.testing.assert_allclose(
+        jax.grad(straight_through)(logits), jax.grad(relaxed)(logits), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_array_equal(call("gumbel")[0].weights, call("gumbel")[0].mean)
+
+
+@functools.cache
+def setting(name):
+    config = smoke.get_config()
+    config.controller.name = name
+    config.model.num_layers = 1
+    dataset = build.build_dataset(config)
+    spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
+    batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
+    return spec, hypers, batch, init_state(spec, jax.random.key(0), batch, hypers)
+
+
+@pytest.mark.parametrize("name", ["softmax", "cost_penalty", "softmax_kl"])
+def test_the_objective_adds_the_penalty_times_beta(name):
+    spec, hypers, batch, state = setting(name)
+    sums = jax.jit(
+        lambda: apply_sums(spec.model, state.params, batch, hypers.routing, num_kinds=2)
+    )()
+    extra = objective(sums, jnp.float32(2.0)) - sums.nll
+    n = float(sums.tokens)
+    if name == "cost_penalty":  # At the start all weights are 1 / K.
+        expected = n * (COSTS.mean() - 0.1 * np.log(K))
+        assert float(sums.kl.sum()) == 0.0
+    else:
+        expected = 0.0
+    np.testing.assert_allclose(extra, 2.0 * expected, atol=1e-2)
+
+
+def test_temperature_falls_to_the_end_of_the_gate():
+    spec, hypers, _, state = setting("gumbel")
+    end = spec.schedule.gate.end
+
+    def at(step):
+        return float(routing_hypers(spec, state.replace(step=jnp.int32(step)), hypers).temperature)
+
+    np.testing.assert_allclose([at(0), at(end), at(end + 5)], [2.0, 0.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(at(end / 2), 1.0, rtol=0.3)
+    assert at(1) > at(2)
