@@ -2,7 +2,7 @@
 
 python -m experiments.train --config=configs/tiny_lm.py --workdir=runs/tiny_lm
 
-About a minute and a half on two CPU cores. Recorded (seed 0, jax 0.10.2, commit f83b147, `make demo`),
+About a minute and a half on two CPU cores. Recorded (seed 0, jax 0.10.2, commit 03ec59a, `make demo`),
 test split: 1.595 nats soft, 1.569 hard (2.263 bits/byte), projected cost 29.3 %, no token on full.
 prior-free: 1.539 hard. full-only: 1.578.
 """

@@ -77,16 +77,18 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> dict[str, float]:
     done = root / "chosen.json"
     if done.exists():
         return json.loads(done.read_text())["chosen"]
-    chosen: dict[str, float] = {}
-    tried_all = []
     base = arms.configured(config, arm)
-    for field, factors in arms.grids(arm):
-        section, name = field.split(".")
+    fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors)
+              for field, factors in arms.grids(arm)]
+    chosen = {field: float(value) for field, value, _ in fields}
+    tried_all = []
+    for field, start, factors in fields:
         tried = {}
         for factor in factors:
-            value = float(base[section][name] * factor)
+            value = float(start * factor)
             settings = {**chosen, field: value}
-            label = ",".join(f"{f.split('.')[1]}={v:.3g}" for f, v in settings.items())
+            # One directory per setting: what an earlier field has tried is not run again.
+            label = ",".join(f"{f.split('.')[1]}={v:.4g}" for f, v in settings.items())
             candidate = arms.configured(config, arm, seed=TUNING_SEED, **settings)
             if run_one(candidate, root / label) is None:
                 tried[value] = validation(root / label)

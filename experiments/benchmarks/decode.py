@@ -83,10 +83,11 @@ def main() -> None:
         costs=jnp.array([1.0, 0.15, 0.3]), threshold=jnp.float32(0.0),
     )
     params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), hypers=hypers)["params"]
-    rest = (1.0 - FRACTION.value) / 2
-    shares = [FRACTION.value, rest, rest]
-    route = np.random.default_rng(0).choice(3, size=(steps, LAYERS, batch), p=shares)
-    route = route.astype(np.int32)
+    size = steps * LAYERS * batch
+    full = round(FRACTION.value * size)
+    linear = (size - full) // 2
+    drawn = np.repeat(np.arange(3, dtype=np.int32), [full, linear, size - full - linear])
+    route = np.random.default_rng(0).permutation(drawn).reshape(steps, LAYERS, batch)
 
     fill = jax.jit(lambda key, like: jax.random.normal(key, like.shape, like.dtype))
     cache = jax.jit(model.init_cache, static_argnums=(0, 1))(batch, context)
