@@ -1,9 +1,9 @@
-"""`recall` with all three kinds of tokens: the truth of every route is known.
+"""`recall` with all kinds of tokens: the truth of every route is known.
 
 python -m experiments.ablation --config=configs/recall_oracle.py --workdir=runs/ablation-recall
 
-local tokens follow from the last few, recall tokens need full attention, aggregate tokens (the most
-frequent mark so far) are served by linear attention and not by a window.
+Recall tokens need full attention; aggregate tokens (the most frequent mark so far) are served by linear
+attention and not by two windows; tokens after answers and marks need a window; the rest needs nothing.
 """
 
 from configs import recall
@@ -12,9 +12,12 @@ from configs import recall
 def get_config():
     config = recall.get_config()
     config.name = "recall oracle"
+    config.data.sequence_length = 128
+    config.data.batch_size = 16
+    config.data.min_distance = 16  # two windows of 8 reach 15 tokens
+    config.data.query_rate = 0.15
     config.data.num_marks = 4
-    config.data.mark_rate = 0.15
-    config.data.mark_bias = 0.5
-    config.data.aggregate_rate = 0.08
-    config.data.query_rate = 0.2
+    config.data.mark_rate = 0.3
+    config.data.mark_bias = 0.2
+    config.data.aggregate_rate = 0.05
     return config

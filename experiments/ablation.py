@@ -5,12 +5,12 @@ python -m experiments.ablation --config=configs/recall.py --workdir=runs/ablatio
     [--shard=0/2] [--notune]
 
 1. For every arm, one field after the other is chosen on the validation split with a seed of its own
-   (`arms.grids`: learning rate, and what else the arm has): of the settings within 0.005 nats of the
-   best, hard, the cheapest. Written to `tune/<arm>/chosen.json`.
+   (`arms.grids`: learning rate, and what else the arm has) by its hard nats; in the end the cheapest
+   of all settings tried within 0.005 nats of the best. Written to `tune/<arm>/chosen.json`.
 2. Every arm is trained with every seed (`runs/<arm>/seed<k>`), and read on the test split once
    (`test.json` in the run directory).
 3. View `flops`: arms whose step costs less than the first arm's get steps in proportion
-   (`equal_flops/<arm>/seed<k>`).
+   (`equal_flops/<arm>/seed<k>`); those whose step costs the same stand there with the runs of 2.
 4. `table.md`, `table.csv`, `rows.json`: means with 95 % intervals, differences paired by seed.
 
 Each run is an ordinary run directory. Interrupted, start it again. Processes with --shard=i/n share
@@ -27,10 +27,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import arms, common
-from experiments.comparison import choose, parse_shard, write_tables
+from experiments.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
 from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.training import build
+from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.run import open_run
@@ -72,32 +73,59 @@ def validation(path: pathlib.Path) -> dict[str, float]:
     return {"nll": last["nll"], "cost": last["cost"]}
 
 
-def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> dict[str, float]:
-    """Settings of an arm, chosen on validation one field after the other; see `arms.grids`."""
+def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str, float]]:
+    """Settings of an arm, chosen on validation; None if all diverged.
+
+    One field after the other (`arms.grids`) is set to the value of the best hard nats; in the end the
+    cheapest of all settings tried that is within TOLERANCE of the best of them is taken.
+    """
     done = root / "chosen.json"
     if done.exists():
         return json.loads(done.read_text())["chosen"]
     base = arms.configured(config, arm)
     fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors)
               for field, factors in arms.grids(arm)]
-    chosen = {field: float(value) for field, value, _ in fields}
-    tried_all = []
+    best = {field: float(value) for field, value, _ in fields}
+    tried: dict[str, dict[str, Any]] = {}
     for field, start, factors in fields:
-        tried = {}
         for factor in factors:
-            value = float(start * factor)
-            settings = {**chosen, field: value}
-            # One directory per setting: what an earlier field has tried is not run again.
+            settings = {**best, field: float(start * factor)}
             label = ",".join(f"{f.split('.')[1]}={v:.4g}" for f, v in settings.items())
             candidate = arms.configured(config, arm, seed=TUNING_SEED, **settings)
-            if run_one(candidate, root / label) is None:
-                tried[value] = validation(root / label)
-                tried_all.append({"settings": settings, **tried[value]})
+            if label not in tried and run_one(candidate, root / label) is None:
+                tried[label] = {"settings": settings, **validation(root / label)}
         if not tried:
-            common.fail(f"{field}: expected a value in {root} that does not diverge, got none.")
-        chosen[field] = choose(tried)
-    analysis.write_json(done, {"chosen": chosen, "tried": tried_all})
+            return None
+        best = min(tried.values(), key=lambda result: result["nll"])["settings"]
+    chosen = choose(list(tried.values()))
+    analysis.write_json(done, {"chosen": chosen, "tried": list(tried.values())})
     return chosen
+
+
+def pin(root: pathlib.Path) -> None:
+    """Writes what all runs below `root` share, or checks that it is the same.
+
+    Raises:
+      ValueError: another comparison's directory.
+    """
+    shared = {
+        "config": config_to_dict(CONFIG.value),
+        "tune": TUNE.value,
+        "test_batches": TEST_BATCHES.value,
+        "reference": ARMS.value[0],
+        "tolerance": TOLERANCE,
+    }
+    path = root / "ablation.json"
+    if not path.exists():
+        if root.exists() and any(root.iterdir()):
+            raise ValueError(
+                f"workdir: expected a new directory or one of a comparison, got {str(root)!r}."
+            )
+        analysis.write_json(path, shared)
+        return
+    stored = json.loads(path.read_text())
+    for field, old, new in config_difference(stored, json.loads(json.dumps(shared))):
+        raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
 
 
 def measure(path: pathlib.Path) -> None:
@@ -108,15 +136,38 @@ def measure(path: pathlib.Path) -> None:
         )
 
 
-def flops_per_token(config: ConfigDict) -> float:
+def flops_per_token(config: ConfigDict, vocab_size: int) -> float:
     """Forward FLOPs per token of a training step in mode soft."""
-    vocab = build.build_dataset(config).vocab_size
-    flops = build.build_flops(config, vocab)
+    flops = build.build_flops(config, vocab_size)
     if config.controller.name != "fixed":
         return flops.dense
     pattern, layers = config.controller.fixed, config.model.num_layers
     ran = [pattern[i % len(pattern)] for i in range(layers)]
     return flops.routed({name: ran.count(name) / layers for name in set(ran)})
+
+
+def compare(arm: str, ratio: float, root: pathlib.Path) -> None:
+    """Tunes and trains one arm in all seeds and views; `ratio`: the reference's FLOPs over its own."""
+    chosen: Optional[dict[str, float]] = {}
+    if TUNE.value:
+        chosen = tune(CONFIG.value, arm, root / "tune" / arm)
+        if chosen is None:
+            print(f"{arm}: every setting diverged")
+            return
+    steps = {"runs": CONFIG.value.train.steps}
+    if "flops" in VIEWS.value:
+        if abs(ratio - 1.0) <= SAME_FLOPS:
+            analysis.write_text(root / "equal_flops" / arm / SAME, "")
+        else:
+            steps["equal_flops"] = round(CONFIG.value.train.steps * ratio)
+            if "tokens" not in VIEWS.value:
+                del steps["runs"]
+    for folder, count in steps.items():
+        for seed in range(SEEDS.value):
+            path = root / folder / arm / f"seed{seed}"
+            changes = {**chosen, "seed": seed, "train.steps": count}
+            if run_one(arms.configured(CONFIG.value, arm, **changes), path) is None:
+                measure(path)
 
 
 def main() -> None:
@@ -125,22 +176,21 @@ def main() -> None:
         index, number = parse_shard(SHARD.value)
         if unknown := set(VIEWS.value) - {"tokens", "flops"}:
             raise ValueError(f"views: expected tokens or flops, got {sorted(unknown)[0]!r}.")
-        for arm in ARMS.value:
-            build.check(arms.configured(CONFIG.value, arm))
-        reference = flops_per_token(arms.configured(CONFIG.value, ARMS.value[0]))
+        if not ARMS.value or len(set(ARMS.value)) != len(ARMS.value):
+            raise ValueError(f"arms: expected distinct names, at least one, got {ARMS.value}.")
+        if CONFIG.value.prior.costs == "measured":
+            raise ValueError(
+                "prior.costs: expected costs that are the same for all runs, got 'measured'."
+            )
+        configs = {arm: arms.configured(CONFIG.value, arm) for arm in ARMS.value}
+        for config in configs.values():
+            build.check(config)
+        vocab_size = build.build_dataset(configs[ARMS.value[0]]).vocab_size
+        pin(root)
+    flops = {arm: flops_per_token(config, vocab_size) for arm, config in configs.items()}
     for arm in ARMS.value[index::number]:
         print(f"\n{arm}")
-        chosen = tune(CONFIG.value, arm, root / "tune" / arm) if TUNE.value else {}
-        settings = [("runs", CONFIG.value.train.steps)] if "tokens" in VIEWS.value else []
-        ratio = reference / flops_per_token(arms.configured(CONFIG.value, arm))
-        if "flops" in VIEWS.value and abs(ratio - 1.0) > SAME_FLOPS:
-            settings.append(("equal_flops", round(CONFIG.value.train.steps * ratio)))
-        for folder, steps in settings:
-            for seed in range(SEEDS.value):
-                path = root / folder / arm / f"seed{seed}"
-                changes = {**chosen, "seed": seed, "train.steps": steps}
-                if run_one(arms.configured(CONFIG.value, arm, **changes), path) is None:
-                    measure(path)
+        compare(arm, flops[ARMS.value[0]] / flops[arm], root)
     write_tables(root, ARMS.value)
 
 

@@ -1,4 +1,9 @@
-"""The arms that are compared: a name stands for overrides of any config."""
+"""The arms that are compared: a name stands for overrides of any config.
+
+    bayesian, prior-free, ...   a controller (`NAMED`)
+    full-only, local+full, ...  one mechanism, or a fixed pattern over the layers, repeated
+    bayesian@soft, ...          the same without a gate: no token is hardened in training
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR
+from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR, WITH_PRIOR
 
 NAMED: dict[str, dict[str, Any]] = {
     **{name: {"controller.name": name} for name in CONTROLLERS if name != "fixed"},
@@ -14,27 +19,43 @@ NAMED: dict[str, dict[str, Any]] = {
     "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
 }
 del NAMED["softmax"]  # It goes by what it lacks.
+SOFT = "@soft"
 
 WITH_PENALTY = (*WITH_POSTERIOR, "softmax_kl", "cost_penalty", "switch")
 """Arms whose objective has a term weighed by beta."""
 
 DEFAULT = (
     "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "cost_penalty", "switch", "gumbel",
-    "full-only", "local+full", "full+local", "linear+full", "full+linear", "local",
+    "full-only", "local+full", "full+local", "linear+full", "full+linear", "local", "linear",
+    "bayesian@soft", "prior-free@soft",
 )
 
 
-def overrides(arm: str, mechanisms: tuple[str, ...] = ("full", "linear", "local")) -> dict[str, Any]:
-    """Overrides of an arm: one of `NAMED`, or a fixed pattern of mechanisms over the layers, such as
-    "local+local+full", repeated.
+def controller_of(arm: str) -> str:
+    """Name of the arm's controller."""
+    return overrides(arm)["controller.name"]
+
+
+def overrides(
+    arm: str,
+    mechanisms: tuple[str, ...] = ("full", "linear", "local"),
+    num_layers: int | None = None,
+) -> dict[str, Any]:
+    """Overrides of an arm; see the module.
 
     Raises:
-      ValueError: neither of these.
+      ValueError: unknown, or a pattern that does not go into num_layers.
     """
+    if arm.endswith(SOFT) and arm.removesuffix(SOFT) in NAMED and arm != "full-only" + SOFT:
+        return {**NAMED[arm.removesuffix(SOFT)], "gate.kind": "none"}
     if arm in NAMED:
         return NAMED[arm]
     pattern = tuple(arm.split("+"))
     if set(pattern) <= set(mechanisms):
+        if num_layers is not None and num_layers % len(pattern):
+            raise ValueError(
+                f"arms: expected a pattern whose length divides the {num_layers} layers, got {arm!r}."
+            )
         return {"controller.name": "fixed", "controller.fixed": pattern}
     raise ValueError(
         f"arms: expected some of {tuple(NAMED)} or patterns of {mechanisms} such as 'local+full', "
@@ -45,7 +66,8 @@ def overrides(arm: str, mechanisms: tuple[str, ...] = ("full", "linear", "local"
 def configured(config: ConfigDict, arm: str, **changes: Any) -> ConfigDict:
     """A copy of the config with an arm's controller, then the dotted changes."""
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(overrides(arm, tuple(config.model.mechanisms)))
+    own = overrides(arm, tuple(config.model.mechanisms), config.model.num_layers)
+    config.update_from_flattened_dict(own)
     config.update_from_flattened_dict(changes)
     config.name = f"{config.name} {arm}"
     return config
@@ -54,14 +76,21 @@ def configured(config: ConfigDict, arm: str, **changes: Any) -> ConfigDict:
 def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     """What is chosen for an arm, one field after the other: (field, factors of its value).
 
-    Everybody's learning rate; beta of those with a penalty; strength and preference of those with a
-    Dirichlet prior, preference alone of the categorical one.
+    Everybody's learning rate; beta of those with a penalty; strength of those with a Dirichlet prior
+    and preference of those with any; rho of `cost_penalty`, the temperature of `gumbel`. The
+    prior-free router, `switch` and fixed patterns have no more to choose: tables say how many settings
+    an arm has tried.
     """
+    name = controller_of(arm)
     fields = [("optimizer.learning_rate", (0.5, 1.0, 2.0))]
-    if arm in WITH_PENALTY:
+    if name in WITH_PENALTY:
         fields.append(("objective.beta", (1 / 3, 1.0, 3.0)))
-    if arm in WITH_POSTERIOR:
+    if name in WITH_POSTERIOR:
         fields.append(("prior.strength", (0.5, 1.0, 4.0)))
-    if arm in (*WITH_POSTERIOR, "softmax_kl"):
+    if name in WITH_PRIOR:
         fields.append(("prior.preference", (0.3, 1.0)))
+    if name == "cost_penalty":
+        fields.append(("controller.entropy_bonus", (0.3, 1.0, 3.0)))
+    if name == "gumbel":
+        fields.append(("controller.temperature", (0.4, 1.0, 2.0)))
     return fields

@@ -14,31 +14,52 @@ from meta_attention_jax.analysis.statistics import interval, paired_interval
 TOLERANCE = 0.005
 """Nats within which a cheaper setting counts as equal."""
 
+SAME = "same_as_tokens"
+"""In `equal_flops/<arm>/`: the arm's step costs what the reference's does, its runs are those of
+equal tokens."""
+
 MEANS = {
     "nll_hard": ("nats hard", ".4f"),
     "nll_soft": ("nats soft", ".4f"),
+    "gap": ("gap", ".4f"),
+    "bits_per_byte": ("bits/byte", ".4f"),
     "cost": ("cost", ".1%"),
+    "oracle_cost": ("oracle cost", ".1%"),
     "routing_entropy": ("routing entropy", ".1%"),
     "usage_entropy": ("usage entropy", ".1%"),
+    "collapsed_layers": ("collapsed layers", ".1f"),
     "information": ("I(route; kind)", ".3f"),
     "auroc": ("AUROC full", ".3f"),
+    "precision": ("precision full", ".1%"),
+    "recall": ("recall full", ".1%"),
     "recall_accuracy": ("recall answered", ".1%"),
     "aggregate_accuracy": ("aggregates answered", ".1%"),
+    "predictive_1": ("S = 1", ".4f"),
+    "predictive_4": ("S = 4", ".4f"),
+    "predictive_16": ("S = 16", ".4f"),
+    "elbo": ("ELBO", ".4f"),
 }
+"""Scalars that are averaged over seeds: title and format. I(route; kind), AUROC, precision and recall
+are of the layer that does the recall, by the validation split."""
 
 
-def choose(tried: dict[float, dict[str, float]]) -> float:
-    """The cheapest value within TOLERANCE of the best nats; of equals in cost the better one."""
-    best = min(result["nll"] for result in tried.values())
-    near = {v: r for v, r in tried.items() if r["nll"] <= best + TOLERANCE}
-    return min(near, key=lambda v: (round(near[v]["cost"], 6), near[v]["nll"]))
+def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
+    """Of all settings tried, the cheapest within TOLERANCE of the best hard nats; of equals in cost
+    the better one. Dicts of `settings`, `nll`, `cost`."""
+    best = min(result["nll"] for result in tried)
+    near = [result for result in tried if result["nll"] <= best + TOLERANCE]
+    return min(near, key=lambda r: (round(r["cost"], 6), r["nll"]))["settings"]
 
 
 def collect(root: pathlib.Path) -> list[dict[str, Any]]:
     """One row per finished run below `root`, from the directories alone."""
     rows = []
     for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
-        for path in sorted((root / folder).glob("*/seed*/test.json")):
+        paths = sorted((root / folder).glob("*/seed*/test.json"))
+        if view == "flops":
+            for same in sorted((root / folder).glob(f"*/{SAME}")):
+                paths += sorted((root / "runs" / same.parent.name).glob("seed*/test.json"))
+        for path in paths:
             config = json.loads((path.parent / "config.json").read_text())
             rows.append({
                 "view": view,
@@ -54,14 +75,23 @@ def collect(root: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def diverged(root: pathlib.Path) -> dict[tuple[str, str], int]:
+    """(view, arm) -> runs that diverged."""
+    found: dict[tuple[str, str], int] = {}
+    for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
+        for path in (root / folder).glob("*/seed*.diverged"):
+            key = view, path.parent.name
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
 def flat(row: dict[str, Any]) -> dict[str, float]:
     """The scalars of a row that are averaged over seeds."""
-    values = {name: row.get(name) for name in ("nll_hard", "nll_soft", "cost", "routing_entropy",
-                                                "usage_entropy")}
-    if "information" in row:
-        values["information"] = max(row["information"])
-    if "truth" in row:
-        values["auroc"] = row["truth"]["auroc"]
+    values = {name: row.get(name) for name in MEANS if not isinstance(row.get(name), list)}
+    if "truth_layer" in row:
+        layer = row["truth_layer"]
+        values["information"] = row["information"][layer]
+        values |= {name: row["truth"][layer][name] for name in ("auroc", "precision", "recall")}
     for kind in ("recall", "aggregate"):
         values[f"{kind}_accuracy"] = row.get("accuracy", {}).get(kind)
     return {name: value for name, value in values.items() if value is not None}
@@ -83,8 +113,7 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
             if values:
                 line[name], line[f"{name}_pm"] = interval(values)
         for other in ("full-only", "prior-free"):
-            # In the view of equal FLOPs an arm that needs no run of its own stands as it is.
-            base = by_arm.get((view, other)) or by_arm.get(("tokens", other))
+            base = by_arm.get((view, other))
             if base and other != arm and base.keys() & seeds.keys():
                 for name in ("nll_hard", "cost"):
                     difference = paired_interval(
@@ -99,7 +128,7 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
 def with_interval(line: dict[str, Any], name: str, form: str) -> str:
     if name not in line:
         return analysis.format_value(None)
-    half = analysis.format_value(line[f"{name}_pm"], form)
+    half = analysis.format_value(line[f"{name}_pm"], form.lstrip("+"))
     return f"{analysis.format_value(line[name], form)} ± {half}"
 
 
@@ -108,13 +137,20 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
     rows = collect(root)
     analysis.write_json(root / "rows.json", rows)
     lines = table(rows, order)
+    lost = diverged(root)
+    for line in lines:
+        line["diverged"] = lost.get((line["view"], line["arm"]), 0)
+        chosen = root / "tune" / line["arm"] / "chosen.json"
+        if chosen.exists():
+            line["tried"] = len(json.loads(chosen.read_text())["tried"])
     names = {**MEANS}
     for other in ("full-only", "prior-free"):
         names[f"nll_hard_vs_{other}"] = (f"hard nats - {other}'s", "+.4f")
         names[f"cost_vs_{other}"] = (f"cost - {other}'s", "+.1%")
     used = {name: how for name, how in names.items() if any(name in line for line in lines)}
     columns = [analysis.Column("view", "equal"), analysis.Column("arm", "arm"),
-               analysis.Column("seeds", "seeds", "d")]
+               analysis.Column("seeds", "seeds", "d"), analysis.Column("diverged", "diverged", "d"),
+               analysis.Column("tried", "settings tried", "d")]
     columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
     shown = [
         {**line, **{name: with_interval(line, name, form) for name, (_, form) in used.items()}}
@@ -133,6 +169,7 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
 
 def parse_shard(text: str) -> tuple[int, int]:
     index, _, number = text.partition("/")
-    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+    digits = index.isdecimal() and number.isdecimal() and text.isascii()
+    if not (digits and int(index) < int(number)):
         raise ValueError(f"shard: expected i/n with 0 <= i < n, got {text!r}.")
     return int(index), int(number)

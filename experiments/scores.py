@@ -15,6 +15,9 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.run import Run
 
 SAMPLES = (1, 4, 16)
+SAMPLED = ("bayesian", "gumbel")
+"""Controllers whose training mixes by samples; the ELBO is that of the first alone."""
+
 TOKEN_BATCHES = 8
 
 
@@ -23,8 +26,9 @@ def scores(
 ) -> dict[str, Any]:
     """Soft and hard nats, cost, entropies, what routes know of the kinds, ELBO and predictive nats.
 
-    Routes, cost and entropies are those of the hard run. `truth` (corpora that know it): of the layer
-    that finds the recall tokens best by AUROC.
+    Routes, cost and entropies are those of the hard run. `truth` (corpora that know it): how full
+    attention meets the recall tokens, by layer; `truth_layer` is the one that does the recall, by the
+    validation split.
     """
     parallel = Parallel("jit", jax.devices()[:1])
     evaluator = Evaluator(run.model, run.dataset, parallel)
@@ -35,7 +39,7 @@ def scores(
         sums = evaluator.sums(params, hypers, split=split, mode=mode, max_batches=max_batches)
         results[mode] = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
     soft, hard = results["soft"], results["hard"]
-    fixed = run.config.controller.name == "fixed"
+    name = run.config.controller.name
     out = {
         "split": split,
         "step": run.step,
@@ -59,33 +63,36 @@ def scores(
         out["accuracy"] = dict(zip(recall.KINDS, kinds["accuracy"]))
         out["accuracy_soft"] = dict(zip(recall.KINDS, soft["kinds"]["accuracy"]))
         costs = dict(zip(mechanisms, np.asarray(run.hypers.routing.costs).tolist()))
-        if set(recall.TRUE_MECHANISMS) <= set(mechanisms):
+        least = min(costs.values())
+        if len(kinds["tokens"]) == len(recall.KINDS) and {"full", "linear", "local"} <= set(costs):
             out["oracle_cost"] = statistics.oracle_cost(
                 kinds["tokens"],
-                [costs[name] for name in recall.TRUE_MECHANISMS[: len(kinds["tokens"])]],
-                cheapest=min(costs.values()),
+                [least if true is None else costs[true] for true in recall.TRUE_MECHANISMS],
+                cheapest=least,
                 layers=run.config.model.num_layers,
             )
-            out["truth"] = truth(run, split)
-    if not fixed:
+        if "full" in costs:
+            full = mechanisms.index("full")
+            out["truth"] = truth(run, split, full)
+            before = truth(run, "validation", full)
+            out["truth_layer"] = int(np.argmax([row["recall"] - row["other"] for row in before]))
+    if name in SAMPLED:
         for count in samples:
             sampled = evaluator.sampled(
                 params, hypers, split=split, samples=count, max_batches=max_batches
             )
-            out[f"predictive_{count}"], out["elbo"] = sampled["predictive"], sampled["elbo"]
+            out[f"predictive_{count}"] = sampled["predictive"]
+            if name == SAMPLED[0]:
+                out["elbo"] = sampled["elbo"]
     return out
 
 
-def truth(run: Run, split: str) -> dict[str, Any]:
-    """Precision, recall and AUROC of full attention for the recall tokens, in the layer whose AUROC
-    is largest, and the number of that layer."""
+def truth(run: Run, split: str, full: int) -> list[dict[str, float]]:
+    """`statistics.routing_truth` of full attention and the recall tokens, by layer."""
     arrays = token_arrays(
         run.model.clone(mode="hard"), run.dataset, run.params, run.hypers.routing,
         split=split, max_batches=TOKEN_BATCHES,
     )
-    rows = statistics.routing_truth(
-        arrays["mean"], arrays["route"], arrays["kind"],
-        mechanism=run.config.model.mechanisms.index("full"), needed=recall.KIND_QUERY,
+    return statistics.routing_truth(
+        arrays["mean"], arrays["route"], arrays["kind"], mechanism=full, needed=recall.KIND_QUERY
     )
-    layer = int(np.argmax([row["auroc"] for row in rows]))
-    return {"layer": layer, **rows[layer]}

@@ -1,12 +1,16 @@
 """Does uncertainty mean anything? Risk-coverage of each measure, and the frontier of gated mode.
 
-python -m experiments.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty [--split=test]
+python -m experiments.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty
 
-Harm of a token: its nats with all tokens hard less its nats with all tokens soft. `risk`: mean harm of
-the tokens hardened so far, in order of rising uncertainty (mean over layers); `gain`: how much of the
-way from random order to the order by harm itself a measure goes. Frontier: gated mode at thetas that
-are quantiles of u on the validation split; a soft token costs the sum of all mechanisms. Runs of one
-controller (seeds) are averaged. Writes `table.md`, `rows.json`, `risk.png`, `frontier.png`.
+Harm of a token: its nats with all tokens hard less its nats with all tokens soft, so it contains what
+hardening the tokens before has changed in the keys of later layers. `gain`: how much of the way from
+random order to the order by harm itself a measure goes, hardening tokens in order of rising u (mean
+over layers). Frontier: gated mode at thetas that are quantiles of u on the validation split; a soft
+token costs the sum of all mechanisms. The best theta is chosen on validation and read on test.
+
+The question is about models that were trained soft (arms such as `bayesian@soft` of the ablation): a
+run that ends hard is off its training distribution when soft. Runs of one config name (seeds) are
+averaged. Writes `table.md`, `rows.json`, `risk.png`, `frontier.png`.
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ from meta_attention_jax.types import UNCERTAINTIES
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
 OUT = flags.DEFINE_string("out", None, "Where table and pictures go.")
-SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Which split.")
 BATCHES = flags.DEFINE_integer("batches", 16, "Batches of the split.", 1)
 flags.mark_flags_as_required(["runs", "out"])
 
@@ -50,24 +53,33 @@ def cost_of(result: dict[str, Any], costs: np.ndarray) -> float:
     return float(np.mean(np.where(result["hard"], costs[result["route"]], costs.sum())))
 
 
-def study(run: Run, measure: str) -> dict[str, Any]:
-    """Risk-coverage and frontier of one run by one measure."""
-    soft = arrays(run, SPLIT.value, mode="soft", measure=measure)
-    hard = arrays(run, SPLIT.value, mode="hard", measure=measure)
+def study(run: Run, measure: str, split: str, thetas: list[float]) -> dict[str, Any]:
+    """Risk-coverage and frontier of one run by one measure on one split."""
+    soft = arrays(run, split, mode="soft", measure=measure)
+    hard = arrays(run, split, mode="hard", measure=measure)
     curve = risk_coverage(soft["uncertainty"].mean(0), hard["nll"] - soft["nll"])
     possible = curve["random"] - curve["best"]
     gain = (curve["random"] - curve["area"]) / possible if possible > 0 else None
     costs = np.asarray(run.hypers.routing.costs)
-    u = arrays(run, "validation", mode="soft", measure=measure)["uncertainty"]
     points = []
-    for quantile in QUANTILES:
-        theta = float(np.quantile(u, quantile)) if 0 < quantile < 1 else quantile
-        result = arrays(run, SPLIT.value, mode="gated", measure=measure, theta=theta)
+    for theta in thetas:
+        result = arrays(run, split, mode="gated", measure=measure, theta=theta)
         points.append({
-            "quantile": quantile, "theta": theta, "nll": float(result["nll"].mean()),
+            "theta": theta, "nll": float(result["nll"].mean()),
             "cost": cost_of(result, costs), "hard": float(result["hard"].mean()),
         })
     return {"curve": curve, "gain": gain, "frontier": points}
+
+
+def both_splits(run: Run, measure: str) -> dict[str, Any]:
+    """The study on test, with the point that validation finds best (`best`) marked."""
+    u = arrays(run, "validation", mode="soft", measure=measure)["uncertainty"]
+    # theta = 0 means that nothing is hard, even where u is 0.
+    inner = [max(float(np.quantile(u, q)), 1e-9) for q in QUANTILES[1:-1]]
+    thetas = [0.0, *inner, 1.0]
+    seen = study(run, measure, "validation", thetas)
+    best = int(np.argmin([p["nll"] for p in seen["frontier"]]))
+    return {**study(run, measure, "test", thetas), "validation": seen, "best": best}
 
 
 def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,9 +97,10 @@ def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
 COLUMNS = [
     analysis.Column("name", "controller, measure"),
     analysis.Column("seeds", "seeds", "d"),
-    analysis.Column("gain", "gain over random"),
+    analysis.Column("gain_validation", "gain over random, validation", ".1%"),
+    analysis.Column("gain", "gain over random, test"),
     analysis.Column("harm", "mean harm", "+.4f", "hard - soft, nats per token"),
-    analysis.Column("best_nll", "least nats", ".4f", "of the gated points"),
+    analysis.Column("best_nll", "nats at best theta", ".4f", "chosen on validation, run by run"),
     analysis.Column("best_cost", "at cost", ".1%"),
     analysis.Column("hard_nll", "all hard, nats", ".4f"),
     analysis.Column("hard_cost", "at cost ", ".1%"),
@@ -96,28 +109,33 @@ COLUMNS = [
 
 def main() -> None:
     with common.user_mistakes():
+        if not RUNS.value:
+            raise ValueError("runs: expected at least one run directory, got none.")
         runs = [open_run(path) for path in RUNS.value]
         for run in runs:
             if run.config.controller.name == "fixed":
                 raise ValueError(f"runs: expected runs that route, got {str(run.path)!r}.")
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        name = run.config.controller.name
-        for measure in UNCERTAINTIES if name in WITH_POSTERIOR else ("entropy",):
+        posterior = run.config.controller.name in WITH_POSTERIOR
+        for measure in UNCERTAINTIES if posterior else ("entropy",):
             print(f"{run.path}: {measure}", flush=True)
-            found.setdefault(f"{name}, {measure}", []).append(study(run, measure))
+            found.setdefault(f"{run.config.name}, {measure}", []).append(both_splits(run, measure))
     rows, means = [], {name: averaged(results) for name, results in found.items()}
     for name, results in found.items():
         gains = [r["gain"] for r in results if r["gain"] is not None]
         mean, half = interval(gains) if gains else (float("nan"), float("nan"))
         points = means[name]["frontier"]
-        best = min(points, key=lambda p: p["nll"])
+        chosen = [r["frontier"][r["best"]] for r in results]
+        before = [g for r in results if (g := r["validation"]["gain"]) is not None]
         rows.append({
             "name": name,
             "seeds": len(results),
             "gain": f"{analysis.format_value(mean, '.1%')} ± {analysis.format_value(half, '.1%')}",
             "harm": float(np.mean([r["curve"]["random"] for r in results])),
-            "best_nll": best["nll"], "best_cost": best["cost"],
+            "gain_validation": float(np.mean(before)) if before else None,
+            "best_nll": float(np.mean([p["nll"] for p in chosen])),
+            "best_cost": float(np.mean([p["cost"] for p in chosen])),
             "hard_nll": points[-1]["nll"], "hard_cost": points[-1]["cost"],
         })
     out = pathlib.Path(OUT.value)

@@ -18,6 +18,7 @@ import pytest
 
 from meta_attention_jax.generation import generate
 from meta_attention_jax.training.run import open_run
+from meta_attention_jax.types import UNCERTAINTIES
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.eval_every=4",
@@ -183,6 +184,18 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     ):
         check_mistake(command("train", f"--workdir={tmp_path}/new", *SMOKE, *flags), sentence)
     assert not (tmp_path / "new").exists()
+
+    study = tmp_path / "study"
+    shown = check_success(command("uncertainty", f"--runs={run}", f"--out={study}", "--batches=1"))
+    studies = json.loads((study / "rows.json").read_text())["studies"]
+    assert {name.split(", ")[1] for name in studies} == set(UNCERTAINTIES)
+    for [found] in studies.values():
+        ends = found["frontier"][0], found["frontier"][-1]
+        assert [p["hard"] for p in ends] == [0.0, 1.0]
+        assert ends[0]["cost"] == pytest.approx(1.45) and ends[1]["cost"] <= 1.0
+        assert found["curve"]["random"] == pytest.approx(ends[1]["nll"] - ends[0]["nll"], abs=1e-5)
+    assert (study / "risk.png").stat().st_size > 10_000 and "risk.png" in shown
+    check_mistake(command("uncertainty", "--runs=", f"--out={study}"), "runs: expected at least one")
 
     prompt = "k3=v1 k1=v2 c0 ?k1"
     text = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",

@@ -54,7 +54,7 @@ def test_routing_truth_by_counting():
     mean = np.zeros((2, 6, 2))
     mean[0, :, 0] = [0.3, 0.9, 0.6, 0.1, 0.2, 0.2]
     first, second = statistics.routing_truth(mean, route, kind, mechanism=0, needed=1)
-    assert first == {"precision": 0.5, "recall": 0.5, "auroc": 1.0}
+    assert first == {"precision": 0.5, "recall": 0.5, "other": 0.25, "auroc": 1.0}
     assert math.isnan(second["precision"]) and second["recall"] == 0.0 and second["auroc"] == 0.5
 
 
@@ -77,3 +77,5 @@ def test_risk_coverage():
     np.testing.assert_allclose(blind["risk"], 1.0)
     wrong = statistics.risk_coverage(-harm, harm)
     assert wrong["area"] > 1.0
+    with pytest.raises(ValueError, match="score: expected one number per token"):
+        statistics.risk_coverage(np.zeros(0), np.zeros(0))

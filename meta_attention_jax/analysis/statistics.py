@@ -76,7 +76,8 @@ def routing_truth(
 
     Returns:
       Per layer: precision P(kind | k* is the mechanism) (NaN if never used), recall
-      P(k* is the mechanism | kind), and auroc of E pi_mechanism for the kind.
+      P(k* is the mechanism | kind), other P(k* is the mechanism | another kind), and auroc of
+      E pi_mechanism for the kind.
     """
     truth = np.asarray(kind) == needed
     rows = []
@@ -86,6 +87,7 @@ def routing_truth(
         rows.append({
             "precision": both / used.sum() if used.any() else math.nan,
             "recall": both / truth.sum() if truth.any() else math.nan,
+            "other": float(used[~truth].mean()) if not truth.all() else math.nan,
             "auroc": auroc(layer_mean[:, mechanism], truth),
         })
     return rows
@@ -97,6 +99,8 @@ def oracle_cost(
     """Cost of routing by the truth: one layer gives every kind its mechanism, the others the cheapest.
 
         (sum_kind share(kind) c(true mechanism) + (L - 1) min c) / L
+
+    Of the routings that give every token what it needs, none is cheaper.
     """
     share = np.asarray(kind_tokens, np.float64) / np.sum(kind_tokens)
     return float((share @ np.asarray(true_costs) + (layers - 1) * cheapest) / layers)
@@ -129,6 +133,10 @@ def risk_coverage(
       harm; best, the area of the order by harm itself.
     """
     score, harm = np.asarray(score, np.float64), np.asarray(harm, np.float64)
+    if score.shape != harm.shape or not score.size:
+        raise ValueError(
+            f"score: expected one number per token, like harm {harm.shape}, got {score.shape}."
+        )
 
     def curve(order_by):
         order = np.argsort(order_by, kind="stable")

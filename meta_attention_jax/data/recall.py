@@ -28,12 +28,14 @@ import math
 import numpy as np
 from jaxtyping import Float, Int
 
-KIND_OTHER, KIND_QUERY, KIND_AGGREGATE = 0, 1, 2
-KINDS = ("local", "recall", "aggregate")
-"""Names of the kinds of tokens, by what it takes to predict the next one."""
+KIND_OTHER, KIND_QUERY, KIND_AGGREGATE, KIND_LOCAL = 0, 1, 2, 3
+KINDS = ("other", "recall", "aggregate", "local")
+"""Names of the kinds of tokens, by what it takes to predict the next one. With marks, `other` needs
+nothing but the token itself (fillers, and the head, whose next token is random); without, it holds the
+local ones too."""
 
-TRUE_MECHANISMS = ("local", "full", "linear")
-"""The cheapest mechanism that suffices for each kind."""
+TRUE_MECHANISMS = (None, "full", "linear", "local")
+"""The cheapest mechanism that suffices for each kind; None for any."""
 
 Uniforms = Float[np.ndarray, "rows draws"]
 Sample = tuple[Int[np.ndarray, "rows length+1"], Int[np.ndarray, "rows length"]]
@@ -135,7 +137,7 @@ class RecallConfig:
     @property
     def num_kinds(self) -> int:
         """Kinds of tokens in use."""
-        return 3 if self.num_marks else 2
+        return 4 if self.num_marks else 2
 
     @property
     def ask_rate(self) -> float:
@@ -190,7 +192,8 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
     Returns:
       tokens: [rows, T + 1], inputs and targets overlapping by T - 1.
       kind: [rows, T]; KIND_QUERY or KIND_AGGREGATE where the input is a query, so that its target is
-        the answer.
+        the answer. With marks, KIND_LOCAL where the input is an answer or a mark, after which the
+        grammar goes on from a filler further back; else KIND_OTHER.
 
     Raises:
       ValueError: `length` leaves no room for a query.
@@ -249,6 +252,8 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
     tokens = np.concatenate([keys * config.num_values + values, text], axis=1).astype(np.int32)
     kind = np.full((len(tokens), length), KIND_OTHER, np.int32)
     kinds = np.where(aggregate, KIND_AGGREGATE, np.where(ask, KIND_QUERY, KIND_OTHER))
+    if config.num_marks:
+        kinds = np.where(answer | mark, KIND_LOCAL, kinds)
     kind[:, pairs:] = kinds[:, :-1]
     return tokens, kind
 
@@ -266,8 +271,8 @@ def entropy_floor(config: RecallConfig, length: int) -> float:
 
     summed over the targets t = 1 .. T and divided by T. With marks (rate mu, aggregate queries sigma)
     the coin has four sides, a mark takes the place of a filler, and the k-th mark of a sequence adds
-    h_k, its entropy given the k - 1 before: a mean over simulated sequences, whose standard error is
-    below 1e-3 nats per mark.
+    h_k, its entropy given the k - 1 before: a mean over simulated sequences, with a standard error of
+    about 2e-3 nats per mark, and so of some 1e-4 of the floor.
 
     Raises:
       ValueError: `length` leaves no room for a query.

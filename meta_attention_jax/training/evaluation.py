@@ -192,31 +192,9 @@ def token_arrays(
       [layer token]; concentration [layer token mechanism] where there is one.
     """
 
-    @jax.jit
-    def step(params: Any, batch: Batch, hypers: RoutingHypers) -> tuple[dict, dict]:
-        output = model.apply(
-            {"params": params},
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            hypers=hypers,
-        )
-        routing = output.routing
-        tokens = dict(
-            nll=token_nll(output.logits, batch.targets),
-            correct=jnp.argmax(output.logits, axis=-1) == batch.targets,
-        )
-        layers = dict(
-            mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route,
-            hard=routing.hard,
-        )
-        if routing.concentration is not None:
-            layers["concentration"] = routing.concentration
-        return tokens, layers
-
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
-        tokens, layers = jax.device_get(step(params, batch, hypers))
+        tokens, layers = jax.device_get(_token_step(model, params, batch, hypers))
         keep = np.asarray(batch.loss_mask)
         for name, values in {**tokens, "kind": batch.kind}.items():
             parts.setdefault(name, []).append(np.asarray(values)[keep])
@@ -224,3 +202,28 @@ def token_arrays(
             parts.setdefault(name, []).append(values[:, keep])
     axis = {"nll": 0, "correct": 0, "kind": 0}
     return {name: np.concatenate(part, axis=axis.get(name, 1)) for name, part in parts.items()}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _token_step(
+    model: LanguageModel, params: Any, batch: Batch, hypers: RoutingHypers
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """(arrays [batch time], arrays [layer batch time ...]) of one batch; theta is an array input."""
+    output = model.apply(
+        {"params": params},
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        hypers=hypers,
+    )
+    routing = output.routing
+    tokens = dict(
+        nll=token_nll(output.logits, batch.targets),
+        correct=jnp.argmax(output.logits, axis=-1) == batch.targets,
+    )
+    layers = dict(
+        mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route, hard=routing.hard
+    )
+    if routing.concentration is not None:
+        layers["concentration"] = routing.concentration
+    return tokens, layers
