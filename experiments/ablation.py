@@ -13,7 +13,8 @@ python -m experiments.ablation --config=configs/recall.py --workdir=runs/ablatio
    (`equal_flops/<arm>/seed<k>`); those whose step costs the same stand there with the runs of 2.
 4. `table.md`, `table.csv`, `rows.json`: means with 95 % intervals, differences paired by seed.
 
-Each run is an ordinary run directory. Interrupted, start it again. Processes with --shard=i/n share
+Arms without a gate (`bayesian@soft`) take over the settings of the arm with one. Each run is an
+ordinary run directory. Interrupted, start it again. Processes with --shard=i/n share
 the arms in one directory; whoever is last writes the whole table.
 """
 
@@ -150,7 +151,8 @@ def compare(arm: str, ratio: float, root: pathlib.Path) -> None:
     """Tunes and trains one arm in all seeds and views; `ratio`: the reference's FLOPs over its own."""
     chosen: Optional[dict[str, float]] = {}
     if TUNE.value:
-        chosen = tune(CONFIG.value, arm, root / "tune" / arm)
+        base = arms.base_arm(arm)
+        chosen = tune(CONFIG.value, base, root / "tune" / base)
         if chosen is None:
             print(f"{arm}: every setting diverged")
             return
@@ -188,9 +190,12 @@ def main() -> None:
         vocab_size = build.build_dataset(configs[ARMS.value[0]]).vocab_size
         pin(root)
     flops = {arm: flops_per_token(config, vocab_size) for arm, config in configs.items()}
-    for arm in ARMS.value[index::number]:
-        print(f"\n{arm}")
-        compare(arm, flops[ARMS.value[0]] / flops[arm], root)
+    # Arms that share their settings stay together, or two processes would choose them at once.
+    bases = list(dict.fromkeys(map(arms.base_arm, ARMS.value)))[index::number]
+    for arm in ARMS.value:
+        if arms.base_arm(arm) in bases:
+            print(f"\n{arm}")
+            compare(arm, flops[ARMS.value[0]] / flops[arm], root)
     write_tables(root, ARMS.value)
 
 

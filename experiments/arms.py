@@ -31,6 +31,11 @@ DEFAULT = (
 )
 
 
+def base_arm(arm: str) -> str:
+    """The arm whose settings this one takes over: the same with a gate."""
+    return arm.removesuffix(SOFT)
+
+
 def controller_of(arm: str) -> str:
     """Name of the arm's controller."""
     return overrides(arm)["controller.name"]

@@ -8,6 +8,7 @@ import json
 import pathlib
 from typing import Any
 
+from experiments.arms import base_arm
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, paired_interval
 
@@ -140,7 +141,7 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
     lost = diverged(root)
     for line in lines:
         line["diverged"] = lost.get((line["view"], line["arm"]), 0)
-        chosen = root / "tune" / line["arm"] / "chosen.json"
+        chosen = root / "tune" / base_arm(line["arm"]) / "chosen.json"
         if chosen.exists():
             line["tried"] = len(json.loads(chosen.read_text())["tried"])
     names = {**MEANS}
