@@ -14,15 +14,16 @@ def get_config():
     config.name = "recall oracle"
     config.data.sequence_length = 96
     config.data.batch_size = 20
-    # 4 of each, or 600 steps are too few for the slower arms to learn to recall (tried on validation).
+    # 4 of each and many queries, or the slower seeds have not learned to recall when tokens turn hard
+    # (tried on validation).
     config.data.num_keys = 4
     config.data.num_values = 4
     config.data.num_pairs = 4
     config.data.min_distance = 16  # two windows of 8 reach 15 tokens
-    config.data.query_rate = 0.2
+    config.data.query_rate = 0.3
     config.data.num_marks = 4
-    config.data.mark_rate = 0.3
+    config.data.mark_rate = 0.25
     config.data.mark_bias = 0.2
     config.data.aggregate_rate = 0.05
-    config.train.steps = 450
+    config.train.steps = 500
     return config

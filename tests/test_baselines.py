@@ -14,6 +14,9 @@ from configs import smoke
 from meta_attention_jax.controller import CONTROLLERS, make_controller, preference_mean
 from meta_attention_jax.objective import apply_sums, objective
 from meta_attention_jax.training import build
+from meta_attention_jax.training.evaluation import Evaluator, token_arrays
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import init_state, routing_hypers
 from meta_attention_jax.types import RoutingHypers
 
@@ -126,11 +129,15 @@ def test_switch_moves_weight_from_the_busy_mechanism_to_the_idle_ones():
     params["params"]["mlp"]["output"]["bias"] = jnp.array([0.0, 2.0, 0.0])
 
     def total(params):
-        return jnp.sum(call("switch", params=params)[0].penalty)
+        return jnp.sum(call("switch", params=params)[0].penalty * (SEGMENTS != 0))
 
     gradient = jax.grad(total)(params)["params"]["mlp"]["output"]["bias"]
     assert gradient[1] > 0 and gradient[0] < 0 and gradient[2] < 0
-    assert total(params) > np.asarray(SEGMENTS).sum()
+    busy = float(total(params)) / np.asarray(SEGMENTS).sum()
+    params["params"]["mlp"]["output"]["bias"] = jnp.zeros(K)
+    params["params"]["mlp"]["output"]["kernel"] *= 0.0
+    even = float(total(params)) / np.asarray(SEGMENTS).sum()
+    assert busy > 1.5 and even == pytest.approx(1.0), "1 a token where all weights are equal"
 
 
 def test_gumbel_trains_with_hard_samples_of_the_softmax():
@@ -166,31 +173,78 @@ def test_gumbel_gradient_is_that_of_the_relaxed_sample():
     np.testing.assert_array_equal(call("gumbel")[0].weights, call("gumbel")[0].mean)
 
 
-@functools.cache
-def setting(name):
+def tiny(name):
     config = smoke.get_config()
     config.controller.name = name
     config.model.num_layers = 1
+    return config
+
+
+@functools.cache
+def setting(name):
+    config = tiny(name)
     dataset = build.build_dataset(config)
     spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
     return spec, hypers, batch, init_state(spec, jax.random.key(0), batch, hypers)
 
 
-@pytest.mark.parametrize("name", ["softmax", "cost_penalty", "softmax_kl"])
+def moved(params):
+    """Controllers away from where they start, so that no penalty is 0 by luck."""
+
+    def leaf(path, x):
+        noise = jax.random.normal(jax.random.key(x.size), x.shape)
+        return x + 0.5 * noise if in_controller(path) else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+@pytest.mark.parametrize("name", ["softmax", "cost_penalty", "softmax_kl", "switch"])
 def test_the_objective_adds_the_penalty_times_beta(name):
     spec, hypers, batch, state = setting(name)
-    sums = jax.jit(
-        lambda: apply_sums(spec.model, state.params, batch, hypers.routing, num_kinds=2)
-    )()
-    extra = objective(sums, jnp.float32(2.0)) - sums.nll
-    n = float(sums.tokens)
-    if name == "cost_penalty":  # At the start all weights are 1 / K.
-        expected = n * (COSTS.mean() - 0.1 * np.log(K))
-        assert float(sums.kl.sum()) == 0.0
+    params = moved(state.params)
+    routing = hypers.routing
+
+    @jax.jit
+    def both(params):
+        out = spec.model.apply({"params": params}, batch.tokens, segment_ids=batch.segment_ids,
+                               positions=batch.positions, hypers=routing)
+        return out.routing.mean[0], apply_sums(spec.model, params, batch, routing, num_kinds=2)
+
+    mean, sums = both(params)
+    extra = float(objective(sums, jnp.float32(2.0)) - sums.nll)
+    mean, mask = np.float64(mean), np.asarray(batch.loss_mask)
+    if name == "softmax":
+        expected = 0.0 * mask
+    elif name == "softmax_kl":
+        prior = np.float64(preference_mean(routing.costs, routing.preference))
+        expected = stats.entropy(mean, np.broadcast_to(prior, mean.shape), axis=-1)
+    elif name == "cost_penalty":
+        expected = mean @ COSTS - 0.1 * stats.entropy(mean, axis=-1)
     else:
-        expected = 0.0
-    np.testing.assert_allclose(extra, 2.0 * expected, atol=1e-2)
+        share = np.eye(K)[mean.argmax(-1)].mean(axis=1)
+        expected = K * np.einsum("btk,bk->bt", mean, share)
+    total = 2.0 * np.sum(expected * mask)
+    np.testing.assert_allclose(extra, total, rtol=1e-3, atol=1e-2)
+    assert (name == "softmax") == (abs(total) < 1.0)
+    assert (name == "softmax_kl") == (float(sums.kl.sum()) > 1.0), "only a KL is called one"
+
+
+def test_arrays_of_tokens_have_the_means_of_the_sums():
+    spec, hypers, _, state = setting("softmax_kl")
+    dataset = build.build_dataset(tiny("softmax_kl"))
+    params, model = moved(state.params), spec.model.clone(mode="hard")
+    arrays = token_arrays(model, dataset, params, hypers.routing, split="test", max_batches=2)
+    evaluator = Evaluator(spec.model, dataset, Parallel("jit", jax.devices()[:1]))
+    sums = evaluator.sums(params, hypers.routing, split="test", mode="hard", max_batches=2)
+    assert len(arrays["nll"]) == sums.tokens
+    np.testing.assert_allclose(arrays["nll"].sum(), sums.nll, rtol=1e-5)
+    np.testing.assert_allclose(arrays["mean"].sum(1), sums.mean, rtol=1e-5)
+    for kind in range(2):
+        routes = np.bincount(arrays["route"][0][arrays["kind"] == kind], minlength=K)
+        np.testing.assert_array_equal(routes, sums.routes[0, kind])
+        assert arrays["correct"][arrays["kind"] == kind].sum() == sums.kind_correct[kind]
+    assert arrays["hard"].all()
 
 
 def test_temperature_falls_to_the_end_of_the_gate():
