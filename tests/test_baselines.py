@@ -137,7 +137,7 @@ def test_switch_moves_weight_from_the_busy_mechanism_to_the_idle_ones():
     params["params"]["mlp"]["output"]["bias"] = jnp.zeros(K)
     params["params"]["mlp"]["output"]["kernel"] *= 0.0
     even = float(total(params)) / np.asarray(SEGMENTS).sum()
-    assert busy > 1.5 and even == pytest.approx(1.0), "1 a token where all weights are equal"
+    assert busy > 1.2 and even == pytest.approx(1.0), "1 a token where all weights are equal"
 
 
 def test_gumbel_trains_with_hard_samples_of_the_softmax():
