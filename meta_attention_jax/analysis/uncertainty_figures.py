@@ -28,7 +28,7 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
     figure, [[axes]] = frame(
         1, 7.2, [_HEIGHT], title or "Does uncertainty find the tokens that hardening hurts?",
         "Tokens are hardened in order of rising uncertainty. A measure that knows where it hurts "
-        "stays near 0 until the end; one that knows nothing lies on its dotted line, the mean over "
+        "keeps its line low until the end; one that knows nothing lies on its dotted line, the mean over "
         "all tokens, from the start. In brackets: the share of the possible gain over random order.",
     )
     styles = palette.arm_styles(list(curves))
@@ -65,8 +65,8 @@ def frontier_figure(
         raise ValueError("curves: expected at least one, got none.")
     figure, [[axes]] = frame(
         1, 7.2, [_HEIGHT], title or "What does it cost to leave the uncertain tokens soft?",
-        "Gated mode, theta from 0 (left end of the text, all soft: every mechanism is paid for) to 1 "
-        "(all hard, ringed). Down and to the left is better; a line that falls to the left means "
+        "Gated mode, theta from 0 (right end, all soft: every mechanism is paid for) to 1 (left end, "
+        "all hard, ringed). Down and to the left is better; a line that falls to the left means "
         "that soft tokens only cost.",
     )
     styles = palette.arm_styles(list(curves))
