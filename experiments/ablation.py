@@ -137,16 +137,6 @@ def measure(path: pathlib.Path) -> None:
         )
 
 
-def flops_per_token(config: ConfigDict, vocab_size: int) -> float:
-    """Forward FLOPs per token of a training step in mode soft."""
-    flops = build.build_flops(config, vocab_size)
-    if config.controller.name != "fixed":
-        return flops.dense
-    pattern, layers = config.controller.fixed, config.model.num_layers
-    ran = [pattern[i % len(pattern)] for i in range(layers)]
-    return flops.routed({name: ran.count(name) / layers for name in set(ran)})
-
-
 def compare(arm: str, ratio: float, root: pathlib.Path) -> None:
     """Tunes and trains one arm in all seeds and views; `ratio`: the reference's FLOPs over its own."""
     chosen: Optional[dict[str, float]] = {}
@@ -189,7 +179,10 @@ def main() -> None:
             build.check(config)
         vocab_size = build.build_dataset(configs[ARMS.value[0]]).vocab_size
         pin(root)
-    flops = {arm: flops_per_token(config, vocab_size) for arm, config in configs.items()}
+    flops = {
+        arm: build.soft_flops(config, build.build_flops(config, vocab_size))
+        for arm, config in configs.items()
+    }
     # Arms that share their settings stay together, or two processes would choose them at once.
     bases = list(dict.fromkeys(map(arms.base_arm, ARMS.value)))[index::number]
     for arm in ARMS.value:

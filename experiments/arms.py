@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR, WITH_PRIOR
 
 NAMED: dict[str, dict[str, Any]] = {
-    **{name: {"controller.name": name} for name in CONTROLLERS if name != "fixed"},
+    **{name: {"controller.name": name} for name in CONTROLLERS if name not in ("fixed", "softmax")},
     "prior-free": {"controller.name": "softmax"},
     "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
 }
-del NAMED["softmax"]  # It goes by what it lacks.
 SOFT = "@soft"
 
 WITH_PENALTY = (*WITH_POSTERIOR, "softmax_kl", "cost_penalty", "switch")

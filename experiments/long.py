@@ -13,7 +13,7 @@ import numpy as np
 from experiments.benchmarks.common import interleave
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
-from meta_attention_jax.objective import summarise
+from meta_attention_jax.objective import forward, summarise
 from meta_attention_jax.training.run import Run, open_run
 from meta_attention_jax.training.step import eval_step
 
@@ -40,11 +40,7 @@ def side(run: Run, mode: str, rows: int) -> tuple[functools.partial, functools.p
 
     @jax.jit
     def answers(params, batch, hypers):
-        out = model.apply(
-            {"params": params}, batch.tokens, segment_ids=batch.segment_ids,
-            positions=batch.positions, hypers=hypers,
-        )
-        return jnp.argmax(out.logits, axis=-1)
+        return jnp.argmax(forward(model, params, batch, hypers).logits, axis=-1)
 
     arguments = run.params, batch, run.hypers.routing
     return functools.partial(step, *arguments), functools.partial(answers, *arguments)
@@ -68,10 +64,16 @@ def long_evaluation(
       rounds: timed rounds.
 
     Raises:
-      ValueError: what is no run.
+      ValueError: what is no run, two runs on different data, or a routed run that does not route.
     """
     base, run = (open_run(p, sequence_length=length, batch_size=rows) for p in (full_only, routed))
+    if base.dataset.manifest() != run.dataset.manifest():
+        raise ValueError(
+            f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others."
+        )
     name = run.config.controller.name
+    if name == "fixed":
+        raise ValueError(f"routed: expected a run that routes, got {str(routed)!r}.")
     sides = {
         "full-only": side(base, "soft", rows),
         f"{name}, soft": side(run, "soft", rows),

@@ -58,8 +58,6 @@ def study(run: Run, measure: str, split: str, thetas: list[float]) -> dict[str, 
     soft = arrays(run, split, mode="soft", measure=measure)
     hard = arrays(run, split, mode="hard", measure=measure)
     curve = risk_coverage(soft["uncertainty"].mean(0), hard["nll"] - soft["nll"])
-    possible = curve["random"] - curve["best"]
-    gain = (curve["random"] - curve["area"]) / possible if possible > 0 else None
     costs = np.asarray(run.hypers.routing.costs)
     points = []
     for theta in thetas:
@@ -68,7 +66,7 @@ def study(run: Run, measure: str, split: str, thetas: list[float]) -> dict[str, 
             "theta": theta, "nll": float(result["nll"].mean()),
             "cost": cost_of(result, costs), "hard": float(result["hard"].mean()),
         })
-    return {"curve": curve, "gain": gain, "frontier": points}
+    return {"curve": curve, "frontier": points}
 
 
 def both_splits(run: Run, measure: str) -> dict[str, Any]:
@@ -123,17 +121,16 @@ def main() -> None:
             found.setdefault(f"{run.config.name}, {measure}", []).append(both_splits(run, measure))
     rows, means = [], {name: averaged(results) for name, results in found.items()}
     for name, results in found.items():
-        gains = [r["gain"] for r in results if r["gain"] is not None]
-        mean, half = interval(gains) if gains else (float("nan"), float("nan"))
+        mean, half = interval([r["curve"]["gain"] for r in results])
         points = means[name]["frontier"]
         chosen = [r["frontier"][r["best"]] for r in results]
-        before = [g for r in results if (g := r["validation"]["gain"]) is not None]
+        before = [r["validation"]["curve"]["gain"] for r in results]
         rows.append({
             "name": name,
             "seeds": len(results),
             "gain": f"{analysis.format_value(mean, '.1%')} ± {analysis.format_value(half, '.1%')}",
             "harm": float(np.mean([r["curve"]["random"] for r in results])),
-            "gain_validation": float(np.mean(before)) if before else None,
+            "gain_validation": float(np.mean(before)),
             "best_nll": float(np.mean([p["nll"] for p in chosen])),
             "best_cost": float(np.mean([p["cost"] for p in chosen])),
             "hard_nll": points[-1]["nll"], "hard_cost": points[-1]["cost"],

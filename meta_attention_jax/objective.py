@@ -117,6 +117,25 @@ def objective(sums: Sums, beta: Scalar) -> Scalar:
     return sums.nll + beta * jnp.sum(sums.penalty)
 
 
+def forward(
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    keys: Optional[Key[Array, "batch"]] = None,
+) -> Output:
+    """The model on a batch. With `keys`, pi is sampled (training, ELBO)."""
+    return model.apply(
+        {"params": params},
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        hypers=hypers,
+        keys=keys,
+    )
+
+
 def apply_sums(
     model: nn.Module,
     params: Any,
@@ -126,15 +145,8 @@ def apply_sums(
     num_kinds: int,
     keys: Optional[Key[Array, "batch"]] = None,
 ) -> Sums:
-    """One forward pass and its sums. With `keys`, pi is sampled (training, ELBO)."""
-    output = model.apply(
-        {"params": params},
-        batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        hypers=hypers,
-        keys=keys,
-    )
+    """One forward pass and its sums; `keys` as in `forward`."""
+    output = forward(model, params, batch, hypers, keys=keys)
     return loss_sums(output, batch, num_kinds=num_kinds)
 
 

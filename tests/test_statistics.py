@@ -72,9 +72,11 @@ def test_risk_coverage():
     harm = np.array([0.0, 1.0, 0.0, 3.0])
     known = statistics.risk_coverage(harm, harm)
     assert known["area"] == known["best"] == pytest.approx((0 + 0 + 1 / 3 + 1) / 4)
-    assert known["random"] == 1.0 and known["risk"][-1] == 1.0
+    assert known["random"] == 1.0 and known["risk"][-1] == 1.0 and known["gain"] == 1.0
     blind = statistics.risk_coverage(np.zeros(4), harm)
     np.testing.assert_allclose(blind["risk"], 1.0)
+    assert blind["gain"] == pytest.approx(0.0)
+    assert math.isnan(statistics.risk_coverage(np.arange(3.0), np.ones(3))["gain"])
     wrong = statistics.risk_coverage(-harm, harm)
     assert wrong["area"] > 1.0
     with pytest.raises(ValueError, match="score: expected one number per token"):

@@ -130,7 +130,8 @@ def risk_coverage(
 
     Returns:
       coverage and risk [points]; area, the mean of the risk over all coverages; random, the mean
-      harm; best, the area of the order by harm itself.
+      harm; best, the area of the order by harm itself; gain, how much of the way from random to best
+      the area goes (NaN where all tokens are alike).
     """
     score, harm = np.asarray(score, np.float64), np.asarray(harm, np.float64)
     if score.shape != harm.shape or not score.size:
@@ -146,10 +147,12 @@ def risk_coverage(
 
     risk = curve(score)
     at = np.clip(np.round(np.linspace(0, 1, points) * harm.size).astype(int) - 1, 0, None)
+    area, random, best = float(risk.mean()), float(harm.mean()), float(curve(harm).mean())
     return {
         "coverage": np.linspace(0, 1, points).tolist(),
         "risk": risk[at].tolist(),
-        "area": float(risk.mean()),
-        "random": float(harm.mean()),
-        "best": float(curve(harm).mean()),
+        "area": area,
+        "random": random,
+        "best": best,
+        "gain": (random - area) / (random - best) if random > best else math.nan,
     }

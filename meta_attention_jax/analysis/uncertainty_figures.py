@@ -34,11 +34,9 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
     styles = palette.arm_styles(list(curves))
     for name, curve in curves.items():
         colour, marker = styles[name]
-        possible = curve["random"] - curve["best"]
-        gain = (curve["random"] - curve["area"]) / possible if possible > 0 else float("nan")
         axes.plot(
             curve["coverage"][1:], curve["risk"][1:], color=colour, marker=marker, markevery=20,
-            ms=5, lw=1.8, label=f"{name} ({gain:.0%})",
+            ms=5, lw=1.8, label=f"{name} ({curve['gain']:.0%})",
         )
         axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
     axes.set_xlabel("share of tokens hardened", fontsize=FONT)

@@ -17,8 +17,8 @@ BLOCKWISE_TIME = 256
 PACKED_BLOCK, PACKED_TILE = 64, 128
 """Queries of a packed block, and keys that it meets at once, at T below LONG_TIME; twice these from
 there on. Larger blocks are faster per pair, but their queries span more positions, so they meet more
-keys in vain. Forward+backward at 10 % full, twice / once, on two CPU cores (4 heads, d 64): 1.09 at
-T 4096, 0.88 at 8192, 0.87 at 32768."""
+keys in vain. Forward+backward at 10 % full, twice / once, on two CPU cores (4 heads, d 64), one trial
+that was not recorded: 1.09 at T 4096, 0.88 at 8192, 0.87 at 32768."""
 
 LONG_TIME = 8192
 

@@ -269,3 +269,12 @@ def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
         controller_hidden=config.controller.hidden,
         controller_outputs=outputs,
     )
+
+
+def soft_flops(config: ConfigDict, flops: FlopCount) -> float:
+    """Forward FLOPs per token of a soft step: all mechanisms, or the fixed one of each layer."""
+    if config.controller.name != "fixed":
+        return flops.dense
+    pattern, layers = config.controller.fixed, config.model.num_layers
+    ran = [pattern[i % len(pattern)] for i in range(layers)]
+    return flops.routed({name: ran.count(name) / layers for name in set(ran)})

@@ -13,7 +13,7 @@ import numpy as np
 from meta_attention_jax.cost import Accounting, count_attention
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import Sums, loss_sums, token_nll
+from meta_attention_jax.objective import Sums, forward, loss_sums, token_nll
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import eval_step, sampled_eval_step
@@ -142,13 +142,7 @@ def accounted_eval_step(
     axis_name: Optional[str] = None,
 ) -> tuple[Sums, Accounting]:
     """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
-    output = model.apply(
-        {"params": params},
-        batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        hypers=hypers,
-    )
+    output = forward(model, params, batch, hypers)
     count = functools.partial(
         count_attention,
         mechanisms=model.mechanisms,
@@ -191,7 +185,6 @@ def token_arrays(
       nll (nats), correct and kind [token]; mean [layer token mechanism]; uncertainty, route and hard
       [layer token]; concentration [layer token mechanism] where there is one.
     """
-
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
         tokens, layers = jax.device_get(_token_step(model, params, batch, hypers))
@@ -209,13 +202,7 @@ def _token_step(
     model: LanguageModel, params: Any, batch: Batch, hypers: RoutingHypers
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """(arrays [batch time], arrays [layer batch time ...]) of one batch; theta is an array input."""
-    output = model.apply(
-        {"params": params},
-        batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        hypers=hypers,
-    )
+    output = forward(model, params, batch, hypers)
     routing = output.routing
     tokens = dict(
         nll=token_nll(output.logits, batch.targets),

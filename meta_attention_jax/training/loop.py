@@ -101,16 +101,11 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
     config, dataset = job.config, job.dataset
     flops = build.build_flops(config, dataset.vocab_size)
     parameters, controller = count_parameters(params)
-    per_token = flops.dense
-    if config.controller.name == "fixed":  # Nothing but the fixed mechanism of a layer runs.
-        pattern, layers = config.controller.fixed, config.model.num_layers
-        ran = [pattern[i % len(pattern)] for i in range(layers)]
-        per_token = flops.routed({name: ran.count(name) / layers for name in set(ran)})
     return {
         "full_attention": build.full_attention(config),
         "parameters": parameters,
         "controller_parameter_share": controller / parameters,
-        "flops_per_token": per_token,
+        "flops_per_token": build.soft_flops(config, flops),
         "controller_flop_share": flops.controller_share,
     }
 

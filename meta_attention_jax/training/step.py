@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from meta_attention_jax.objective import Sums, apply_sums, objective, predictive_nll, token_nll
+from meta_attention_jax.objective import (
+    Sums,
+    apply_sums,
+    forward,
+    objective,
+    predictive_nll,
+    token_nll,
+)
 from meta_attention_jax.routing import gate
 from meta_attention_jax.training.state import Hypers, TrainState, in_controller, row_keys
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
@@ -269,14 +276,7 @@ def sampled_eval_step(
 
     def once(sample: Array):
         keys = row_keys(key, sample, batch.row)
-        output = model.apply(
-            {"params": params},
-            batch.tokens,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            hypers=hypers,
-            keys=keys,
-        )
+        output = forward(model, params, batch, hypers, keys=keys)
         return -token_nll(output.logits, batch.targets), jnp.sum(output.routing.kl, axis=0)
 
     log_likelihoods, kl = jax.lax.map(once, jnp.arange(num_samples))
