@@ -5,8 +5,9 @@ python -m experiments.ablation --config=configs/recall.py --workdir=runs/ablatio
     [--shard=0/2] [--notune]
 
 1. For every arm, one field after the other is chosen on the validation split with a seed of its own
-   (`arms.grids`: learning rate, and what else the arm has) by its hard nats; in the end the cheapest
-   of all settings tried within 0.005 nats of the best. Written to `tune/<arm>/chosen.json`.
+   (`arms.grids`): the learning rate by hard nats, and what else the arm has by cost: the cheapest of
+   the settings tried at this learning rate within 0.005 hard nats of the best of them. Written to
+   `tune/<arm>/chosen.json`.
 2. Every arm is trained with every seed (`runs/<arm>/seed<k>`), and read on the test split once
    (`test.json` in the run directory).
 3. View `flops`: arms whose step costs less than the first arm's get steps in proportion
@@ -48,6 +49,7 @@ TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Batches of the test spl
 flags.mark_flags_as_required(["config", "workdir"])
 
 TUNING_SEED = 1000
+LEARNING_RATE = "optimizer.learning_rate"
 SAME_FLOPS = 0.03
 """Arms whose step costs within this share of the reference's have no run of their own in `flops`."""
 
@@ -77,8 +79,9 @@ def validation(path: pathlib.Path) -> dict[str, float]:
 def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str, float]]:
     """Settings of an arm, chosen on validation; None if all diverged.
 
-    One field after the other (`arms.grids`) is set to the value of the best hard nats; in the end the
-    cheapest of all settings tried that is within TOLERANCE of the best of them is taken.
+    The learning rate is that of the best hard nats. Then, after each further field of `arms.grids`,
+    the search goes on from the cheapest setting tried at this learning rate that is within TOLERANCE
+    of the best of them.
     """
     done = root / "chosen.json"
     if done.exists():
@@ -97,10 +100,14 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
                 tried[label] = {"settings": settings, **validation(root / label)}
         if not tried:
             return None
-        best = min(tried.values(), key=lambda result: result["nll"])["settings"]
-    chosen = choose(list(tried.values()))
-    analysis.write_json(done, {"chosen": chosen, "tried": list(tried.values())})
-    return chosen
+        if field == LEARNING_RATE:
+            best = min(tried.values(), key=lambda result: result["nll"])["settings"]
+        else:
+            at_rate = [result for result in tried.values()
+                       if result["settings"][LEARNING_RATE] == best[LEARNING_RATE]]
+            best = choose(at_rate)
+    analysis.write_json(done, {"chosen": best, "tried": list(tried.values())})
+    return best
 
 
 def pin(root: pathlib.Path) -> None:

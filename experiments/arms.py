@@ -25,7 +25,7 @@ WITH_PENALTY = (*WITH_POSTERIOR, "softmax_kl", "cost_penalty", "switch")
 
 DEFAULT = (
     "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "cost_penalty", "switch", "gumbel",
-    "full-only", "local+full", "full+local", "linear+full", "full+linear", "local", "linear",
+    "full-only", "local+full", "full+local", "linear+full", "local", "linear",
     "bayesian@soft", "prior-free@soft",
 )
 
@@ -88,7 +88,7 @@ def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     name = controller_of(arm)
     fields = [("optimizer.learning_rate", (0.5, 1.0, 2.0))]
     if name in WITH_PENALTY:
-        fields.append(("objective.beta", (1 / 3, 1.0, 3.0)))
+        fields.append(("objective.beta", (1 / 3, 1.0, 3.0, 10.0)))
     if name in WITH_POSTERIOR:
         fields.append(("prior.strength", (0.5, 1.0, 4.0)))
     if name in WITH_PRIOR:
