@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
                 vocab_size=4096,  # of a trained bpe
                 sequence_length=256,
                 batch_size=16,
+                seed=-1,  # of the order of the training data; -1: the run's seed
                 # recall only: keys and values that exist, bindings per sequence, ...
                 num_keys=16,
                 num_values=16,

@@ -126,13 +126,6 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def with_interval(line: dict[str, Any], name: str, form: str) -> str:
-    if name not in line:
-        return analysis.format_value(None)
-    half = analysis.format_value(line[f"{name}_pm"], form.lstrip("+"))
-    return f"{analysis.format_value(line[name], form)} ± {half}"
-
-
 def write_tables(root: pathlib.Path, order: list[str]) -> None:
     """rows.json, table.csv, table.md; prints the table."""
     rows = collect(root)
@@ -154,7 +147,7 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
                analysis.Column("tried", "settings tried", "d")]
     columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
     shown = [
-        {**line, **{name: with_interval(line, name, form) for name, (_, form) in used.items()}}
+        {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in used.items()}}
         for line in lines
     ]
     analysis.write_text(root / "table.md", analysis.markdown_table(shown, columns))

@@ -9,6 +9,7 @@ import pytest
 
 from configs import smoke
 from experiments import arms, comparison
+from meta_attention_jax import analysis
 from meta_attention_jax.controller import CONTROLLERS
 from meta_attention_jax.training import build
 from tests.test_commands import SMOKE, check_mistake, check_success, command  # noqa: F401
@@ -71,7 +72,7 @@ def test_views_are_not_mixed():
     """An arm without a run at equal FLOPs is not compared with its run at equal tokens."""
     rows = [fake_row("full-only", 0, 2.0), fake_row("local", 0, 2.5, view="flops")]
     assert "nll_hard_vs_full-only" not in comparison.table(rows, [])[1]
-    half = comparison.with_interval({"x": 0.1, "x_pm": 0.02}, "x", "+.2f")
+    half = analysis.with_interval({"x": 0.1, "x_pm": 0.02}, "x", "+.2f")
     assert half == "+0.10 ± 0.02"
 
 

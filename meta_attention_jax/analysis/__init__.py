@@ -19,6 +19,7 @@ from meta_attention_jax.analysis.tables import (
     html_table,
     markdown_table,
     terminal_table,
+    with_interval,
     write_json,
     write_text,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "table_html",
     "terminal_table",
     "visible_pieces",
+    "with_interval",
     "write_json",
     "write_text",
 ]

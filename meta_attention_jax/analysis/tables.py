@@ -151,6 +151,14 @@ def format_value(value: Any, format: str = "") -> str:
     return f"{value:{format}}"
 
 
+def with_interval(row: Row, key: str, format: str) -> str:
+    """"mean ± half-width" of a row that has `key` and `<key>_pm`, the half without a sign."""
+    if key not in row:
+        return format_value(None)
+    half = format_value(row[f"{key}_pm"], format.lstrip("+"))
+    return f"{format_value(row[key], format)} ± {half}"
+
+
 def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     if not columns:
         raise ValueError("columns: expected at least one Column, got none.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Optional
 
 import flax.struct
 import jax.numpy as jnp
@@ -100,6 +101,11 @@ class GateSchedule:
         if not 0.0 < self.tolerance <= 1.0:
             raise ValueError(f"gate.tolerance: expected a number in (0, 1], got {self.tolerance}.")
 
+    @property
+    def times(self) -> GateTimes:
+        """Start and end as arrays."""
+        return GateTimes(start=jnp.int32(self.start), end=jnp.int32(self.end))
+
     def init_state(self) -> GateState:
         """The state before the first step."""
         return GateState(
@@ -110,8 +116,25 @@ class GateSchedule:
         )
 
 
+@flax.struct.dataclass
+class GateTimes:
+    """When the gate moves, as arrays that a sweep may vary; see `GateSchedule`.
+
+    Attributes:
+      start: last step with p = 0.
+      end: first step with p = 1; later than start.
+    """
+
+    start: Int[Array, ""]
+    end: Int[Array, ""]
+
+
 def threshold(
-    schedule: GateSchedule, state: GateState, step: Int[Array, ""], final: Scalar
+    schedule: GateSchedule,
+    state: GateState,
+    step: Int[Array, ""],
+    final: Scalar,
+    times: Optional[GateTimes] = None,
 ) -> Scalar:
     """theta at `step`, between 0 and `final`.
 
@@ -120,13 +143,15 @@ def threshold(
       state: after `update` with all steps before `step`.
       step: of training, from 0.
       final: theta when the schedule has ended, in [0, 1].
+      times: in the place of the schedule's own start and end.
     """
+    times = times or schedule.times
     final = jnp.asarray(final, jnp.float32)
     if schedule.kind == "none":
         return jnp.zeros_like(final)
-    origin = state.opened if schedule.kind == "settled" else jnp.asarray(schedule.start, jnp.int32)
+    origin = state.opened if schedule.kind == "settled" else times.start
     elapsed = (jnp.asarray(step, jnp.int32) - origin).astype(jnp.float32)
-    p = jnp.clip(elapsed / float(schedule.end - schedule.start), 0.0, 1.0)
+    p = jnp.clip(elapsed / (times.end - times.start).astype(jnp.float32), 0.0, 1.0)
     if schedule.kind == "cosine":
         p = 0.5 - 0.5 * jnp.cos(math.pi * p)
     elif schedule.kind == "settled":
@@ -136,13 +161,19 @@ def threshold(
 
 
 def update(
-    schedule: GateSchedule, state: GateState, step: Int[Array, ""], entropy: Scalar
+    schedule: GateSchedule,
+    state: GateState,
+    step: Int[Array, ""],
+    entropy: Scalar,
+    times: Optional[GateTimes] = None,
 ) -> GateState:
     """The state after `step`, whose routing entropy (a fraction of log K) was `entropy`.
 
     `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at
-    the first entropy seen. A `settled` gate opens once and never closes again.
+    the first entropy seen. A `settled` gate opens once and never closes again. `times` as in
+    `threshold`.
     """
+    times = times or schedule.times
     rate = 1.0 / schedule.window
     first = state.count == 0
     average = jnp.where(first, entropy, state.average + rate * (entropy - state.average))
@@ -151,7 +182,7 @@ def update(
     settled = (
         (jnp.abs(average - slow) <= schedule.tolerance)
         & (count > schedule.window)
-        & (step >= schedule.start)
+        & (step >= times.start)
         & (schedule.kind == "settled")
     )
     opens = settled & (state.opened < 0)

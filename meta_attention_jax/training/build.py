@@ -162,6 +162,12 @@ def build_parallel(config: ConfigDict) -> Parallel:
     return parallel
 
 
+def data_seed(config: ConfigDict) -> int:
+    """Seed of the order of the training data: `data.seed`, or the run's where that is -1."""
+    seed = config.data.get("seed", -1)
+    return config.seed if seed < 0 else seed
+
+
 def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
     """The corpus, split and tokenised.
 
@@ -185,7 +191,7 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
         vocab_size=config.data.vocab_size if config.data.tokenizer == "bpe" else None,
         sequence_length=config.data.sequence_length,
         batch_size=config.data.batch_size,
-        seed=config.seed,
+        seed=data_seed(config),
         recall=recall,
         tokenizer_dir=tokenizer_dir,
     )
@@ -221,6 +227,7 @@ def build_hypers(
 ) -> Hypers:
     """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
+        gate=build_schedule(config).gate.times,
         learning_rate=jnp.float32(config.optimizer.learning_rate),
         beta=jnp.float32(config.objective.beta),
         routing=RoutingHypers(

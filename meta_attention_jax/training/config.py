@@ -59,6 +59,7 @@ def validate(config: ConfigDict) -> None:
     }
     for field, value in positive.items():
         expect(0 < value < math.inf, field, "a number > 0", value)
+    expect(data.seed >= -1, "data.seed", "a number >= 0, or -1 for the run's seed", data.seed)
     not_negative = {
         "seed": config.seed,
         "model.mlp_dim": model.mlp_dim,

@@ -110,26 +110,34 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
     }
 
 
+def divergence(step: int, good: Optional[int]) -> str:
+    """What is said of a run whose numbers are not finite at `step`; `good`: its last checkpoint."""
+    kept = f"the last good checkpoint is step {good}" if good else "no checkpoint is kept"
+    return (
+        f"step {step}: expected finite loss, gradients and parameters, got NaN or infinity; {kept}."
+    )
+
+
 def _check_finite(flags: list[jax.Array], first_step: int, good: Optional[int]) -> None:
     """Raises at the first step whose numbers are not finite."""
     for offset, finite in enumerate(jax.device_get(flags)):
         if not finite.all():
-            kept = f"the last good checkpoint is step {good}" if good else "no checkpoint is kept"
-            raise Diverged(
-                f"step {first_step + offset}: expected finite loss, gradients and parameters, got "
-                f"NaN or infinity; {kept}."
-            )
+            raise Diverged(divergence(first_step + offset, good))
 
 
-def prepare(config: ConfigDict, workdir: str | pathlib.Path) -> Job:
+def prepare(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None
+) -> Job:
     """Checks the config, the data and the directory, in this order; only then writes anything.
+
+    `dataset`: of another run with the same data; None opens it.
 
     Raises:
       ValueError: any mistake of the user's, as one sentence.
     """
     build.check(config)
     parallel = build.build_parallel(config)
-    dataset = build.build_dataset(config, workdir)
+    dataset = dataset or build.build_dataset(config, workdir)
     spec = build.build_spec(config, dataset)
     initial = None
     if config.train.init_from and not (pathlib.Path(workdir) / "checkpoints").exists():
@@ -280,12 +288,24 @@ def _run(
             evaluation = _evaluate(config, evaluator, state.params, hypers, report)
             log.write("eval", done, evaluation)
         if due_save:
-            # Best in the mode that the run ends in: hard, where the gate hardens it.
-            nll = evaluation["soft" if config.gate.kind == "none" else "hard"]["nll"]
-            values = config_to_dict(config)
-            checkpoints.save(done, parallel.unreplicate(state), config=values, nll=nll)
+            save(checkpoints, done, parallel.unreplicate(state), config, evaluation)
             good = done
     return evaluation
+
+
+def save(
+    checkpoints: Checkpoints, step: int, state: TrainState, config: ConfigDict, evaluation: Any
+) -> None:
+    """Starts writing a checkpoint. The best is that of the mode that the run ends in: hard, where
+    the gate hardens it."""
+    nll = evaluation["soft" if config.gate.kind == "none" else "hard"]["nll"]
+    checkpoints.save(step, state, config=config_to_dict(config), nll=nll)
+
+
+def with_gap(results: dict[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats."""
+    gap = results["hard"]["nll"] - results["soft"]["nll"]
+    return {mode: {**metrics, "hard_minus_soft": gap} for mode, metrics in results.items()}
 
 
 def packed_spec(job: Job) -> StepSpec:
@@ -331,5 +351,4 @@ def _evaluate(
             max_batches=config.train.eval_batches,
         )
         results[mode] = report(sums)
-    gap = results["hard"]["nll"] - results["soft"]["nll"]
-    return {mode: {**metrics, "hard_minus_soft": gap} for mode, metrics in results.items()}
+    return with_gap(results)

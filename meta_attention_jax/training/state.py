@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from meta_attention_jax.routing.gate import GateState
+from meta_attention_jax.routing.gate import GateState, GateTimes
 from meta_attention_jax.types import RoutingHypers, Scalar
 
 
@@ -21,11 +21,13 @@ class Hypers:
       learning_rate: peak of the warm-up cosine schedule.
       beta: final weight of the KL, per nat.
       routing: kappa, eta, c, and the *final* threshold theta of the gate.
+      gate: when the gate moves; None leaves it to the schedule.
     """
 
     learning_rate: Scalar
     beta: Scalar
     routing: RoutingHypers
+    gate: Optional[GateTimes] = None
 
 
 @flax.struct.dataclass

@@ -51,9 +51,9 @@ class Schedule:
     gate: gate.GateSchedule
     temperature_ratio: float = 1.0
 
-    def temperature(self, step: Array) -> Scalar:
-        """Geometric fall to the end of the gate, as a multiple of the last temperature."""
-        done = jnp.minimum(step.astype(jnp.float32) / max(self.gate.end, 1), 1.0)
+    def temperature(self, step: Array, end: Array) -> Scalar:
+        """Geometric fall to step `end`, the gate's, as a multiple of the last temperature."""
+        done = jnp.minimum(step.astype(jnp.float32) / jnp.maximum(end, 1), 1.0)
         return jnp.float32(self.temperature_ratio) ** (1.0 - done)
 
     def learning_rate(self, step: Array) -> Scalar:
@@ -144,10 +144,11 @@ def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> Trai
 
 def routing_hypers(spec: StepSpec, state: TrainState, hypers: Hypers) -> RoutingHypers:
     """The routing hypers in force at `state.step`: theta follows the gate's schedule, tau falls."""
+    times = hypers.gate or spec.schedule.gate.times
     threshold = gate.threshold(
-        spec.schedule.gate, state.gate, state.step, hypers.routing.threshold
+        spec.schedule.gate, state.gate, state.step, hypers.routing.threshold, times
     )
-    temperature = hypers.routing.temperature * spec.schedule.temperature(state.step)
+    temperature = hypers.routing.temperature * spec.schedule.temperature(state.step, times.end)
     return hypers.routing.replace(threshold=threshold, temperature=temperature)
 
 
@@ -232,7 +233,7 @@ def train_step(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        gate=gate.update(spec.schedule.gate, state.gate, state.step, entropy),
+        gate=gate.update(spec.schedule.gate, state.gate, state.step, entropy, hypers.gate),
     )
     return new_state, {
         "sums": sums,

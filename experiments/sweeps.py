@@ -1,0 +1,193 @@
+"""What a sweep plans and what it concludes from its directory. No flags, no training."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from experiments.comparison import TOLERANCE, choose
+from meta_attention_jax import analysis
+from meta_attention_jax.analysis.statistics import interval
+from meta_attention_jax.analysis.sweep_figures import against_figure, pareto_figure
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.points import Point, Sweep, labels
+
+MEASURES = {
+    "nll_hard": ("nats hard", ".4f"),
+    "nll_soft": ("nats soft", ".4f"),
+    "gap": ("gap", "+.4f"),
+    "cost": ("cost", ".1%"),
+    "routing_entropy": ("routing entropy", ".1%"),
+    "usage_entropy": ("usage entropy", ".1%"),
+    "full": ("full", ".1%"),
+    "kl": ("KL, nats", ".4f"),
+}
+"""What is averaged over seeds, on validation: title and format. Of the hard run, but for the KL."""
+
+
+def load_sweep(path: str | pathlib.Path) -> Sweep:
+    """What the config file's `get_sweep()` returns.
+
+    Raises:
+      ValueError: no such function, or something else than a list of dicts.
+    """
+    spec = importlib.util.spec_from_file_location("_sweep_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise ValueError(f"config: expected a file that defines get_sweep(), got {str(path)!r}.")
+    points = module.get_sweep()
+    if not (isinstance(points, list) and all(isinstance(point, dict) for point in points)):
+        raise ValueError(
+            f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
+        )
+    labels(points)  # Says what is wrong with them.
+    return points
+
+
+def settings(points: Sequence[Point]) -> list[str]:
+    """The label of every point without its seed: what seeds are averaged of."""
+    bare = [{k: v for k, v in point.items() if k != "seed"} for point in points]
+    unique = []
+    for point in bare:
+        if point not in unique:
+            unique.append(point)
+    names = labels(unique)
+    return [names[unique.index(point)] for point in bare]
+
+
+def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """One row per point that has run to its end or diverged, from the directory alone."""
+    found = []
+    for label, setting, point in zip(labels(points), settings(points), points):
+        path = root / "points" / label
+        row = {"label": label, "setting": setting, "point": point, "seed": point.get("seed")}
+        failed = root / "points" / f"{label}.diverged"
+        if failed.exists():
+            found.append({**row, "diverged": failed.read_text()})
+            continue
+        if not (path / "metrics.jsonl").exists():
+            continue
+        steps = json.loads((path / "config.json").read_text())["train"]["steps"]
+        last = [r for r in read_metrics(path) if r["event"] == "eval"]
+        if not last or last[-1]["step"] < steps:
+            continue
+        hard, soft = last[-1]["hard"], last[-1]["soft"]
+        row |= {
+            "nll_hard": hard["nll"], "nll_soft": soft["nll"], "gap": hard["nll"] - soft["nll"],
+            "full": hard.get("fraction/full"), "kl": soft["kl"],
+            **{name: hard[name] for name in ("cost", "routing_entropy", "usage_entropy")},
+        }
+        if "kinds" in hard:
+            row["accuracy"] = hard["kinds"]["accuracy"]
+        if (path / "test.json").exists():
+            row["test"] = json.loads((path / "test.json").read_text())
+        found.append(row)
+    return found
+
+
+def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per setting: means over seeds with 95 % intervals (t), and runs that diverged."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault(row["setting"], []).append(row)
+    made = []
+    for setting, group in groups.items():
+        good = [row for row in group if "diverged" not in row]
+        line = {
+            "setting": setting,
+            "point": {k: v for k, v in group[0]["point"].items() if k != "seed"},
+            "seeds": len(good),
+            "diverged": len(group) - len(good),
+        }
+        for name in MEASURES:
+            values = [row[name] for row in good if row.get(name) is not None]
+            if values:
+                line[name], line[f"{name}_pm"] = interval(values)
+        tested = [row["test"] for row in good if "test" in row]
+        for name in ("nll_hard", "cost") if tested else ():
+            line[f"test_{name}"], line[f"test_{name}_pm"] = interval([t[name] for t in tested])
+        made.append(line)
+    return made
+
+
+def front(made: Sequence[dict[str, Any]]) -> list[str]:
+    """Settings that no other beats in both cost and hard nats, by rising cost."""
+    known = [line for line in made if line["seeds"]]
+    best = []
+    for line in sorted(known, key=lambda line: (line["cost"], line["nll_hard"])):
+        if not best or line["nll_hard"] < best[-1]["nll_hard"]:
+            best.append(line)
+    return [line["setting"] for line in best]
+
+
+def chosen(made: Sequence[dict[str, Any]]) -> Optional[str]:
+    """The cheapest setting within TOLERANCE nats of the best in mean hard nats on validation, of the
+    points without a name (those with one are baselines) whose seeds all went well; None if none."""
+    candidates = [line for line in made if "name" not in line["point"]] or list(made)
+    candidates = [line for line in candidates if line["seeds"] and not line["diverged"]]
+    if not candidates:
+        return None
+    return choose([
+        {"settings": line["setting"], "nll": line["nll_hard"], "cost": line["cost"]}
+        for line in candidates
+    ])
+
+
+def swept(made: Sequence[dict[str, Any]]) -> Optional[str]:
+    """The first field with several numbers among the points without a name: the axis of pictures."""
+    plain = [line["point"] for line in made if "name" not in line["point"]]
+    for field in dict.fromkeys(field for point in plain for field in point):
+        values = {point[field] for point in plain if isinstance(point.get(field), (int, float))}
+        if len(values) > 1:
+            return field
+    return None
+
+
+def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> None:
+    """rows.json, table.csv, table.md, pareto.png, against.png; prints the table."""
+    found = rows(root, points)
+    made = lines(found)
+    analysis.write_json(root / "rows.json", found)
+    if not any(line["seeds"] for line in made):
+        print("no point has run to its end")
+        return
+    best, pick = front(made), chosen(made)
+    for line in made:
+        line["front"] = "yes" if line["setting"] in best else ""
+        line["chosen"] = "chosen" if line["setting"] == pick else ""
+    text = io.StringIO()
+    fields = [f for f in dict.fromkeys(f for line in made for f in line) if f != "point"]
+    writer = csv.DictWriter(text, fields, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(made)
+    analysis.write_text(root / "table.csv", text.getvalue())
+    columns = [analysis.Column("setting", "setting"), analysis.Column("seeds", "seeds", "d"),
+               analysis.Column("diverged", "diverged", "d")]
+    names = dict(MEASURES)
+    if any("test_cost" in line for line in made):
+        names |= {"test_nll_hard": ("nats hard, test", ".4f"), "test_cost": ("cost, test", ".1%")}
+    columns += [analysis.Column(name, title_) for name, (title_, _) in names.items()]
+    columns += [analysis.Column("front", "front"), analysis.Column("chosen", "")]
+    shown = [
+        {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in names.items()}}
+        for line in made
+    ]
+    analysis.write_text(root / "table.md", analysis.markdown_table(shown, columns))
+    print(analysis.terminal_table(shown, columns, width=160))
+    done = [line for line in made if line["seeds"]]
+    analysis.save(pareto_figure(done, best, pick, swept(made), title), root / "pareto.png")
+    told = f"pictures: {root}/pareto.png"
+    if field := swept(made):
+        analysis.save(against_figure(done, field, pick, title), root / "against.png")
+        told += f", {root}/against.png"
+    print(f"table: {root}/table.md   rows: {root}/rows.json   {told}")
+    if pick:
+        print(
+            f"chosen: {pick}, the cheapest within {TOLERANCE} nats of the best, hard, on validation"
+        )

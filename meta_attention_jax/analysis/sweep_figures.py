@@ -1,0 +1,191 @@
+"""Sweeps as pictures: the front of nats against cost, and what the swept number does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from meta_attention_jax.analysis import palette
+from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
+
+_HEIGHT = 4.0
+_AGAINST = (
+    ("cost", "cost of the hard routes", True),
+    ("routing_entropy", "routing entropy, of log K", True),
+    ("gap", "gap, hard - soft nats", False),
+)
+
+
+def _half(line: Mapping[str, Any], name: str) -> float:
+    """Half-width of the interval; 0 where one seed has none."""
+    half = line.get(f"{name}_pm", math.nan)
+    return half if math.isfinite(half) else 0.0
+
+
+def _families(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """(lines of the sweep itself, baselines: those whose point has a name)."""
+    own = [line for line in lines if "name" not in line["point"]]
+    return own, [line for line in lines if "name" in line["point"]]
+
+
+def _short(line: Mapping[str, Any], field: Optional[str]) -> str:
+    value = line["point"].get(field) if field else None
+    return f"{value:g}" if isinstance(value, (int, float)) else str(line["setting"])
+
+
+def pareto_figure(
+    lines: Sequence[Mapping[str, Any]],
+    front: Sequence[str],
+    chosen: Optional[str],
+    field: Optional[str] = None,
+    title: str = "",
+) -> Figure:
+    """Held-out hard nats against cost, with the front of what nothing beats in both.
+
+    Args:
+      lines: dicts of `setting`, `point`, `nll_hard`, `cost` and their `_pm`, the 95 % half-widths; a
+        point with a "name" is a baseline.
+      front: settings on the front, by rising cost.
+      chosen: the setting that is ringed.
+      field: dotted field whose value is written beside a point; None writes the setting.
+      title: what was swept.
+
+    Raises:
+      ValueError: no lines.
+    """
+    if not lines:
+        raise ValueError("lines: expected at least one, got none.")
+    own, others = _families(lines)
+    figure, [panels] = frame(
+        2, 4.9, [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
+        "Means over seeds on the validation split, bars: 95 % intervals. Down and to the left is better. "
+        "The stepped line joins the settings that no other beats in both. On the right the sweep alone"
+        + (f"; numbers: {field}." if field else "."),
+        gap_x=0.8,
+    )
+    own = sorted(own, key=lambda line: line["cost"])
+    styles = palette.arm_styles(["the sweep", *(line["setting"] for line in others)])
+    by_name = {line["setting"]: line for line in lines}
+    on_front = [by_name[setting] for setting in front]
+    for axes, baselines in zip(panels, (others, [])):
+        if own:
+            _crosses(axes, own, *styles["the sweep"])
+        for line in baselines:
+            _crosses(axes, [line], *styles[line["setting"]])
+        if chosen in [line["setting"] for line in [*own, *baselines]]:
+            line = by_name[chosen]
+            axes.plot(line["cost"], line["nll_hard"], "o", ms=14, mfc="none", mec=GREY, mew=1.5)
+        limits = axes.get_xlim(), axes.get_ylim()
+        axes.step(
+            [line["cost"] for line in on_front], [line["nll_hard"] for line in on_front],
+            where="post", color=GREY, lw=1.2, ls="--", zorder=1,
+        )
+        axes.set_xlim(limits[0])
+        axes.set_ylim(limits[1])
+        axes.set_xlabel("cost of the hard routes, full attention = 100 %", fontsize=FONT)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(color="#dddddd", lw=0.6)
+        axes.set_axisbelow(True)
+        tidy(axes)
+    for line in own:
+        panels[1].annotate(
+            _short(line, field), (line["cost"], line["nll_hard"]), fontsize=FONT - 1,
+            xytext=(4, 4), textcoords="offset points",
+        )
+    panels[0].set_ylabel("nats per token, hard", fontsize=FONT)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, lw=0, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="front"))
+    if chosen is not None:
+        handles.append(Line2D([], [], marker="o", ms=11, mfc="none", mec=GREY, lw=0, label="chosen"))
+    legend(figure, handles, len(handles))
+    return figure
+
+
+def _crosses(
+    axes: Axes, lines: Sequence[Mapping[str, Any]], colour: str, marker: str
+) -> None:
+    axes.errorbar(
+        [line["cost"] for line in lines],
+        [line["nll_hard"] for line in lines],
+        xerr=[_half(line, "cost") for line in lines],
+        yerr=[_half(line, "nll_hard") for line in lines],
+        color=colour, marker=marker, ms=6, lw=0, elinewidth=0.9, alpha=0.9, zorder=2,
+    )
+
+
+def against_figure(
+    lines: Sequence[Mapping[str, Any]], field: str, chosen: Optional[str], title: str = ""
+) -> Figure:
+    """Cost, routing entropy and soft-to-hard gap against the swept number.
+
+    Args:
+      lines: as in `pareto_figure`.
+      field: dotted field with a number in the points without a name; settings that differ in other
+        fields too make a line each.
+      chosen: the setting that is ringed.
+      title: what was swept.
+
+    Raises:
+      ValueError: no point with a number in the field.
+    """
+    own, _ = _families(lines)
+    own = [line for line in own if isinstance(line["point"].get(field), (int, float))]
+    if not own:
+        raise ValueError(f"field: expected a number in some points, got none for {field!r}.")
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for line in own:
+        rest = ", ".join(
+            f"{key.split('.')[-1]} {value}" for key, value in line["point"].items() if key != field
+        )
+        series.setdefault(rest, []).append(line)
+    styles = palette.arm_styles(list(series))
+    figure, [panels] = frame(
+        len(_AGAINST), 3.1, [2.9], f"{title}: what {field} does" if title else f"What {field} does",
+        "Means over seeds on the validation split, bands: 95 % intervals. A gap below 0 means that the "
+        "model is better with one mechanism per token than with the mixture. Ringed: the chosen setting.",
+        gap_x=0.8,
+    )
+    for axes, (name, label, share) in zip(panels, _AGAINST):
+        for rest, group in series.items():
+            group = sorted(group, key=lambda line: line["point"][field])
+            colour, marker = styles[rest]
+            x = np.array([line["point"][field] for line in group], float)
+            y = np.array([line[name] for line in group])
+            half = np.array([_half(line, name) for line in group])
+            axes.fill_between(x, y - half, y + half, color=colour, alpha=0.15, lw=0)
+            axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1.5, label=rest)
+            for line in group:
+                if line["setting"] == chosen:
+                    axes.plot(
+                        line["point"][field], line[name], "o", ms=12, mfc="none", mec=GREY, mew=1.5
+                    )
+        values = [line["point"][field] for line in own]
+        if min(values) > 0 and max(values) / min(values) >= 8:
+            axes.set_xscale("log", base=2)
+            ticks = sorted(set(values))
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if name == "gap":
+            axes.axhline(0.0, color=GREY, lw=1.0, ls=":")
+        axes.set_title(label, loc="left", fontsize=FONT)
+        axes.set_xlabel(field, fontsize=FONT)
+        tidy(axes)
+    if len(series) > 1:
+        handles = [
+            Line2D([], [], color=styles[rest][0], marker=styles[rest][1], lw=1.5, label=rest)
+            for rest in series
+        ]
+        legend(figure, handles, min(len(handles), 4))
+    return figure

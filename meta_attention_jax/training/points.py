@@ -1,0 +1,197 @@
+"""A small algebra of sweeps, and which of their points one program can train together.
+
+A sweep is a list of points, a point a dict of dotted overrides of a config:
+
+    product(sweep("prior.strength", log_spaced(0.5, 32, 7)), sweep("seed", range(3)))     21 points
+    chain(a, b)            the points of a, then those of b
+    zipped(a, b)           a's first with b's first, ...; of equal length
+    point(name="full-only", **{"controller.name": "fixed"})     one point
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from meta_attention_jax.training.config import config_to_dict
+
+Point = dict[str, Any]
+Sweep = list[Point]
+
+ARRAY_INPUTS = (
+    "name",
+    "seed",
+    "prior.strength",
+    "prior.preference",
+    "prior.costs",
+    "objective.beta",
+    "gate.threshold",
+    "gate.start",
+    "gate.end",
+    "optimizer.learning_rate",
+    "controller.entropy_bonus",
+)
+"""Fields that change no program: points that differ in these alone are trained together."""
+
+
+def point(**overrides: Any) -> Sweep:
+    """The sweep of one point; dotted fields as `**{"prior.strength": 2.0}`."""
+    return [overrides]
+
+
+def sweep(field: str, values: Iterable[Any]) -> Sweep:
+    """One point per value of a dotted field."""
+    return [{field: value} for value in values]
+
+
+def log_spaced(first: float, last: float, count: int) -> list[float]:
+    """`count` numbers from `first` to `last`, each the same multiple of the one before.
+
+    Rounded to 6 digits, so that they read well in names and tables.
+
+    Raises:
+      ValueError: ends that are not positive, or fewer than 2 numbers.
+    """
+    if not (0 < first < math.inf and 0 < last < math.inf):
+        raise ValueError(f"log_spaced: expected ends > 0, got {first} and {last}.")
+    if count < 2:
+        raise ValueError(f"log_spaced: expected a count of at least 2, got {count}.")
+    ratio = math.log(last / first) / (count - 1)
+    return [float(f"{first * math.exp(ratio * i):.6g}") for i in range(count)]
+
+
+def _join(points: Iterable[Point], what: str) -> Point:
+    joined: Point = {}
+    for one in points:
+        if both := joined.keys() & one.keys():
+            raise ValueError(f"{what}: expected distinct fields, got {sorted(both)[0]!r} twice.")
+        joined |= one
+    return joined
+
+
+def product(*sweeps: Sweep) -> Sweep:
+    """Every combination of one point of each, the last varying fastest.
+
+    Raises:
+      ValueError: a field in two of them.
+    """
+    return [_join(points, "product") for points in itertools.product(*sweeps)]
+
+
+def zipped(*sweeps: Sweep) -> Sweep:
+    """The i-th points of all, joined.
+
+    Raises:
+      ValueError: different lengths, or a field in two of them.
+    """
+    lengths = sorted({len(points) for points in sweeps})
+    if len(lengths) > 1:
+        raise ValueError(f"zipped: expected sweeps of one length, got lengths {lengths}.")
+    return [_join(points, "zipped") for points in zip(*sweeps)]
+
+
+def chain(*sweeps: Sweep) -> Sweep:
+    """The points of all, one sweep after the other."""
+    return [dict(one) for points in sweeps for one in points]
+
+
+def _text(value: Any) -> str:
+    """A value in a directory's name."""
+    if isinstance(value, float):
+        value = f"{value:.6g}"
+    elif isinstance(value, (tuple, list)):
+        value = "+".join(map(str, value))
+    return re.sub(r"[^\w.+-]+", "_", str(value))
+
+
+def labels(points: Sequence[Point]) -> list[str]:
+    """A name for every point, good for a directory: its "name" if it has one, then what varies among
+    the points of this name, e.g. "full-only,seed=1" or "strength=0.5,seed=1".
+
+    Raises:
+      ValueError: no points, or points that are the same.
+    """
+    if not points:
+        raise ValueError("sweep: expected at least one point, got none.")
+    families: dict[Any, list[Point]] = {}
+    for one in points:
+        families.setdefault(one.get("name"), []).append(one)
+    made = []
+    for one in points:
+        family = families[one.get("name")]
+        fields = list(dict.fromkeys(field for other in family for field in other))
+        varying = [
+            field for field in fields
+            if field != "name" and len({_key(other.get(field)) for other in family}) > 1
+        ]
+        last = [field.split(".")[-1] for field in varying]
+        parts = [_text(one["name"])] if "name" in one else []
+        for field, short in zip(varying, last):
+            if field in one:
+                shown = short if last.count(short) == 1 else field
+                parts.append(f"{shown}={_text(one[field])}")
+        made.append(",".join(parts) or "point")
+    for label in made:
+        if made.count(label) > 1:
+            raise ValueError(f"sweep: expected points that differ, got {label!r} twice.")
+    return made
+
+
+def _key(value: Any) -> Hashable:
+    return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)
+
+
+def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with a point's overrides; the order of the data stays that of the base.
+
+    Raises:
+      ValueError: a field that the config does not have, or a value of another type.
+    """
+    config = base.copy_and_resolve_references()
+    if config.data.seed < 0:
+        config.data.seed = config.seed  # One order of the data for all seeds of the points.
+    known = _fields(config_to_dict(config))
+    for field, value in overrides.items():
+        if field not in known:
+            raise ValueError(f"sweep: expected a field of the config, got {field!r}.")
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{field}: expected a value like {known[field]!r}, got {value!r}."
+            ) from None
+    return config
+
+
+def _fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _fields(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def program(config: ConfigDict) -> Hashable:
+    """What is the same for all points that one vmapped program can train; None if the point has to be
+    trained alone.
+
+    Alone: packed dispatch (its trip counts follow the data of one run), costs measured in the run's
+    own directory, a profile, and pmap.
+    """
+    if (
+        config.train.packed
+        or config.prior.costs == "measured"
+        or config.train.profile_step >= 0
+        or config.parallel.mode != "jit"
+    ):
+        return None
+    fields = _fields(config_to_dict(config))
+    return tuple((name, _key(fields[name])) for name in sorted(fields) if name not in ARRAY_INPUTS)

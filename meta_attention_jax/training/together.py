@@ -1,0 +1,333 @@
+"""Runs that differ in array inputs alone, trained as one program: `vmap` of the training step.
+
+Every run keeps its own directory, as if it had been trained alone; the order of the data is shared.
+Several devices share the points, each training its own; nothing is communicated. Evaluation in mode
+hard runs all mechanisms and selects, since packed dispatch has trip counts of its own for every point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from meta_attention_jax.objective import summarise
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.logs import MetricsLog, Progress
+from meta_attention_jax.training.loop import Job, describe, divergence, save, with_gap
+from meta_attention_jax.training.points import program
+from meta_attention_jax.training.state import Hypers, TrainState
+from meta_attention_jax.training.step import StepSpec, eval_step, init_state, train_step
+
+POINTS = "points"
+MEMORY_SHARE = 0.8
+"""Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
+
+
+def init_states(spec: StepSpec, seeds: Sequence[int], batch: Any, hypers: Hypers) -> TrainState:
+    """Fresh states of all points, [point ...]: each is that of its seed alone."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    return jax.jit(jax.vmap(lambda key, one: init_state(spec, key, batch, one)))(keys, hypers)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one shape, as one with a leading axis of points."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def point_of(tree: Any, index: int) -> Any:
+    """The tree of one point, [point ...] -> [...]."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def device_bytes(device: jax.Device) -> Optional[int]:
+    """Memory that a device has in all, or the host has free for CPU devices; None if it does not say."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int((pathlib.Path("/sys/fs/cgroup") / name).read_text()))
+    return free
+
+
+def bytes_needed(compiled: Any) -> int:
+    """Arguments, results and temporaries of a compiled program per device, by the compiler's count."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+class Together:
+    """The compiled programs of a group of points, and where its points lie.
+
+    Args:
+      jobs: of one `program`, at least one.
+      devices: that share the points.
+    """
+
+    def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
+        self.jobs = list(jobs)
+        self.spec = jobs[0].spec
+        devices = list(devices)[: len(jobs)]
+        # A device more than fits would have no points: the last one is trained as often as needed.
+        rows = -(-len(jobs) // len(devices)) * len(devices)
+        self.padded = [*self.jobs, *([self.jobs[-1]] * (rows - len(jobs)))]
+        self.mesh = Mesh(np.array(devices), (POINTS,), axis_types=(AxisType.Auto,))
+        self.hypers = self.place(stack([job.hypers for job in self.padded]))
+        self._evaluations: dict[str, Any] = {}
+
+    def place(self, tree: Any) -> Any:
+        """[point ...] arrays on the devices of their points."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(POINTS)))
+
+    def replicate(self, tree: Any) -> Any:
+        """The same on every device."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def over_points(self, function: Any, shared: int, count: int, donate: tuple[int, ...] = ()) -> Any:
+        """jit of vmap over points; argument `shared` of `count` is the same for all."""
+        axes = [None if i == shared else 0 for i in range(count)]
+        specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
+        mapped = jax.shard_map(
+            jax.vmap(function, in_axes=tuple(axes)),
+            mesh=self.mesh,
+            in_specs=tuple(specs),
+            out_specs=PartitionSpec(POINTS),
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donate)
+
+    def states(self) -> TrainState:
+        """Fresh states, [point ...]."""
+        seeds = [job.config.seed for job in self.padded]
+        batch = self.jobs[0].dataset.train_batch(0)
+        states = init_states(self.spec, seeds, batch, stack([j.hypers for j in self.padded]))
+        if self.jobs[0].initial is not None:
+            states = states.replace(params=stack([job.initial for job in self.padded]))
+        return self.place(states)
+
+    def compile_step(self, states: TrainState) -> Any:
+        """The training step of all points, (states, batch, hypers) -> (states, metrics)."""
+        step = self.over_points(functools.partial(train_step, self.spec), 1, 3, donate=(0,))
+        batch = self.replicate(self.jobs[0].dataset.train_batch(0))
+        return step.lower(states, batch, self.hypers).compile()
+
+    def evaluate(self, states: TrainState) -> list[dict[str, Any]]:
+        """What `loop` logs of an evaluation, for every point."""
+        config, dataset = self.jobs[0].config, self.jobs[0].dataset
+        sums: dict[str, Any] = {}
+        for mode in ("soft", "hard"):
+            if mode == "hard" and config.controller.name == "fixed":
+                sums[mode] = sums["soft"]
+                continue
+            if mode not in self._evaluations:
+                model = self.spec.model.clone(mode=mode, dispatch="dense")
+                step = functools.partial(eval_step, model, dataset.num_kinds)
+                self._evaluations[mode] = self.over_points(step, 1, 3)
+            total = None
+            for batch in dataset.eval_batches(
+                "validation", max_batches=config.train.eval_batches
+            ):
+                new = self._evaluations[mode](
+                    states.params, self.replicate(batch), self.hypers.routing
+                )
+                total = new if total is None else jax.tree.map(jnp.add, total, new)
+            sums[mode] = jax.device_get(total)
+        return [
+            with_gap({mode: self.report(index, total) for mode, total in sums.items()})
+            for index in range(len(self.jobs))
+        ]
+
+    def report(self, index: int, sums: Any, **scalars: Any) -> dict[str, Any]:
+        """Metrics of one point from the sums of all."""
+        job = self.jobs[index]
+        return summarise(
+            point_of(sums, index),
+            mechanisms=tuple(job.config.model.mechanisms),
+            costs=jax.device_get(job.hypers.routing.costs),
+            **scalars,
+        )
+
+
+def train_together(
+    jobs: Sequence[Job],
+    *,
+    label: str,
+    names: Sequence[str],
+    start: int = 0,
+    stop_after: Optional[int] = None,
+    progress: bool = True,
+    memory: Optional[int] = None,
+) -> list[Optional[str]]:
+    """Trains all to `train.steps`; every job's directory is that of an ordinary run.
+
+    Args:
+      jobs: of `loop.prepare`, of one `points.program`, all with a checkpoint at step `start`.
+      label: of the live line.
+      names: of the points, for what is said of them.
+      start: steps done before.
+      stop_after: stop (with checkpoints) after this step.
+      progress: show the live line.
+      memory: bytes per device that a program may need; None is a share of what the device has.
+        Groups that need more are halved.
+
+    Returns:
+      What went wrong with each, None where nothing did: a point that diverges is left where its last
+      checkpoint is, and the others go on.
+
+    Raises:
+      ValueError: jobs of different programs.
+    """
+    programs = {program(job.config) for job in jobs}
+    if len(programs) != 1 or None in programs:
+        raise ValueError("jobs: expected points of one program, got several, or one to train alone.")
+    devices = jobs[0].parallel.devices
+    if memory is None:
+        has = device_bytes(devices[0])
+        # Virtual CPU devices have one host.
+        share = len(devices) if devices[0].platform == "cpu" else 1
+        memory = None if has is None else int(MEMORY_SHARE * has / share)
+    group = Together(jobs, devices)
+    states = group.states()
+    step = group.compile_step(states)
+    if memory is not None and bytes_needed(step) > memory and len(jobs) > len(devices):
+        del group, states, step
+        half = -(-len(jobs) // 2)
+        options = dict(start=start, stop_after=stop_after, progress=progress, memory=memory)
+        return [
+            failure
+            for part, told in ((jobs[:half], names[:half]), (jobs[half:], names[half:]))
+            for failure in train_together(part, label=label, names=told, **options)
+        ]
+    with contextlib.ExitStack() as stack_:
+        runs = [_Point(job, start, stack_) for job in jobs]
+        about = describe(jobs[0], point_of(states.params, 0))
+        if start:
+            restored = [run.restore(point_of(states, i)) for i, run in enumerate(runs)]
+            restored += [restored[-1]] * (len(group.padded) - len(jobs))
+            states = group.place(stack(restored))
+        for run in runs:
+            run.log.write("resume" if start else "start", start, {} if start else about)
+        if progress:
+            print(_headline(label, about, group, start), flush=True)
+        config = jobs[0].config
+        line = Progress(
+            label,
+            total=config.train.steps,
+            start=start,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length * len(jobs),
+            enabled=progress,
+        )
+        stack_.callback(line.close)
+        stop = min(stop_after or config.train.steps, config.train.steps)
+        _run(group, runs, states, step, line, names, start=start, stop=stop)
+        return [run.failure for run in runs]
+
+
+class _Point:
+    """The open files of one point, and how it fares."""
+
+    def __init__(self, job: Job, start: int, stack_: contextlib.ExitStack):
+        self.config = job.config
+        self.checkpoints = Checkpoints(
+            job.path / "checkpoints", keep_latest=job.config.train.keep_latest
+        )
+        stack_.callback(self.checkpoints.close)
+        self.log = MetricsLog(job.path, start=start)
+        stack_.callback(self.log.close)
+        self.good: Optional[int] = start or None
+        self.failure: Optional[str] = None
+
+    def restore(self, template: TrainState) -> TrainState:
+        return self.checkpoints.restore(template, self.good)
+
+
+def _headline(label: str, about: dict[str, Any], group: Together, start: int) -> str:
+    device = group.mesh.devices.flat[0].platform
+    return (
+        f"{label}: {len(group.jobs)} runs of {about['parameters']:,} parameters as one program, "
+        f"full attention {about['full_attention']}, {group.mesh.size} x {device}"
+        + (f", resumed at step {start}" if start else "")
+    )
+
+
+def _run(
+    group: Together,
+    runs: list[_Point],
+    states: TrainState,
+    step: Any,
+    line: Progress,
+    names: Sequence[str],
+    *,
+    start: int,
+    stop: int,
+) -> None:
+    config, dataset = group.jobs[0].config, group.jobs[0].dataset
+    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+    total: Any = None
+    flags: list[jax.Array] = []
+    for number in range(start, stop):
+        batch = group.replicate(dataset.train_batch(number))
+        states, metrics = step(states, batch, group.hypers)
+        done = number + 1
+        total = metrics["sums"] if total is None else add(total, metrics["sums"])
+        flags.append(metrics["finite"])
+        due_save = done % config.train.checkpoint_every == 0 or done == stop
+        due_eval = done % config.train.eval_every == 0 or due_save
+        if done % config.train.log_every == 0 or due_eval:
+            finite = np.stack(jax.device_get(flags))
+            for index, run in enumerate(runs):
+                if run.failure is None and not finite[:, index].all():
+                    first = done - len(flags) + 1 + int(np.argmin(finite[:, index]))
+                    run.failure = divergence(first, run.good)
+                    line.say(f"{names[index]}: {run.failure}")
+            alive = [index for index, run in enumerate(runs) if run.failure is None]
+            if not alive:
+                return
+            sums = jax.device_get(total)
+            scalars = jax.device_get(
+                {n: metrics[n] for n in ("gradient_norm", "threshold", "beta", "learning_rate")}
+            )
+            records = {}
+            for index in alive:
+                own = {name: float(values[index]) for name, values in scalars.items()}
+                records[index] = {**group.report(index, sums, beta=own["beta"]), **own}
+                runs[index].log.write("train", done, records[index])
+            line.update(done, _status(list(records.values()), len(runs)))
+            total, flags = None, []
+            if due_eval:
+                for index, evaluation in enumerate(group.evaluate(states)):
+                    if index not in records:
+                        continue
+                    run = runs[index]
+                    run.log.write("eval", done, evaluation)
+                    if due_save:
+                        save(run.checkpoints, done, point_of(states, index), run.config, evaluation)
+                        run.good = done
+
+
+def _status(records: list[dict[str, Any]], count: int) -> str:
+    """Range of nats and mean share of hard tokens of those that go on."""
+    nats = [record["nll"] for record in records]
+    hard = np.mean([record["hard_fraction"] for record in records])
+    lost = f" · {count - len(records)} diverged" if len(records) < count else ""
+    return f"nll {min(nats):.3f} to {max(nats):.3f} · hard {hard:.0%}{lost}"

@@ -1,0 +1,153 @@
+"""Points of a sweep trained as one program are what they would have been alone."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import smoke
+from meta_attention_jax.training import points as algebra
+from meta_attention_jax.training import together
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+
+POINTS = algebra.zipped(
+    algebra.sweep("prior.strength", (0.5, 2.0, 8.0)),
+    algebra.sweep("seed", (3, 4, 5)),
+    algebra.sweep("optimizer.learning_rate", (0.05, 0.1, 0.02)),
+    algebra.sweep("objective.beta", (0.0, 0.01, 0.1)),
+    algebra.sweep("gate.start", (0.2, 0.4, 0.1)),
+    algebra.sweep("prior.costs", ("nominal", "1,0.5,0.5", "analytic")),
+)
+
+
+def base(**changes):
+    config = smoke.get_config()
+    config.optimizer.name = "sgd"
+    config.model.num_layers = 1
+    config.train.steps = 20
+    config.gate.end = 0.8
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def prepared(root, config, points=POINTS):
+    return [
+        prepare(algebra.configured(config, one), root / str(index))
+        for index, one in enumerate(points)
+    ]
+
+
+def distance(a, b):
+    """Norm of the difference over the norm of b."""
+    leaves = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
+    a, b = leaves(a), leaves(b)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def test_gradients_and_parameters_are_those_of_the_runs_alone(tmp_path):
+    jobs = prepared(tmp_path, base())
+    spec, batch = jobs[0].spec, jobs[0].dataset.train_batch(0)
+    hypers = together.stack([job.hypers for job in jobs])
+    states = together.init_states(spec, [job.config.seed for job in jobs], batch, hypers)
+    gradients = jax.jit(jax.vmap(functools.partial(gradient_sums, spec), in_axes=(0, None, 0)))
+    found, _ = gradients(states, batch, hypers)
+    group = together.Together(jobs, jax.devices()[:1])
+    many = group.states()
+    step = group.compile_step(many)
+    for number in range(20):
+        many, _ = step(many, group.replicate(jobs[0].dataset.train_batch(number)), group.hypers)
+    norms = []
+    # The specs differ in the gate's times alone, which the hypers overrule.
+    gradient = jax.jit(functools.partial(gradient_sums, spec))
+    one = jax.jit(functools.partial(train_step, spec))
+    for index, job in enumerate(jobs):
+        state = init_state(spec, jax.random.key(job.config.seed), batch, job.hypers)
+        alone, _ = gradient(state, batch, job.hypers)
+        norms.append(float(jnp.linalg.norm(jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(alone)]))))
+        assert distance(together.point_of(found, index), alone) < 1e-5
+        for number in range(20):
+            state, _ = one(state, job.dataset.train_batch(number), job.hypers)
+        assert distance(together.point_of(many.params, index), state.params) < 1e-5
+    assert len({round(norm, 3) for norm in norms}) == 3  # The points do differ.
+
+
+SHORT = {"train.steps": 12, "train.eval_every": 6, "train.checkpoint_every": 6}
+LIGHT = {"controller.name": "fixed", "controller.fixed": ("local",)}  # Compiles in no time.
+QUIET = dict(label="x", names=["a", "b"], progress=False)
+
+
+def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
+    config = base(**SHORT)
+    jobs = prepared(tmp_path / "many", config, POINTS[:2])
+    assert together.train_together(jobs, **QUIET) == [None, None]
+
+    parts = prepared(tmp_path / "parts", config, POINTS[:2])
+    together.train_together(parts, stop_after=6, **QUIET)
+    assert read_metrics(parts[0].path)[-1]["step"] == 6
+    together.train_together(prepared(tmp_path / "parts", config, POINTS[:2]), start=6, **QUIET)
+    for part, whole in zip(parts, jobs):
+        a, b = read_metrics(part.path)[-1], read_metrics(whole.path)[-1]
+        assert a == b and a["step"] == 12
+
+    index, one = 1, POINTS[1]
+    alone = prepare(algebra.configured(config, one), tmp_path / "alone")
+    train(alone, progress=False)
+    left, right = read_metrics(jobs[index].path), read_metrics(alone.path)
+    assert [(r["event"], r["step"]) for r in left] == [(r["event"], r["step"]) for r in right]
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys()
+        assert a.get("nll", 0) == pytest.approx(b.get("nll", 0), rel=1e-4)
+    assert left[-1]["hard"]["nll"] == pytest.approx(right[-1]["hard"]["nll"], rel=1e-4)
+    assert left[-1]["hard"]["cost"] == pytest.approx(right[-1]["hard"]["cost"], abs=0.02)
+    saved = Checkpoints(jobs[index].path / "checkpoints", read_only=True)
+    reference = Checkpoints(alone.path / "checkpoints", read_only=True)
+    params = saved.restore_params(12)
+    assert distance(params, reference.restore_params(12)) < 1e-4
+    assert saved.best == reference.best
+    saved.close()
+    reference.close()
+    # And goes on alone: the whole state is there.
+    longer = prepare(algebra.configured(config, one), jobs[index].path)
+    assert train(longer, progress=False)["hard"]["nll"] == left[-1]["hard"]["nll"]
+
+
+def test_a_point_that_diverges_stops_no_other(tmp_path):
+    points = algebra.zipped(
+        algebra.sweep("optimizer.learning_rate", (0.05, 1e30, 0.05)), algebra.sweep("seed", (0, 1, 2))
+    )
+    config = base(**{"train.steps": 10, "train.eval_every": 5, "train.checkpoint_every": 5, **LIGHT})
+    jobs = prepared(tmp_path, config, points)
+    failures = together.train_together(jobs, label="x", names=["a", "b", "c"], progress=False)
+    assert failures[0] is None and failures[2] is None
+    assert "expected finite loss" in failures[1] and "no checkpoint is kept" in failures[1]
+    ends = [read_metrics(job.path)[-1]["step"] for job in jobs]
+    assert ends[0] == ends[2] == 10 and ends[1] == 0
+    assert not list((jobs[1].path / "checkpoints").glob("[0-9]*"))
+
+
+def test_groups_that_do_not_fit_are_halved(tmp_path):
+    config = base(**{"train.steps": 4, "train.eval_every": 4, "train.checkpoint_every": 4, **LIGHT})
+    jobs = prepared(tmp_path, config, POINTS)
+    group = together.Together(jobs, jax.devices()[:1])
+    needed = together.bytes_needed(group.compile_step(group.states()))
+    assert needed > 0
+    failures = together.train_together(
+        jobs, label="x", names=["a", "b", "c"], progress=False, memory=int(0.7 * needed)
+    )
+    assert failures == [None] * 3
+    assert all(read_metrics(job.path)[-1]["step"] == 4 for job in jobs)
+
+
+def test_jobs_of_several_programs_are_refused(tmp_path):
+    points = algebra.sweep("model.window", (4, 5))
+    with pytest.raises(ValueError, match="points of one program"):
+        together.train_together(
+            prepared(tmp_path, base(), points), label="x", names=["a", "b"], progress=False
+        )
+    assert json.loads((tmp_path / "0" / "config.json").read_text())["name"] == "smoke"
