@@ -32,11 +32,11 @@ from experiments import arms, common
 from experiments.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
 from experiments.scores import scores
 from meta_attention_jax import analysis
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
-from meta_attention_jax.training.run import open_run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs and the tables go.")
@@ -140,7 +140,7 @@ def measure(path: pathlib.Path) -> None:
     """`test.json` of a finished run, once."""
     if not (path / "test.json").exists():
         analysis.write_json(
-            path / "test.json", scores(open_run(path), "test", max_batches=TEST_BATCHES.value)
+            path / "test.json", scores(load_run(path), "test", max_batches=TEST_BATCHES.value)
         )
 
 

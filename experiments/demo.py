@@ -22,13 +22,12 @@ from ml_collections import ConfigDict
 from experiments import arms, common, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
-from meta_attention_jax.generation import Sampler, greedy
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.run import Run, open_run
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the arms and the report go.")
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
@@ -151,8 +150,7 @@ def shown_text(run: Run) -> dict[str, Any]:
     keep = batch.loss_mask[:rows]
     routing = jax.device_get(output.routing)
     take = lambda values: np.asarray(values)[:, :rows][:, keep]  # noqa: E731
-    decode = run.dataset.tokenizer.decode
-    pieces = [decode([token]) for token in batch.tokens[:rows][keep]]
+    pieces = run.pieces(batch.tokens[:rows][keep])
     if run.dataset.num_kinds > 1:  # Generated sequences have nothing to do with each other.
         for end in np.cumsum(keep.sum(axis=1)) - 1:
             pieces[end] += b"\n"
@@ -168,12 +166,12 @@ def shown_text(run: Run) -> dict[str, Any]:
 def show_sample(run: Run) -> None:
     """Prints a short continuation of a test text, hard-routed, with the routes."""
     batch = next(run.dataset.eval_batches("test"))
-    length, draw = 32, Sampler(temperature=0.8, top_p=0.9)
+    length, draw = 32, dict(temperature=0.8, top_p=0.9)
     if run.dataset.num_kinds > 1:  # Ends with the first question, to be answered by its value.
-        length, draw = 1 + int(np.argmax(batch.kind[0] == recall.KIND_QUERY)), greedy
-    ids, trace = samples.go_on(run, batch.tokens[0, :length], steps=64, mode="hard", draw=draw)
+        length, draw = 1 + int(np.argmax(batch.kind[0] == recall.KIND_QUERY)), {}
+    made = run.generate(batch.tokens[0, :length], steps=64, mode="hard", **draw)
     print(f"\n{run.config.name}, hard, goes on from {length} test tokens")
-    print(samples.show_routes(run, ids, trace))
+    print(samples.show_routes(run, made.ids, made.trace))
 
 
 def write_report(
@@ -246,7 +244,7 @@ def main() -> None:
             train(job)
         except Diverged as error:
             common.fail(error)
-        run = open_run(job.path)
+        run = load_run(job.path)
         results = evaluate(run)
         rows.append(table_row(corpus, arm, results, tuple(run.config.model.mechanisms)))
         runs.append(curves(corpus, arm, run))
@@ -256,7 +254,7 @@ def main() -> None:
         if run.dataset.num_kinds > 1:
             floor[corpus] = recall.entropy_floor(run.dataset.config, run.dataset.sequence_length)
     for corpus in CORPORA.value:
-        show_sample(open_run(jobs[corpus, "bayesian"].path))
+        show_sample(load_run(jobs[corpus, "bayesian"].path))
     timing = []
     if TIMED_CORPUS in CORPORA.value:
         timing = long.long_evaluation(

@@ -20,9 +20,9 @@ from meta_attention_jax import analysis
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.run import Run, open_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which split.")
@@ -71,7 +71,8 @@ def main() -> None:
     with common.user_mistakes():
         if unknown := set(MODE.value) - set(MODES):
             raise ValueError(f"modes: expected some of {MODES}, got {sorted(unknown)[0]!r}.")
-        run = open_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value)
+        run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value)
+        run.dataset  # Opened here, where its errors are the user's.
     parallel = Parallel("jit")
     if run.config.data.batch_size % len(parallel.devices):
         parallel = Parallel("jit", parallel.devices[:1])

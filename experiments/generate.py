@@ -9,15 +9,12 @@ Greedy unless one of the sampler's flags is given. A `recall` run takes names: -
 
 from __future__ import annotations
 
-import os
-
-import numpy as np
 from absl import flags
 
 from experiments import common, samples
-from meta_attention_jax.generation import Draw, Sampler, greedy, pad_prompts
+from meta_attention_jax.generation import sampler_of
 from meta_attention_jax.routing.mixture import MODES
-from meta_attention_jax.training.run import open_run
+from meta_attention_jax.runs import load_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
@@ -35,33 +32,24 @@ COLOR = flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "ANSI co
 flags.mark_flags_as_required(["workdir", "prompt"])
 
 
-def sampler() -> Draw:
-    """Greedy, or a sampler of the flags that are given."""
-    if TEMPERATURE.value is None and TOP_K.value is None and TOP_P.value is None:
-        return greedy
-    temperature = 1.0 if TEMPERATURE.value is None else TEMPERATURE.value
-    return Sampler(temperature=temperature, top_k=TOP_K.value, top_p=TOP_P.value)
-
-
 def main() -> None:
     with common.user_mistakes():
-        draw = sampler()
-        run = open_run(WORKDIR.value, step=STEP.value)
+        draw = dict(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+        sampler_of(**draw)  # Its mistakes before any work.
+        run = load_run(WORKDIR.value, step=STEP.value)
         if LAYER.value is not None and LAYER.value >= run.config.model.num_layers:
             raise ValueError(
                 f"layer: expected less than {run.config.model.num_layers}, got {LAYER.value}."
             )
-        prompt = np.asarray(run.dataset.tokenizer.encode(os.fsencode(PROMPT.value)))
-        pad_prompts([prompt], run.dataset.vocab_size)
-    ids, trace = samples.go_on(
-        run, prompt, steps=STEPS.value, mode=MODE.value, draw=draw, seed=SEED.value,
-        threshold=THRESHOLD.value,
+        prompt = run.encode(PROMPT.value)
+    made = run.generate(
+        prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, **draw
     )
-    print(samples.printable(run.dataset.tokenizer.decode(ids).decode(errors="replace")))
+    print(samples.printable(made.text))
     if SHOW_ROUTES.value:
         colour = COLOR.value == "always" or (COLOR.value == "auto" and samples.wants_colour())
         print()
-        print(samples.show_routes(run, ids, trace, layer=LAYER.value, colour=colour))
+        print(samples.show_routes(run, made.ids, made.trace, layer=LAYER.value, colour=colour))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Going on from a prompt, and showing the routes: what `generate` and `demo` share."""
+"""Showing the routes of a continuation: what `generate` and `demo` share."""
 
 from __future__ import annotations
 
@@ -8,47 +8,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Optional
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from meta_attention_jax import analysis
-from meta_attention_jax.generation import Draw, Trace, generate
-from meta_attention_jax.training.run import Run
+from meta_attention_jax.generation import Trace
+from meta_attention_jax.runs import Run
 
 LINE = 80
 """Characters after which a line is broken."""
-
-
-def go_on(
-    run: Run,
-    ids: Int[np.ndarray, "prompt"],
-    *,
-    steps: int,
-    mode: str,
-    draw: Draw,
-    seed: int = 0,
-    threshold: float = 0.5,
-) -> tuple[Int[np.ndarray, "prompt+steps"], Trace]:
-    """Token ids of prompt and continuation, and the trace of this one row; `threshold` is theta of
-    gated mode.
-
-    Raises:
-      ValueError: an empty prompt, or what else `generate` refuses.
-    """
-    trace = generate(
-        run.model,
-        run.params,
-        [ids],
-        steps=steps,
-        hypers=run.hypers.routing.replace(threshold=jnp.float32(threshold)),
-        keys=jax.random.split(jax.random.key(seed), 1),
-        sampler=draw,
-        mode=mode,
-    )
-    trace = jax.device_get(trace)
-    return np.concatenate([ids, trace.tokens[0]]), trace
 
 
 def show_routes(
@@ -62,7 +30,7 @@ def show_routes(
     """Shares of all layers, then prompt and continuation with the routes of one layer.
 
     Args:
-      ids, trace: of `go_on`.
+      ids, trace: of `Run.generate`.
       layer: None is the one that uses full most.
       colour: ANSI backgrounds; else a line of letters below each line of text.
 
@@ -74,7 +42,7 @@ def show_routes(
     if layer is None:
         most = mechanisms.index("full") if "full" in mechanisms else 0
         layer = int(np.argmax(np.asarray(shares)[:, most]))
-    pieces = [run.dataset.tokenizer.decode([token]) for token in ids]
+    pieces = run.pieces(ids)
     lines = [
         f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
         for i, row in enumerate(shares)

@@ -10,9 +10,9 @@ import numpy as np
 from meta_attention_jax.analysis import statistics
 from meta_attention_jax.data import recall
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.runs import Run
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.run import Run
 
 SAMPLES = (1, 4, 16)
 SAMPLED = ("bayesian", "gumbel")

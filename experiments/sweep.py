@@ -28,11 +28,11 @@ from experiments import common, sweeps
 from experiments.comparison import parse_shard
 from experiments.scores import scores
 from meta_attention_jax import analysis
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build, points as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
-from meta_attention_jax.training.run import open_run
 from meta_attention_jax.training.together import train_together
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
@@ -153,7 +153,7 @@ def main() -> None:
         for row in found:
             path = root / "points" / row["label"]
             if row["setting"] == pick and not (path / "test.json").exists():
-                measured = scores(open_run(path), "test", max_batches=TEST_BATCHES.value)
+                measured = scores(load_run(path), "test", max_batches=TEST_BATCHES.value)
                 analysis.write_json(path / "test.json", measured)
     print()
     sweeps.write_results(root, points, base.name)

@@ -27,8 +27,8 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import token_arrays
-from meta_attention_jax.training.run import Run, open_run
 from meta_attention_jax.types import UNCERTAINTIES
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
@@ -109,10 +109,11 @@ def main() -> None:
     with common.user_mistakes():
         if not RUNS.value:
             raise ValueError("runs: expected at least one run directory, got none.")
-        runs = [open_run(path) for path in RUNS.value]
+        runs = [load_run(path) for path in RUNS.value]
         for run in runs:
             if run.config.controller.name == "fixed":
                 raise ValueError(f"runs: expected runs that route, got {str(run.path)!r}.")
+            run.dataset  # Opened here, where its errors are the user's.
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         posterior = run.config.controller.name in WITH_POSTERIOR

@@ -7,6 +7,16 @@ from meta_attention_jax.mechanisms.registry import Mechanism, get_mechanism, reg
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
+
+def __getattr__(name: str):
+    """`load_run` on demand: it needs the libraries of training, the layer alone does not."""
+    if name == "load_run":
+        from meta_attention_jax.runs import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Batch",
     "LanguageModel",
@@ -18,6 +28,7 @@ __all__ = [
     "generate",
     "get_mechanism",
     "greedy",
+    "load_run",
     "register_mechanism",
     "sample_dirichlet",
 ]

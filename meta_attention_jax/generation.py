@@ -110,6 +110,19 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
 
 
+def sampler_of(
+    temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None
+) -> Draw:
+    """`Sampler` of the numbers that are given, `greedy` without any.
+
+    Raises:
+      ValueError: as `Sampler`.
+    """
+    if temperature is None and top_k is None and top_p is None:
+        return greedy
+    return Sampler(1.0 if temperature is None else temperature, top_k, top_p)
+
+
 @flax.struct.dataclass
 class Trace:
     """What was generated; `prompt_*` are of the prompts, right-padded.

@@ -1,18 +1,25 @@
-"""Run by test_training.py in a process with 8 virtual devices; prints one line of JSON."""
+"""Run by test_training.py in a process with 8 virtual devices; prints one line of JSON.
+
+Leaves runs trained on all devices in the folder that is its argument, for one device to open.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
-from meta_attention_jax.training import build
+from meta_attention_jax.training import build, loop, together
+from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.points import configured, sweep
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import eval_step, gradient_sums, init_state, train_step
 
@@ -122,7 +129,58 @@ def packed_evaluation(devices):
     return float(sums.nll), np.asarray(sums.routes).sum(axis=(0, 1)), (step, arguments)
 
 
+TOKENS = np.arange(24)[None] % 20
+
+
+def left_run(folder, mode):
+    """Trains 2 steps on 8 devices; the logits of TOKENS stand beside the run."""
+    config = smoke.get_config()
+    config.model.num_layers = 1
+    config.parallel.mode = mode
+    config.train.steps = config.train.eval_every = config.train.checkpoint_every = 2
+    job = loop.prepare(config, folder / mode)
+    loop.train(job, progress=False)
+    checkpoints = Checkpoints(job.path / "checkpoints", read_only=True)
+    template = init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
+    state = job.parallel.unreplicate(job.parallel.replicate(checkpoints.restore(template, 2)))
+    checkpoints.close()
+    output = job.spec.model.apply({"params": state.params}, TOKENS, hypers=job.hypers.routing)
+    np.save(folder / f"{mode}.npy", output.logits[0])
+    return len(job.parallel.devices)
+
+
+def points_on_devices():
+    """Three points on 8 devices (of which 3 work) and on 2 (of which one has a copy) against 1."""
+    config = smoke.get_config()
+    config.controller.name = "softmax"
+    config.model.num_layers = 1
+    found = {}
+    for devices in (1, 2, 8):
+        points = sweep("optimizer.learning_rate", (0.01, 0.02, 0.03))
+        jobs = []
+        for point in points:
+            values = configured(config, point)
+            dataset = build.build_dataset(values)
+            jobs.append(loop.Job(
+                config=values, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
+                spec=build.build_spec(values, dataset), hypers=build.build_hypers(values),
+            ))
+        group = together.Together(jobs, jax.devices()[:devices])
+        states = group.states()
+        step = group.compile_step(states)
+        for number in range(3):
+            batch = group.replicate(dataset.train_batch(number))
+            states, _ = step(states, batch, group.hypers)
+        found[devices] = [jax.device_get(together.point_of(states.params, i)) for i in range(3)]
+        text = step.as_text()
+    return (
+        max(distance(found[n][i], found[1][i]) for n in (2, 8) for i in range(3)),
+        collectives(text)[0],
+    )
+
+
 def main():
+    folder = pathlib.Path(sys.argv[1])
     gradient, params, _ = train("jit", 1)
     result = {}
     for label, mode, devices, accumulate in (
@@ -143,6 +201,8 @@ def main():
     result["packed"] = abs(eight - one) / one
     text = step.lower(*arguments).compile().as_text()
     result["packed_collectives"], result["packed_collectives_in_loops"] = collectives(text)
+    result["left"] = [left_run(folder, mode) for mode in ("jit", "pmap")]
+    result["points"], result["points_collectives"] = points_on_devices()
     print(json.dumps(result))
 
 

@@ -16,11 +16,11 @@ from configs import smoke
 from meta_attention_jax import cost
 from meta_attention_jax.cost import account, count_attention
 from meta_attention_jax.mechanisms import full, linear, local, registry
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.loop import prepare
-from meta_attention_jax.training.run import open_run
 from meta_attention_jax.training.step import init_state
 
 NAMES = ("full", "linear", "local")
@@ -285,13 +285,13 @@ def test_measured_costs_are_timed_once_and_frozen(timer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "_time_in_turns", refuse)
         again = prepare(config(), run)
-        opened, shorter = open_run(run), open_run(run, sequence_length=16)
+        opened, shorter = load_run(run), load_run(run, sequence_length=16)
     for other in (again, opened, shorter):
         np.testing.assert_array_equal(other.hypers.routing.costs, expected)
     assert (run / "costs.json").read_bytes() == written and not list(run.glob("*.tmp"))
 
     (run / "costs.json").unlink()
-    for attempt in (lambda: prepare(config(), run), lambda: open_run(run)):
+    for attempt in (lambda: prepare(config(), run), lambda: load_run(run)):
         with pytest.raises(ValueError, match="^costs.json: expected .* costs in .* got none"):
             attempt()
     assert len(timer) == 1

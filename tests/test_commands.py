@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.generation import generate
-from meta_attention_jax.training.run import open_run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.types import UNCERTAINTIES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
                       "--config.data.sequence_length=48", "--config.optimizer.learning_rate=1e-9")
     assert f"from {run}" in check_success(further)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
-                 open_run(longer).params, open_run(run).params)
+                 load_run(longer).params, load_run(run).params)
     for flags, sentence in (
         ([f"--config.train.init_from={tmp_path}"], "train.init_from: expected a run directory"),
         ([f"--config.train.init_from={run}", "--config.model.model_dim=64"],
@@ -204,7 +204,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     assert first_line.startswith(prompt) and len(first_line.split()) == 4 + 5
     assert "F full  L linear  w local" in text and "the prompt's 4 tokens first" in text
     letters = text.splitlines()[-1].split()
-    opened = open_run(run)
+    opened = load_run(run)
     ids = opened.dataset.tokenizer.encode(prompt.encode())
     trace = generate(opened.model, opened.params, [ids], steps=5, mode="hard",
                      hypers=opened.hypers.routing)

@@ -34,9 +34,8 @@ def test_lines_break_and_nothing_is_lost():
 @pytest.fixture
 def run():
     config = types.SimpleNamespace(model=types.SimpleNamespace(mechanisms=MECHANISMS))
-    return types.SimpleNamespace(
-        config=config, dataset=types.SimpleNamespace(tokenizer=ByteTokenizer())
-    )
+    pieces = lambda ids: [ByteTokenizer().decode([token]) for token in ids]  # noqa: E731
+    return types.SimpleNamespace(config=config, pieces=pieces)
 
 
 def trace(route, hard):

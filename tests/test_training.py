@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from configs import smoke
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
-from meta_attention_jax.training.run import open_run
 from meta_attention_jax.training.step import make_optimizer
 
 
@@ -59,12 +60,82 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
 
 def test_a_run_directory_opens_from_itself_alone(whole):
     before = sorted(p.name for p in whole.iterdir())
-    run = open_run(whole)
+    run = load_run(whole)
     assert run.step == 30
     batch = run.dataset.train_batch(0)
     out = run.model.apply({"params": run.params}, batch.tokens, hypers=run.hypers.routing)
     assert out.logits.shape == (*batch.tokens.shape, run.dataset.vocab_size)
     assert sorted(p.name for p in whole.iterdir()) == before
+
+
+def test_a_run_answers_without_its_corpus(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for split in ("train", "valid", "test"):
+        (text / f"{split}.txt").write_text(f"{split}: the quick brown fox jumps. " * 60)
+    path = tmp_path / "run"
+    values = config(**{
+        "data.corpus": f"path:{text}", "model.num_layers": 1, "train.steps": 4,
+        "train.log_every": 2, "train.eval_every": 2, "train.checkpoint_every": 2,
+    })
+    train(prepare(values, path), progress=False)
+    shutil.rmtree(text)
+    run = load_run(path)
+    before = sorted(p.name for p in path.iterdir())
+    assert (run.step, run.steps, run.mode) == (4, (2, 4), "hard")
+
+    prompt = "the fox é"
+    ids = run.encode(prompt)
+    assert run.encode(prompt.encode()).tolist() == run.encode(ids.tolist()).tolist() == ids.tolist()
+    for mode in ("soft", "hard", None):
+        output = run.model.clone(mode=mode or "hard").apply(
+            {"params": run.params}, ids[None], hypers=run.hypers.routing
+        )
+        np.testing.assert_allclose(
+            run.logits(prompt, mode=mode), output.logits[0], rtol=1e-5, atol=1e-5
+        )
+    routes = run.routes(prompt)
+    assert b"".join(routes.pieces).decode() == prompt
+    np.testing.assert_allclose(routes.mean, output.routing.mean[:, 0], rtol=1e-5, atol=1e-6)
+    alpha = routes.concentration
+    np.testing.assert_allclose(routes.mean, alpha / alpha.sum(-1, keepdims=True), rtol=1e-5)
+    assert (routes.route == routes.mean.argmax(-1)).all() and routes.hard.all()
+    frame = routes.frame()
+    assert len(frame) == len(ids) and list(frame["mechanism"]) == [
+        run.mechanisms[k] for k in routes.route[0]
+    ]
+    assert frame["alpha/full"].to_numpy() == pytest.approx(alpha[0, :, 0])
+    gated = run.routes(prompt, mode="gated", threshold=0.0)
+    assert not gated.hard.any()
+
+    made = run.generate(prompt, steps=3)
+    assert str(made).startswith(prompt) and made.prompt == len(ids) and len(made.ids) == len(ids) + 3
+    assert made.ids[len(ids)] == run.logits(prompt)[-1].argmax()
+    assert made.ids.tolist() == run.generate(ids, steps=3).ids.tolist()
+    assert run.generate(prompt, steps=9, temperature=2.0, seed=1).text != run.generate(
+        prompt, steps=9, temperature=2.0, seed=2).text
+
+    metrics = run.metrics
+    assert list(metrics["event"]) == ["start", "train", "eval", "train", "eval"]
+    records = [r for r in read_metrics(path) if r["event"] == "eval"]
+    assert metrics["hard/nll"].iloc[-1] == records[-1]["hard"]["nll"]
+
+    page = run.show("<b>fox", layer=0)._repr_html_()
+    assert "&lt;" in page and "<b>" not in page and page.count("<h4>") == 1
+    assert "layer 0" in page and "_repr_html_" in dir(run) and str(path) in run._repr_html_()
+    for call, sentence in (
+        (lambda: run.logits(""), "prompt: expected at least one token"),
+        (lambda: run.logits([300]), "prompt: expected tokens in"),
+        (lambda: run.routes("x", mode="medium"), "mode: expected one of"),
+        (lambda: run.show("x", layer=1), "layer: expected one of"),
+        (lambda: run.generate("x", top_k=0), "top_k: expected at least 1"),
+        (lambda: load_run(path, step=3), "step: expected 'latest', 'best' or one of"),
+        (lambda: run.dataset, "expected"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    assert load_run(path, step=2).step == 2 and load_run(path, step="best").step in (2, 4)
+    assert sorted(p.name for p in path.iterdir()) == before
 
 
 def test_another_config_is_refused_and_changes_nothing(whole):
@@ -80,7 +151,7 @@ def test_a_foreign_directory_is_refused(tmp_path):
         prepare(config(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="workdir: expected a run directory"):
-        open_run(tmp_path)
+        load_run(tmp_path)
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path):
@@ -135,7 +206,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
            "--xla_backend_optimization_level=0",
            "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(root / "tests" / "parallel_check.py")],
+        [sys.executable, str(root / "tests" / "parallel_check.py"), str(tmp_path)],
         env=env, capture_output=True, text=True, timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -149,6 +220,12 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     assert result["packed"] <= 1e-6, result
     assert sum(count > 0 for count in result["packed_routes"]) >= 2, "tokens must enter a packed loop"
     assert result["packed_collectives"] > 0 and result["packed_collectives_in_loops"] == 0, result
+    assert result["points"] <= 1e-5 and result["points_collectives"] == 0, result
+    assert result["left"] == [8, 8]
+    for mode in ("jit", "pmap"):  # Trained on 8 devices, opened on this process's one.
+        assert len(jax.devices()) == 1
+        logits = load_run(tmp_path / mode).logits(np.arange(24) % 20, mode="soft")
+        np.testing.assert_allclose(logits, np.load(tmp_path / f"{mode}.npy"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_log_survives_a_crash_in_the_middle_of_a_line_and_a_new_start(tmp_path):

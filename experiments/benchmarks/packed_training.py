@@ -20,8 +20,8 @@ from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
-from meta_attention_jax.training.run import open_run
 from meta_attention_jax.training.step import init_state, num_dense_rows, train_step
 
 JSON = flags.DEFINE_string("json", None, "Write the rows here.")
@@ -33,7 +33,7 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     with commands.user_mistakes():
-        run = open_run(WORKDIR.value)
+        run = load_run(WORKDIR.value)
         if run.config.controller.name == "fixed":
             raise ValueError("workdir: expected a run that routes, got a fixed controller.")
     spec = dataclasses.replace(build.build_spec(run.config, run.dataset), accumulate=1)

@@ -72,6 +72,11 @@ class Checkpoints:
         )
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """All complete steps, in order."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    @property
     def latest(self) -> Optional[int]:
         """Newest complete step; None without any."""
         return self._manager.latest_step()
@@ -87,7 +92,7 @@ class Checkpoints:
         Raises:
           ValueError: no such complete step.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = list(self.steps)
         if not steps:
             raise ValueError(f"workdir: expected checkpoints under {self.directory}, got none.")
         found = {"latest": self.latest, "best": self.best}.get(step, step)

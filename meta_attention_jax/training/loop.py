@@ -26,7 +26,7 @@ from meta_attention_jax.training.config import config_difference, config_to_dict
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.run import initial_params
+from meta_attention_jax.training.restore import initial_params
 from meta_attention_jax.training.state import Hypers, TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
 

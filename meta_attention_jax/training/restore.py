@@ -1,66 +1,28 @@
-"""Opening a run directory: config, data, model and parameters, from the directory alone."""
+"""Configs and parameters out of run directories."""
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from meta_attention_jax.data.pipeline import Dataset, write_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import dict_to_config, read_stored
-from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.types import RoutingHypers
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained model and everything around it.
-
-    Attributes:
-      path: the run directory.
-      config: as trained.
-      step: of the parameters.
-      params: on this process's first device.
-      model: in soft mode.
-      dataset: the run's corpus, possibly at another sequence length.
-      hypers: of the config.
-    """
-
-    path: pathlib.Path
-    config: ConfigDict
-    step: int
-    params: Any
-    model: LanguageModel
-    dataset: Dataset
-    hypers: Hypers
-
-
-def open_run(
-    workdir: str | pathlib.Path,
-    *,
-    step: int | str = "latest",
-    sequence_length: Optional[int] = None,
-    batch_size: Optional[int] = None,
-) -> Run:
-    """Opens the run in `workdir`; writes nothing.
-
-    Args:
-      workdir: a run directory.
-      step: "latest", "best" or a saved step.
-      sequence_length: of the data; None is as trained.
-      batch_size: of the data; None is as trained.
+def read_run(
+    workdir: str | pathlib.Path, step: int | str
+) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
+    """(config, step, all saved steps, parameters on this process's first device) of a run.
 
     Raises:
-      ValueError: no run there, a config that is not complete, no such step, or parameters or data
-        that are not those of the config.
+      ValueError: no run there, or no such step.
     """
     path = pathlib.Path(workdir).absolute()
     stored = path / "config.json"
@@ -74,36 +36,9 @@ def open_run(
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     try:
         found = checkpoints.resolve(step)
-        params = checkpoints.restore_params(found)
+        return config, found, checkpoints.steps, checkpoints.restore_params(found)
     finally:
         checkpoints.close()
-    try:
-        shape = config.copy_and_resolve_references()
-        shape.data.sequence_length = sequence_length or config.data.sequence_length
-        shape.data.batch_size = batch_size or config.data.batch_size
-        # Costs are those of the length as trained, whatever is evaluated.
-        hypers = build.build_hypers(config, path)
-        dataset = build.build_dataset(shape, path)
-        model = build.build_model(config, dataset.vocab_size)
-    except (AttributeError, KeyError) as error:  # What a ConfigDict raises for a missing field.
-        raise ValueError(
-            f"workdir: expected a complete config in {str(stored)!r}, got none of "
-            f"{str(error).splitlines()[0]}."
-        ) from None
-    write_manifest(dataset, path)  # the same manifest again: no change, or a one-sentence error
-    try:
-        _check_params(params, model)
-    except ValueError as error:
-        raise ValueError(f"workdir: {error}") from None
-    return Run(
-        path=path,
-        config=config,
-        step=found,
-        params=params,
-        model=model,
-        dataset=dataset,
-        hypers=hypers,
-    )
 
 
 def initial_params(
@@ -122,7 +57,7 @@ def initial_params(
     checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     try:
         params = checkpoints.restore_params(checkpoints.resolve("latest"))
-        _check_params(params, model)
+        check_params(params, model)
         _check_tokens(load_tokenizer(path), tokenizer)
     except ValueError as error:
         raise ValueError(f"train.init_from: {str(source)!r}: {error}") from None
@@ -141,7 +76,7 @@ def _check_tokens(theirs: Tokenizer, ours: Tokenizer) -> None:
             raise ValueError(f"expected token {token} to be {wanted!r}, got {got!r}.")
 
 
-def _check_params(params: Any, model: LanguageModel) -> None:
+def check_params(params: Any, model: LanguageModel) -> None:
     """Raises ValueError of one sentence unless these are parameters of the model."""
     tokens, one = jnp.zeros((1, 2), jnp.int32), jnp.float32(1.0)
     hypers = RoutingHypers(

@@ -1,0 +1,403 @@
+"""Opening a run directory anywhere, from the directory alone, and asking the model questions.
+
+    run = load_run("runs/recall")
+    run.metrics                     what training logged, a pandas frame
+    run.logits("k1=v2 c0 ?k1")      of the token after each
+    run.routes("k1=v2 c0 ?k1")      concentration, mean, uncertainty and mechanism per layer and token
+    run.generate("k1=v2 c0 ?k1", steps=8)
+    run.show("k1=v2 c0 ?k1")        coloured text in a notebook
+
+Whatever trained it, one device is enough. The corpus is opened when `run.dataset` is first asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import os
+import pathlib
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from ml_collections import ConfigDict
+
+from meta_attention_jax.data.pipeline import Dataset, write_manifest
+from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
+from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.objective import flatten_scalars
+from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.training import build
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.restore import check_params, read_run
+from meta_attention_jax.training.state import Hypers
+from meta_attention_jax.types import Routing
+
+if TYPE_CHECKING:
+    import pandas
+
+Text = Union[str, bytes, Sequence[int], Int[np.ndarray, "tokens"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRoutes:
+    """Routing of one text.
+
+    Attributes:
+      pieces: the text of every token; UTF-8 characters may be split between bytes.
+      mechanisms: names, the mechanism axis.
+      concentration: alpha of the Dirichlet posterior; None without one.
+      mean: E[pi].
+      uncertainty: u in [0, 1].
+      route: k*, index into `mechanisms`.
+      hard: whether the token used k* alone.
+    """
+
+    pieces: list[bytes]
+    mechanisms: tuple[str, ...]
+    concentration: Optional[Float[np.ndarray, "layer token mechanism"]]
+    mean: Float[np.ndarray, "layer token mechanism"]
+    uncertainty: Float[np.ndarray, "layer token"]
+    route: Int[np.ndarray, "layer token"]
+    hard: Bool[np.ndarray, "layer token"]
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per layer and token: layer, position, token, mechanism, hard, uncertainty, and mean
+        and alpha by mechanism."""
+        import pandas
+
+        layers, tokens = self.route.shape
+        columns: dict[str, Any] = {
+            "layer": np.repeat(np.arange(layers), tokens),
+            "position": np.tile(np.arange(tokens), layers),
+            "token": [piece.decode(errors="replace") for piece in self.pieces] * layers,
+            "mechanism": np.asarray(self.mechanisms)[self.route.ravel()],
+            "hard": self.hard.ravel(),
+            "uncertainty": self.uncertainty.ravel(),
+        }
+        for k, name in enumerate(self.mechanisms):
+            columns[f"mean/{name}"] = self.mean[..., k].ravel()
+            if self.concentration is not None:
+                columns[f"alpha/{name}"] = self.concentration[..., k].ravel()
+        return pandas.DataFrame(columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the model made of it; prints as text.
+
+    Attributes:
+      text: prompt and continuation.
+      ids: their token ids.
+      prompt: number of tokens of the prompt.
+      trace: routes and uncertainties; one row.
+    """
+
+    text: str
+    ids: Int[np.ndarray, "tokens"]
+    prompt: int
+    trace: Trace
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Html(str):
+    """HTML that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A trained model and everything around it.
+
+    Attributes:
+      path: the run directory.
+      config: as trained.
+      step: of the parameters.
+      steps: all that are saved.
+      params: on this process's first device.
+      model: in soft mode.
+      tokenizer: of the run.
+      hypers: of the config.
+      sequence_length: of `dataset`.
+      batch_size: of `dataset`.
+    """
+
+    path: pathlib.Path
+    config: ConfigDict
+    step: int
+    steps: tuple[int, ...]
+    params: Any = dataclasses.field(repr=False)
+    model: LanguageModel = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+    hypers: Hypers = dataclasses.field(repr=False)
+    sequence_length: int = 0
+    batch_size: int = 0
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The run's corpus, as trained or at the length and batch size asked for.
+
+        Raises:
+          ValueError: data that are not there any more, or not the same.
+        """
+        shape = self.config.copy_and_resolve_references()
+        shape.data.sequence_length = self.sequence_length
+        shape.data.batch_size = self.batch_size
+        with _complete(self.path):
+            dataset = build.build_dataset(shape, self.path)
+        write_manifest(dataset, self.path)  # the same again: no change, or a one-sentence error
+        return dataset
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """Names, the mechanism axis."""
+        return tuple(self.config.model.mechanisms)
+
+    @property
+    def mode(self) -> str:
+        """The mode that training ended in: "hard", unless its gate stayed closed."""
+        return "soft" if self.config.gate.kind == "none" else "hard"
+
+    @functools.cached_property
+    def metrics(self) -> pandas.DataFrame:
+        """What training logged: a row per record, `event` and `step` first, "/" in nested names."""
+        import pandas
+
+        records = read_metrics(self.path)
+        return pandas.DataFrame([
+            {"event": r["event"], "step": r["step"],
+             **flatten_scalars({k: v for k, v in r.items() if k not in ("event", "step")})}
+            for r in records
+        ])
+
+    def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
+        """Token ids of a text; ids stay as they are.
+
+        Raises:
+          ValueError: no token, or one that the run does not know.
+        """
+        if isinstance(text, str):
+            text = os.fsencode(text)
+        ids = self.tokenizer.encode(text) if isinstance(text, bytes) else np.asarray(text)
+        pad_prompts([ids], self.tokenizer.vocab_size)
+        return ids.astype(np.int32)
+
+    def pieces(self, ids: Sequence[int] | Int[np.ndarray, "tokens"]) -> list[bytes]:
+        """The text of every token."""
+        return [self.tokenizer.decode([token]) for token in ids]
+
+    def logits(
+        self, text: Text, *, mode: Optional[str] = None, threshold: float = 0.5
+    ) -> Float[np.ndarray, "token vocab"]:
+        """Logits of the token after each token of the text.
+
+        Args:
+          text: a text, or token ids.
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          threshold: theta of gated mode.
+
+        Raises:
+          ValueError: no token, an unknown one, or an unknown mode.
+        """
+        return self._apply(text, mode, threshold)[1]
+
+    def routes(
+        self, text: Text, *, mode: Optional[str] = None, threshold: float = 0.5
+    ) -> TextRoutes:
+        """Where the model sends every token of a text; arguments as `logits`."""
+        ids, _, routing = self._apply(text, mode, threshold)
+        return TextRoutes(
+            pieces=self.pieces(ids),
+            mechanisms=self.mechanisms,
+            concentration=routing.concentration,
+            mean=routing.mean,
+            uncertainty=routing.uncertainty,
+            route=routing.route,
+            hard=routing.hard,
+        )
+
+    def generate(
+        self,
+        prompt: Text,
+        *,
+        steps: int = 100,
+        mode: Optional[str] = None,
+        temperature: Optional[float] = None,
+        top_k: Optional[int] = None,
+        top_p: Optional[float] = None,
+        seed: int = 0,
+        threshold: float = 0.5,
+    ) -> Continuation:
+        """Goes on from a prompt by `steps` tokens; greedy unless one of the sampler's numbers is given.
+
+        Args:
+          prompt: a text, or token ids.
+          steps: tokens to generate.
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          temperature, top_k, top_p: of `Sampler`.
+          seed: of the samples.
+          threshold: theta of gated mode.
+
+        Raises:
+          ValueError: an empty prompt, an unknown token, or a number out of range.
+        """
+        draw = sampler_of(temperature, top_k, top_p)
+        ids = self.encode(prompt)
+        trace = generate(
+            self.model,
+            self.params,
+            [ids],
+            steps=steps,
+            hypers=self.hypers.routing.replace(threshold=jnp.float32(threshold)),
+            keys=jax.random.split(jax.random.key(seed), 1),
+            sampler=draw,
+            mode=self._mode(mode),
+        )
+        trace = jax.device_get(trace)
+        whole = np.concatenate([ids, trace.tokens[0]])
+        text = self.tokenizer.decode(whole).decode(errors="replace")
+        return Continuation(text=text, ids=whole, prompt=len(ids), trace=trace)
+
+    def show(
+        self,
+        text: Text,
+        *,
+        layer: Optional[int] = None,
+        mode: Optional[str] = None,
+        threshold: float = 0.5,
+    ) -> Html:
+        """The text coloured by mechanism, for a notebook; one layer or all.
+
+        Raises:
+          ValueError: as `logits`, or a layer that there is not.
+        """
+        from meta_attention_jax import analysis  # The only use of pictures; they take a second.
+
+        found = self.routes(text, mode=mode, threshold=threshold)
+        layers = range(len(found.route))
+        if layer is not None:
+            if layer not in layers:
+                raise ValueError(f"layer: expected one of {list(layers)}, got {layer}.")
+            layers = [layer]
+        layers = list(layers)
+        return Html(analysis.coloured_html(
+            found.pieces,
+            found.route[layers],
+            found.uncertainty[layers],
+            self.mechanisms,
+            title=f"{self.config.name}, step {self.step}",
+            caption="Each token is coloured by its mechanism; pale means uncertain.",
+            mean=found.mean[layers],
+            layer_names=[f"layer {index}" for index in layers],
+        ))
+
+    def _repr_html_(self) -> str:
+        steps = ", ".join(map(str, self.steps))
+        rows = {
+            "run": self.path, "config": self.config.name, "step": f"{self.step} of {steps}",
+            "controller": self.config.controller.name, "corpus": self.config.data.corpus,
+        }
+        cells = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+    def _mode(self, mode: Optional[str]) -> str:
+        mode = self.mode if mode is None else mode
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        return mode
+
+    def _apply(
+        self, text: Text, mode: Optional[str], threshold: float
+    ) -> tuple[np.ndarray, np.ndarray, Routing]:
+        """(ids, logits [token vocab], routing [layer token ...])."""
+        ids = self.encode(text)
+        # Lengths are rounded up, so that texts of similar length share a program; nothing looks ahead.
+        room = -len(ids) % _LENGTH_STEP
+        tokens = np.pad(ids, (0, room))[None]
+        segments = np.pad(np.ones(len(ids), np.int32), (0, room))[None]
+        hypers = self.hypers.routing.replace(threshold=jnp.float32(threshold))
+        logits, routing = jax.device_get(
+            _forward(self.model.clone(mode=self._mode(mode)), self.params, tokens, segments, hypers)
+        )
+        return ids, logits[0, : len(ids)], jax.tree.map(lambda x: x[:, 0, : len(ids)], routing)
+
+
+_LENGTH_STEP = 64
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _forward(model, params, tokens, segment_ids, hypers):
+    output = model.apply({"params": params}, tokens, segment_ids=segment_ids, hypers=hypers)
+    return output.logits, output.routing
+
+
+class _complete:
+    """Turns a field that a stored config lacks into one sentence."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, (AttributeError, KeyError)):  # What a ConfigDict raises.
+            raise ValueError(
+                f"workdir: expected a complete config in {str(self.path / 'config.json')!r}, got "
+                f"none of {str(error).splitlines()[0]}."
+            ) from None
+
+
+def load_run(
+    path: str | pathlib.Path,
+    *,
+    step: int | str = "latest",
+    sequence_length: Optional[int] = None,
+    batch_size: Optional[int] = None,
+) -> Run:
+    """Opens the run in `path`; writes nothing.
+
+    Args:
+      path: a run directory.
+      step: "latest", "best" or a saved step.
+      sequence_length: of the data; None is as trained.
+      batch_size: of the data; None is as trained.
+
+    Raises:
+      ValueError: no run there, a config that is not complete, no such step, or parameters that are
+        not those of the config; one sentence.
+    """
+    path = pathlib.Path(path).absolute()
+    config, found, steps, params = read_run(path, step)
+    with _complete(path):
+        tokenizer = load_tokenizer(path)
+        model = build.build_model(config, tokenizer.vocab_size)
+        run = Run(
+            path=path,
+            config=config,
+            step=found,
+            steps=steps,
+            params=params,
+            model=model,
+            tokenizer=tokenizer,
+            # Costs are those of the length as trained, whatever is evaluated.
+            hypers=build.build_hypers(config, path),
+            sequence_length=sequence_length or config.data.sequence_length,
+            batch_size=batch_size or config.data.batch_size,
+        )
+    try:
+        check_params(params, model)
+    except ValueError as error:
+        raise ValueError(f"workdir: {error}") from None
+    return run
