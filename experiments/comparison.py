@@ -126,10 +126,10 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def write_tables(root: pathlib.Path, order: list[str]) -> None:
-    """rows.json, table.csv, table.md; prints the table."""
-    rows = collect(root)
-    analysis.write_json(root / "rows.json", rows)
+def shown(
+    root: pathlib.Path, rows: list[dict[str, Any]], order: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[analysis.Column]]:
+    """(`table` with runs that diverged and settings tried, the same as text, its columns)."""
     lines = table(rows, order)
     lost = diverged(root)
     for line in lines:
@@ -146,18 +146,26 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
                analysis.Column("seeds", "seeds", "d"), analysis.Column("diverged", "diverged", "d"),
                analysis.Column("tried", "settings tried", "d")]
     columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
-    shown = [
+    written = [
         {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in used.items()}}
         for line in lines
     ]
-    analysis.write_text(root / "table.md", analysis.markdown_table(shown, columns))
+    return lines, written, columns
+
+
+def write_tables(root: pathlib.Path, order: list[str]) -> None:
+    """rows.json, table.csv, table.md; prints the table."""
+    rows = collect(root)
+    analysis.write_json(root / "rows.json", rows)
+    lines, written, columns = shown(root, rows, order)
+    analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
     text = io.StringIO()
     fields = list(dict.fromkeys(field for line in lines for field in line))
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
     writer.writerows(lines)
     analysis.write_text(root / "table.csv", text.getvalue())
-    print(analysis.terminal_table(shown, columns, width=160))
+    print(analysis.terminal_table(written, columns, width=160))
     print(f"table: {root}/table.md   rows: {root}/rows.json")
 
 

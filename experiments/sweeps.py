@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -10,12 +11,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from matplotlib.figure import Figure
+
 from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
-from meta_attention_jax.analysis.sweep_figures import against_figure, pareto_figure
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.points import Point, Sweep, labels
+
+RULE = f"the cheapest within {TOLERANCE} nats of the best, hard, on validation"
 
 MEASURES = {
     "nll_hard": ("nats hard", ".4f"),
@@ -149,45 +153,84 @@ def swept(made: Sequence[dict[str, Any]]) -> Optional[str]:
     return None
 
 
-def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> None:
-    """rows.json, table.csv, table.md, pareto.png, against.png; prints the table."""
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a sweep has found so far.
+
+    Attributes:
+      rows: of the points.
+      lines: of the settings, with `front` and `chosen` marked.
+      front: settings that nothing beats in both cost and nats.
+      pick: the chosen setting; None if there is none.
+    """
+
+    rows: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
+    front: list[str]
+    pick: Optional[str]
+
+    @property
+    def done(self) -> list[dict[str, Any]]:
+        """Lines of which at least one seed has ended well."""
+        return [line for line in self.lines if line["seeds"]]
+
+
+def result(root: pathlib.Path, points: Sequence[Point]) -> Result:
+    """From the directory alone."""
     found = rows(root, points)
     made = lines(found)
-    analysis.write_json(root / "rows.json", found)
-    if not any(line["seeds"] for line in made):
-        print("no point has run to its end")
-        return
     best, pick = front(made), chosen(made)
     for line in made:
         line["front"] = "yes" if line["setting"] in best else ""
         line["chosen"] = "chosen" if line["setting"] == pick else ""
-    text = io.StringIO()
-    fields = [f for f in dict.fromkeys(f for line in made for f in line) if f != "point"]
-    writer = csv.DictWriter(text, fields, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(made)
-    analysis.write_text(root / "table.csv", text.getvalue())
+    return Result(rows=found, lines=made, front=best, pick=pick)
+
+
+def shown(found: Result) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
+    """The lines as text, and the columns of their table."""
     columns = [analysis.Column("setting", "setting"), analysis.Column("seeds", "seeds", "d"),
                analysis.Column("diverged", "diverged", "d")]
     names = dict(MEASURES)
-    if any("test_cost" in line for line in made):
+    if any("test_cost" in line for line in found.lines):
         names |= {"test_nll_hard": ("nats hard, test", ".4f"), "test_cost": ("cost, test", ".1%")}
     columns += [analysis.Column(name, title_) for name, (title_, _) in names.items()]
     columns += [analysis.Column("front", "front"), analysis.Column("chosen", "")]
-    shown = [
+    written = [
         {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in names.items()}}
-        for line in made
+        for line in found.lines
     ]
-    analysis.write_text(root / "table.md", analysis.markdown_table(shown, columns))
-    print(analysis.terminal_table(shown, columns, width=160))
-    done = [line for line in made if line["seeds"]]
-    analysis.save(pareto_figure(done, best, pick, swept(made), title), root / "pareto.png")
-    told = f"pictures: {root}/pareto.png"
-    if field := swept(made):
-        analysis.save(against_figure(done, field, pick, title), root / "against.png")
-        told += f", {root}/against.png"
-    print(f"table: {root}/table.md   rows: {root}/rows.json   {told}")
-    if pick:
-        print(
-            f"chosen: {pick}, the cheapest within {TOLERANCE} nats of the best, hard, on validation"
-        )
+    return written, columns
+
+
+def figures(found: Result, title: str) -> dict[str, Figure]:
+    """`pareto`, and `against` where a number was swept."""
+    field = swept(found.lines)
+    made = {"pareto": analysis.pareto_figure(found.done, found.front, found.pick, field, title)}
+    if field and any(field in line["point"] for line in found.done):
+        made["against"] = analysis.against_figure(found.done, field, found.pick, title)
+    return made
+
+
+def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> None:
+    """rows.json, table.csv, table.md, pareto.png, against.png; prints the table."""
+    found = result(root, points)
+    analysis.write_json(root / "rows.json", found.rows)
+    if not found.done:
+        print("no point has run to its end")
+        return
+    text = io.StringIO()
+    fields = [f for f in dict.fromkeys(f for line in found.lines for f in line) if f != "point"]
+    writer = csv.DictWriter(text, fields, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(found.lines)
+    analysis.write_text(root / "table.csv", text.getvalue())
+    written, columns = shown(found)
+    analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
+    print(analysis.terminal_table(written, columns, width=160))
+    told = []
+    for name, figure in figures(found, title).items():
+        analysis.save(figure, root / f"{name}.png")
+        told.append(f"{root}/{name}.png")
+    print(f"table: {root}/table.md   rows: {root}/rows.json   pictures: {', '.join(told)}")
+    if found.pick:
+        print(f"chosen: {found.pick}, {RULE}")

@@ -10,6 +10,14 @@ from meta_attention_jax.analysis.page import (
     table_html,
 )
 from meta_attention_jax.analysis.palette import Style, arm_styles, mechanism_styles
+from meta_attention_jax.analysis.posterior_figures import (
+    dynamics_figure,
+    entropy_parts,
+    entropy_split_figure,
+    routing_by_position,
+    simplex_figure,
+)
+from meta_attention_jax.analysis.sweep_figures import against_figure, pareto_figure
 from meta_attention_jax.analysis.tables import (
     Column,
     column_notes,
@@ -25,11 +33,13 @@ from meta_attention_jax.analysis.tables import (
 )
 from meta_attention_jax.analysis.text import coloured_html, coloured_terminal, visible_pieces
 from meta_attention_jax.analysis.text_figure import coloured_figure
+from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 
 __all__ = [
     "Column",
     "Section",
     "Style",
+    "against_figure",
     "arm_styles",
     "coloured_figure",
     "coloured_html",
@@ -37,16 +47,24 @@ __all__ = [
     "column_notes",
     "comparison_rows",
     "demo_columns",
+    "dynamics_figure",
+    "entropy_parts",
+    "entropy_split_figure",
     "figure_html",
-    "format_value",
     "figure_png_base64",
+    "format_value",
+    "frontier_figure",
     "html_page",
     "html_table",
     "loss_curves",
     "markdown_table",
     "mechanism_styles",
+    "pareto_figure",
+    "risk_coverage_figure",
     "routing_by_layer",
+    "routing_by_position",
     "save",
+    "simplex_figure",
     "table_html",
     "terminal_table",
     "visible_pieces",

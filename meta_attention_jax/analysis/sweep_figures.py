@@ -46,6 +46,7 @@ def pareto_figure(
     chosen: Optional[str],
     field: Optional[str] = None,
     title: str = "",
+    split: str = "validation",
 ) -> Figure:
     """Held-out hard nats against cost, with the front of what nothing beats in both.
 
@@ -56,6 +57,7 @@ def pareto_figure(
       chosen: the setting that is ringed.
       field: dotted field whose value is written beside a point; None writes the setting.
       title: what was swept.
+      split: where it was measured.
 
     Raises:
       ValueError: no lines.
@@ -64,14 +66,15 @@ def pareto_figure(
         raise ValueError("lines: expected at least one, got none.")
     own, others = _families(lines)
     figure, [panels] = frame(
-        2, 4.9, [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
-        "Means over seeds on the validation split, bars: 95 % intervals. Down and to the left is better. "
-        "The stepped line joins the settings that no other beats in both. On the right the sweep alone"
-        + (f"; numbers: {field}." if field else "."),
+        *((2, 4.9) if own else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
+        f"Means over seeds on the {split} split, bars: 95 % intervals. Down and to the left is better. "
+        "The stepped line joins the settings that no other beats in both."
+        + (" On the right the sweep alone" if own else "")
+        + (f"; numbers: {field}." if own and field else "." if own else ""),
         gap_x=0.8,
     )
     own = sorted(own, key=lambda line: line["cost"])
-    styles = palette.arm_styles(["the sweep", *(line["setting"] for line in others)])
+    styles = palette.arm_styles([*(["the sweep"] if own else []), *(line["setting"] for line in others)])
     by_name = {line["setting"]: line for line in lines}
     on_front = [by_name[setting] for setting in front]
     for axes, baselines in zip(panels, (others, [])):
@@ -94,8 +97,9 @@ def pareto_figure(
         axes.grid(color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
         tidy(axes)
-    for line in own:
-        panels[1].annotate(
+    for line in own or others:
+        # Many baselines alone: their names beside them, for colours would repeat.
+        panels[-1].annotate(
             _short(line, field), (line["cost"], line["nll_hard"]), fontsize=FONT - 1,
             xytext=(4, 4), textcoords="offset points",
         )
@@ -103,6 +107,7 @@ def pareto_figure(
     handles = [
         Line2D([], [], color=colour, marker=marker, lw=0, label=name)
         for name, (colour, marker) in styles.items()
+        if own
     ]
     handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="front"))
     if chosen is not None:

@@ -1,0 +1,32 @@
+"""One self-contained HTML page for a run, an ablation or a sweep.
+
+python -m experiments.report --workdir=runs/recall [--out=FILE]
+
+Written to `<workdir>/report/index.html` unless --out is given. No scripts, no requests; all text is
+escaped.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+
+from experiments import common, reports
+from meta_attention_jax import analysis
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run, an ablation or a sweep.")
+OUT = flags.DEFINE_string("out", None, "The page; <workdir>/report/index.html when absent.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    with common.user_mistakes():
+        kind, page = reports.report(WORKDIR.value)
+        out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
+        analysis.write_text(out, page)
+    print(f"{kind}: {out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

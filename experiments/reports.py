@@ -1,0 +1,164 @@
+"""One page for a run, an ablation or a sweep, from its directory. No flags, no training."""
+
+from __future__ import annotations
+
+import html
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import arms, comparison, sweeps
+from meta_attention_jax import analysis
+from meta_attention_jax.analysis import Column, Section
+from meta_attention_jax.analysis.statistics import risk_coverage
+from meta_attention_jax.controller.prior import prior_concentration
+from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.training.evaluation import token_arrays
+from meta_attention_jax.training.logs import read_metrics
+
+SHOWN_ROWS = 6
+RISK_BATCHES = 4
+
+
+def report(workdir: str | pathlib.Path) -> tuple[str, str]:
+    """(what it is, its page).
+
+    Raises:
+      ValueError: neither a run nor a comparison nor a sweep, or one without a result.
+    """
+    root = pathlib.Path(workdir)
+    if (root / "ablation.json").is_file():
+        return "ablation", ablation_page(root)
+    if (root / "sweep.json").is_file():
+        return "sweep", sweep_page(root)
+    if (root / "config.json").is_file():
+        return "run", run_page(load_run(root))
+    raise ValueError(
+        f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}."
+    )
+
+
+def routed_batch(run: Run) -> dict[str, Any]:
+    """The first validation batch and what the run says of it: `batch`, `routing` [layer row time]."""
+    batch = next(run.dataset.eval_batches("validation"))
+    output = jax.jit(run.model.clone(mode=run.mode).apply)(
+        {"params": run.params},
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        hypers=run.hypers.routing,
+    )
+    return {"batch": batch, "routing": jax.device_get(output.routing)}
+
+
+def run_page(run: Run) -> str:
+    """How training went, where tokens go, and what posteriors look like."""
+    records = read_metrics(run.path)
+    held_out = [r for r in records if r["event"] == "eval"]
+    if not held_out:
+        raise ValueError(f"workdir: expected an evaluation in {str(run.path)!r}, got none yet.")
+    columns = [Column("mode", "mode"), Column("nll", "nats", ".4f"),
+               Column("bits_per_byte", "bits/byte", ".4f"), Column("kl", "KL, nats", ".4f"),
+               Column("cost", "cost", ".1%"), Column("routing_entropy", "routing entropy", ".1%"),
+               Column("usage_entropy", "usage entropy", ".1%"),
+               *(Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms)]
+    rows = [{"mode": mode, **held_out[-1][mode]} for mode in ("soft", "hard")]
+    found = routed_batch(run)
+    batch, routing = found["batch"], found["routing"]
+    real = np.asarray(batch.segment_ids) > 0
+    figures = [
+        ("Training", analysis.dynamics_figure(records, run.mechanisms)),
+        ("Layers", analysis.routing_by_layer([{
+            "corpus": run.config.data.corpus, "arm": run.config.name, "mechanisms": run.mechanisms,
+            "fractions": held_out[-1]["hard"]["layers"]["fractions"],
+            "mean_weights": held_out[-1]["soft"]["layers"]["mean"],
+        }])),
+        ("Positions", analysis.routing_by_position(routing.route, real, run.mechanisms)),
+    ]
+    if routing.concentration is not None:
+        if len(run.mechanisms) == 3:
+            hypers = run.hypers.routing
+            prior = np.asarray(prior_concentration(run.config.prior.family, hypers))
+            prior = prior / prior.sum()
+            figures.append((
+                "Posteriors",
+                analysis.simplex_figure(routing.mean[:, real], run.mechanisms, prior=prior),
+            ))
+        figures.append((
+            "Entropy", analysis.entropy_split_figure(routing.concentration[:, real], run.mechanisms)
+        ))
+    if run.config.controller.name != "fixed":
+        figures.append(("Uncertainty", risk_figure(run)))
+    sections = [Section(f"Validation at step {held_out[-1]['step']}", analysis.table_html(rows, columns))]
+    sections += [Section(name, analysis.figure_html(figure, name)) for name, figure in figures]
+    keep = real[:SHOWN_ROWS]
+    pieces = run.pieces(np.asarray(batch.tokens)[:SHOWN_ROWS][keep])
+    for end in np.cumsum(keep.sum(axis=1)) - 1:
+        pieces[end] += b"\n"  # Rows have nothing to do with each other.
+    sections.append(Section("Held-out text", analysis.coloured_html(
+        pieces,
+        routing.route[:, :SHOWN_ROWS][:, keep],
+        routing.uncertainty[:, :SHOWN_ROWS][:, keep],
+        run.mechanisms,
+        title=run.config.name,
+        caption="Each token is coloured by its mechanism; pale means uncertain.",
+        mean=routing.mean[:, :SHOWN_ROWS][:, keep],
+    )))
+    config = json.dumps(json.loads((run.path / "config.json").read_text()), indent=1)
+    sections.append(Section("Config", f"<pre>{html.escape(config)}</pre>"))
+    return analysis.html_page(f"{run.config.name}, step {run.step}", sections)
+
+
+def risk_figure(run: Run) -> Any:
+    """Whether uncertainty finds the tokens that hardening hurts, on some validation batches."""
+    arrays = {
+        mode: token_arrays(
+            run.model.clone(mode=mode), run.dataset, run.params, run.hypers.routing,
+            split="validation", max_batches=RISK_BATCHES,
+        )
+        for mode in ("soft", "hard")
+    }
+    harm = arrays["hard"]["nll"] - arrays["soft"]["nll"]
+    name = run.config.controller.uncertainty
+    return analysis.risk_coverage_figure(
+        {name: risk_coverage(arrays["soft"]["uncertainty"].mean(0), harm)}
+    )
+
+
+def ablation_page(root: pathlib.Path) -> str:
+    """The table of the arms, and their hard nats against cost."""
+    rows = comparison.collect(root)
+    if not rows:
+        raise ValueError(f"workdir: expected finished runs in {str(root)!r}, got none yet.")
+    order = list(arms.DEFAULT)
+    lines, written, columns = comparison.shown(root, rows, order)
+    config = json.loads((root / "ablation.json").read_text())["config"]
+    sections = []
+    for view in dict.fromkeys(line["view"] for line in lines):
+        made = [{**line, "setting": line["arm"], "point": {"name": line["arm"]}}
+                for line in lines if line["view"] == view and not line["arm"].endswith(arms.SOFT)]
+        figure = analysis.pareto_figure(
+            made, sweeps.front(made), None, title=config["name"], split="test"
+        )
+        table = analysis.table_html([line for line in written if line["view"] == view], columns)
+        body = table + analysis.figure_html(figure, f"Hard nats against cost, equal {view}")
+        sections.append(Section(f"Equal {view}, test split", body))
+    return analysis.html_page(f"Ablation: {config['name']}", sections)
+
+
+def sweep_page(root: pathlib.Path) -> str:
+    """The table of the settings, the front, and what the swept number does."""
+    stored = json.loads((root / "sweep.json").read_text())
+    result = sweeps.result(root, stored["points"])
+    if not result.done:
+        raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
+    title = stored["config"]["name"]
+    shown, columns = sweeps.shown(result)
+    sections = [Section("Settings, validation split", analysis.table_html(shown, columns))]
+    for name, figure in sweeps.figures(result, title).items():
+        sections.append(Section(name, analysis.figure_html(figure, name)))
+    text = f"Chosen: {result.pick}, {sweeps.RULE}." if result.pick else ""
+    return analysis.html_page(f"Sweep: {title}", sections, text)
