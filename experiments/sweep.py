@@ -40,7 +40,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where all points and the results
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: this process takes every n-th point, from i on.")
 AT_ONCE = flags.DEFINE_integer("points_at_once", 0, "At most; 0 is as many as fit in memory.", 0)
 TOGETHER = flags.DEFINE_bool("together", True, "False trains one point after the other.")
-TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Batches of the test split.", 1)
+TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Of the test split; 0 leaves it unread.", 0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         print(f"\n[{count}/{len(groups)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
         train_group(root, jobs, members, start)
     found = sweeps.rows(root, points)
-    if len(found) == len(points):
+    if len(found) == len(points) and TEST_BATCHES.value:
         pick = sweeps.chosen(sweeps.lines(found))
         for row in found:
             path = root / "points" / row["label"]

@@ -113,7 +113,7 @@ class Html(str):
         return str(self)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A trained model and everything around it.
 
@@ -134,12 +134,12 @@ class Run:
     config: ConfigDict
     step: int
     steps: tuple[int, ...]
-    params: Any = dataclasses.field(repr=False)
-    model: LanguageModel = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-    hypers: Hypers = dataclasses.field(repr=False)
-    sequence_length: int = 0
-    batch_size: int = 0
+    params: Any
+    model: LanguageModel
+    tokenizer: Tokenizer
+    hypers: Hypers
+    sequence_length: int
+    batch_size: int
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -298,6 +298,9 @@ class Run:
             mean=found.mean[layers],
             layer_names=[f"layer {index}" for index in layers],
         ))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.config.name!r}, step {self.step} of {self.steps})"
 
     def _repr_html_(self) -> str:
         steps = ", ".join(map(str, self.steps))

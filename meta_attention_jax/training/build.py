@@ -138,7 +138,9 @@ def build_schedule(config: ConfigDict) -> Schedule:
         final_fraction=config.optimizer.final_fraction,
         beta_warmup_steps=round(config.objective.beta_warmup * steps),
         gate=gate,
-        temperature_ratio=config.controller.temperature_start / config.controller.temperature,
+        # Runs from before the gumbel controller have neither.
+        temperature_ratio=config.controller.get("temperature_start", 1.0)
+        / config.controller.get("temperature", 1.0),
     )
 
 

@@ -6,12 +6,15 @@ with the validation nats that decide what is best).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Mapping, Optional
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -20,6 +23,17 @@ METRIC = "nll"
 
 def _metric(metrics: Mapping[str, Any]) -> float:
     return float(metrics[METRIC])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that a folder opened for reading is read only."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 class Checkpoints:
@@ -41,21 +55,22 @@ class Checkpoints:
                 preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=("state", "config"),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=_metric,
-                best_mode="min",
-                create=not read_only,
-                read_only=read_only,
-            ),
-        )
+        with _quiet() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                item_names=("state", "config"),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=_metric,
+                    best_mode="min",
+                    create=not read_only,
+                    read_only=read_only,
+                ),
+            )
 
     def save(self, step: int, state: Any, *, config: Mapping[str, Any], nll: float) -> None:
         """Starts writing `state`; nll (nats, validation) decides what is best.

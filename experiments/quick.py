@@ -1,0 +1,33 @@
+"""A run for notebooks: one that is there already, or a small one that is made in half a minute."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Optional
+
+from configs import quick
+from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.training.loop import prepare, train
+
+
+def quick_run(
+    workdir: str | pathlib.Path,
+    existing: Optional[str | pathlib.Path] = None,
+    **overrides: Any,
+) -> Run:
+    """Opens `existing` if it is a run, else the run in `workdir`, trained first if it is not finished.
+
+    Args:
+      workdir: of the small run.
+      existing: a run directory to be preferred, such as that of `make demo`.
+      overrides: dotted fields of `configs/quick.py`.
+
+    Raises:
+      ValueError: any mistake in the overrides, or a directory with something else.
+    """
+    if existing is not None and (pathlib.Path(existing) / "checkpoints").is_dir():
+        return load_run(existing)
+    config = quick.get_config()
+    config.update_from_flattened_dict(overrides)
+    train(prepare(config, workdir))
+    return load_run(workdir)
