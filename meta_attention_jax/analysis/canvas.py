@@ -20,9 +20,16 @@ FONT = 10
 GREY = "#595959"
 
 
+class Shown(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return render(self, "png", dpi=110)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, white, with its own Agg canvas."""
-    figure = Figure(figsize=(width, height), facecolor="white")
+    figure = Shown(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 

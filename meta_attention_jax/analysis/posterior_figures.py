@@ -136,6 +136,7 @@ def entropy_split_figure(
         "Mean over the tokens whose likeliest mechanism is the one on the left. Aleatoric: the posterior "
         "is sure that the token wants a mixture. Epistemic: it has not made up its mind; the part that "
         "more evidence could remove. As fractions of log K.",
+        gap_x=0.6,
     )
     for layer, axes in enumerate(panels):
         for k in range(len(mechanisms)):

@@ -40,7 +40,7 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
         )
         axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
     axes.set_xlabel("share of tokens hardened", fontsize=FONT)
-    axes.set_ylabel("hard - soft, nats per hardened token", fontsize=FONT)
+    axes.set_title("hard - soft, nats per hardened token", loc="left", fontsize=FONT)
     axes.legend(frameon=False, fontsize=FONT, loc="best")
     axes.set_xlim(0, 1)
     tidy(axes)
@@ -74,7 +74,7 @@ def frontier_figure(
         axes.plot(cost, nll, color=colour, marker=marker, ms=5, lw=1.6, label=name)
         axes.plot(cost[-1], nll[-1], marker="o", ms=11, mfc="none", mec=GREY, lw=0)
     axes.set_xlabel("cost of the mechanisms that run, full attention = 1", fontsize=FONT)
-    axes.set_ylabel("nats per token", fontsize=FONT)
+    axes.set_title("nats per token", loc="left", fontsize=FONT)
     axes.legend(frameon=False, fontsize=FONT, loc="best")
     tidy(axes)
     return figure
