@@ -15,7 +15,7 @@ SMALL = {
     "01_open_a_run": {"STEPS": 20},
     "02_routing_maps": {"STEPS": 20},
     "03_uncertainty": {"STEPS": 20},
-    "04_sweep": {"STEPS": 6, "STRENGTHS": (0.5, 8.0)},
+    "04_sweep": {"STEPS": 6, "STRENGTHS": (0.5, 8.0), "SEEDS": (0,)},
     "05_layer_in_your_model": {"STEPS": 3},
 }
 

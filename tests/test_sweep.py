@@ -16,7 +16,7 @@ from meta_attention_jax.training.points import chain, point, product, sweep
 
 def get_config():
     config = smoke.get_config()
-    config.name = "try"
+    config.name = "try <i>"
     config.model.num_layers = 1
     config.controller.name = "softmax"
     config.train.steps = 6
@@ -66,8 +66,18 @@ def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_p
     check_success(command(
         "evaluate", f"--workdir={root / 'points' / 'local'}", "--max_batches=1"
     ))
+    for path, kind in ((root, "sweep"), (root / "points" / names[0], "run")):
+        told = check_success(command("report", f"--workdir={path}"))
+        assert told.startswith(f"{kind}: ")
+        page = (path / "report" / "index.html").read_text()
+        assert "<i>" not in page and "&lt;i&gt;" in page and "http" not in page.split("<style>")[0]
+        assert "<script" not in page and "data:image/png;base64" in page
     again = check_success(command("sweep", config, f"--workdir={root}"))
     assert "as one program" not in again and "chosen:" in again
+
+
+def test_a_report_of_nothing_is_one_line(command, tmp_path):  # noqa: F811
+    check_mistake(command("report", f"--workdir={tmp_path}"), "workdir: expected the directory of")
 
 
 def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811

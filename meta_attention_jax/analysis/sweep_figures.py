@@ -65,12 +65,13 @@ def pareto_figure(
     if not lines:
         raise ValueError("lines: expected at least one, got none.")
     own, others = _families(lines)
+    both = bool(own and others)  # Baselines far off would press the sweep together.
     figure, [panels] = frame(
-        *((2, 4.9) if own else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
+        *((2, 4.9) if both else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
         f"Means over seeds on the {split} split, bars: 95 % intervals. Down and to the left is better. "
         "The stepped line joins the settings that no other beats in both."
-        + (" On the right the sweep alone" if own else "")
-        + (f"; numbers: {field}." if own and field else "." if own else ""),
+        + (" On the right the sweep alone." if both else "")
+        + (f" Numbers: {field}." if own and field else ""),
         gap_x=0.8,
     )
     own = sorted(own, key=lambda line: line["cost"])
