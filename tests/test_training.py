@@ -207,7 +207,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
            "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(root / "tests" / "parallel_check.py"), str(tmp_path)],
-        env=env, capture_output=True, text=True, timeout=500,
+        env=env, capture_output=True, text=True, timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])

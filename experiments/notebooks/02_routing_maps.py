@@ -75,7 +75,7 @@ asked = batch.kind == recall.KIND_QUERY
 pd.DataFrame({
     "questions on full": full[:, asked].mean(axis=1),
     "other tokens on full": full[:, ~asked].mean(axis=1),
-}).rename_axis("layer").style.format("{:.1%}")
+}).rename_axis("layer").round(3)
 
 # %% [markdown]
 # ## As text

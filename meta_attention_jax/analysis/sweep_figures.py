@@ -16,6 +16,14 @@ from meta_attention_jax.analysis import palette
 from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
 
 _HEIGHT = 4.0
+_FAR = 6.0
+"""A setting further above the best than so many times the middle one is left out of the picture."""
+
+_PLACES = [
+    (x, y, side)
+    for y in (5, -12, 16, -23, 27, -34)
+    for x, side in ((5, "left"), (-5, "right"))
+]
 _AGAINST = (
     ("cost", "cost of the hard routes", True),
     ("routing_entropy", "routing entropy, of log K", True),
@@ -65,13 +73,18 @@ def pareto_figure(
     if not lines:
         raise ValueError("lines: expected at least one, got none.")
     own, others = _families(lines)
+    best, middle = np.quantile([line["nll_hard"] for line in lines], [0.0, 0.5])
+    far = [line for line in lines if line["nll_hard"] > best + _FAR * max(middle - best, 1e-3)]
     both = bool(own and others)  # Baselines far off would press the sweep together.
     figure, [panels] = frame(
         *((2, 4.9) if both else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
         f"Means over seeds on the {split} split, bars: 95 % intervals. Down and to the left is better. "
         "The stepped line joins the settings that no other beats in both."
         + (" On the right the sweep alone." if both else "")
-        + (f" Numbers: {field}." if own and field else ""),
+        + (f" Numbers: {field}." if own and field else "")
+        + (" Above the picture: " + ", ".join(
+            f"{line['setting']} ({line['nll_hard']:.3f} nats at {line['cost']:.0%})" for line in far
+        ) + "." if far else ""),
         gap_x=0.8,
     )
     own = sorted(own, key=lambda line: line["cost"])
@@ -87,6 +100,11 @@ def pareto_figure(
             line = by_name[chosen]
             axes.plot(line["cost"], line["nll_hard"], "o", ms=14, mfc="none", mec=GREY, mew=1.5)
         limits = axes.get_xlim(), axes.get_ylim()
+        if far:
+            shown = [line for line in lines if line not in far]
+            low = min(line["nll_hard"] - _half(line, "nll_hard") for line in shown)
+            high = max(line["nll_hard"] + _half(line, "nll_hard") for line in shown)
+            limits = limits[0], (low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.step(
             [line["cost"] for line in on_front], [line["nll_hard"] for line in on_front],
             where="post", color=GREY, lw=1.2, ls="--", zorder=1,
@@ -98,12 +116,8 @@ def pareto_figure(
         axes.grid(color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
         tidy(axes)
-    for line in own or others:
-        # Many baselines alone: their names beside them, for colours would repeat.
-        panels[-1].annotate(
-            _short(line, field), (line["cost"], line["nll_hard"]), fontsize=FONT - 1,
-            xytext=(4, 4), textcoords="offset points",
-        )
+    # Many baselines alone: their names beside them, for colours would repeat.
+    _label(panels[-1], [line for line in own or others if line not in far], field)
     panels[0].set_ylabel("nats per token, hard", fontsize=FONT)
     handles = [
         Line2D([], [], color=colour, marker=marker, lw=0, label=name)
@@ -115,6 +129,26 @@ def pareto_figure(
         handles.append(Line2D([], [], marker="o", ms=11, mfc="none", mec=GREY, lw=0, label="chosen"))
     legend(figure, handles, len(handles))
     return figure
+
+
+def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str]) -> None:
+    """Names beside the marks, each at the first place where it lies on no other name and no mark."""
+    renderer = axes.figure.canvas.get_renderer()
+    marks = [axes.transData.transform((line["cost"], line["nll_hard"])) for line in lines]
+    taken: list[Any] = []
+    for line in lines:
+        for x, y, side in _PLACES:
+            text = axes.annotate(
+                _short(line, field), (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
+                xytext=(x, y), textcoords="offset points",
+            )
+            box = text.get_window_extent(renderer)
+            free = not any(box.overlaps(other) for other in taken)
+            if free and not any(box.contains(*mark) for mark in marks):
+                break
+            if (x, y, side) != _PLACES[-1]:
+                text.remove()
+        taken.append(box)
 
 
 def _crosses(
