@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,10 +29,7 @@ from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build, points as algebra
-from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict
-from meta_attention_jax.training.loop import Diverged, Job, prepare, train
-from meta_attention_jax.training.together import train_together
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where all points and the results go.")
@@ -65,57 +61,6 @@ def pin(root: pathlib.Path, points: algebra.Sweep) -> None:
         raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
 
 
-def steps_done(job: Job) -> int:
-    """Step of the newest checkpoint, 0 without any."""
-    if not (job.path / "checkpoints").is_dir():
-        return 0
-    checkpoints = Checkpoints(job.path / "checkpoints", read_only=True)
-    try:
-        return checkpoints.latest or 0
-    finally:
-        checkpoints.close()
-
-
-def grouped(jobs: dict[str, Job]) -> list[tuple[list[str], int]]:
-    """(labels, step) of what is trained at once: the same program from the same step on; of those
-    that have to be trained alone, one each."""
-    groups: dict[Any, list[str]] = {}
-    for label, job in jobs.items():
-        same = algebra.program(job.config) if TOGETHER.value else None
-        key = (same, steps_done(job)) if same is not None else label
-        groups.setdefault(key, []).append(label)
-    made = []
-    for key, members in groups.items():
-        start = key[1] if isinstance(key, tuple) else steps_done(jobs[members[0]])
-        size = AT_ONCE.value or len(members)
-        made += [(members[i : i + size], start) for i in range(0, len(members), size)]
-    return made
-
-
-def failed(root: pathlib.Path, label: str) -> pathlib.Path:
-    """The file that says that a point diverged."""
-    return root / "points" / f"{label}.diverged"
-
-
-def train_group(root: pathlib.Path, jobs: dict[str, Job], members: list[str], start: int) -> None:
-    """Trains a group; a single point as any other run."""
-    if len(members) == 1:
-        try:
-            train(jobs[members[0]], label=members[0])
-            failures = [None]
-        except Diverged as error:
-            failures = [str(error)]
-            print(f"{members[0]}: {error}")
-    else:
-        failures = train_together(
-            [jobs[label] for label in members], names=members, start=start,
-            label=f"{len(members)} points",
-        )
-    for label, failure in zip(members, failures):
-        if failure is not None:
-            analysis.write_text(failed(root, label), failure)
-
-
 def main() -> None:
     root = pathlib.Path(WORKDIR.value)
     base = CONFIG.value
@@ -130,30 +75,16 @@ def main() -> None:
         # Points of one program lie side by side, so that every shard has some of each.
         order = sorted(names, key=lambda n: repr(algebra.program(configs[n])))
         mine = [name for name in names if name in order[index::number]]
-        jobs: dict[str, Job] = {}
-        datasets: dict[str, Any] = {}
-        for name in mine:
-            if failed(root, name).exists():
-                continue
-            config = configs[name]
-            key = json.dumps(config_to_dict(config)["data"]) + f"{build.data_seed(config)}"
-            # The dataset of another run knows its window: `recall` keeps its distance to it.
-            key += f"{config.model.window}"
-            job = prepare(config, root / "points" / name, datasets.get(key))
-            datasets[key] = job.dataset
-            jobs[name] = job
-    jobs = {name: job for name, job in jobs.items() if steps_done(job) < job.config.train.steps}
-    groups = grouped(jobs)
-    for count, (members, start) in enumerate(groups, 1):
-        print(f"\n[{count}/{len(groups)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
-        train_group(root, jobs, members, start)
+        jobs = sweeps.prepared(root, {name: configs[name] for name in mine})
+    sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
     found = sweeps.rows(root, points)
     if len(found) == len(points) and TEST_BATCHES.value:
         pick = sweeps.chosen(sweeps.lines(found))
         for row in found:
             path = root / "points" / row["label"]
             if row["setting"] == pick and not (path / "test.json").exists():
-                measured = scores(load_run(path), "test", max_batches=TEST_BATCHES.value)
+                run = load_run(path, step=configs[row["label"]].train.steps)
+                measured = scores(run, "test", max_batches=TEST_BATCHES.value)
                 analysis.write_json(path / "test.json", measured)
     print()
     sweeps.write_results(root, points, base.name)

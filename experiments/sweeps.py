@@ -1,4 +1,4 @@
-"""What a sweep plans and what it concludes from its directory. No flags, no training."""
+"""How the points of a sweep are trained, and what is concluded from its directory. No flags."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import importlib.util
 import io
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
+from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.training import build
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.config import config_to_dict
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.points import Point, Sweep, labels
+from meta_attention_jax.training.loop import Diverged, Job, prepare, train
+from meta_attention_jax.training.points import Point, Sweep, labels, program
+from meta_attention_jax.training.together import train_together
 
 RULE = f"the cheapest within {TOLERANCE} nats of the best, hard, on validation"
 
@@ -65,23 +72,103 @@ def settings(points: Sequence[Point]) -> list[str]:
     return [names[unique.index(point)] for point in bare]
 
 
+def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict]) -> dict[str, Job]:
+    """Jobs of the points by label, but for those that diverged; points with the same data share it.
+
+    Raises:
+      ValueError: as `loop.prepare`.
+    """
+    jobs: dict[str, Job] = {}
+    datasets: dict[str, Dataset] = {}
+    for label, config in configs.items():
+        if failed(root, label).exists():
+            continue
+        # The window belongs to it: `recall` keeps its distance to it.
+        key = json.dumps([
+            config_to_dict(config)["data"], build.data_seed(config), config.model.window
+        ])
+        jobs[label] = prepare(config, root / "points" / label, datasets.get(key))
+        datasets[key] = jobs[label].dataset
+    return jobs
+
+
+def failed(root: pathlib.Path, label: str) -> pathlib.Path:
+    """The file that says that a point diverged."""
+    return root / "points" / f"{label}.diverged"
+
+
+def steps_done(path: pathlib.Path) -> int:
+    """Step of the newest checkpoint of a run, 0 without any."""
+    if not (path / "checkpoints").is_dir():
+        return 0
+    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
+    try:
+        return checkpoints.latest or 0
+    finally:
+        checkpoints.close()
+
+
+def train_points(
+    root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0
+) -> None:
+    """Trains what is not finished: the same program from the same step on as one group.
+
+    Args:
+      root: of the sweep; a point that diverges leaves `points/<label>.diverged`.
+      jobs: of `prepared`.
+      together: False trains one point after the other.
+      at_once: points of a group at most; 0 is as many as fit in memory.
+    """
+    groups: dict[Any, list[str]] = {}
+    for label, job in jobs.items():
+        start = steps_done(job.path)
+        if start < job.config.train.steps:
+            same = program(job.config) if together else None
+            groups.setdefault((same or label, start), []).append(label)
+    parts = [
+        (members[i : i + (at_once or len(members))], start)
+        for (_, start), members in groups.items()
+        for i in range(0, len(members), at_once or len(members))
+    ]
+    for count, (members, start) in enumerate(parts, 1):
+        print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
+        for label, failure in zip(members, _train_group([jobs[m] for m in members], members, start)):
+            if failure is not None:
+                analysis.write_text(failed(root, label), failure)
+
+
+def _train_group(jobs: list[Job], names: list[str], start: int) -> list[Optional[str]]:
+    """What went wrong with each; a single point is trained as any other run."""
+    if len(jobs) > 1:
+        return train_together(jobs, names=names, start=start, label=f"{len(jobs)} points")
+    try:
+        train(jobs[0], label=names[0])
+        return [None]
+    except Diverged as error:
+        print(f"{names[0]}: {error}")
+        return [str(error)]
+
+
 def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
     """One row per point that has run to its end or diverged, from the directory alone."""
     found = []
     for label, setting, point in zip(labels(points), settings(points), points):
         path = root / "points" / label
         row = {"label": label, "setting": setting, "point": point, "seed": point.get("seed")}
-        failed = root / "points" / f"{label}.diverged"
-        if failed.exists():
-            found.append({**row, "diverged": failed.read_text()})
+        if failed(root, label).exists():
+            found.append({**row, "diverged": failed(root, label).read_text()})
             continue
         if not (path / "metrics.jsonl").exists():
             continue
         steps = json.loads((path / "config.json").read_text())["train"]["steps"]
-        last = [r for r in read_metrics(path) if r["event"] == "eval"]
-        if not last or last[-1]["step"] < steps:
+        # The last evaluation is logged before its checkpoint is complete.
+        if not (path / "checkpoints" / str(steps)).is_dir():
             continue
+        last = [r for r in read_metrics(path) if r["event"] == "eval"]
         hard, soft = last[-1]["hard"], last[-1]["soft"]
+        if hard["nll"] is None or soft["nll"] is None:  # What JSON holds of NaN and infinity.
+            found.append({**row, "diverged": f"step {steps}: the evaluation is not finite."})
+            continue
         row |= {
             "nll_hard": hard["nll"], "nll_soft": soft["nll"], "gap": hard["nll"] - soft["nll"],
             "full": hard.get("fraction/full"), "kl": soft["kl"],

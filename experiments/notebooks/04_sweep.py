@@ -35,9 +35,7 @@ sys.path.insert(0, str(ROOT))
 # %%
 from configs import quick
 from experiments import sweeps
-from meta_attention_jax.training.loop import prepare
 from meta_attention_jax.training.points import configured, labels, product, sweep
-from meta_attention_jax.training.together import train_together
 
 points = product(sweep("prior.strength", STRENGTHS), sweep("seed", SEEDS))
 names = labels(points)
@@ -47,12 +45,8 @@ names
 base = quick.get_config()
 base.train.steps = STEPS
 root = ROOT / WORKDIR
-jobs, dataset = [], None
-for name, point in zip(names, points):
-    jobs.append(prepare(configured(base, point), root / "points" / name, dataset))
-    dataset = jobs[0].dataset
-if not sweeps.rows(root, points):
-    train_together(jobs, names=names, label=f"{len(names)} points")
+configs = {name: configured(base, point) for name, point in zip(names, points)}
+sweeps.train_points(root, sweeps.prepared(root, configs))
 
 # %% [markdown]
 # ## The result

@@ -74,7 +74,11 @@ def pareto_figure(
         raise ValueError("lines: expected at least one, got none.")
     own, others = _families(lines)
     best, middle = np.quantile([line["nll_hard"] for line in lines], [0.0, 0.5])
-    far = [line for line in lines if line["nll_hard"] > best + _FAR * max(middle - best, 1e-3)]
+    far = [
+        line for line in lines
+        if line["nll_hard"] > best + _FAR * max(middle - best, 1e-3)
+        and line["setting"] not in (*front, chosen)
+    ]
     both = bool(own and others)  # Baselines far off would press the sweep together.
     figure, [panels] = frame(
         *((2, 4.9) if both else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",

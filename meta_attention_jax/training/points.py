@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from meta_attention_jax.training.build import data_seed
 from meta_attention_jax.training.config import config_to_dict
 
 Point = dict[str, Any]
@@ -194,4 +195,5 @@ def program(config: ConfigDict) -> Hashable:
     ):
         return None
     fields = _fields(config_to_dict(config))
-    return tuple((name, _key(fields[name])) for name in sorted(fields) if name not in ARRAY_INPUTS)
+    same = {name: _key(fields[name]) for name in sorted(fields) if name not in ARRAY_INPUTS}
+    return tuple({**same, "data.seed": data_seed(config)}.items())
