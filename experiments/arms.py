@@ -25,7 +25,8 @@ WITH_PENALTY = (*WITH_POSTERIOR, "softmax_kl", "cost_penalty", "switch")
 
 DEFAULT = (
     "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "cost_penalty", "switch", "gumbel",
-    "full-only", "local+full", "full+local", "linear+full", "local", "linear",
+    "full-only", "local+full", "full+local", "linear+full", "full+linear", "linear+local",
+    "local+linear", "local", "linear",
     "bayesian@soft", "prior-free@soft",
 )
 
