@@ -7,13 +7,16 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 READY = $(VENV)/.ready
 BIN = $(VENV)/bin
 
-.PHONY: demo test smoke clean
+.PHONY: demo test slow smoke clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke

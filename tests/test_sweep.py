@@ -39,6 +39,7 @@ def config(tmp_path):
     return f"--config={path}"
 
 
+@pytest.mark.slow
 def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_path):  # noqa: F811
     root = tmp_path / "sweep"
     first = check_success(

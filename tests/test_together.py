@@ -82,6 +82,7 @@ LIGHT = {"controller.name": "fixed", "controller.fixed": ("local",)}  # Compiles
 QUIET = dict(label="x", names=["a", "b"], progress=False)
 
 
+@pytest.mark.slow
 def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
     config = base(**SHORT)
     jobs = prepared(tmp_path / "many", config, POINTS[:2])
@@ -131,6 +132,7 @@ def test_a_point_that_diverges_stops_no_other(tmp_path):
     assert not list((jobs[1].path / "checkpoints").glob("[0-9]*"))
 
 
+@pytest.mark.slow
 def test_groups_that_do_not_fit_are_halved(tmp_path):
     config = base(**{"train.steps": 4, "train.eval_every": 4, "train.checkpoint_every": 4, **LIGHT})
     jobs = prepared(tmp_path, config, POINTS)
