@@ -1,4 +1,4 @@
-"""Recall small enough to be learned in half a minute on two CPU cores: for notebooks.
+"""Recall small enough to be learned in 200 steps: for notebooks.
 
 python -m experiments.train --config=configs/quick.py --workdir=runs/quick
 """

@@ -34,7 +34,7 @@ from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
-from meta_attention_jax.training.config import config_difference, config_to_dict
+from meta_attention_jax.training.config import config_to_dict
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 
@@ -110,32 +110,6 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
     return best
 
 
-def pin(root: pathlib.Path) -> None:
-    """Writes what all runs below `root` share, or checks that it is the same.
-
-    Raises:
-      ValueError: another comparison's directory.
-    """
-    shared = {
-        "config": config_to_dict(CONFIG.value),
-        "tune": TUNE.value,
-        "test_batches": TEST_BATCHES.value,
-        "reference": ARMS.value[0],
-        "tolerance": TOLERANCE,
-    }
-    path = root / "ablation.json"
-    if not path.exists():
-        if root.exists() and any(root.iterdir()):
-            raise ValueError(
-                f"workdir: expected a new directory or one of a comparison, got {str(root)!r}."
-            )
-        analysis.write_json(path, shared)
-        return
-    stored = json.loads(path.read_text())
-    for field, old, new in config_difference(stored, json.loads(json.dumps(shared))):
-        raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
-
-
 def measure(path: pathlib.Path) -> None:
     """`test.json` of a finished run, once."""
     if not (path / "test.json").exists():
@@ -185,7 +159,14 @@ def main() -> None:
         for config in configs.values():
             build.check(config)
         vocab_size = build.build_dataset(configs[ARMS.value[0]]).vocab_size
-        pin(root)
+        shared = {
+            "config": config_to_dict(CONFIG.value),
+            "tune": TUNE.value,
+            "test_batches": TEST_BATCHES.value,
+            "reference": ARMS.value[0],
+            "tolerance": TOLERANCE,
+        }
+        common.pin(root / "ablation.json", shared, "a comparison")
     flops = {
         arm: build.soft_flops(config, build.build_flops(config, vocab_size))
         for arm, config in configs.items()

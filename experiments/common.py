@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from absl import flags, logging
+
+from meta_attention_jax.training.config import config_difference
 
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -46,6 +51,31 @@ def user_mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         fail(sentence(error))
+
+
+def pin(path: pathlib.Path, shared: Mapping[str, Any], what: str) -> None:
+    """Writes what all runs below the folder of `path` share, or checks that it is the same.
+
+    Created whole or not at all, so that processes that start at the same moment agree on one.
+
+    Raises:
+      ValueError: a folder of something else, or the first field that differs.
+    """
+    mine = json.loads(json.dumps(shared))
+    if not path.exists():
+        others = [entry for entry in path.parent.glob("*") if not entry.name.startswith(f".{path.name}")]
+        if others and not path.exists():
+            raise ValueError(
+                f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}."
+            )
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+        partial.unlink()
+    for field, old, new in config_difference(json.loads(path.read_text()), mine):
+        raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""A run for notebooks: one that is there already, or a small one that is made in half a minute."""
+"""A run for notebooks: one that is there already, or a small one."""
 
 from __future__ import annotations
 

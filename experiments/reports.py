@@ -152,7 +152,7 @@ def ablation_page(root: pathlib.Path) -> str:
 def sweep_page(root: pathlib.Path) -> str:
     """The table of the settings, the front, and what the swept number does."""
     stored = json.loads((root / "sweep.json").read_text())
-    result = sweeps.result(root, stored["points"])
+    result = sweeps.result(root, list(stored["points"].values()))
     if not result.done:
         raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
     title = stored["config"]["name"]

@@ -17,7 +17,6 @@ alone, once no point is left.
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 from absl import flags
@@ -29,7 +28,7 @@ from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build, points as algebra
-from meta_attention_jax.training.config import config_difference, config_to_dict
+from meta_attention_jax.training.config import config_to_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where all points and the results go.")
@@ -38,27 +37,6 @@ AT_ONCE = flags.DEFINE_integer("points_at_once", 0, "At most; 0 is as many as fi
 TOGETHER = flags.DEFINE_bool("together", True, "False trains one point after the other.")
 TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Of the test split; 0 leaves it unread.", 0)
 flags.mark_flags_as_required(["config", "workdir"])
-
-
-def pin(root: pathlib.Path, points: algebra.Sweep) -> None:
-    """Writes what the directory is a sweep of, or checks that it is the same.
-
-    Raises:
-      ValueError: another sweep's directory, or one with other files.
-    """
-    mine = {"config": config_to_dict(CONFIG.value), "points": points}
-    mine = json.loads(json.dumps(mine))
-    path = root / "sweep.json"
-    if not path.exists():
-        if root.exists() and any(root.iterdir()):
-            raise ValueError(
-                f"workdir: expected a new directory or one of this sweep, got {str(root)!r}."
-            )
-        analysis.write_json(path, mine)
-        return
-    stored = json.loads(path.read_text())
-    for field, old, new in config_difference(stored, mine):
-        raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
 
 
 def main() -> None:
@@ -71,11 +49,13 @@ def main() -> None:
         configs = {n: algebra.configured(base, p) for n, p in zip(names, points)}
         for config in configs.values():
             build.check(config)
-        pin(root, points)
+        datasets = sweeps.open_datasets(configs.values())
+        shared = {"config": config_to_dict(base), "points": dict(zip(names, points))}
+        common.pin(root / "sweep.json", shared, "this sweep")
         # Points of one program lie side by side, so that every shard has some of each.
         order = sorted(names, key=lambda n: repr(algebra.program(configs[n])))
         mine = [name for name in names if name in order[index::number]]
-        jobs = sweeps.prepared(root, {name: configs[name] for name in mine})
+        jobs = sweeps.prepared(root, {name: configs[name] for name in mine}, datasets)
     sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
     found = sweeps.rows(root, points)
     if len(found) == len(points) and TEST_BATCHES.value:

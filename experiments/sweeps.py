@@ -8,7 +8,7 @@ import importlib.util
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 from matplotlib.figure import Figure
@@ -72,24 +72,35 @@ def settings(points: Sequence[Point]) -> list[str]:
     return [names[unique.index(point)] for point in bare]
 
 
-def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict]) -> dict[str, Job]:
-    """Jobs of the points by label, but for those that diverged; points with the same data share it.
+def _data(config: ConfigDict) -> str:
+    """What a dataset depends on; the window too, since `recall` keeps its distance to it."""
+    data = config_to_dict(config)["data"]
+    return json.dumps([data, build.data_seed(config), config.model.window])
+
+
+def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
+    """Every distinct dataset of the points, once; nothing is written.
+
+    Raises:
+      ValueError: data that cannot be had.
+    """
+    distinct = {_data(config): config for config in configs}
+    return {key: build.build_dataset(config) for key, config in distinct.items()}
+
+
+def prepared(
+    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
+) -> dict[str, Job]:
+    """Jobs of the points by label, but for those that diverged.
 
     Raises:
       ValueError: as `loop.prepare`.
     """
-    jobs: dict[str, Job] = {}
-    datasets: dict[str, Dataset] = {}
-    for label, config in configs.items():
-        if failed(root, label).exists():
-            continue
-        # The window belongs to it: `recall` keeps its distance to it.
-        key = json.dumps([
-            config_to_dict(config)["data"], build.data_seed(config), config.model.window
-        ])
-        jobs[label] = prepare(config, root / "points" / label, datasets.get(key))
-        datasets[key] = jobs[label].dataset
-    return jobs
+    return {
+        label: prepare(config, root / "points" / label, datasets[_data(config)])
+        for label, config in configs.items()
+        if not failed(root, label).exists()
+    }
 
 
 def failed(root: pathlib.Path, label: str) -> pathlib.Path:

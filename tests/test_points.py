@@ -35,6 +35,7 @@ def test_log_spaced_has_a_constant_ratio_and_both_ends():
         (lambda: algebra.labels(sweep("a", (1, 1))), "points that differ"),
         (lambda: algebra.configured(smoke.get_config(), {"prior.strenght": 1.0}), "prior.strenght"),
         (lambda: algebra.configured(smoke.get_config(), {"train.steps": 1.5}), "train.steps"),
+        (lambda: algebra.configured(smoke.get_config(), {"gate.threshold": None}), "got None"),
     ],
 )
 def test_mistakes_are_one_sentence(make, message):

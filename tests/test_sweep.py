@@ -94,6 +94,11 @@ def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811
     check_mistake(
         command("sweep", f"--config={bad}", f"--workdir={tmp_path / 'c'}"), "sede"
     )
+    check_mistake(
+        command("sweep", config, f"--workdir={tmp_path / 'd'}", "--config.data.corpus=path:/none"),
+        "/none",
+    )
+    assert not (tmp_path / "d").exists(), "the corrected command must be free to use it"
     assert not (tmp_path / "a").exists() and not (tmp_path / "c").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")

@@ -133,16 +133,19 @@ def test_a_point_that_diverges_stops_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_groups_that_do_not_fit_are_halved(tmp_path):
+def test_groups_that_do_not_fit_are_halved(tmp_path, capsys):
     config = base(**{"train.steps": 4, "train.eval_every": 4, "train.checkpoint_every": 4, **LIGHT})
     jobs = prepared(tmp_path, config, POINTS)
     group = together.Together(jobs, jax.devices()[:1])
     needed = together.bytes_needed(group.compile_step(group.states()))
     assert needed > 0
     failures = together.train_together(
-        jobs, label="x", names=["a", "b", "c"], progress=False, memory=int(0.7 * needed)
+        jobs, label="x", names=["a", "b", "c"], memory=int(0.7 * needed)
     )
     assert failures == [None] * 3
+    sizes = [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()
+             if "as one program" in line]
+    assert sizes == ["2", "1"]
     assert all(read_metrics(job.path)[-1]["step"] == 4 for job in jobs)
 
 

@@ -14,7 +14,7 @@
 #
 # A run directory is all one needs: config, parameters, tokenizer and metrics come out of it, on any
 # machine, whatever trained it. This notebook opens the recall run of `make demo` if there is one, else
-# it trains a small one in half a minute. In `recall` a sequence binds keys to values (`k1=v2`), goes on
+# it trains a small one. In `recall` a sequence binds keys to values (`k1=v2`), goes on
 # with filler, and asks for a key (`?k1`): the next token is its value.
 
 # %% tags=["parameters"]

@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 # %%
 import jax
-import numpy as np
 
 from experiments.quick import quick_run
 from meta_attention_jax import analysis

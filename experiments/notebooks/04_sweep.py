@@ -46,7 +46,8 @@ base = quick.get_config()
 base.train.steps = STEPS
 root = ROOT / WORKDIR
 configs = {name: configured(base, point) for name, point in zip(names, points)}
-sweeps.train_points(root, sweeps.prepared(root, configs))
+datasets = sweeps.open_datasets(configs.values())
+sweeps.train_points(root, sweeps.prepared(root, configs, datasets))
 
 # %% [markdown]
 # ## The result

@@ -140,7 +140,9 @@ def prepare(
     dataset = dataset or build.build_dataset(config, workdir)
     spec = build.build_spec(config, dataset)
     initial = None
-    if config.train.init_from and not (pathlib.Path(workdir) / "checkpoints").exists():
+    # The folder alone says nothing: a run killed before its first save has one too.
+    saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
+    if config.train.init_from and not saved:
         initial = initial_params(config.train.init_from, spec.model, dataset.tokenizer)
     path = open_workdir(workdir, config)
     # Once trained upon, measured costs may only be read.

@@ -162,6 +162,8 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         if field not in known:
             raise ValueError(f"sweep: expected a field of the config, got {field!r}.")
         try:
+            if value is None:  # A ConfigDict would take it.
+                raise TypeError
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError):
             raise ValueError(

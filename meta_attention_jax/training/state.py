@@ -6,7 +6,6 @@ from typing import Any, Optional
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from meta_attention_jax.routing.gate import GateState, GateTimes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -54,12 +53,15 @@ def device_bytes(device: jax.Device) -> Optional[int]:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
         return None
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int((pathlib.Path("/sys/fs/cgroup") / name).read_text()))
+    # Not MemFree: the page cache of a corpus just read can be had back.
+    free = next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")), None)
+    group = pathlib.Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        free = left if free is None else min(free, left)
     return free
 
 
