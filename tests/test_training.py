@@ -138,6 +138,14 @@ def test_a_run_answers_without_its_corpus(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == before
 
 
+def test_initial_parameters_survive_a_kill_before_the_first_save(whole, tmp_path):
+    values = config(**{"train.init_from": str(whole)})
+    job = prepare(values, tmp_path / "run")
+    (job.path / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir(parents=True)  # As such a kill leaves it.
+    again = prepare(values, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, again.initial, final_params(whole))
+
+
 def test_another_config_is_refused_and_changes_nothing(whole):
     stored = (whole / "config.json").read_text()
     with pytest.raises(ValueError, match=r"prior.strength: expected 2.0, .* got 3.0"):
