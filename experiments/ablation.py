@@ -35,6 +35,7 @@ from meta_attention_jax import analysis
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.config import config_to_dict
+from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 
@@ -63,6 +64,8 @@ def run_one(config: ConfigDict, path: pathlib.Path) -> Optional[str]:
         job = prepare(config, path)
     try:
         train(job, label=str(path.relative_to(WORKDIR.value)))
+    except Busy as error:
+        common.fail(error)
     except Diverged as error:
         analysis.write_text(failed, str(error))
         print(f"{path}: {error}")

@@ -10,11 +10,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Optional
 
 from absl import flags, logging
 
 from meta_attention_jax.training.config import config_difference
+from meta_attention_jax.training.loop import FREE_TO_CHANGE
 
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -53,10 +54,19 @@ def user_mistakes() -> Iterator[None]:
         fail(sentence(error))
 
 
-def pin(path: pathlib.Path, shared: Mapping[str, Any], what: str) -> None:
+def pin(
+    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Optional[str] = None
+) -> None:
     """Writes what all runs below the folder of `path` share, or checks that it is the same.
 
-    Created whole or not at all, so that processes that start at the same moment agree on one.
+    Created whole or not at all, so that processes that start at the same moment agree on one. Fields
+    of "config" that a run may set anew differ as they like, and stay as they were.
+
+    Args:
+      path: the file.
+      shared: a dict for JSON.
+      what: it is, for the error.
+      grows: key of a dict that may gain entries, but lose and change none.
 
     Raises:
       ValueError: a folder of something else, or the first field that differs.
@@ -74,8 +84,17 @@ def pin(path: pathlib.Path, shared: Mapping[str, Any], what: str) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(partial, path)
         partial.unlink()
-    for field, old, new in config_difference(json.loads(path.read_text()), mine):
-        raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
+    stored = json.loads(path.read_text())
+    new_entries = mine[grows].keys() - stored.get(grows, {}).keys() if grows else ()
+    free = {f"config.{field}" for field in FREE_TO_CHANGE}
+    for field, old, new in config_difference(stored, mine):
+        if field not in free and not any(field.startswith(f"{grows}.{e}.") for e in new_entries):
+            raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
+    if new_entries:
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        grown = {**stored, grows: mine[grows]}
+        partial.write_text(json.dumps(grown, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -19,7 +19,9 @@ from meta_attention_jax.runs import load_run
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
 MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
-THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.0)
+THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0
+)
 STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1)
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "> 0.")

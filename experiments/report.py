@@ -23,8 +23,10 @@ flags.mark_flag_as_required("workdir")
 def main() -> None:
     with common.user_mistakes():
         kind, page = reports.report(WORKDIR.value)
-        out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
-        analysis.write_text(out, page)
+    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
+    text = page()
+    with common.user_mistakes():
+        analysis.write_text(out, text)
     print(f"{kind}: {out}")
 
 

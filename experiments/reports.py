@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import arms, comparison, sweeps
@@ -23,51 +24,46 @@ SHOWN_ROWS = 6
 RISK_BATCHES = 4
 
 
-def report(workdir: str | pathlib.Path) -> tuple[str, str]:
-    """(what it is, its page).
+def report(workdir: str | pathlib.Path) -> tuple[str, Callable[[], str]]:
+    """(what it is, what makes its page); all that can be wrong with the directory is said first.
 
     Raises:
       ValueError: neither a run nor a comparison nor a sweep, or one without a result.
     """
     root = pathlib.Path(workdir)
     if (root / "ablation.json").is_file():
-        return "ablation", ablation_page(root)
+        rows = comparison.collect(root)
+        if not rows:
+            raise ValueError(f"workdir: expected finished runs in {str(root)!r}, got none yet.")
+        return "ablation", functools.partial(ablation_page, root, rows)
     if (root / "sweep.json").is_file():
-        return "sweep", sweep_page(root)
+        stored = json.loads((root / "sweep.json").read_text())
+        result = sweeps.result(root, list(stored["points"].values()))
+        if not result.done:
+            raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
+        return "sweep", functools.partial(sweep_page, result, stored["config"]["name"])
     if (root / "config.json").is_file():
-        return "run", run_page(load_run(root))
+        run = load_run(root)
+        if not [r for r in read_metrics(run.path) if r["event"] == "eval"]:
+            raise ValueError(f"workdir: expected an evaluation in {str(root)!r}, got none yet.")
+        run.dataset  # Opened now, for what can be wrong with it.
+        return "run", functools.partial(run_page, run)
     raise ValueError(
         f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}."
     )
-
-
-def routed_batch(run: Run) -> dict[str, Any]:
-    """The first validation batch and what the run says of it: `batch`, `routing` [layer row time]."""
-    batch = next(run.dataset.eval_batches("validation"))
-    output = jax.jit(run.model.clone(mode=run.mode).apply)(
-        {"params": run.params},
-        batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        hypers=run.hypers.routing,
-    )
-    return {"batch": batch, "routing": jax.device_get(output.routing)}
 
 
 def run_page(run: Run) -> str:
     """How training went, where tokens go, and what posteriors look like."""
     records = read_metrics(run.path)
     held_out = [r for r in records if r["event"] == "eval"]
-    if not held_out:
-        raise ValueError(f"workdir: expected an evaluation in {str(run.path)!r}, got none yet.")
     columns = [Column("mode", "mode"), Column("nll", "nats", ".4f"),
                Column("bits_per_byte", "bits/byte", ".4f"), Column("kl", "KL, nats", ".4f"),
                Column("cost", "cost", ".1%"), Column("routing_entropy", "routing entropy", ".1%"),
                Column("usage_entropy", "usage entropy", ".1%"),
                *(Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms)]
     rows = [{"mode": mode, **held_out[-1][mode]} for mode in ("soft", "hard")]
-    found = routed_batch(run)
-    batch, routing = found["batch"], found["routing"]
+    batch, routing = run.routed_batch()
     real = np.asarray(batch.segment_ids) > 0
     figures = [
         ("Training", analysis.dynamics_figure(records, run.mechanisms)),
@@ -93,7 +89,10 @@ def run_page(run: Run) -> str:
     if run.config.controller.name != "fixed":
         figures.append(("Uncertainty", risk_figure(run)))
     sections = [Section(f"Validation at step {held_out[-1]['step']}", analysis.table_html(rows, columns))]
-    sections += [Section(name, analysis.figure_html(figure, name)) for name, figure in figures]
+    sections += [
+        Section(name, analysis.figure_html(figure, f"{run.config.name}: {name.lower()}"))
+        for name, figure in figures
+    ]
     keep = real[:SHOWN_ROWS]
     pieces = run.pieces(np.asarray(batch.tokens)[:SHOWN_ROWS][keep])
     for end in np.cumsum(keep.sum(axis=1)) - 1:
@@ -128,11 +127,8 @@ def risk_figure(run: Run) -> Any:
     )
 
 
-def ablation_page(root: pathlib.Path) -> str:
+def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
     """The table of the arms, and their hard nats against cost."""
-    rows = comparison.collect(root)
-    if not rows:
-        raise ValueError(f"workdir: expected finished runs in {str(root)!r}, got none yet.")
     order = list(arms.DEFAULT)
     lines, written, columns = comparison.shown(root, rows, order)
     config = json.loads((root / "ablation.json").read_text())["config"]
@@ -149,16 +145,14 @@ def ablation_page(root: pathlib.Path) -> str:
     return analysis.html_page(f"Ablation: {config['name']}", sections)
 
 
-def sweep_page(root: pathlib.Path) -> str:
+def sweep_page(result: sweeps.Result, title: str) -> str:
     """The table of the settings, the front, and what the swept number does."""
-    stored = json.loads((root / "sweep.json").read_text())
-    result = sweeps.result(root, list(stored["points"].values()))
-    if not result.done:
-        raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
-    title = stored["config"]["name"]
+    title += result.title
     shown, columns = sweeps.shown(result)
-    sections = [Section("Settings, validation split", analysis.table_html(shown, columns))]
+    heading = "Settings: validation split, unless a column says test"
+    sections = [Section(heading, analysis.table_html(shown, columns))]
+    said = {"pareto": "Hard nats against cost", "against": "What the swept number does"}
     for name, figure in sweeps.figures(result, title).items():
-        sections.append(Section(name, analysis.figure_html(figure, name)))
+        sections.append(Section(said[name], analysis.figure_html(figure, f"{said[name]}: {title}")))
     text = f"Chosen: {result.pick}, {sweeps.RULE}." if result.pick else ""
     return analysis.html_page(f"Sweep: {title}", sections, text)

@@ -51,7 +51,7 @@ def main() -> None:
             build.check(config)
         datasets = sweeps.open_datasets(configs.values())
         shared = {"config": config_to_dict(base), "points": dict(zip(names, points))}
-        common.pin(root / "sweep.json", shared, "this sweep")
+        common.pin(root / "sweep.json", shared, "this sweep", grows="points")
         # Points of one program lie side by side, so that every shard has some of each.
         order = sorted(names, key=lambda n: repr(algebra.program(configs[n])))
         mine = [name for name in names if name in order[index::number]]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
-import io
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -21,10 +19,14 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_to_dict
+from meta_attention_jax.training.lock import Busy, busy
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
 from meta_attention_jax.training.points import Point, Sweep, labels, program
 from meta_attention_jax.training.together import train_together
+
+if TYPE_CHECKING:
+    import pandas
 
 RULE = f"the cheapest within {TOLERANCE} nats of the best, hard, on validation"
 
@@ -143,21 +145,36 @@ def train_points(
     ]
     for count, (members, start) in enumerate(parts, 1):
         print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
-        for label, failure in zip(members, _train_group([jobs[m] for m in members], members, start)):
-            if failure is not None:
-                analysis.write_text(failed(root, label), failure)
+        mine = []
+        for label in members:
+            # Another process may have taken it, or ended it, since this one looked.
+            if busy(jobs[label].path):
+                print(f"{label}: left to the process that trains it.")
+            elif steps_done(jobs[label].path) == start and not failed(root, label).exists():
+                mine.append(label)
+        try:
+            _train_group(root, {label: jobs[label] for label in mine}, start)
+        except Busy as error:
+            print(error)
 
 
-def _train_group(jobs: list[Job], names: list[str], start: int) -> list[Optional[str]]:
-    """What went wrong with each; a single point is trained as any other run."""
+def _train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None:
+    """Trains them as one program; a single point as any other run."""
+    def diverged(label: str, sentence: str) -> None:
+        analysis.write_text(failed(root, label), sentence)
+
     if len(jobs) > 1:
-        return train_together(jobs, names=names, start=start, label=f"{len(jobs)} points")
-    try:
-        train(jobs[0], label=names[0])
-        return [None]
-    except Diverged as error:
-        print(f"{names[0]}: {error}")
-        return [str(error)]
+        train_together(
+            list(jobs.values()), names=list(jobs), start=start, label=f"{len(jobs)} points",
+            failed=diverged,
+        )
+        return
+    for label, job in jobs.items():
+        try:
+            train(job, label=label)
+        except Diverged as error:
+            print(f"{label}: {error}")
+            diverged(label, str(error))
 
 
 def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -219,8 +236,9 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def front(made: Sequence[dict[str, Any]]) -> list[str]:
-    """Settings that no other beats in both cost and hard nats, by rising cost."""
-    known = [line for line in made if line["seeds"]]
+    """Settings that no other beats in both cost and hard nats, by rising cost; of those whose seeds
+    all went well, for a mean over the survivors is not that of the setting."""
+    known = [line for line in made if line["seeds"] and not line["diverged"]]
     best = []
     for line in sorted(known, key=lambda line: (line["cost"], line["nll_hard"])):
         if not best or line["nll_hard"] < best[-1]["nll_hard"]:
@@ -259,13 +277,35 @@ class Result:
       rows: of the points.
       lines: of the settings, with `front` and `chosen` marked.
       front: settings that nothing beats in both cost and nats.
-      pick: the chosen setting; None if there is none.
+      pick: the chosen setting; None if there is none, or while points are left.
+      total: points of the sweep.
     """
 
     rows: list[dict[str, Any]]
     lines: list[dict[str, Any]]
     front: list[str]
     pick: Optional[str]
+    total: int
+
+    @property
+    def title(self) -> str:
+        """How much of the sweep this is, where it is not all; "" where it is."""
+        left = self.total - len(self.rows)
+        return f" ({len(self.rows)} of {self.total} points)" if left else ""
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per setting: the swept fields as columns, then seeds, means and half-widths."""
+        import pandas
+
+        fields = dict.fromkeys(field for line in self.lines for field in line["point"])
+        return pandas.DataFrame([
+            {
+                "setting": line["setting"],
+                **{field: line["point"].get(field) for field in fields},
+                **{name: value for name, value in line.items() if name not in ("setting", "point")},
+            }
+            for line in self.lines
+        ])
 
     @property
     def done(self) -> list[dict[str, Any]]:
@@ -277,11 +317,11 @@ def result(root: pathlib.Path, points: Sequence[Point]) -> Result:
     """From the directory alone."""
     found = rows(root, points)
     made = lines(found)
-    best, pick = front(made), chosen(made)
+    best, pick = front(made), chosen(made) if len(found) == len(points) else None
     for line in made:
         line["front"] = "yes" if line["setting"] in best else ""
         line["chosen"] = "chosen" if line["setting"] == pick else ""
-    return Result(rows=found, lines=made, front=best, pick=pick)
+    return Result(rows=found, lines=made, front=best, pick=pick, total=len(points))
 
 
 def shown(found: Result) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
@@ -316,19 +356,16 @@ def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> No
     if not found.done:
         print("no point has run to its end")
         return
-    text = io.StringIO()
-    fields = [f for f in dict.fromkeys(f for line in found.lines for f in line) if f != "point"]
-    writer = csv.DictWriter(text, fields, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(found.lines)
-    analysis.write_text(root / "table.csv", text.getvalue())
+    analysis.write_text(root / "table.csv", found.frame().to_csv(index=False))
     written, columns = shown(found)
     analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
     print(analysis.terminal_table(written, columns, width=160))
     told = []
-    for name, figure in figures(found, title).items():
+    for name, figure in figures(found, title + found.title).items():
         analysis.save(figure, root / f"{name}.png")
         told.append(f"{root}/{name}.png")
     print(f"table: {root}/table.md   rows: {root}/rows.json   pictures: {', '.join(told)}")
+    if found.title:
+        print(f"so far{found.title}: nothing is chosen yet")
     if found.pick:
         print(f"chosen: {found.pick}, {RULE}")

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import common
+from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.loop import Diverged, prepare, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -22,7 +23,7 @@ def main() -> None:
         job = prepare(CONFIG.value, WORKDIR.value)
     try:
         evaluation = train(job)
-    except Diverged as error:
+    except (Busy, Diverged) as error:
         common.fail(error)
     for mode, metrics in evaluation.items():
         print(f"validation, {mode}: {metrics['nll']:.4f} nats, projected cost {metrics['cost']:.1%}")

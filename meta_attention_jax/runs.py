@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
-import os
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
-from meta_attention_jax.data.pipeline import Dataset, write_manifest
+from meta_attention_jax.data.pipeline import Dataset, check_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
@@ -35,7 +35,7 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.state import Hypers
-from meta_attention_jax.types import Routing
+from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
 if TYPE_CHECKING:
     import pandas
@@ -153,7 +153,7 @@ class Run:
         shape.data.batch_size = self.batch_size
         with _complete(self.path):
             dataset = build.build_dataset(shape, self.path)
-        write_manifest(dataset, self.path)  # the same again: no change, or a one-sentence error
+        check_manifest(dataset, self.path)
         return dataset
 
     @property
@@ -163,12 +163,19 @@ class Run:
 
     @property
     def mode(self) -> str:
-        """The mode that training ended in: "hard", unless its gate stayed closed."""
-        return "soft" if self.config.gate.kind == "none" else "hard"
+        """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last
+        theta is below 1, else "hard". A `settled` gate is taken to have opened."""
+        if self.config.gate.kind == "none":
+            return "soft"
+        return "gated" if self.config.gate.threshold < 1 else "hard"
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:
-        """What training logged: a row per record, `event` and `step` first, "/" in nested names."""
+        """What training logged: a row per record, `event` and `step` first, "/" in nested names.
+
+        Raises:
+          ValueError: no log.
+        """
         import pandas
 
         records = read_metrics(self.path)
@@ -185,7 +192,7 @@ class Run:
           ValueError: no token, or one that the run does not know.
         """
         if isinstance(text, str):
-            text = os.fsencode(text)
+            text = text.encode("utf-8", "surrogateescape")
         ids = self.tokenizer.encode(text) if isinstance(text, bytes) else np.asarray(text)
         pad_prompts([ids], self.tokenizer.vocab_size)
         return ids.astype(np.int32)
@@ -195,14 +202,14 @@ class Run:
         return [self.tokenizer.decode([token]) for token in ids]
 
     def logits(
-        self, text: Text, *, mode: Optional[str] = None, threshold: float = 0.5
+        self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
     ) -> Float[np.ndarray, "token vocab"]:
         """Logits of the token after each token of the text.
 
         Args:
           text: a text, or token ids.
           mode: "soft", "hard" or "gated"; None is `mode`.
-          threshold: theta of gated mode.
+          threshold: theta of gated mode; None is the run's own.
 
         Raises:
           ValueError: no token, an unknown one, or an unknown mode.
@@ -210,7 +217,7 @@ class Run:
         return self._apply(text, mode, threshold)[1]
 
     def routes(
-        self, text: Text, *, mode: Optional[str] = None, threshold: float = 0.5
+        self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
     ) -> TextRoutes:
         """Where the model sends every token of a text; arguments as `logits`."""
         ids, _, routing = self._apply(text, mode, threshold)
@@ -224,6 +231,21 @@ class Run:
             hard=routing.hard,
         )
 
+    def routed_batch(
+        self, split: str = "validation", *, mode: Optional[str] = None
+    ) -> tuple[Batch, Routing]:
+        """The first batch of a split and its routing, [layer row time ...]; `mode` as in `logits`.
+
+        Raises:
+          ValueError: unknown split or mode, or data that are not there any more.
+        """
+        batch = next(self.dataset.eval_batches(split, max_batches=1))
+        _, routing = _forward(
+            self.model.clone(mode=self._mode(mode)), self.params, batch.tokens,
+            batch.segment_ids, batch.positions, self.hypers.routing,
+        )
+        return batch, jax.device_get(routing)
+
     def generate(
         self,
         prompt: Text,
@@ -234,7 +256,7 @@ class Run:
         top_k: Optional[int] = None,
         top_p: Optional[float] = None,
         seed: int = 0,
-        threshold: float = 0.5,
+        threshold: Optional[float] = None,
     ) -> Continuation:
         """Goes on from a prompt by `steps` tokens; greedy unless one of the sampler's numbers is given.
 
@@ -244,7 +266,7 @@ class Run:
           mode: "soft", "hard" or "gated"; None is `mode`.
           temperature, top_k, top_p: of `Sampler`.
           seed: of the samples.
-          threshold: theta of gated mode.
+          threshold: theta of gated mode; None is the run's own.
 
         Raises:
           ValueError: an empty prompt, an unknown token, or a number out of range.
@@ -256,7 +278,7 @@ class Run:
             self.params,
             [ids],
             steps=steps,
-            hypers=self.hypers.routing.replace(threshold=jnp.float32(threshold)),
+            hypers=self._routing_hypers(threshold),
             keys=jax.random.split(jax.random.key(seed), 1),
             sampler=draw,
             mode=self._mode(mode),
@@ -272,7 +294,7 @@ class Run:
         *,
         layer: Optional[int] = None,
         mode: Optional[str] = None,
-        threshold: float = 0.5,
+        threshold: Optional[float] = None,
     ) -> Html:
         """The text coloured by mechanism, for a notebook; one layer or all.
 
@@ -320,8 +342,15 @@ class Run:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
         return mode
 
+    def _routing_hypers(self, threshold: Optional[float]) -> RoutingHypers:
+        if threshold is None:
+            return self.hypers.routing
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: expected theta in [0, 1], got {threshold}.")
+        return self.hypers.routing.replace(threshold=jnp.float32(threshold))
+
     def _apply(
-        self, text: Text, mode: Optional[str], threshold: float
+        self, text: Text, mode: Optional[str], threshold: Optional[float]
     ) -> tuple[np.ndarray, np.ndarray, Routing]:
         """(ids, logits [token vocab], routing [layer token ...])."""
         ids = self.encode(text)
@@ -329,10 +358,10 @@ class Run:
         room = -len(ids) % _LENGTH_STEP
         tokens = np.pad(ids, (0, room))[None]
         segments = np.pad(np.ones(len(ids), np.int32), (0, room))[None]
-        hypers = self.hypers.routing.replace(threshold=jnp.float32(threshold))
-        logits, routing = jax.device_get(
-            _forward(self.model.clone(mode=self._mode(mode)), self.params, tokens, segments, hypers)
-        )
+        logits, routing = jax.device_get(_forward(
+            self.model.clone(mode=self._mode(mode)), self.params, tokens, segments, None,
+            self._routing_hypers(threshold),
+        ))
         return ids, logits[0, : len(ids)], jax.tree.map(lambda x: x[:, 0, : len(ids)], routing)
 
 
@@ -340,8 +369,10 @@ _LENGTH_STEP = 64
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _forward(model, params, tokens, segment_ids, hypers):
-    output = model.apply({"params": params}, tokens, segment_ids=segment_ids, hypers=hypers)
+def _forward(model, params, tokens, segment_ids, positions, hypers):
+    output = model.apply(
+        {"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers
+    )
     return output.logits, output.routing
 
 
@@ -355,10 +386,15 @@ class _complete:
         pass
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, (AttributeError, KeyError)):  # What a ConfigDict raises.
+        words = error
+        while isinstance(words, (AttributeError, KeyError)) and words.args:
+            words = words.args[0]
+        # What a ConfigDict says, and nothing else that is an AttributeError.
+        missing = re.match(r"'\w+'(\n|$)", str(words))
+        if isinstance(error, (AttributeError, KeyError)) and missing:
             raise ValueError(
                 f"workdir: expected a complete config in {str(self.path / 'config.json')!r}, got "
-                f"none of {str(error).splitlines()[0]}."
+                f"none of {missing.group().strip()}."
             ) from None
 
 

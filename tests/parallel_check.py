@@ -168,12 +168,11 @@ def points_on_devices():
             ))
         group = together.Together(jobs, jax.devices()[:devices])
         states = group.states()
-        step = group.compile_step(states)
         for number in range(3):
             batch = group.replicate(dataset.train_batch(number))
-            states, _ = step(states, batch, group.hypers)
+            states, _ = group.step(states, batch, group.hypers)
         found[devices] = [jax.device_get(together.point_of(states.params, i)) for i in range(3)]
-        text = step.as_text()
+        text = group.step.as_text()
     return (
         max(distance(found[2][i], found[1][i]) for i in range(3)),
         collectives(text)[0],

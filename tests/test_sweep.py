@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
+import jax
+import numpy as np
 import pytest
 
+from configs import smoke
+from experiments import common, sweeps
+from meta_attention_jax.training import points as algebra
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import read_metrics
-from tests.test_commands import check_mistake, check_success, command  # noqa: F401
+from meta_attention_jax.training.loop import train
+from tests.test_commands import ROOT, check_mistake, check_success, command  # noqa: F401
+from tests.test_commands import environment
 
 CONFIG = '''
 from configs import smoke
@@ -75,6 +86,125 @@ def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_p
         assert "<script" not in page and "data:image/png;base64" in page
     again = check_success(command("sweep", config, f"--workdir={root}"))
     assert "as one program" not in again and "chosen:" in again
+
+
+LIGHT = {"controller.name": "fixed", "controller.fixed": ("local",), "model.num_layers": 1,
+         "train.steps": 6, "train.eval_every": 2, "train.checkpoint_every": 2, "train.eval_batches": 1,
+         "parallel.devices": 1}
+LIGHT_POINTS = algebra.sweep("seed", (0, 1, 2))
+
+
+def light(root, points=LIGHT_POINTS):
+    config = smoke.get_config()
+    config.update_from_flattened_dict(LIGHT)
+    configs = dict(zip(algebra.labels(points), (algebra.configured(config, p) for p in points)))
+    return sweeps.prepared(root, configs, sweeps.open_datasets(configs.values()))
+
+
+def final(root, label):
+    saved = Checkpoints(root / "points" / label / "checkpoints", read_only=True)
+    try:
+        return saved.restore_params(6)
+    finally:
+        saved.close()
+
+
+@pytest.mark.slow
+def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path, capsys):
+    sweeps.train_points(tmp_path / "whole", light(tmp_path / "whole"))
+    root = tmp_path / "left"
+    jobs = light(root)
+    train(jobs["seed=0"], stop_after=2, progress=False)
+    train(jobs["seed=1"], stop_after=4, progress=False)
+    assert [sweeps.steps_done(job.path) for job in jobs.values()] == [2, 4, 0]
+    with hold(jobs["seed=2"].path):  # By another process.
+        sweeps.train_points(root, light(root))
+        assert "seed=2: left to the process that trains it." in capsys.readouterr().out
+    found = sweeps.result(root, LIGHT_POINTS)
+    assert len(found.rows) == 2 and found.pick is None and found.title == " (2 of 3 points)"
+    sweeps.train_points(root, light(root))
+    found = sweeps.result(root, LIGHT_POINTS)
+    assert found.pick is not None and found.title == ""
+    for label in algebra.labels(LIGHT_POINTS):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            final(root, label), final(tmp_path / "whole", label),
+        )
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_share_the_points(tmp_path):
+    path = tmp_path / "shared.py"
+    path.write_text(f"""
+from configs import smoke
+from meta_attention_jax.training.points import sweep
+
+def get_config():
+    config = smoke.get_config()
+    config.update_from_flattened_dict({LIGHT!r})
+    return config
+
+def get_sweep():
+    return sweep("seed", range(4))
+""")
+    root = tmp_path / "sweep"
+    command = [sys.executable, "-m", "experiments.sweep", f"--config={path}", f"--workdir={root}",
+               "--test_batches=1"]
+    both = [
+        subprocess.Popen([*command, f"--shard={i}/2"], cwd=ROOT, env=environment(tmp_path / "cache"),
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "Traceback" not in err, out + err
+    rows = json.loads((root / "rows.json").read_text())
+    assert sorted(row["seed"] for row in rows) == [0, 1, 2, 3]
+    for row in rows:
+        log = read_metrics(root / "points" / row["label"])
+        assert [r["event"] for r in log].count("start") == 1 and log[-1]["step"] == 6
+    assert not list(root.glob(".*"))
+
+
+def line(setting, nll, cost, diverged=0, **point):
+    return {"setting": setting, "point": point, "seeds": 2, "diverged": diverged,
+            "nll_hard": nll, "cost": cost}
+
+
+def test_survivors_of_a_diverging_setting_are_no_front():
+    made = [line("a", 1.0, 0.5), line("b", 0.9, 0.4, diverged=1), line("c", 1.1, 0.3),
+            line("d", 1.2, 0.6)]
+    assert sweeps.front(made) == ["c", "a"]
+    assert sweeps.chosen(made) == "a"
+
+
+def test_the_frame_has_a_column_per_swept_field():
+    made = [line("strength=1", 1.0, 0.5, **{"prior.strength": 1.0}),
+            line("full", 1.0, 1.0, name="full")]
+    found = sweeps.Result(rows=[], lines=made, front=[], pick=None, total=3)
+    frame = found.frame()
+    assert list(frame.columns[:4]) == ["setting", "prior.strength", "name", "seeds"]
+    assert frame["prior.strength"][0] == 1.0 and np.isnan(frame["prior.strength"][1])
+    assert found.title == " (0 of 3 points)"
+
+
+def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
+    path = tmp_path / "sweep" / "sweep.json"
+    shared = {"config": {"train": {"log_every": 5, "steps": 9}}, "points": {"a": {"seed": 0}}}
+    common.pin(path, shared, "this sweep", grows="points")
+    more = {"config": {"train": {"log_every": 1, "steps": 9}},
+            "points": {"a": {"seed": 0}, "b": {"seed": 1}}}
+    common.pin(path, more, "this sweep", grows="points")
+    stored = json.loads(path.read_text())
+    assert stored == {"config": shared["config"], "points": more["points"]}
+    for wrong, field in (
+        ({**more, "points": {"a": {"seed": 3}, "b": {"seed": 1}}}, "points.a.seed: expected 0"),
+        ({**more, "points": {"b": {"seed": 1}}}, "points.a.seed: expected 0, .* got None"),
+        ({**more, "config": {"train": {"log_every": 1, "steps": 8}}}, "config.train.steps"),
+    ):
+        with pytest.raises(ValueError, match=field):
+            common.pin(path, wrong, "this sweep", grows="points")
+    assert json.loads(path.read_text()) == stored
 
 
 def test_a_report_of_nothing_is_one_line(command, tmp_path):  # noqa: F811

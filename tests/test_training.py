@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -16,7 +18,9 @@ import pytest
 
 from configs import smoke
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.step import make_optimizer
@@ -136,6 +140,79 @@ def test_a_run_answers_without_its_corpus(tmp_path):
             call()
     assert load_run(path, step=2).step == 2 and load_run(path, step="best").step in (2, 4)
     assert sorted(p.name for p in path.iterdir()) == before
+
+
+def test_a_run_is_asked_in_the_mode_it_ended_in(whole):
+    run = load_run(whole)
+    assert run.mode == "hard" and run.routes("k1=v2 ?k1").hard.all()
+    for kind, theta, mode in (("none", 1.0, "soft"), ("linear", 0.4, "gated"), ("linear", 1.0, "hard")):
+        values = config(**{"gate.kind": kind, "gate.threshold": theta})
+        other = dataclasses.replace(run, config=values, hypers=build.build_hypers(values))
+        assert other.mode == mode
+        hard, uncertainty = (getattr(other.routes("k1=v2 ?k1"), n) for n in ("hard", "uncertainty"))
+        wanted = {"soft": False, "hard": True, "gated": uncertainty <= theta}[mode]
+        assert (hard == wanted).all()
+        assert (other.routed_batch()[1].hard.mean() == 1) == (mode == "hard")
+    assert not run.routes("k1=v2", mode="gated", threshold=0.0).hard.any()
+    with pytest.raises(ValueError, match="threshold: expected theta in .* got 1.5"):
+        run.routes("k1=v2", mode="gated", threshold=1.5)
+
+
+def _cut(path):
+    """The largest file below, cut in half: what a full disk or a copy broken off leaves."""
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints/30/state"), "expected a complete checkpoint"),
+        (lambda run: _cut(run / "checkpoints/30/state"), "expected a complete checkpoint"),
+        (lambda run: (run / "checkpoints/30/state/_METADATA").write_text(""),
+         "expected a complete checkpoint"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "expected checkpoints in"),
+        (lambda run: (run / "config.json").write_text("[1]"), "expected a config in"),
+        (lambda run: (run / "config.json").write_text("{}"), "expected a complete config"),
+        (lambda run: (run / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+    ids=["no state", "cut array", "empty metadata", "no checkpoints", "list", "empty", "no tokens"],
+)
+def test_a_damaged_run_is_one_sentence(whole, tmp_path, damage, sentence):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    damage(run)
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_run(run)
+    assert "\n" not in str(error.value)
+    del error
+    gc.collect()  # Orbax leaves its readers of a cut array unawaited; not for the tests that follow.
+
+
+def test_a_log_that_is_none(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "data_manifest.json").unlink()
+    log = run / "metrics.jsonl"
+    records = len(read_metrics(run))
+    log.write_text('[1, 2]\n"x"\n{"loss": 1}\n' + log.read_text() + "\xff\n")
+    assert len(load_run(run).metrics) == records
+    log.unlink()
+    opened = load_run(run)
+    with pytest.raises(ValueError, match="workdir: expected metrics.jsonl in"):
+        opened.metrics
+    opened.dataset  # Writes no manifest.
+    assert not (run / "data_manifest.json").exists()
+
+
+def test_one_process_at_a_time_trains_a_run(whole):
+    stored = (whole / "metrics.jsonl").read_bytes()
+    with hold(whole), pytest.raises(Busy, match="workdir: expected a run that no other process"):
+        train(prepare(config(), whole), progress=False)
+    assert (whole / "metrics.jsonl").read_bytes() == stored
+    with hold(whole):
+        pass
 
 
 def test_initial_parameters_survive_a_kill_before_the_first_save(whole, tmp_path):

@@ -27,8 +27,6 @@ ROOT = next(p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p /
 sys.path.insert(0, str(ROOT))
 
 # %%
-import jax
-
 from experiments.quick import quick_run
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
@@ -50,15 +48,7 @@ analysis.dynamics_figure(read_metrics(run.path), run.mechanisms)
 # One validation batch, hard. `kind` says which tokens are questions.
 
 # %%
-batch = next(run.dataset.eval_batches("validation"))
-output = jax.jit(run.model.clone(mode="hard").apply)(
-    {"params": run.params},
-    batch.tokens,
-    segment_ids=batch.segment_ids,
-    positions=batch.positions,
-    hypers=run.hypers.routing,
-)
-routing = jax.device_get(output.routing)
+batch, routing = run.routed_batch("validation", mode="hard")
 analysis.routing_by_position(routing.route, batch.segment_ids > 0, run.mechanisms)
 
 # %% [markdown]

@@ -43,10 +43,16 @@ def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
 
 
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
-    """Write a figure; the ending of `path` is the format. The folder is made if missing."""
+    """Write a figure, whole or not at all; the ending of `path` is the format. The folder is made if
+    missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render(figure, path.suffix.lstrip("."), dpi))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(render(figure, path.suffix.lstrip("."), dpi))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def frame(

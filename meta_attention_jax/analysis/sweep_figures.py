@@ -43,9 +43,13 @@ def _families(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]
     return own, [line for line in lines if "name" in line["point"]]
 
 
-def _short(line: Mapping[str, Any], field: Optional[str]) -> str:
-    value = line["point"].get(field) if field else None
-    return f"{value:g}" if isinstance(value, (int, float)) else str(line["setting"])
+def _names(lines: Sequence[Mapping[str, Any]], field: Optional[str]) -> list[str]:
+    """What stands beside the marks: the value of the field where every line has one of its own, else
+    the setting."""
+    values = [line["point"].get(field) for line in lines]
+    if all(isinstance(value, (int, float)) for value in values) and len(set(values)) == len(values):
+        return [f"{value:g}" for value in values]
+    return [str(line["setting"]) for line in lines]
 
 
 def pareto_figure(
@@ -85,7 +89,7 @@ def pareto_figure(
         f"Means over seeds on the {split} split, bars: 95 % intervals. Down and to the left is better. "
         "The stepped line joins the settings that no other beats in both."
         + (" On the right the sweep alone." if both else "")
-        + (f" Numbers: {field}." if own and field else "")
+        + (f" Numbers: {field}." if own and field and _names(own, field)[0] != own[0]["setting"] else "")
         + (" Above the picture: " + ", ".join(
             f"{line['setting']} ({line['nll_hard']:.3f} nats at {line['cost']:.0%})" for line in far
         ) + "." if far else ""),
@@ -140,10 +144,10 @@ def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str])
     renderer = axes.figure.canvas.get_renderer()
     marks = [axes.transData.transform((line["cost"], line["nll_hard"])) for line in lines]
     taken: list[Any] = []
-    for line in lines:
+    for line, name in zip(lines, _names(lines, field)):
         for x, y, side in _PLACES:
             text = axes.annotate(
-                _short(line, field), (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
+                name, (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
                 xytext=(x, y), textcoords="offset points",
             )
             box = text.get_window_extent(renderer)

@@ -275,23 +275,34 @@ class RecallDataset(Dataset):
         return self._batch(tokens, np.full(len(tokens), self.sequence_length), kind)
 
 
+def check_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> bool:
+    """Whether `data_manifest.json` is in `directory`; nothing is written.
+
+    Raises:
+      ValueError: it is there, of other data.
+    """
+    path = pathlib.Path(directory) / MANIFEST
+    if not path.is_file():
+        return False
+    if path.read_text(encoding="utf-8") != json.dumps(dataset.manifest(), indent=1):
+        raise ValueError(
+            f"data: expected the data of {str(path)!r}, got other data; use another workdir."
+        )
+    return True
+
+
 def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
     """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change.
 
     Raises:
       ValueError: a different manifest is there already.
     """
-    path = pathlib.Path(directory) / MANIFEST
-    text = json.dumps(dataset.manifest(), indent=1)
-    if path.is_file():
-        if path.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"data: expected the data of {str(path)!r}, got other data; use another workdir."
-            )
+    if check_manifest(dataset, directory):
         return
+    path = pathlib.Path(directory) / MANIFEST
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(json.dumps(dataset.manifest(), indent=1), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -130,13 +130,17 @@ class Checkpoints:
         Raises:
           ValueError: nothing that can be read at that step.
         """
-        found = self._manager.item_metadata(step)["state"]
-        if found is None:
+        try:
+            return self._restore_params(step)
+        except Exception as error:  # Orbax has no class of its own for what is wrong with a file.
+            reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:160]
             raise ValueError(
                 f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "
-                "got a damaged one."
-            )
-        tree = found.tree
+                f"got a damaged one ({type(error).__name__}: {reason})."
+            ) from error
+
+    def _restore_params(self, step: int) -> Any:
+        tree = self._manager.item_metadata(step)["state"].tree
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree

@@ -69,14 +69,21 @@ class MetricsLog:
 def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl` in order, without those that a resumed run has redone.
 
-    A last line cut short by a crash is left out.
+    A line cut short by a crash, or that is no record, is left out.
+
+    Raises:
+      ValueError: no such file.
     """
     records: list[dict[str, Any]] = []
     path = pathlib.Path(directory) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if not path.is_file():
+        raise ValueError(f"workdir: expected {path.name} in {str(directory)!r}, got none.")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
+            continue
+        if not isinstance(record, dict) or not {"event", "step"} <= record.keys():
             continue
         if record["event"] == "start":
             records = []

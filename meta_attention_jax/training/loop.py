@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import pathlib
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
 from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params
@@ -44,6 +45,28 @@ FREE_TO_CHANGE = (
 `train.packed_dense_rows` the devices decide how many rows run dense."""
 
 
+SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
+"""Of a step's metrics, what is logged as it is."""
+
+
+class Due(NamedTuple):
+    """What comes after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+def due(every: ConfigDict, done: int, stop: int) -> Due:
+    """What comes after step `done`, by the fields of `config.train`; all of it after the last one.
+
+    What is saved is evaluated, or it could not be the best; what is evaluated is logged.
+    """
+    saved = done % every.checkpoint_every == 0 or done == stop
+    evaluated = saved or done % every.eval_every == 0
+    return Due(evaluated or done % every.log_every == 0, evaluated, saved)
+
+
 class Diverged(RuntimeError):
     """NaN or infinity in the loss, the gradients or the parameters."""
 
@@ -52,7 +75,7 @@ class Diverged(RuntimeError):
 class Job:
     """A run that is ready to start: checked, and with its directory made.
 
-    `initial`: parameters to start from, of `train.init_from`; None to draw them.
+    `initial`: parameters to start from, of `train.init_from`, on the host; None to draw them.
     """
 
     config: ConfigDict
@@ -143,7 +166,9 @@ def prepare(
     # The folder alone says nothing: a run killed before its first save has one too.
     saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
     if config.train.init_from and not saved:
-        initial = initial_params(config.train.init_from, spec.model, dataset.tokenizer)
+        initial = jax.device_get(
+            initial_params(config.train.init_from, spec.model, dataset.tokenizer)
+        )
     path = open_workdir(workdir, config)
     # Once trained upon, measured costs may only be read.
     trained = (path / "checkpoints").exists()
@@ -173,6 +198,7 @@ def train(
 
     Raises:
       Diverged: NaN or infinity; names the step and the last good checkpoint.
+      Busy: another process trains the run.
     """
     config = job.config
     label = label or config.name
@@ -180,6 +206,7 @@ def train(
         job.spec, jax.random.key(config.seed), job.dataset.train_batch(0), job.hypers
     )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(job.path))
         checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
         stack.callback(checkpoints.close)
         start = checkpoints.latest or 0
@@ -270,15 +297,13 @@ def _run(
             traced = False
         total = metrics["sums"] if total is None else add(total, metrics["sums"])
         flags.append(metrics["finite"])
-        due_save = done % every.checkpoint_every == 0 or done == stop
-        # Whatever is saved is evaluated, or it could not be the best.
-        due_eval = done % every.eval_every == 0 or due_save
-        if done % every.log_every == 0 or due_eval or due_save:
+        now = due(every, done, stop)
+        if now.log:
             _check_finite(flags, done - len(flags) + 1, good)
             sums = jax.device_get(parallel.unreplicate(total))
             scalars = {
                 name: float(jax.device_get(parallel.unreplicate(metrics[name])))
-                for name in ("gradient_norm", "threshold", "beta", "learning_rate")
+                for name in SCALARS
             }
             if done > packed_from and not dense_share:
                 scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
@@ -286,10 +311,10 @@ def _run(
             log.write("train", done, record)
             line.update(done, status_line(record, mechanisms))
             total, flags = None, []
-        if due_eval:
+        if now.evaluate:
             evaluation = _evaluate(config, evaluator, state.params, hypers, report)
             log.write("eval", done, evaluation)
-        if due_save:
+        if now.save:
             save(checkpoints, done, parallel.unreplicate(state), config, evaluation)
             good = done
     return evaluation

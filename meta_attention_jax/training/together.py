@@ -10,18 +10,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import MetricsLog, Progress
-from meta_attention_jax.training.loop import Job, describe, divergence, save, with_gap
+from meta_attention_jax.training.lock import hold
+from meta_attention_jax.training.loop import (
+    SCALARS,
+    Job,
+    describe,
+    divergence,
+    due,
+    save,
+    with_gap,
+)
 from meta_attention_jax.training.points import program
 from meta_attention_jax.training.state import Hypers, TrainState
 from meta_attention_jax.training.step import StepSpec, eval_step, init_state, train_step
@@ -31,20 +46,29 @@ MEMORY_SHARE = 0.8
 """Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
 
 
-def init_states(spec: StepSpec, seeds: Sequence[int], batch: Any, hypers: Hypers) -> TrainState:
-    """Fresh states of all points, [point ...]: each is that of its seed alone."""
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.jit(jax.vmap(lambda key, one: init_state(spec, key, batch, one)))(keys, hypers)
-
-
 def stack(trees: Sequence[Any]) -> Any:
     """Trees of one shape, as one with a leading axis of points."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def _stack_on_host(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def point_of(tree: Any, index: int) -> Any:
     """The tree of one point, [point ...] -> [...]."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def to_host(tree: Any) -> Any:
+    """As NumPy arrays, typed keys as their data."""
+    return jax.tree.map(
+        lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree
+    )
 
 
 def device_bytes(device: jax.Device) -> Optional[int]:
@@ -63,6 +87,22 @@ def device_bytes(device: jax.Device) -> Optional[int]:
         left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
         free = left if free is None else min(free, left)
     return free
+
+
+def points_that_fit(needed: int, one: int, points: int, memory: int) -> int:
+    """How many points a device may train at once: the rest of the memory over a point's bytes.
+
+    Args:
+      needed: bytes of a program of `points` points per device.
+      one: bytes of a program of one.
+      points: per device, at least 2.
+      memory: bytes that a device has for them.
+
+    Returns:
+      At least 1, at most `points`.
+    """
+    each = max((needed - one) / (points - 1), 1.0)
+    return min(max(1 + int((memory - one) / each), 1), points)
 
 
 def bytes_needed(compiled: Any) -> int:
@@ -95,6 +135,9 @@ class Together:
         self.padded = [*self.jobs, *([self.jobs[-1]] * (rows - len(jobs)))]
         self.mesh = Mesh(np.array(devices), (POINTS,), axis_types=(AxisType.Auto,))
         self.hypers = self.place(stack([job.hypers for job in self.padded]))
+        self._keys = [job.config.seed for job in self.padded]
+        fresh = functools.partial(init_state, self.spec, batch=self.jobs[0].dataset.train_batch(0))
+        self._initialise = self.over_points(lambda key, hypers: fresh(key, hypers=hypers), None, 2)
         self._evaluations: dict[str, Any] = {}
 
     def place(self, tree: Any) -> Any:
@@ -105,8 +148,10 @@ class Together:
         """The same on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def over_points(self, function: Any, shared: int, count: int, donate: tuple[int, ...] = ()) -> Any:
-        """jit of vmap over points; argument `shared` of `count` is the same for all."""
+    def over_points(
+        self, function: Any, shared: Optional[int], count: int, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """jit of vmap over points; argument `shared` of `count`, if any, is the same for all."""
         axes = [None if i == shared else 0 for i in range(count)]
         specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
         mapped = jax.shard_map(
@@ -119,41 +164,94 @@ class Together:
         return jax.jit(mapped, donate_argnums=donate)
 
     def states(self) -> TrainState:
-        """Fresh states, [point ...]."""
-        seeds = [job.config.seed for job in self.padded]
-        batch = self.jobs[0].dataset.train_batch(0)
-        states = init_states(self.spec, seeds, batch, stack([j.hypers for j in self.padded]))
-        if self.jobs[0].initial is not None:
-            states = states.replace(params=stack([job.initial for job in self.padded]))
-        return self.place(states)
+        """Fresh states, [point ...], each made where it stays: that of its seed alone."""
+        states = self._initialise(self._seeds(), self.hypers)
+        if any(job.initial is not None for job in self.jobs):
+            drawn = to_host(states.params)
+            params = [
+                point_of(drawn, index) if job.initial is None else to_host(job.initial)
+                for index, job in enumerate(self.padded)
+            ]
+            states = states.replace(params=self.place(_stack_on_host(params)))
+        return states
 
-    def compile_step(self, states: TrainState) -> Any:
-        """The training step of all points, (states, batch, hypers) -> (states, metrics)."""
+    def abstract_states(self) -> TrainState:
+        """Shapes, types and places of `states`; nothing is allocated."""
+        shapes = jax.eval_shape(self._initialise, self._seeds(), self.hypers)
+        sharding = NamedSharding(self.mesh, PartitionSpec(POINTS))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+        )
+
+    def abstract_point(self) -> TrainState:
+        """The same of one point alone, on the first device."""
+        sharding = SingleDeviceSharding(self.mesh.devices.flat[0])
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding),
+            self.abstract_states(),
+        )
+
+    def from_host(self, states: Sequence[TrainState]) -> TrainState:
+        """States of the jobs as `to_host` gives them -> [point ...] on the devices of their points."""
+        states = [*states, *([states[-1]] * (len(self.padded) - len(states)))]
+        return jax.tree.map(
+            lambda leaf, like: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf,
+            self.place(_stack_on_host(states)),
+            self.abstract_states(),
+        )
+
+    def _seeds(self) -> jax.Array:
+        return self.place(jnp.stack([jax.random.key(seed) for seed in self._keys]))
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The compiled training step of all points, (states, batch, hypers) -> (states, metrics)."""
         step = self.over_points(functools.partial(train_step, self.spec), 1, 3, donate=(0,))
         batch = self.replicate(self.jobs[0].dataset.train_batch(0))
-        return step.lower(states, batch, self.hypers).compile()
+        return step.lower(self.abstract_states(), batch, self.hypers).compile()
+
+    def evaluation(self, mode: str) -> Any:
+        """The compiled evaluation of all points, (params, batch, hypers) -> sums."""
+        if mode not in self._evaluations:
+            dataset = self.jobs[0].dataset
+            model = self.spec.model.clone(mode=mode, dispatch="dense")
+            step = self.over_points(functools.partial(eval_step, model, dataset.num_kinds), 1, 3)
+            batch = self.replicate(dataset.train_batch(0))
+            self._evaluations[mode] = step.lower(
+                self.abstract_states().params, batch, self.hypers.routing
+            ).compile()
+        return self._evaluations[mode]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Modes to evaluate: of a fixed route one is enough."""
+        return ("soft",) if self.jobs[0].config.controller.name == "fixed" else ("soft", "hard")
+
+    def needed(self) -> int:
+        """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""
+        resting = sum(
+            leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(self.abstract_states())
+        ) // self.mesh.size
+        return max(
+            bytes_needed(self.step),
+            *(resting + bytes_needed(self.evaluation(mode)) for mode in self.modes),
+        )
 
     def evaluate(self, states: TrainState) -> list[dict[str, Any]]:
         """What `loop` logs of an evaluation, for every point."""
         config, dataset = self.jobs[0].config, self.jobs[0].dataset
         sums: dict[str, Any] = {}
-        for mode in ("soft", "hard"):
-            if mode == "hard" and config.controller.name == "fixed":
-                sums[mode] = sums["soft"]
-                continue
-            if mode not in self._evaluations:
-                model = self.spec.model.clone(mode=mode, dispatch="dense")
-                step = functools.partial(eval_step, model, dataset.num_kinds)
-                self._evaluations[mode] = self.over_points(step, 1, 3)
+        for mode in self.modes:
             total = None
             for batch in dataset.eval_batches(
                 "validation", max_batches=config.train.eval_batches
             ):
-                new = self._evaluations[mode](
+                new = self.evaluation(mode)(
                     states.params, self.replicate(batch), self.hypers.routing
                 )
                 total = new if total is None else jax.tree.map(jnp.add, total, new)
             sums[mode] = jax.device_get(total)
+        sums.setdefault("hard", sums["soft"])
         return [
             with_gap({mode: self.report(index, total) for mode, total in sums.items()})
             for index in range(len(self.jobs))
@@ -179,6 +277,7 @@ def train_together(
     stop_after: Optional[int] = None,
     progress: bool = True,
     memory: Optional[int] = None,
+    failed: Optional[Callable[[str, str], None]] = None,
 ) -> list[Optional[str]]:
     """Trains all to `train.steps`; every job's directory is that of an ordinary run.
 
@@ -190,7 +289,8 @@ def train_together(
       stop_after: stop (with checkpoints) after this step.
       progress: show the live line.
       memory: bytes per device that a program may need; None is a share of what the device has.
-        Groups that need more are halved.
+        Groups that need more are trained in parts.
+      failed: called with a point's name and what went wrong, as soon as it is known.
 
     Returns:
       What went wrong with each, None where nothing did: a point that diverges is left where its last
@@ -198,6 +298,7 @@ def train_together(
 
     Raises:
       ValueError: jobs of different programs.
+      Busy: another process trains one of them.
     """
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
@@ -209,24 +310,34 @@ def train_together(
         share = len(devices) if devices[0].platform == "cpu" else 1
         memory = None if has is None else int(MEMORY_SHARE * has / share)
     group = Together(jobs, devices)
-    states = group.states()
-    step = group.compile_step(states)
-    if memory is not None and bytes_needed(step) > memory and len(jobs) > len(devices):
-        del group, states, step
-        half = -(-len(jobs) // 2)
-        options = dict(start=start, stop_after=stop_after, progress=progress, memory=memory)
+    if memory is not None and len(jobs) > len(devices) and (needed := group.needed()) > memory:
+        one = Together(jobs[: len(devices)], devices).needed()
+        most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
+        parts = -(-len(jobs) // (most * len(devices)))
+        # Of even size: what is left over would be a program of its own.
+        size = -(-len(jobs) // (parts * len(devices))) * len(devices)
+        options = dict(
+            start=start, stop_after=stop_after, progress=progress, failed=failed,
+            memory=np.iinfo(np.int64).max,
+        )
         return [
             failure
-            for part, told in ((jobs[:half], names[:half]), (jobs[half:], names[half:]))
-            for failure in train_together(part, label=label, names=told, **options)
+            for i in range(0, len(jobs), size)
+            for failure in train_together(
+                jobs[i : i + size], label=label, names=names[i : i + size], **options
+            )
         ]
     with contextlib.ExitStack() as stack_:
+        for job in jobs:
+            stack_.enter_context(hold(job.path))
         runs = [_Point(job, start, stack_) for job in jobs]
-        about = describe(jobs[0], point_of(states.params, 0))
         if start:
-            restored = [run.restore(point_of(states, i)) for i, run in enumerate(runs)]
-            restored += [restored[-1]] * (len(group.padded) - len(jobs))
-            states = group.place(stack(restored))
+            template = group.abstract_point()
+            # Over the host: one device would not hold the states of all.
+            states = group.from_host([to_host(run.restore(template)) for run in runs])
+        else:
+            states = group.states()
+        about = describe(jobs[0], group.abstract_point().params)
         for run in runs:
             run.log.write("resume" if start else "start", start, {} if start else about)
         if progress:
@@ -241,7 +352,8 @@ def train_together(
         )
         stack_.callback(line.close)
         stop = min(stop_after or config.train.steps, config.train.steps)
-        _run(group, runs, states, step, line, names, start=start, stop=stop)
+        failed = failed or (lambda name, sentence: None)
+        _run(group, runs, states, line, names, failed, start=start, stop=stop)
         return [run.failure for run in runs]
 
 
@@ -276,9 +388,9 @@ def _run(
     group: Together,
     runs: list[_Point],
     states: TrainState,
-    step: Any,
     line: Progress,
     names: Sequence[str],
+    failed: Callable[[str, str], None],
     *,
     start: int,
     stop: int,
@@ -289,26 +401,24 @@ def _run(
     flags: list[jax.Array] = []
     for number in range(start, stop):
         batch = group.replicate(dataset.train_batch(number))
-        states, metrics = step(states, batch, group.hypers)
+        states, metrics = group.step(states, batch, group.hypers)
         done = number + 1
         total = metrics["sums"] if total is None else add(total, metrics["sums"])
         flags.append(metrics["finite"])
-        due_save = done % config.train.checkpoint_every == 0 or done == stop
-        due_eval = done % config.train.eval_every == 0 or due_save
-        if done % config.train.log_every == 0 or due_eval:
+        now = due(config.train, done, stop)
+        if now.log:
             finite = np.stack(jax.device_get(flags))
             for index, run in enumerate(runs):
                 if run.failure is None and not finite[:, index].all():
                     first = done - len(flags) + 1 + int(np.argmin(finite[:, index]))
                     run.failure = divergence(first, run.good)
                     line.say(f"{names[index]}: {run.failure}")
+                    failed(names[index], run.failure)
             alive = [index for index, run in enumerate(runs) if run.failure is None]
             if not alive:
                 return
             sums = jax.device_get(total)
-            scalars = jax.device_get(
-                {n: metrics[n] for n in ("gradient_norm", "threshold", "beta", "learning_rate")}
-            )
+            scalars = jax.device_get({name: metrics[name] for name in SCALARS})
             records = {}
             for index in alive:
                 own = {name: float(values[index]) for name, values in scalars.items()}
@@ -316,13 +426,13 @@ def _run(
                 runs[index].log.write("train", done, records[index])
             line.update(done, _status(list(records.values()), len(runs)))
             total, flags = None, []
-            if due_eval:
+            if now.evaluate:
                 for index, evaluation in enumerate(group.evaluate(states)):
                     if index not in records:
                         continue
                     run = runs[index]
                     run.log.write("eval", done, evaluation)
-                    if due_save:
+                    if now.save:
                         save(run.checkpoints, done, point_of(states, index), run.config, evaluation)
                         run.good = done
 
