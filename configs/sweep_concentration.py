@@ -27,4 +27,6 @@ def get_sweep():
         product(fixed("full-only", "full"), seeds),
         product(fixed("local+full", "local", "full"), seeds),
         product(fixed("full+local", "full", "local"), seeds),
+        product(fixed("local", "local"), seeds),
+        product(fixed("linear", "linear"), seeds),
     )
