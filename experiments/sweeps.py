@@ -238,7 +238,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def front(made: Sequence[dict[str, Any]]) -> list[str]:
     """Settings that no other beats in both cost and hard nats, by rising cost; of those whose seeds
     all went well, for a mean over the survivors is not that of the setting."""
-    known = [line for line in made if line["seeds"] and not line["diverged"]]
+    known = [line for line in made if line["seeds"] and not line.get("diverged")]
     best = []
     for line in sorted(known, key=lambda line: (line["cost"], line["nll_hard"])):
         if not best or line["nll_hard"] < best[-1]["nll_hard"]:

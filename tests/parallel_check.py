@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
-from meta_attention_jax.training import build, loop, together
+from meta_attention_jax.training import build, loop
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.group import Group, point_of
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.points import configured, sweep
 from meta_attention_jax.training.state import in_controller
@@ -166,12 +167,12 @@ def points_on_devices():
                 config=values, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
                 spec=build.build_spec(values, dataset), hypers=build.build_hypers(values),
             ))
-        group = together.Together(jobs, jax.devices()[:devices])
+        group = Group(jobs, jax.devices()[:devices])
         states = group.states()
         for number in range(3):
             batch = group.replicate(dataset.train_batch(number))
             states, _ = group.step(states, batch, group.hypers)
-        found[devices] = [jax.device_get(together.point_of(states.params, i)) for i in range(3)]
+        found[devices] = [jax.device_get(point_of(states.params, i)) for i in range(3)]
         text = group.step.as_text()
     return (
         max(distance(found[2][i], found[1][i]) for i in range(3)),

@@ -88,7 +88,7 @@ def test_the_recorded_sweeps_are_valid(module):
         build.check(config)
     strengths = {p["prior.strength"] for p in points if "prior.strength" in p}
     assert len(strengths) >= 6 and len({p["seed"] for p in points}) >= 3
-    assert len({algebra.program(config) for config in configs}) == 5
+    assert len({algebra.program(config) for config in configs}) == 7
 
 
 def made(setting, nll, cost, name=None, diverged=0):

@@ -16,6 +16,7 @@ from configs import smoke
 from meta_attention_jax.training import points as algebra
 from meta_attention_jax.training import together
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.group import Group, bytes_needed, point_of, points_that_fit
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import prepare, train
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
@@ -58,7 +59,7 @@ def test_gradients_and_parameters_are_those_of_the_runs_alone(tmp_path):
     jobs = prepared(tmp_path, base())
     spec, batch = jobs[0].spec, jobs[0].dataset.train_batch(0)
     gradients = jax.jit(jax.vmap(functools.partial(gradient_sums, spec), in_axes=(0, None, 0)))
-    group = together.Together(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1])
     many = group.states()
     found, _ = gradients(many, batch, group.hypers)
     for number in range(20):
@@ -72,10 +73,10 @@ def test_gradients_and_parameters_are_those_of_the_runs_alone(tmp_path):
         state = init_state(spec, jax.random.key(job.config.seed), batch, job.hypers)
         alone, _ = gradient(state, batch, job.hypers)
         norms.append(float(jnp.linalg.norm(jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(alone)]))))
-        assert distance(together.point_of(found, index), alone) < 1e-5
+        assert distance(point_of(found, index), alone) < 1e-5
         for number in range(20):
             state, _ = one(state, job.dataset.train_batch(number), job.hypers)
-        assert distance(together.point_of(many.params, index), state.params) < 1e-5
+        assert distance(point_of(many.params, index), state.params) < 1e-5
     assert len({round(norm, 3) for norm in norms}) == 3  # The points do differ.
 
 
@@ -141,9 +142,9 @@ def test_a_point_that_diverges_stops_no_other(tmp_path):
 def test_groups_that_do_not_fit_are_trained_in_parts(tmp_path, capsys):
     config = base(**{"train.steps": 4, "train.eval_every": 4, "train.checkpoint_every": 4, **LIGHT})
     jobs = prepared(tmp_path, config, POINTS)
-    group = together.Together(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1])
     needed = group.needed()
-    assert needed >= together.bytes_needed(group.step) > 0
+    assert needed >= bytes_needed(group.step) > 0
     failures = together.train_together(
         jobs, label="x", names=["a", "b", "c"], memory=int(0.7 * needed)
     )
@@ -166,7 +167,7 @@ def test_groups_that_do_not_fit_are_trained_in_parts(tmp_path, capsys):
     ],
 )
 def test_as_many_points_as_fit(needed, one, points, memory, fit):
-    assert together.points_that_fit(needed, one, points, memory) == fit
+    assert points_that_fit(needed, one, points, memory) == fit
 
 
 @pytest.mark.slow
@@ -195,9 +196,9 @@ def test_as_many_points_as_fit(needed, one, points, memory, fit):
 )
 def test_every_array_input_counts_under_vmap(tmp_path, changes, points):
     jobs = prepared(tmp_path, base(**changes, **{"optimizer.learning_rate": 0.2}), points)
-    group = together.Together(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1])
     many = group.states()
-    alone = [together.point_of(many, index) for index in range(2)]
+    alone = [point_of(many, index) for index in range(2)]
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
     for number in range(20):
         if number == 1:  # As if a hundred steps had passed: a settled gate opens when it may.
@@ -209,7 +210,7 @@ def test_every_array_input_counts_under_vmap(tmp_path, changes, points):
             alone[index], scalars = one(alone[index], batch, job.hypers)
             assert float(metrics["threshold"][index]) == pytest.approx(float(scalars["threshold"]))
     for index in range(2):
-        assert distance(together.point_of(many.params, index), alone[index].params) < 1e-5
+        assert distance(point_of(many.params, index), alone[index].params) < 1e-5
     assert distance(alone[0].params, alone[1].params) > 1e-4  # The points do differ.
 
 

@@ -30,7 +30,8 @@ from absl import flags
 from configs import sweep_timing
 from experiments import common as commands
 from experiments.benchmarks import common
-from meta_attention_jax.training import build, together
+from meta_attention_jax.training import build
+from meta_attention_jax.training.group import Group
 from meta_attention_jax.training.loop import Job
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.points import configured
@@ -94,7 +95,7 @@ def warm(width: int, rounds: int) -> common.Row:
             config=config, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
             spec=build.build_spec(config, dataset), hypers=build.build_hypers(config),
         ))
-    group = together.Together(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1])
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
     alone = [

@@ -101,9 +101,10 @@ def pareto_figure(
     on_front = [by_name[setting] for setting in front]
     for axes, baselines in zip(panels, (others, [])):
         if own:
-            _crosses(axes, own, *styles["the sweep"])
+            _crosses(axes, [line for line in own if line not in far], *styles["the sweep"])
         for line in baselines:
-            _crosses(axes, [line], *styles[line["setting"]])
+            if line not in far:  # Its bar alone would cross the picture.
+                _crosses(axes, [line], *styles[line["setting"]])
         if chosen in [line["setting"] for line in [*own, *baselines]]:
             line = by_name[chosen]
             axes.plot(line["cost"], line["nll_hard"], "o", ms=14, mfc="none", mec=GREY, mew=1.5)

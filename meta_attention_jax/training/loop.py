@@ -12,17 +12,18 @@ import functools
 import json
 import os
 import pathlib
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax.data.pipeline import Dataset, write_manifest
-from meta_attention_jax.objective import Sums, summarise
+from meta_attention_jax.objective import summarise
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
+from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
@@ -43,28 +44,6 @@ FREE_TO_CHANGE = (
 )
 """Fields that a resumed run may set anew, since they change no number of it; but for one: with
 `train.packed_dense_rows` the devices decide how many rows run dense."""
-
-
-SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
-"""Of a step's metrics, what is logged as it is."""
-
-
-class Due(NamedTuple):
-    """What comes after a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-
-
-def due(every: ConfigDict, done: int, stop: int) -> Due:
-    """What comes after step `done`, by the fields of `config.train`; all of it after the last one.
-
-    What is saved is evaluated, or it could not be the best; what is evaluated is logged.
-    """
-    saved = done % every.checkpoint_every == 0 or done == stop
-    evaluated = saved or done % every.eval_every == 0
-    return Due(evaluated or done % every.log_every == 0, evaluated, saved)
 
 
 class Diverged(RuntimeError):
@@ -139,13 +118,6 @@ def divergence(step: int, good: Optional[int]) -> str:
     return (
         f"step {step}: expected finite loss, gradients and parameters, got NaN or infinity; {kept}."
     )
-
-
-def _check_finite(flags: list[jax.Array], first_step: int, good: Optional[int]) -> None:
-    """Raises at the first step whose numbers are not finite."""
-    for offset, finite in enumerate(jax.device_get(flags)):
-        if not finite.all():
-            raise Diverged(divergence(first_step + offset, good))
 
 
 def prepare(
@@ -233,7 +205,9 @@ def train(
             enabled=progress,
         )
         stack.callback(line.close)
-        return _run(job, state, checkpoints, log, line, start=start, stop=stop)
+        run = _Run(job, state, checkpoints, log, line, start=start, stop=stop)
+        drive(run, config.train, start=start, stop=stop)
+        return run.evaluation
 
 
 def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str:
@@ -253,71 +227,77 @@ def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
     return {mode: evaluations[-1][mode] for mode in ("soft", "hard")} if evaluations else {}
 
 
-def _run(
-    job: Job,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    line: Progress,
-    *,
-    start: int,
-    stop: int,
-) -> dict[str, Any]:
-    config, parallel = job.config, job.parallel
-    every = config.train
-    mechanisms = tuple(config.model.mechanisms)
-    report = functools.partial(
-        summarise, mechanisms=mechanisms, costs=jax.device_get(job.hypers.routing.costs)
-    )
-    compiled = _compile(job, job.spec)
-    # Every token is hard from here on: theta is 1.
-    packed_from = job.spec.schedule.gate.end if every.packed else stop
-    dense_share = dense_row_share(config, len(parallel.devices))
-    evaluator = Evaluator(job.spec.model, job.dataset, parallel)
-    state, hypers = parallel.replicate(state), parallel.replicate(job.hypers)
-    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    total: Optional[Sums] = None
-    flags: list[jax.Array] = []
-    evaluation: dict[str, Any] = {}
-    good = start or None
-    traced = False
-    for step in range(start, stop):
-        if step == max(packed_from, start) and packed_from < stop:
-            compiled = _compile(job, packed_spec(job))
-            log.write("packed", step, {"controller_rows": dense_share})
-            line.say(_packed_note(step, dense_share))
-        if step == every.profile_step:
+class _Run:
+    """One run between its first and its last step, as `drive` works it."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        line: Progress,
+        *,
+        start: int,
+        stop: int,
+    ):
+        config, parallel = job.config, job.parallel
+        self.job, self.checkpoints, self.records, self.line = job, checkpoints, log, line
+        self.start, self.stop = start, stop
+        self.mechanisms = tuple(config.model.mechanisms)
+        costs = jax.device_get(job.hypers.routing.costs)
+        self.report = functools.partial(summarise, mechanisms=self.mechanisms, costs=costs)
+        self.compiled = _compile(job, job.spec)
+        # Every token is hard from here on: theta is 1.
+        self.packed_from = job.spec.schedule.gate.end if config.train.packed else stop
+        self.dense_share = dense_row_share(config, len(parallel.devices))
+        self.evaluator = Evaluator(job.spec.model, job.dataset, parallel)
+        self.state, self.hypers = parallel.replicate(state), parallel.replicate(job.hypers)
+        self.tally = Tally(lambda tree: jax.device_get(parallel.unreplicate(tree)))
+        self.evaluation: dict[str, Any] = {}
+        self.good = start or None
+        self._traced = False
+
+    def step(self, number: int) -> None:
+        job, profile = self.job, self.job.config.train.profile_step
+        if number == max(self.packed_from, self.start) and self.packed_from < self.stop:
+            self.compiled = _compile(job, packed_spec(job))
+            self.records.write("packed", number, {"controller_rows": self.dense_share})
+            self.line.say(_packed_note(number, self.dense_share))
+        if number == profile:
             jax.profiler.start_trace(str(job.path / "profile"))
-            traced = True
-        state, metrics = compiled(state, parallel.shard(job.dataset.train_batch(step)), hypers)
-        done = step + 1
-        if traced and (done == every.profile_step + PROFILED_STEPS or done == stop):
-            jax.block_until_ready(state)
+            self._traced = True
+        batch = job.parallel.shard(job.dataset.train_batch(number))
+        self.state, metrics = self.compiled(self.state, batch, self.hypers)
+        done = number + 1
+        if self._traced and (done == profile + PROFILED_STEPS or done == self.stop):
+            jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-            traced = False
-        total = metrics["sums"] if total is None else add(total, metrics["sums"])
-        flags.append(metrics["finite"])
-        now = due(every, done, stop)
-        if now.log:
-            _check_finite(flags, done - len(flags) + 1, good)
-            sums = jax.device_get(parallel.unreplicate(total))
-            scalars = {
-                name: float(jax.device_get(parallel.unreplicate(metrics[name])))
-                for name in SCALARS
-            }
-            if done > packed_from and not dense_share:
-                scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
-            record = {**report(sums, beta=scalars["beta"]), **scalars}
-            log.write("train", done, record)
-            line.update(done, status_line(record, mechanisms))
-            total, flags = None, []
-        if now.evaluate:
-            evaluation = _evaluate(config, evaluator, state.params, hypers, report)
-            log.write("eval", done, evaluation)
-        if now.save:
-            save(checkpoints, done, parallel.unreplicate(state), config, evaluation)
-            good = done
-    return evaluation
+            self._traced = False
+        self.tally.add(metrics)
+
+    def log(self, done: int) -> bool:
+        sums, finite, scalars = self.tally.read()
+        if not finite.all():
+            raise Diverged(divergence(done - len(finite) + 1 + int(np.argmin(finite)), self.good))
+        scalars = {name: float(value) for name, value in scalars.items()}
+        if done > self.packed_from and not self.dense_share:
+            scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
+        record = {**self.report(sums, beta=scalars["beta"]), **scalars}
+        self.records.write("train", done, record)
+        self.line.update(done, status_line(record, self.mechanisms))
+        return True
+
+    def evaluate(self, done: int) -> None:
+        self.evaluation = _evaluate(
+            self.job.config, self.evaluator, self.state.params, self.hypers, self.report
+        )
+        self.records.write("eval", done, self.evaluation)
+
+    def save(self, done: int) -> None:
+        state = self.job.parallel.unreplicate(self.state)
+        save(self.checkpoints, done, state, self.job.config, self.evaluation)
+        self.good = done
 
 
 def save(

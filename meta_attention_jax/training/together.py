@@ -8,264 +8,27 @@ hard runs all mechanisms and selects, since packed dispatch has trip counts of i
 from __future__ import annotations
 
 import contextlib
-import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import (
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    SingleDeviceSharding,
-)
 
-from meta_attention_jax.objective import summarise
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.logs import MetricsLog, Progress
-from meta_attention_jax.training.lock import hold
-from meta_attention_jax.training.loop import (
-    SCALARS,
-    Job,
-    describe,
-    divergence,
-    due,
-    save,
-    with_gap,
+from meta_attention_jax.training.drive import Tally, drive
+from meta_attention_jax.training.group import (
+    MEMORY_SHARE,
+    Group,
+    device_bytes,
+    point_of,
+    points_that_fit,
+    to_host,
 )
+from meta_attention_jax.training.lock import hold
+from meta_attention_jax.training.logs import MetricsLog, Progress
+from meta_attention_jax.training.loop import Job, describe, divergence, save
 from meta_attention_jax.training.points import program
-from meta_attention_jax.training.state import Hypers, TrainState
-from meta_attention_jax.training.step import StepSpec, eval_step, init_state, train_step
-
-POINTS = "points"
-MEMORY_SHARE = 0.8
-"""Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one shape, as one with a leading axis of points."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _stack_on_host(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def point_of(tree: Any, index: int) -> Any:
-    """The tree of one point, [point ...] -> [...]."""
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def to_host(tree: Any) -> Any:
-    """As NumPy arrays, typed keys as their data."""
-    return jax.tree.map(
-        lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree
-    )
-
-
-def device_bytes(device: jax.Device) -> Optional[int]:
-    """Memory that a device has in all, or the host has free for CPU devices; None if it does not say."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    # Not MemFree: the page cache of a corpus just read can be had back.
-    free = next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")), None)
-    group = pathlib.Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        free = left if free is None else min(free, left)
-    return free
-
-
-def points_that_fit(needed: int, one: int, points: int, memory: int) -> int:
-    """How many points a device may train at once: the rest of the memory over a point's bytes.
-
-    Args:
-      needed: bytes of a program of `points` points per device.
-      one: bytes of a program of one.
-      points: per device, at least 2.
-      memory: bytes that a device has for them.
-
-    Returns:
-      At least 1, at most `points`.
-    """
-    each = max((needed - one) / (points - 1), 1.0)
-    return min(max(1 + int((memory - one) / each), 1), points)
-
-
-def bytes_needed(compiled: Any) -> int:
-    """Arguments, results and temporaries of a compiled program per device, by the compiler's count."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return 0
-    return int(
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
-
-
-class Together:
-    """The compiled programs of a group of points, and where its points lie.
-
-    Args:
-      jobs: of one `program`, at least one.
-      devices: that share the points.
-    """
-
-    def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
-        self.jobs = list(jobs)
-        self.spec = jobs[0].spec
-        devices = list(devices)[: len(jobs)]
-        # A device more than fits would have no points: the last one is trained as often as needed.
-        rows = -(-len(jobs) // len(devices)) * len(devices)
-        self.padded = [*self.jobs, *([self.jobs[-1]] * (rows - len(jobs)))]
-        self.mesh = Mesh(np.array(devices), (POINTS,), axis_types=(AxisType.Auto,))
-        self.hypers = self.place(stack([job.hypers for job in self.padded]))
-        self._keys = [job.config.seed for job in self.padded]
-        fresh = functools.partial(init_state, self.spec, batch=self.jobs[0].dataset.train_batch(0))
-        self._initialise = self.over_points(lambda key, hypers: fresh(key, hypers=hypers), None, 2)
-        self._evaluations: dict[str, Any] = {}
-
-    def place(self, tree: Any) -> Any:
-        """[point ...] arrays on the devices of their points."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(POINTS)))
-
-    def replicate(self, tree: Any) -> Any:
-        """The same on every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
-
-    def over_points(
-        self, function: Any, shared: Optional[int], count: int, donate: tuple[int, ...] = ()
-    ) -> Any:
-        """jit of vmap over points; argument `shared` of `count`, if any, is the same for all."""
-        axes = [None if i == shared else 0 for i in range(count)]
-        specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
-        mapped = jax.shard_map(
-            jax.vmap(function, in_axes=tuple(axes)),
-            mesh=self.mesh,
-            in_specs=tuple(specs),
-            out_specs=PartitionSpec(POINTS),
-            check_vma=False,
-        )
-        return jax.jit(mapped, donate_argnums=donate)
-
-    def states(self) -> TrainState:
-        """Fresh states, [point ...], each made where it stays: that of its seed alone."""
-        states = self._initialise(self._seeds(), self.hypers)
-        if any(job.initial is not None for job in self.jobs):
-            drawn = to_host(states.params)
-            params = [
-                point_of(drawn, index) if job.initial is None else to_host(job.initial)
-                for index, job in enumerate(self.padded)
-            ]
-            states = states.replace(params=self.place(_stack_on_host(params)))
-        return states
-
-    def abstract_states(self) -> TrainState:
-        """Shapes, types and places of `states`; nothing is allocated."""
-        shapes = jax.eval_shape(self._initialise, self._seeds(), self.hypers)
-        sharding = NamedSharding(self.mesh, PartitionSpec(POINTS))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-        )
-
-    def abstract_point(self) -> TrainState:
-        """The same of one point alone, on the first device."""
-        sharding = SingleDeviceSharding(self.mesh.devices.flat[0])
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding),
-            self.abstract_states(),
-        )
-
-    def from_host(self, states: Sequence[TrainState]) -> TrainState:
-        """States of the jobs as `to_host` gives them -> [point ...] on the devices of their points."""
-        states = [*states, *([states[-1]] * (len(self.padded) - len(states)))]
-        return jax.tree.map(
-            lambda leaf, like: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf,
-            self.place(_stack_on_host(states)),
-            self.abstract_states(),
-        )
-
-    def _seeds(self) -> jax.Array:
-        return self.place(jnp.stack([jax.random.key(seed) for seed in self._keys]))
-
-    @functools.cached_property
-    def step(self) -> Any:
-        """The compiled training step of all points, (states, batch, hypers) -> (states, metrics)."""
-        step = self.over_points(functools.partial(train_step, self.spec), 1, 3, donate=(0,))
-        batch = self.replicate(self.jobs[0].dataset.train_batch(0))
-        return step.lower(self.abstract_states(), batch, self.hypers).compile()
-
-    def evaluation(self, mode: str) -> Any:
-        """The compiled evaluation of all points, (params, batch, hypers) -> sums."""
-        if mode not in self._evaluations:
-            dataset = self.jobs[0].dataset
-            model = self.spec.model.clone(mode=mode, dispatch="dense")
-            step = self.over_points(functools.partial(eval_step, model, dataset.num_kinds), 1, 3)
-            batch = self.replicate(dataset.train_batch(0))
-            self._evaluations[mode] = step.lower(
-                self.abstract_states().params, batch, self.hypers.routing
-            ).compile()
-        return self._evaluations[mode]
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """Modes to evaluate: of a fixed route one is enough."""
-        return ("soft",) if self.jobs[0].config.controller.name == "fixed" else ("soft", "hard")
-
-    def needed(self) -> int:
-        """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""
-        resting = sum(
-            leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(self.abstract_states())
-        ) // self.mesh.size
-        return max(
-            bytes_needed(self.step),
-            *(resting + bytes_needed(self.evaluation(mode)) for mode in self.modes),
-        )
-
-    def evaluate(self, states: TrainState) -> list[dict[str, Any]]:
-        """What `loop` logs of an evaluation, for every point."""
-        config, dataset = self.jobs[0].config, self.jobs[0].dataset
-        sums: dict[str, Any] = {}
-        for mode in self.modes:
-            total = None
-            for batch in dataset.eval_batches(
-                "validation", max_batches=config.train.eval_batches
-            ):
-                new = self.evaluation(mode)(
-                    states.params, self.replicate(batch), self.hypers.routing
-                )
-                total = new if total is None else jax.tree.map(jnp.add, total, new)
-            sums[mode] = jax.device_get(total)
-        sums.setdefault("hard", sums["soft"])
-        return [
-            with_gap({mode: self.report(index, total) for mode, total in sums.items()})
-            for index in range(len(self.jobs))
-        ]
-
-    def report(self, index: int, sums: Any, **scalars: Any) -> dict[str, Any]:
-        """Metrics of one point from the sums of all."""
-        job = self.jobs[index]
-        return summarise(
-            point_of(sums, index),
-            mechanisms=tuple(job.config.model.mechanisms),
-            costs=jax.device_get(job.hypers.routing.costs),
-            **scalars,
-        )
+from meta_attention_jax.training.state import TrainState
 
 
 def train_together(
@@ -309,9 +72,9 @@ def train_together(
         # Virtual CPU devices have one host.
         share = len(devices) if devices[0].platform == "cpu" else 1
         memory = None if has is None else int(MEMORY_SHARE * has / share)
-    group = Together(jobs, devices)
+    group = Group(jobs, devices)
     if memory is not None and len(jobs) > len(devices) and (needed := group.needed()) > memory:
-        one = Together(jobs[: len(devices)], devices).needed()
+        one = Group(jobs[: len(devices)], devices).needed()
         most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
         parts = -(-len(jobs) // (most * len(devices)))
         # Of even size: what is left over would be a program of its own.
@@ -352,8 +115,9 @@ def train_together(
         )
         stack_.callback(line.close)
         stop = min(stop_after or config.train.steps, config.train.steps)
-        failed = failed or (lambda name, sentence: None)
-        _run(group, runs, states, line, names, failed, start=start, stop=stop)
+        many = _Many(group, runs, states, line, names, failed or (lambda name, sentence: None))
+        del states  # The step takes them over.
+        drive(many, config.train, start=start, stop=stop)
         return [run.failure for run in runs]
 
 
@@ -375,7 +139,7 @@ class _Point:
         return self.checkpoints.restore(template, self.good)
 
 
-def _headline(label: str, about: dict[str, Any], group: Together, start: int) -> str:
+def _headline(label: str, about: dict[str, Any], group: Group, start: int) -> str:
     device = group.mesh.devices.flat[0].platform
     return (
         f"{label}: {len(group.jobs)} runs of {about['parameters']:,} parameters as one program, "
@@ -384,57 +148,62 @@ def _headline(label: str, about: dict[str, Any], group: Together, start: int) ->
     )
 
 
-def _run(
-    group: Together,
-    runs: list[_Point],
-    states: TrainState,
-    line: Progress,
-    names: Sequence[str],
-    failed: Callable[[str, str], None],
-    *,
-    start: int,
-    stop: int,
-) -> None:
-    config, dataset = group.jobs[0].config, group.jobs[0].dataset
-    add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-    total: Any = None
-    flags: list[jax.Array] = []
-    for number in range(start, stop):
-        batch = group.replicate(dataset.train_batch(number))
-        states, metrics = group.step(states, batch, group.hypers)
-        done = number + 1
-        total = metrics["sums"] if total is None else add(total, metrics["sums"])
-        flags.append(metrics["finite"])
-        now = due(config.train, done, stop)
-        if now.log:
-            finite = np.stack(jax.device_get(flags))
-            for index, run in enumerate(runs):
-                if run.failure is None and not finite[:, index].all():
-                    first = done - len(flags) + 1 + int(np.argmin(finite[:, index]))
-                    run.failure = divergence(first, run.good)
-                    line.say(f"{names[index]}: {run.failure}")
-                    failed(names[index], run.failure)
-            alive = [index for index, run in enumerate(runs) if run.failure is None]
-            if not alive:
-                return
-            sums = jax.device_get(total)
-            scalars = jax.device_get({name: metrics[name] for name in SCALARS})
-            records = {}
-            for index in alive:
-                own = {name: float(values[index]) for name, values in scalars.items()}
-                records[index] = {**group.report(index, sums, beta=own["beta"]), **own}
-                runs[index].log.write("train", done, records[index])
-            line.update(done, _status(list(records.values()), len(runs)))
-            total, flags = None, []
-            if now.evaluate:
-                for index, evaluation in enumerate(group.evaluate(states)):
-                    if index not in records:
-                        continue
-                    run = runs[index]
-                    run.log.write("eval", done, evaluation)
-                    if now.save:
-                        save(run.checkpoints, done, point_of(states, index), run.config, evaluation)
-                        run.good = done
+class _Many:
+    """All points between their first and their last step, as `drive` works them."""
+
+    def __init__(
+        self,
+        group: Group,
+        runs: list[_Point],
+        states: TrainState,
+        line: Progress,
+        names: Sequence[str],
+        failed: Callable[[str, str], None],
+    ):
+        self.group, self.runs, self.states, self.line = group, runs, states, line
+        self.names, self.failed = names, failed
+        self.tally = Tally(jax.device_get)
+        self.evaluations: list[dict[str, Any]] = []
+
+    @property
+    def alive(self) -> list[int]:
+        """Points that have not diverged."""
+        return [index for index, run in enumerate(self.runs) if run.failure is None]
+
+    def step(self, number: int) -> None:
+        batch = self.group.replicate(self.group.jobs[0].dataset.train_batch(number))
+        self.states, metrics = self.group.step(self.states, batch, self.group.hypers)
+        self.tally.add(metrics)
+
+    def log(self, done: int) -> bool:
+        sums, finite, scalars = self.tally.read()
+        for index in self.alive:
+            if not finite[:, index].all():
+                run = self.runs[index]
+                first = done - len(finite) + 1 + int(np.argmin(finite[:, index]))
+                run.failure = divergence(first, run.good)
+                self.line.say(f"{self.names[index]}: {run.failure}")
+                self.failed(self.names[index], run.failure)
+        records = []
+        for index in self.alive:
+            own = {name: float(values[index]) for name, values in scalars.items()}
+            records.append({**self.group.report(index, sums, beta=own["beta"]), **own})
+            self.runs[index].log.write("train", done, records[-1])
+        if records:
+            self.line.update(done, _status(records, len(self.runs)))
+        return bool(records)
+
+    def evaluate(self, done: int) -> None:
+        self.evaluations = self.group.evaluate(self.states)
+        for index in self.alive:
+            self.runs[index].log.write("eval", done, self.evaluations[index])
+
+    def save(self, done: int) -> None:
+        for index in self.alive:
+            run = self.runs[index]
+            state = point_of(self.states, index)
+            save(run.checkpoints, done, state, run.config, self.evaluations[index])
+            run.good = done
 
 
 def _status(records: list[dict[str, Any]], count: int) -> str:

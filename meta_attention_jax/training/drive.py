@@ -1,0 +1,96 @@
+"""The order of things in training: a step, then what is due after it. The same for one run and for many
+that are trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from meta_attention_jax.objective import Sums
+
+SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
+"""Of a step's metrics, what is logged as it is."""
+
+
+class Due(NamedTuple):
+    """What comes after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+def due(every: ConfigDict, done: int, stop: int) -> Due:
+    """What comes after step `done`, by the fields of `config.train`; all of it after the last one.
+
+    What is saved is evaluated, or it could not be the best; what is evaluated is logged.
+    """
+    save = done % every.checkpoint_every == 0 or done == stop
+    evaluate = save or done % every.eval_every == 0
+    return Due(evaluate or done % every.log_every == 0, evaluate, save)
+
+
+class Work(Protocol):
+    """What is trained."""
+
+    def step(self, number: int) -> None:
+        """Trains on batch `number`."""
+
+    def log(self, done: int) -> bool:
+        """Tells of the steps since the last time; False if there is nothing left to train."""
+
+    def evaluate(self, done: int) -> None:
+        """Measures and logs on the validation split."""
+
+    def save(self, done: int) -> None:
+        """Starts writing a checkpoint."""
+
+
+def drive(work: Work, every: ConfigDict, *, start: int, stop: int) -> None:
+    """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`."""
+    for number in range(start, stop):
+        work.step(number)
+        now = due(every, number + 1, stop)
+        if now.log and not work.log(number + 1):
+            return
+        if now.evaluate:
+            work.evaluate(number + 1)
+        if now.save:
+            work.save(number + 1)
+
+
+class Tally:
+    """What the steps since the last reading have measured; on the devices until it is read.
+
+    Args:
+      get: a tree on the devices -> the same on the host.
+    """
+
+    def __init__(self, get: Callable[[Any], Any]):
+        self._get = get
+        self._add = jax.jit(lambda total, new: jax.tree.map(jnp.add, total, new))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: Optional[Sums] = None
+        self._finite: list[jax.Array] = []
+        self._last: dict[str, jax.Array] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Of one `train_step`."""
+        sums = metrics["sums"]
+        self._sums = sums if self._sums is None else self._add(self._sums, sums)
+        self._finite.append(metrics["finite"])
+        self._last = {name: metrics[name] for name in SCALARS}
+
+    def read(self) -> tuple[Sums, np.ndarray, dict[str, Any]]:
+        """(sums, finite [step ...], SCALARS of the last step), and begins anew."""
+        read = self._get(self._sums), self._get(self._finite), self._get(self._last)
+        self._clear()
+        sums, finite, last = read
+        return sums, np.stack(finite), last
