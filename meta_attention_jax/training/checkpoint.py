@@ -125,7 +125,8 @@ class Checkpoints:
         )["state"]
 
     def restore_params(self, step: int) -> Any:
-        """The parameters at `step` on this process's first device, without knowing their tree.
+        """The parameters at `step` on this process's first device, without knowing their tree; nothing
+        else is read.
 
         Raises:
           ValueError: nothing that can be read at that step.
@@ -142,13 +143,20 @@ class Checkpoints:
     def _restore_params(self, step: int) -> Any:
         tree = self._manager.item_metadata(step)["state"].tree
         sharding = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            {"params": tree["params"]},
         )
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
-        return restored["state"]["params"]
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
+        return restored["params"]
 
     def wait(self) -> None:
         """Returns when everything started has been written."""
