@@ -85,12 +85,16 @@ def pin(
             os.link(partial, path)
         partial.unlink()
     stored = json.loads(path.read_text())
-    new_entries = mine[grows].keys() - stored.get(grows, {}).keys() if grows else ()
+    compared = dict(mine)
+    if grows:
+        compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
+        if lost := stored[grows].keys() - mine[grows].keys():
+            raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
     free = {f"config.{field}" for field in FREE_TO_CHANGE}
-    for field, old, new in config_difference(stored, mine):
-        if field not in free and not any(field.startswith(f"{grows}.{e}.") for e in new_entries):
+    for field, old, new in config_difference(stored, compared):
+        if field not in free:
             raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
-    if new_entries:
+    if grows and mine[grows].keys() != stored[grows].keys():
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         grown = {**stored, grows: mine[grows]}
         partial.write_text(json.dumps(grown, indent=1) + "\n", encoding="utf-8")

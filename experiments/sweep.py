@@ -12,7 +12,8 @@ Every point is an ordinary run directory, `points/<label>`. Interrupted, start i
 diverges is reported (`points/<label>.diverged`) and the others go on. With --shard=i/n this process
 takes every n-th point (an array job of any scheduler); whoever is last writes all results: `rows.json`,
 `table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting
-alone, once no point is left.
+alone, once no point is left. A sweep may gain points afterwards, but lose and change none; what it then
+chooses is chosen after the test split was read.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_to_dict
-from meta_attention_jax.training.lock import Busy, busy
+from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
 from meta_attention_jax.training.points import Point, Sweep, labels, program
@@ -145,36 +146,42 @@ def train_points(
     ]
     for count, (members, start) in enumerate(parts, 1):
         print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
-        mine = []
-        for label in members:
-            # Another process may have taken it, or ended it, since this one looked.
-            if busy(jobs[label].path):
-                print(f"{label}: left to the process that trains it.")
-            elif steps_done(jobs[label].path) == start and not failed(root, label).exists():
-                mine.append(label)
+        if len(members) > 1:
+            _train_group(root, {label: jobs[label] for label in members}, start)
+            continue
         try:
-            _train_group(root, {label: jobs[label] for label in mine}, start)
-        except Busy as error:
-            print(error)
+            train(jobs[members[0]], label=members[0])
+        except Busy:
+            print(_busy(members[0]))
+        except Diverged as error:
+            print(f"{members[0]}: {error}")
+            analysis.write_text(failed(root, members[0]), str(error))
+
+
+def _busy(label: str) -> str:
+    return f"{label}: left to the process that trains it."
 
 
 def _train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None:
-    """Trains them as one program; a single point as any other run."""
-    def diverged(label: str, sentence: str) -> None:
-        analysis.write_text(failed(root, label), sentence)
-
-    if len(jobs) > 1:
-        train_together(
-            list(jobs.values()), names=list(jobs), start=start, label=f"{len(jobs)} points",
-            failed=diverged,
-        )
-        return
-    for label, job in jobs.items():
-        try:
-            train(job, label=label)
-        except Diverged as error:
-            print(f"{label}: {error}")
-            diverged(label, str(error))
+    """Trains as one program those that no other process has, or has had since this one looked."""
+    with contextlib.ExitStack() as stack:
+        mine = {}
+        for label, job in jobs.items():
+            try:
+                stack.enter_context(hold(job.path))
+            except Busy:
+                print(_busy(label))
+                continue
+            now = steps_done(job.path)
+            if now == start and not failed(root, label).exists():
+                mine[label] = job
+            elif now < job.config.train.steps:
+                print(f"{label}: another process left it at step {now}; start the command again.")
+        if mine:
+            train_together(
+                list(mine.values()), names=list(mine), start=start, label=f"{len(mine)} points",
+                failed=lambda label, sentence: analysis.write_text(failed(root, label), sentence),
+            )
 
 
 def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -314,10 +321,14 @@ class Result:
 
 
 def result(root: pathlib.Path, points: Sequence[Point]) -> Result:
-    """From the directory alone."""
+    """From the directory alone. Scores on the test split are those of the pick: a sweep that has grown
+    may have had another before."""
     found = rows(root, points)
+    pick = chosen(lines(found)) if len(found) == len(points) else None
+    found = [row if row["setting"] == pick else {**row, "test": None} for row in found]
+    found = [{k: v for k, v in row.items() if k != "test" or v is not None} for row in found]
     made = lines(found)
-    best, pick = front(made), chosen(made) if len(found) == len(points) else None
+    best = front(made)
     for line in made:
         line["front"] = "yes" if line["setting"] in best else ""
         line["chosen"] = "chosen" if line["setting"] == pick else ""

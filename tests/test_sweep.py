@@ -133,7 +133,7 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_share_the_points(tmp_path):
+def test_two_processes_at_once_train_no_point_twice(command, tmp_path):  # noqa: F811
     path = tmp_path / "shared.py"
     path.write_text(f"""
 from configs import smoke
@@ -148,16 +148,16 @@ def get_sweep():
     return sweep("seed", range(4))
 """)
     root = tmp_path / "sweep"
-    command = [sys.executable, "-m", "experiments.sweep", f"--config={path}", f"--workdir={root}",
-               "--test_batches=1"]
+    arguments = [f"--config={path}", f"--workdir={root}", "--test_batches=1"]
     both = [
-        subprocess.Popen([*command, f"--shard={i}/2"], cwd=ROOT, env=environment(tmp_path / "cache"),
+        subprocess.Popen([sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT, env=environment(tmp_path / "cache"),
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
+        for _ in range(2)
+    ]  # Of the same points: as a scheduler that starts a job twice.
     for process in both:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and "Traceback" not in err, out + err
+    check_success(command("sweep", *arguments))
     rows = json.loads((root / "rows.json").read_text())
     assert sorted(row["seed"] for row in rows) == [0, 1, 2, 3]
     for row in rows:
@@ -199,12 +199,31 @@ def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
     assert stored == {"config": shared["config"], "points": more["points"]}
     for wrong, field in (
         ({**more, "points": {"a": {"seed": 3}, "b": {"seed": 1}}}, "points.a.seed: expected 0"),
-        ({**more, "points": {"b": {"seed": 1}}}, "points.a.seed: expected 0, .* got None"),
+        ({**more, "points": {"b": {"seed": 1}}}, "points: expected 'a' still, .* got none"),
+        ({**more, "points": {"b": {"seed": 1}, "": {"seed": 0}}}, "points: expected 'a' still"),
         ({**more, "config": {"train": {"log_every": 1, "steps": 8}}}, "config.train.steps"),
     ):
         with pytest.raises(ValueError, match=field):
             common.pin(path, wrong, "this sweep", grows="points")
     assert json.loads(path.read_text()) == stored
+    # A label that another one begins with is another label.
+    path = tmp_path / "other" / "sweep.json"
+    common.pin(path, {"points": {"s=1.5": {"s": 1.5}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+    with pytest.raises(ValueError, match="points: expected 's=1.5' still"):
+        common.pin(path, {"points": {"s=1": {"s": 1}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+
+
+def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch):
+    rows = [
+        {"label": s, "setting": s, "point": {"p": s}, "seed": 0, "nll_hard": nll, "cost": cost,
+         "test": {"nll_hard": 1.0, "cost": 0.5}}
+        for s, nll, cost in (("a", 1.0, 0.5), ("b", 1.001, 0.4), ("c", 0.9, 0.9))
+    ]  # "b" was chosen before the sweep grew by "c".
+    monkeypatch.setattr(sweeps, "rows", lambda root, points: rows)
+    found = sweeps.result(tmp_path, [row["point"] for row in rows])
+    assert found.pick == "c"
+    assert [row["label"] for row in found.rows if "test" in row] == ["c"]
+    assert [line["setting"] for line in found.lines if "test_cost" in line] == ["c"]
 
 
 def test_a_report_of_nothing_is_one_line(command, tmp_path):  # noqa: F811

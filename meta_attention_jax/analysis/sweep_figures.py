@@ -109,11 +109,6 @@ def pareto_figure(
             line = by_name[chosen]
             axes.plot(line["cost"], line["nll_hard"], "o", ms=14, mfc="none", mec=GREY, mew=1.5)
         limits = axes.get_xlim(), axes.get_ylim()
-        if far:
-            shown = [line for line in lines if line not in far]
-            low = min(line["nll_hard"] - _half(line, "nll_hard") for line in shown)
-            high = max(line["nll_hard"] + _half(line, "nll_hard") for line in shown)
-            limits = limits[0], (low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.step(
             [line["cost"] for line in on_front], [line["nll_hard"] for line in on_front],
             where="post", color=GREY, lw=1.2, ls="--", zorder=1,
@@ -152,7 +147,8 @@ def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str])
                 xytext=(x, y), textcoords="offset points",
             )
             box = text.get_window_extent(renderer)
-            free = not any(box.overlaps(other) for other in taken)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            free = inside and not any(box.overlaps(other) for other in taken)
             if free and not any(box.contains(*mark) for mark in marks):
                 break
             if (x, y, side) != _PLACES[-1]:

@@ -134,6 +134,8 @@ class Checkpoints:
         try:
             return self._restore_params(step)
         except Exception as error:  # Orbax has no class of its own for what is wrong with a file.
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
             reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:160]
             raise ValueError(
                 f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "

@@ -61,7 +61,11 @@ def device_bytes(device: jax.Device) -> Optional[int]:
     free = next((1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")), None)
     group = pathlib.Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        used = int((group / "memory.current").read_text())
+        for line in (group / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                used -= int(line.split()[1])
+        left = int((group / "memory.max").read_text()) - used
         free = left if free is None else min(free, left)
     return free
 
@@ -206,9 +210,8 @@ class Group:
 
     def needed(self) -> int:
         """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""
-        resting = sum(
-            leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(self.abstract_states())
-        ) // self.mesh.size
+        resting = self.abstract_states().replace(params=None)
+        resting = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(resting)) // self.mesh.size
         return max(
             bytes_needed(self.step),
             *(resting + bytes_needed(self.evaluation(mode)) for mode in self.modes),

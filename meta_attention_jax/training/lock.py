@@ -23,8 +23,9 @@ def hold(path: pathlib.Path) -> Iterator[None]:
     Raises:
       Busy: another one does.
     """
-    with open(path / LOCK, "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            file = stack.enter_context(open(path / LOCK, "w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(
@@ -33,12 +34,3 @@ def hold(path: pathlib.Path) -> Iterator[None]:
         except OSError:
             pass  # A file system without locks: nothing is promised there.
         yield
-
-
-def busy(path: pathlib.Path) -> bool:
-    """Whether another process trains the run."""
-    try:
-        with hold(path):
-            return False
-    except Busy:
-        return True

@@ -303,8 +303,8 @@ class _Run:
 def save(
     checkpoints: Checkpoints, step: int, state: TrainState, config: ConfigDict, evaluation: Any
 ) -> None:
-    """Starts writing a checkpoint. The best is that of the mode that the run ends in: hard, where
-    the gate hardens it."""
+    """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the
+    run, of the fewest soft nats where none does."""
     nll = evaluation["soft" if config.gate.kind == "none" else "hard"]["nll"]
     checkpoints.save(step, state, config=config_to_dict(config), nll=nll)
 

@@ -24,7 +24,6 @@ from meta_attention_jax.training.group import (
     points_that_fit,
     to_host,
 )
-from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import MetricsLog, Progress
 from meta_attention_jax.training.loop import Job, describe, divergence, save
 from meta_attention_jax.training.points import program
@@ -45,7 +44,8 @@ def train_together(
     """Trains all to `train.steps`; every job's directory is that of an ordinary run.
 
     Args:
-      jobs: of `loop.prepare`, of one `points.program`, all with a checkpoint at step `start`.
+      jobs: of `loop.prepare`, of one `points.program`, all with a checkpoint at step `start` and, if
+        other processes may train them too, each held by this one (`lock.hold`) since that was seen.
       label: of the live line.
       names: of the points, for what is said of them.
       start: steps done before.
@@ -61,7 +61,6 @@ def train_together(
 
     Raises:
       ValueError: jobs of different programs.
-      Busy: another process trains one of them.
     """
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
@@ -77,11 +76,9 @@ def train_together(
         one = Group(jobs[: len(devices)], devices).needed()
         most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
         parts = -(-len(jobs) // (most * len(devices)))
-        # Of even size: what is left over would be a program of its own.
         size = -(-len(jobs) // (parts * len(devices))) * len(devices)
         options = dict(
-            start=start, stop_after=stop_after, progress=progress, failed=failed,
-            memory=np.iinfo(np.int64).max,
+            start=start, stop_after=stop_after, progress=progress, failed=failed, memory=memory
         )
         return [
             failure
@@ -91,8 +88,6 @@ def train_together(
             )
         ]
     with contextlib.ExitStack() as stack_:
-        for job in jobs:
-            stack_.enter_context(hold(job.path))
         runs = [_Point(job, start, stack_) for job in jobs]
         if start:
             template = group.abstract_point()
