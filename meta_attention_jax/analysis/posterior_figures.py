@@ -66,7 +66,8 @@ def simplex_figure(
     keep = np.linspace(0, mean.shape[1] - 1, min(mean.shape[1], _MOST_POINTS)).astype(int)
     for layer, axes in enumerate(panels):
         place = mean[layer, keep] @ _CORNERS
-        route = mean[layer, keep].argmax(-1)
+        routes = mean[layer].argmax(-1)  # The shares are those of all tokens.
+        route = routes[keep]
         axes.plot(*_CORNERS[[0, 1, 2, 0]].T, color=GREY, lw=1.0, zorder=1)
         for k, name in enumerate(mechanisms):
             style, mine = styles[name], route == k
@@ -76,7 +77,7 @@ def simplex_figure(
             )
             offset = 0.05 if k == 0 else -0.05
             axes.text(
-                *(_CORNERS[k] + [0, offset]), f"{name} {np.mean(route == k):.0%}", ha="center",
+                *(_CORNERS[k] + [0, offset]), f"{name} {np.mean(routes == k):.0%}", ha="center",
                 va="bottom" if k == 0 else "top", fontsize=FONT,
             )
         if prior is not None:
