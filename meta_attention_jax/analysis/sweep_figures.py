@@ -19,6 +19,8 @@ _HEIGHT = 4.0
 _FAR = 6.0
 """A setting further above the best than so many times the middle one is left out of the picture."""
 
+_LEGEND_COLUMNS = 6
+
 _PLACES = [
     (x, y, side)
     for y in (5, -12, 16, -23, 27, -34)
@@ -81,7 +83,7 @@ def pareto_figure(
     far = [
         line for line in lines
         if line["nll_hard"] > best + _FAR * max(middle - best, 1e-3)
-        and line["setting"] not in (*front, chosen)
+        and line["setting"] != chosen
     ]
     both = bool(own and others)  # Baselines far off would press the sweep together.
     figure, [panels] = frame(
@@ -91,7 +93,8 @@ def pareto_figure(
         + (" On the right the sweep alone." if both else "")
         + (f" Numbers: {field}." if own and field and _names(own, field)[0] != own[0]["setting"] else "")
         + (" Above the picture: " + ", ".join(
-            f"{line['setting']} ({line['nll_hard']:.3f} nats at {line['cost']:.0%})" for line in far
+            f"{line['setting']} ({line['nll_hard']:.3f} nats at {line['cost']:.0%}"
+            + (", on the front)" if line["setting"] in front else ")") for line in far
         ) + "." if far else ""),
         gap_x=0.8,
     )
@@ -126,12 +129,12 @@ def pareto_figure(
     handles = [
         Line2D([], [], color=colour, marker=marker, lw=0, label=name)
         for name, (colour, marker) in styles.items()
-        if own
+        if own and (name not in by_name or by_name[name] not in far)
     ]
     handles.append(Line2D([], [], color=GREY, ls="--", lw=1.2, label="front"))
     if chosen is not None:
         handles.append(Line2D([], [], marker="o", ms=11, mfc="none", mec=GREY, lw=0, label="chosen"))
-    legend(figure, handles, len(handles))
+    legend(figure, handles, min(len(handles), _LEGEND_COLUMNS))
     return figure
 
 
@@ -221,7 +224,7 @@ def against_figure(
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         if share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if name == "gap":
             axes.axhline(0.0, color=GREY, lw=1.0, ls=":")
         axes.set_title(label, loc="left", fontsize=FONT)
