@@ -1,6 +1,9 @@
 """The prior's strength kappa on `recall`, with the baselines.
 
 python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep
+
+Recorded (two CPU cores, jax 0.10.2, commit 9a3f822, `experiments/results/sweep_recall`): kappa 32 is chosen,
+1.440 nats hard on the test split at 27.0 % cost; kappa hardly moves the cost.
 """
 
 from configs import recall
