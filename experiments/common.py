@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging as python_logging
 import os
 import pathlib
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
 from absl import flags, logging
 
+from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.config import config_difference
+from meta_attention_jax.training.interrupt import Interrupted
 from meta_attention_jax.training.loop import FREE_TO_CHANGE
 
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-logging.set_verbosity(logging.ERROR)
+logging.set_verbosity(logging.FATAL)  # What Orbax logs as an error it raises as well.
+python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
 warnings.filterwarnings("ignore", message="jax.core.pytype_aval_mappings")
+warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def fail(message: object) -> None:
@@ -101,6 +109,17 @@ def pin(
         os.replace(partial, path)
 
 
+def no_room(error: BaseException) -> bool:
+    """Whether a full disk is behind it. Orbax says so in words of its own, from a thread."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, then calls `main`."""
     try:
@@ -111,4 +130,23 @@ def run(main: Callable[[], None]) -> None:
         fail(sentence(error))
     if rest:
         fail(f"arguments: expected flags only, got {rest[0]!r}.")
-    main()
+    hook = threading.excepthook
+    # TensorBoard's thread meets the full disk too, and would say so at length.
+    threading.excepthook = lambda args: None if no_room(args.exc_value) else hook(args)
+    try:
+        main()
+    except Damaged as error:
+        fail(error)
+    except Exception as error:
+        if not no_room(error):
+            raise
+        print(f"error: disk: {getattr(error, 'strerror', None) or 'expected room to write, got none'}; "
+              "what is complete stays, and the same command goes on from it.",
+              file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # Whatever is flushed on the way out would meet the full disk again, at length.
+    except KeyboardInterrupt as stop:
+        # Not 0: a shell script must not go on to what needs the end of this.
+        number = stop.signal if isinstance(stop, Interrupted) else signal.SIGINT
+        print(f"\n{str(stop) or 'SIGINT: stopped.'}", file=sys.stderr)
+        raise SystemExit(128 + number) from None

@@ -24,7 +24,7 @@ from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
 from meta_attention_jax.training.points import Point, Sweep, labels, program
-from meta_attention_jax.training.together import train_together
+from meta_attention_jax.training.together import Moved, train_together
 
 if TYPE_CHECKING:
     import pandas
@@ -133,6 +133,17 @@ def train_points(
       together: False trains one point after the other.
       at_once: points of a group at most; 0 is as many as fit in memory.
     """
+    left = dict(jobs)
+    while left:
+        # A group that met a damaged checkpoint: its points are no longer at one step.
+        left = _train_left(root, left, together, at_once)
+
+
+def _train_left(
+    root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int
+) -> dict[str, Job]:
+    """Trains all but the groups that it returns."""
+    again: dict[str, Job] = {}
     groups: dict[Any, list[str]] = {}
     for label, job in jobs.items():
         start = steps_done(job.path)
@@ -147,7 +158,11 @@ def train_points(
     for count, (members, start) in enumerate(parts, 1):
         print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
         if len(members) > 1:
-            _train_group(root, {label: jobs[label] for label in members}, start)
+            group = {label: jobs[label] for label in members}
+            try:
+                _train_group(root, group, start)
+            except Moved:
+                again |= group
             continue
         try:
             train(jobs[members[0]], label=members[0])
@@ -156,6 +171,7 @@ def train_points(
         except Diverged as error:
             print(f"{members[0]}: {error}")
             analysis.write_text(failed(root, members[0]), str(error))
+    return again
 
 
 def _busy(label: str) -> str:

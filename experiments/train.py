@@ -1,11 +1,15 @@
 """Trains one model in one directory, or goes on where it stopped.
 
 python -m experiments.train --config=configs/recall.py --workdir=runs/recall
-    [--config.prior.strength=2.0] [--config.controller.name=softmax] ...
+    [--config.prior.strength=2.0] [--config.controller.name=softmax] ... [--debug_nans]
+
+--debug_nans stops at the operation that makes the first NaN, with a traceback; slower, and for a run that
+is known to diverge.
 """
 
 from __future__ import annotations
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -15,10 +19,13 @@ from meta_attention_jax.training.loop import Diverged, prepare, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that makes a NaN.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
+    if DEBUG_NANS.value:
+        jax.config.update("jax_debug_nans", True)
     with common.user_mistakes():
         job = prepare(CONFIG.value, WORKDIR.value)
     try:

@@ -7,8 +7,11 @@ with the validation nats that decide what is best).
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import pathlib
+import shutil
+import warnings
 from collections.abc import Iterator
 from typing import Any, Mapping, Optional
 
@@ -29,11 +32,15 @@ def _metric(metrics: Mapping[str, Any]) -> float:
 def _quiet() -> Iterator[None]:
     """Without the warnings that a folder opened for reading is read only."""
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(min(before, logging.ERROR))
     try:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -76,8 +83,21 @@ class Checkpoints:
         """Starts writing `state`; nll (nats, validation) decides what is best.
 
         A NaN would make every comparison false and so corrupt "best": it is written as infinity.
+
+        Raises:
+          OSError: less room on the disk than the state has bytes; nothing is written.
         """
         nll = float(nll)
+        # Seen before, it is one error; met halfway, it is one in every thread of the writer.
+        self._manager.wait_until_finished()  # Or its writing would not be counted.
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"expected {needed:,} bytes for the checkpoint of step {step}, got {free:,}",
+                str(self.directory),
+            )
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -116,31 +136,78 @@ class Checkpoints:
         return int(found)
 
     def restore(self, template: Any, step: int) -> Any:
-        """The state at `step`, with the shapes, types and placement of `template`."""
+        """The state at `step`, with the shapes, types and placement of `template`.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
         )
-        return self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )["state"]
+        with self._readable(step):
+            return self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
+
+    def restore_newest(self, template: Any) -> tuple[int, Any]:
+        """(step, state) of the newest checkpoint that can be read; (0, None) without any.
+
+        Newer ones are damaged: they are set aside, and a warning names them.
+
+        Raises:
+          Damaged: none can be read; all stay where they are.
+        """
+        passed: list[int] = []
+        for step in reversed(self.steps):
+            try:
+                state = self.restore(template, step)
+            except Damaged as error:
+                if step == self.steps[0]:
+                    raise
+                warnings.warn(f"{error} The step before it is taken.", stacklevel=2)
+                passed.append(step)
+                continue
+            for damaged in passed:
+                self.set_aside(damaged)
+            return step, state
+        return 0, None
+
+    def set_aside(self, step: int) -> None:
+        """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of
+        its step from being written."""
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        place = folder / str(step)
+        while place.exists():
+            place = place.with_name(f"{place.name}_")
+        (self.directory / str(step)).rename(place)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Raises what goes wrong with the files of a step as `Damaged`."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax has no class of its own for what is wrong with a file.
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:160]
+            raise Damaged(
+                f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "
+                f"got a damaged one ({type(error).__name__}: {reason})."
+            ) from error
 
     def restore_params(self, step: int) -> Any:
         """The parameters at `step` on this process's first device, without knowing their tree; nothing
         else is read.
 
         Raises:
-          ValueError: nothing that can be read at that step.
+          Damaged: nothing that can be read at that step.
         """
-        try:
+        with self._readable(step):
             return self._restore_params(step)
-        except Exception as error:  # Orbax has no class of its own for what is wrong with a file.
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:160]
-            raise ValueError(
-                f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "
-                f"got a damaged one ({type(error).__name__}: {reason})."
-            ) from error
 
     def _restore_params(self, step: int) -> Any:
         tree = self._manager.item_metadata(step)["state"].tree

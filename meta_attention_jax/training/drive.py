@@ -12,6 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax.objective import Sums
+from meta_attention_jax.training.finite import Finite
+from meta_attention_jax.training.interrupt import Asked, Interrupted
 
 SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
 """Of a step's metrics, what is logged as it is."""
@@ -47,21 +49,31 @@ class Work(Protocol):
     def evaluate(self, done: int) -> None:
         """Measures and logs on the validation split."""
 
-    def save(self, done: int) -> None:
-        """Starts writing a checkpoint."""
+    def save(self, done: int, *, evaluated: bool = True) -> None:
+        """Starts writing a checkpoint; without an evaluation it cannot be the best one."""
 
 
-def drive(work: Work, every: ConfigDict, *, start: int, stop: int) -> None:
-    """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`."""
+def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int) -> None:
+    """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`.
+
+    Raises:
+      Interrupted: `asked` told of a signal. The step that was under way is saved, without the
+        evaluation that a save has otherwise, for who sends signals does not wait for long; but the
+        last step has all that is due, since nothing would come after it.
+    """
     for number in range(start, stop):
         work.step(number)
-        now = due(every, number + 1, stop)
-        if now.log and not work.log(number + 1):
+        done, signal = number + 1, asked()
+        cut = signal is not None and done < stop
+        now = Due(log=True, evaluate=False, save=True) if cut else due(every, done, stop)
+        if now.log and not work.log(done):
             return
         if now.evaluate:
-            work.evaluate(number + 1)
+            work.evaluate(done)
         if now.save:
-            work.save(number + 1)
+            work.save(done, evaluated=now.evaluate)
+        if signal is not None:
+            raise Interrupted(signal, done)
 
 
 class Tally:
@@ -78,7 +90,7 @@ class Tally:
 
     def _clear(self) -> None:
         self._sums: Optional[Sums] = None
-        self._finite: list[jax.Array] = []
+        self._finite: list[Finite] = []
         self._last: dict[str, jax.Array] = {}
 
     def add(self, metrics: dict[str, Any]) -> None:
@@ -88,9 +100,9 @@ class Tally:
         self._finite.append(metrics["finite"])
         self._last = {name: metrics[name] for name in SCALARS}
 
-    def read(self) -> tuple[Sums, np.ndarray, dict[str, Any]]:
-        """(sums, finite [step ...], SCALARS of the last step), and begins anew."""
+    def read(self) -> tuple[Sums, Finite, dict[str, Any]]:
+        """(sums, finite with a leading axis of steps, SCALARS of the last step), and begins anew."""
         read = self._get(self._sums), self._get(self._finite), self._get(self._last)
         self._clear()
         sums, finite, last = read
-        return sums, np.stack(finite), last
+        return sums, jax.tree.map(lambda *flags: np.stack(flags), *finite), last

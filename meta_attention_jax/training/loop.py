@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 from typing import Any, Mapping, Optional
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax.data.pipeline import Dataset, write_manifest
@@ -25,6 +25,8 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.finite import Finite, not_finite
+from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.parallel import Parallel
@@ -112,11 +114,22 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
     }
 
 
-def divergence(step: int, good: Optional[int]) -> str:
-    """What is said of a run whose numbers are not finite at `step`; `good`: its last checkpoint."""
+def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]:
+    """What is said of a run whose numbers are not finite; None if they are.
+
+    Args:
+      first: number of the first step of `finite`, from 1.
+      finite: of `Tally.read`, of one run.
+      good: step of its last checkpoint.
+    """
+    found = not_finite(finite)
+    if found is None:
+        return None
+    index, words = found
     kept = f"the last good checkpoint is step {good}" if good else "no checkpoint is kept"
     return (
-        f"step {step}: expected finite loss, gradients and parameters, got NaN or infinity; {kept}."
+        f"step {first + index}: expected finite numbers, got NaN or infinity in {words}; {kept}; "
+        "--debug_nans of experiments.train finds the operation that makes a NaN."
     )
 
 
@@ -171,6 +184,8 @@ def train(
     Raises:
       Diverged: NaN or infinity; names the step and the last good checkpoint.
       Busy: another process trains the run.
+      Interrupted: SIGTERM or SIGINT, after a save.
+      Damaged: none of the checkpoints can be read.
     """
     config = job.config
     label = label or config.name
@@ -178,15 +193,17 @@ def train(
         job.spec, jax.random.key(config.seed), job.dataset.train_batch(0), job.hypers
     )
     with contextlib.ExitStack() as stack:
+        # Left last: what is being saved when a signal comes is saved whole.
+        asked = stack.enter_context(interruptible())
         stack.enter_context(hold(job.path))
         checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
         stack.callback(checkpoints.close)
-        start = checkpoints.latest or 0
+        start, restored = checkpoints.restore_newest(state)
         log = MetricsLog(job.path, start=start)
         stack.callback(log.close)
         about = describe(job, state.params)
         if start:
-            state = checkpoints.restore(state, start)
+            state = restored
             log.write("resume", start, {})
         else:
             if job.initial is not None:
@@ -206,7 +223,7 @@ def train(
         )
         stack.callback(line.close)
         run = _Run(job, state, checkpoints, log, line, start=start, stop=stop)
-        drive(run, config.train, start=start, stop=stop)
+        drive(run, config.train, asked, start=start, stop=stop)
         return run.evaluation
 
 
@@ -278,8 +295,8 @@ class _Run:
 
     def log(self, done: int) -> bool:
         sums, finite, scalars = self.tally.read()
-        if not finite.all():
-            raise Diverged(divergence(done - len(finite) + 1 + int(np.argmin(finite)), self.good))
+        if sentence := divergence(done - len(finite["loss"]) + 1, finite, self.good):
+            raise Diverged(sentence)
         scalars = {name: float(value) for name, value in scalars.items()}
         if done > self.packed_from and not self.dense_share:
             scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
@@ -294,18 +311,24 @@ class _Run:
         )
         self.records.write("eval", done, self.evaluation)
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, *, evaluated: bool = True) -> None:
         state = self.job.parallel.unreplicate(self.state)
-        save(self.checkpoints, done, state, self.job.config, self.evaluation)
+        evaluation = self.evaluation if evaluated else None
+        save(self.checkpoints, done, state, self.job.config, evaluation)
         self.good = done
 
 
 def save(
-    checkpoints: Checkpoints, step: int, state: TrainState, config: ConfigDict, evaluation: Any
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    config: ConfigDict,
+    evaluation: Optional[Mapping[str, Any]],
 ) -> None:
     """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the
-    run, of the fewest soft nats where none does."""
-    nll = evaluation["soft" if config.gate.kind == "none" else "hard"]["nll"]
+    run, of the fewest soft nats where none does; one without an evaluation comes after all others."""
+    mode = "soft" if config.gate.kind == "none" else "hard"
+    nll = math.inf if evaluation is None else evaluation[mode]["nll"]
     checkpoints.save(step, state, config=config_to_dict(config), nll=nll)
 
 

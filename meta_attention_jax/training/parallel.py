@@ -71,6 +71,8 @@ class Parallel:
         Every other argument and every result is replicated.
         """
         function = functools.partial(function, axis_name=AXIS)
+        if jax.config.jax_debug_nans:
+            donate = ()  # What has made a NaN is run again, operation by operation.
         if self.mode == "pmap":
             return jax.pmap(
                 function, axis_name=AXIS, devices=self.devices, donate_argnums=donate

@@ -27,6 +27,7 @@ from meta_attention_jax.objective import (
     token_nll,
 )
 from meta_attention_jax.routing import gate
+from meta_attention_jax.training.finite import finite_parts
 from meta_attention_jax.training.state import Hypers, TrainState, in_controller, row_keys
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
 
@@ -208,7 +209,7 @@ def train_step(
     """One optimizer step: (state, batch, hypers) -> (state, metrics).
 
     Metrics: "sums" (a `Sums`, over the global batch), "gradient_norm" (before clipping), "threshold",
-    "beta", "learning_rate", "finite" (no NaN or infinity in loss, gradients and new parameters).
+    "beta", "learning_rate", "finite" (of `finite_parts`: loss, routing, gradients, new parameters).
     """
     gradients, sums = gradient_sums(spec, state, batch, hypers)
     if axis_name is not None:
@@ -228,7 +229,6 @@ def train_step(
     # As a fraction of log K, the largest entropy of K mechanisms.
     entropy = jnp.mean(sums.entropy) / tokens / jnp.log(sums.mean.shape[-1])
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(sums.nll) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(params))
     new_state = state.replace(
         step=state.step + 1,
         params=params,
@@ -241,7 +241,7 @@ def train_step(
         "threshold": threshold,
         "beta": hypers.beta * spec.schedule.beta(state.step),
         "learning_rate": learning_rate,
-        "finite": finite,
+        "finite": finite_parts(sums, gradients, norm, params),
     }
 
 

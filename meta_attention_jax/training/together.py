@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
-import numpy as np
 
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.drive import Tally, drive
@@ -24,10 +23,15 @@ from meta_attention_jax.training.group import (
     points_that_fit,
     to_host,
 )
+from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.logs import MetricsLog, Progress
 from meta_attention_jax.training.loop import Job, describe, divergence, save
 from meta_attention_jax.training.points import program
 from meta_attention_jax.training.state import TrainState
+
+
+class Moved(RuntimeError):
+    """The newest checkpoint of a job that can be read is not the one that was expected."""
 
 
 def train_together(
@@ -61,6 +65,9 @@ def train_together(
 
     Raises:
       ValueError: jobs of different programs.
+      Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
+      Moved: newer checkpoints of a job were damaged and are set aside; nothing was trained.
+      Damaged: none of a job's checkpoints can be read.
     """
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
@@ -88,6 +95,7 @@ def train_together(
             )
         ]
     with contextlib.ExitStack() as stack_:
+        asked = stack_.enter_context(interruptible())  # As in `loop.train`.
         runs = [_Point(job, start, stack_) for job in jobs]
         if start:
             template = group.abstract_point()
@@ -112,7 +120,7 @@ def train_together(
         stop = min(stop_after or config.train.steps, config.train.steps)
         many = _Many(group, runs, states, line, names, failed or (lambda name, sentence: None))
         del states  # The step takes them over.
-        drive(many, config.train, start=start, stop=stop)
+        drive(many, config.train, asked, start=start, stop=stop)
         return [run.failure for run in runs]
 
 
@@ -131,7 +139,10 @@ class _Point:
         self.failure: Optional[str] = None
 
     def restore(self, template: TrainState) -> TrainState:
-        return self.checkpoints.restore(template, self.good)
+        found, state = self.checkpoints.restore_newest(template)
+        if found != self.good:
+            raise Moved(found)
+        return state
 
 
 def _headline(label: str, about: dict[str, Any], group: Group, start: int) -> str:
@@ -173,10 +184,10 @@ class _Many:
     def log(self, done: int) -> bool:
         sums, finite, scalars = self.tally.read()
         for index in self.alive:
-            if not finite[:, index].all():
-                run = self.runs[index]
-                first = done - len(finite) + 1 + int(np.argmin(finite[:, index]))
-                run.failure = divergence(first, run.good)
+            run = self.runs[index]
+            own = jax.tree.map(lambda flags: flags[:, index], finite)
+            run.failure = divergence(done - len(own["loss"]) + 1, own, run.good)
+            if run.failure is not None:
                 self.line.say(f"{self.names[index]}: {run.failure}")
                 self.failed(self.names[index], run.failure)
         records = []
@@ -193,11 +204,12 @@ class _Many:
         for index in self.alive:
             self.runs[index].log.write("eval", done, self.evaluations[index])
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, *, evaluated: bool = True) -> None:
         for index in self.alive:
             run = self.runs[index]
             state = point_of(self.states, index)
-            save(run.checkpoints, done, state, run.config, self.evaluations[index])
+            evaluation = self.evaluations[index] if evaluated else None
+            save(run.checkpoints, done, state, run.config, evaluation)
             run.good = done
 
 

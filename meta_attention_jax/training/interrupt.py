@@ -1,0 +1,75 @@
+"""SIGTERM and SIGINT end a training loop between two steps, after a save."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEAT = 1.0
+"""Seconds in which a second signal is the first one's echo: a terminal and the program that started this
+one often send one each."""
+
+Asked = Callable[[], Optional[signal.Signals]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the training after a save.
+
+    Attributes:
+      signal: which.
+      step: that is saved; None if the training had come to its end.
+    """
+
+    def __init__(self, number: signal.Signals, step: Optional[int] = None):
+        after = "" if step is None else f" after step {step}"
+        super().__init__(
+            f"{number.name}: stopped{after}; what is done is saved, and the same command goes on from it."
+        )
+        self.signal = number
+        self.step = step
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Asked]:
+    """Inside the block the first SIGTERM or SIGINT does nothing but be told by the function that it
+    yields. A second one, not at once, does what it did before. One that is ignored stays so.
+
+    Threads other than the main one get no signals; there the function always says None.
+
+    Raises:
+      Interrupted: at the end of the block, if a signal came that nobody asked for.
+    """
+    caught: list[signal.Signals] = []
+    began = 0.0
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def catch(number: int, frame: Any) -> None:
+        nonlocal began
+        if not caught:
+            caught.append(signal.Signals(number))
+            began = time.monotonic()
+        elif time.monotonic() - began > REPEAT:
+            restore()
+            signal.raise_signal(number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, catch)
+    try:
+        yield lambda: caught[0] if caught else None
+    finally:
+        restore()
+    if caught:
+        raise Interrupted(caught[0])
