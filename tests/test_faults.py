@@ -317,6 +317,7 @@ def test_what_is_not_finite_has_a_name():
     assert not_finite(stacked) == (0, "the gradients of layer 1, layer 2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", (False, True))
 def test_a_poisoned_parameter_is_named_by_its_layer(scan):
     config = smoke.get_config()
@@ -346,6 +347,7 @@ def test_a_poisoned_parameter_is_named_by_its_layer(scan):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence(tmp_path):
     """The log alone: what Orbax raises was seen on a full file system, and is the second case below."""
     run = tmp_path / "run"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
+import numpy as np
 
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.drive import Tally, drive
