@@ -147,7 +147,8 @@ def _train_left(
     groups: dict[Any, list[str]] = {}
     for label, job in jobs.items():
         start = steps_done(job.path)
-        if start < job.config.train.steps:
+        # Those that have diverged since may be here a second time.
+        if start < job.config.train.steps and not failed(root, label).exists():
             same = program(job.config) if together else None
             groups.setdefault((same or label, start), []).append(label)
     parts = [

@@ -50,7 +50,8 @@ class Work(Protocol):
         """Measures and logs on the validation split."""
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
-        """Starts writing a checkpoint; without an evaluation it cannot be the best one."""
+        """Starts writing a checkpoint; one without an evaluation comes after all others
+        in what is best."""
 
 
 def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int) -> None:

@@ -19,8 +19,6 @@ from meta_attention_jax.training.state import TrainState
 from meta_attention_jax.training.step import eval_step, init_state, train_step
 
 POINTS = "points"
-MEMORY_SHARE = 0.8
-"""Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
 
 
 def stack(trees: Sequence[Any]) -> Any:

@@ -17,7 +17,6 @@ import numpy as np
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.group import (
-    MEMORY_SHARE,
     Group,
     device_bytes,
     point_of,
@@ -29,6 +28,9 @@ from meta_attention_jax.training.logs import MetricsLog, Progress
 from meta_attention_jax.training.loop import Job, describe, divergence, save
 from meta_attention_jax.training.points import program
 from meta_attention_jax.training.state import TrainState
+
+MEMORY_SHARE = 0.8
+"""Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
 
 
 class Moved(RuntimeError):
