@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
             parallel=dict(
                 mode="jit",  # jit (mesh) | pmap
                 devices=0,  # 0 = all
+                fsdp=1,  # devices that share one copy of parameters and moments; divides model_dim
             ),
         )
     )

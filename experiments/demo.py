@@ -55,7 +55,7 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     """Test metrics of a run, soft and hard."""
     parallel = Parallel("jit", jax.devices()[:1])
     evaluator = Evaluator(run.model, run.dataset, parallel)
-    params, hypers = parallel.replicate((run.params, run.hypers.routing))
+    params, hypers = parallel.place((run.params, run.hypers.routing))
     results = {}
     for mode in ("soft", "hard"):
         sums = evaluator.sums(

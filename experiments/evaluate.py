@@ -78,7 +78,7 @@ def main() -> None:
         parallel = Parallel("jit", parallel.devices[:1])
     evaluator = Evaluator(run.model, run.dataset, parallel)
     hypers = run.hypers.routing.replace(threshold=jnp.float32(THRESHOLD.value))
-    params, hypers = parallel.replicate((run.params, hypers))
+    params, hypers = parallel.place((run.params, hypers))
     where = dict(split=SPLIT.value, max_batches=MAX_BATCHES.value)
     mechanisms = tuple(run.config.model.mechanisms)
     rows = []

@@ -32,7 +32,7 @@ def scores(
     """
     parallel = Parallel("jit", jax.devices()[:1])
     evaluator = Evaluator(run.model, run.dataset, parallel)
-    params, hypers = parallel.replicate((run.params, run.hypers.routing))
+    params, hypers = parallel.place((run.params, run.hypers.routing))
     mechanisms = tuple(run.config.model.mechanisms)
     results = {}
     for mode in ("soft", "hard"):

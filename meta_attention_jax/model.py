@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional, Sequence
 
 import flax.linen as nn
 import flax.struct
+from flax.linen.dtypes import promote_dtype
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from meta_attention_jax.layer import MetaAttention
 from meta_attention_jax.mechanisms.decode import Cache, init_cache
 from meta_attention_jax.mechanisms.registry import check_decodes
+from meta_attention_jax.sharding import gather
 from meta_attention_jax.types import (
     MECHANISMS,
     Positions,
@@ -120,6 +122,14 @@ class Block(nn.Module):
         return cache, x + dense(x.shape[-1], "down", 0.5 / self.num_layers)(h), routing
 
 
+class Table(nn.Embed):
+    """The embedding, for the input and for the logits."""
+
+    def whole(self) -> Float[Array, "vocab model"]:
+        """All of it."""
+        return self.embedding
+
+
 class LanguageModel(nn.Module):
     """Predicts token t + 1 from tokens <= t.
 
@@ -132,6 +142,8 @@ class LanguageModel(nn.Module):
         ("local", "local", "full").
       scan_layers: compile one layer and loop over L of them.
       remat: recompute each layer in the backward pass.
+      shard_axis: the mesh axis over which parameters are split by `sharding.RULES`, where the model
+        runs inside `shard_map`: every layer gathers its own and lets go of them. None: they are whole.
 
     The other attributes are those of `MetaAttention`.
     """
@@ -155,6 +167,7 @@ class LanguageModel(nn.Module):
     fixed: Sequence[str] = ("full",)
     scan_layers: bool = False
     remat: bool = False
+    shard_axis: Optional[str] = None
     dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
 
@@ -167,16 +180,22 @@ class LanguageModel(nn.Module):
                 "scan_layers: expected False with a fixed pattern, since scanned layers are alike, "
                 f"got True with fixed = {tuple(self.fixed)}."
             )
-        self.embedding = nn.Embed(
+        table, block = Table, Block
+        if self.shard_axis is not None:
+            whole = functools.partial(gather, axis_name=self.shard_axis, dtype=self.dtype)
+            table = nn.map_variables(table, "params", trans_in_fn=whole, methods=["whole"])
+            # Inside remat: the backward pass gathers anew, so that no layer stays whole meanwhile.
+            methods = ["__call__", "prefill", "decode"]
+            block = nn.map_variables(block, "params", trans_in_fn=whole, methods=methods)
+        self.embedding = table(
             self.vocab_size,
             self.model_dim,
             embedding_init=nn.initializers.normal(self.model_dim**-0.5),
             param_dtype=self.param_dtype,
             dtype=self.dtype,
         )
-        block = Block
         if self.remat:
-            block = nn.remat(Block, prevent_cse=not self.scan_layers)
+            block = nn.remat(block, prevent_cse=not self.scan_layers)
         if self.scan_layers:
             block = nn.scan(
                 block,
@@ -237,7 +256,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
         """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""
-        x = self.embedding(tokens)
+        x = jnp.take(self._table(), tokens, axis=0)
         return x * jnp.asarray(self.model_dim**0.5, x.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"], **kwargs: Any) -> Output:
@@ -376,9 +395,11 @@ class LanguageModel(nn.Module):
             )
         return route
 
+    def _table(self) -> Float[Array, "vocab model"]:
+        """The embedding, in the dtype of the computation."""
+        return promote_dtype(self.embedding.whole(), dtype=self.dtype, inexact=False)[0]
+
     def _logits(self, x: Float[Array, "batch time model"]) -> Float[Array, "batch time vocab"]:
-        x, table = self.embedding.promote_dtype(
-            self.final_norm(x), self.embedding.embedding, dtype=self.dtype
-        )
+        x, table = promote_dtype(self.final_norm(x), self._table(), dtype=self.dtype)
         # Accumulated and kept in float32: a cross-entropy of bfloat16 logits loses digits.
         return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

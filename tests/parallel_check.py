@@ -25,15 +25,16 @@ from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import eval_step, gradient_sums, init_state, train_step
 
 
-def setting(accumulate=1, rows=16, scan=False):
+def setting(accumulate=1, rows=16, scan=False, fsdp=1, clip=0.0):
     config = smoke.get_config()
     config.optimizer.name = "sgd"
-    config.optimizer.clip = 0.0
+    config.optimizer.clip = clip
     config.optimizer.warmup = 0.0
     config.optimizer.learning_rate = 0.1
     config.optimizer.accumulate = accumulate
     config.data.batch_size = rows
-    config.model.scan_layers = scan
+    config.model.scan_layers = config.model.remat = scan
+    config.parallel.fsdp = fsdp
     dataset = build.build_dataset(config)
     return config, dataset, build.build_spec(config, dataset), build.build_hypers(config)
 
@@ -51,15 +52,18 @@ def distance(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def train(mode, devices, accumulate=1, rows=16, steps=5, scan=False):
+def train(mode, devices, accumulate=1, rows=16, steps=5, scan=False, fsdp=1, clip=0.0):
     """(gradient of the first step, parameters after 5 steps of SGD, compiled step)."""
-    config, dataset, spec, hypers = setting(accumulate, rows, scan)
-    parallel = Parallel(mode, jax.devices()[:devices])
+    config, dataset, spec, hypers = setting(accumulate, rows, scan, fsdp, clip)
+    parallel = Parallel(mode, jax.devices()[:devices], fsdp)
     batches = [parallel.shard(uneven(dataset.train_batch(s))) for s in range(steps)]
-    state = init_state(spec, jax.random.key(0), dataset.train_batch(0), hypers)
-    first = jax.device_get(state.params)
-    step = parallel.compile(functools.partial(train_step, spec), batch_argument=1)
-    state, hypers = parallel.replicate(state), parallel.replicate(hypers)
+    start = functools.partial(init_state, spec, batch=dataset.train_batch(0), hypers=hypers)
+    state = parallel.make(lambda: start(jax.random.key(0)))
+    first = jax.device_get(parallel.unreplicate(state.params))
+    step = parallel.compile(
+        functools.partial(train_step, spec), batch_argument=1, state_argument=0
+    )
+    hypers = parallel.place(hypers)
     compiled = (step, (state, batches[0], hypers))
     for number, batch in enumerate(batches):
         state, metrics = step(state, batch, hypers)
@@ -124,7 +128,7 @@ def packed_evaluation(devices):
     step = parallel.compile(
         functools.partial(eval_step, model, spec.num_kinds), batch_argument=1
     )
-    params, routing = parallel.replicate((state.params, hypers.routing))
+    params, routing = parallel.place((state.params, hypers.routing))
     arguments = params, parallel.shard(uneven(batch)), routing
     sums = step(*arguments)
     return float(sums.nll), np.asarray(sums.routes).sum(axis=(0, 1)), (step, arguments)
@@ -144,7 +148,7 @@ def left_run(folder, mode):
     loop.train(job, progress=False)
     checkpoints = Checkpoints(job.path / "checkpoints", read_only=True)
     template = init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
-    state = job.parallel.unreplicate(job.parallel.replicate(checkpoints.restore(template, 2)))
+    state = job.parallel.unreplicate(job.parallel.place(checkpoints.restore(template, 2)))
     checkpoints.close()
     output = job.spec.model.apply({"params": state.params}, TOKENS, hypers=job.hypers.routing)
     np.save(folder / f"{mode}.npy", output.logits[0])

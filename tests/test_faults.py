@@ -113,11 +113,11 @@ def test_an_echo_is_no_second_signal_but_a_second_one_does_what_it_did_before(mo
     with pytest.raises(Interrupted), interruptible() as asked:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert asked() is signal.SIGINT
+        assert asked(1) is signal.SIGINT
     monkeypatch.setattr(interrupt, "REPEAT", -1.0)
     with pytest.raises(KeyboardInterrupt) as stop, interruptible() as asked:
         signal.raise_signal(signal.SIGINT)
-        assert asked() is signal.SIGINT
+        assert asked(1) is signal.SIGINT
         signal.raise_signal(signal.SIGINT)
     assert not isinstance(stop.value, Interrupted)
 
@@ -127,7 +127,7 @@ def test_a_signal_that_is_ignored_stays_so():
     try:
         with interruptible() as asked:
             signal.raise_signal(signal.SIGTERM)
-            assert asked() is None
+            assert asked(1) is None
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -138,7 +138,7 @@ def test_a_thread_trains_without_signals():
 
     def body():
         with interruptible() as asked:
-            told.append(asked())
+            told.append(asked(1))
 
     thread = threading.Thread(target=body)
     thread.start()

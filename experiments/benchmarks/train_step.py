@@ -45,8 +45,8 @@ def step_of(controller: str):
     state = init_state(spec, jax.random.key(0), dataset.train_batch(0), hypers)
     step = parallel.compile(functools.partial(train_step, spec), batch_argument=1)
     return functools.partial(
-        step, *parallel.replicate((state,)), parallel.shard(dataset.train_batch(0)),
-        parallel.replicate(hypers),
+        step, *parallel.place((state,)), parallel.shard(dataset.train_batch(0)),
+        parallel.place(hypers),
     )
 
 

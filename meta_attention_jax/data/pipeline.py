@@ -40,7 +40,7 @@ def make_dataset(
     tokenizer_dir: str | os.PathLike[str] | None = None,
     recall: RecallConfig | None = None,
     window: int = 2,
-    rows: slice = slice(None),
+    rows: slice | np.ndarray = slice(None),
 ) -> Dataset:
     """The data set of one experiment.
 
@@ -66,7 +66,7 @@ def make_dataset(
             raise ValueError(f"{field}: expected at least 1, got {value}.")
     if seed < 0:
         raise ValueError(f"seed: expected at least 0, got {seed}.")
-    if not range(batch_size)[rows]:
+    if not np.arange(batch_size)[rows].size:
         raise ValueError(f"rows: expected some of the batch's {batch_size} rows, got {rows}.")
     shape = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed, rows=rows)
     if corpus == "recall":
@@ -98,7 +98,7 @@ class Dataset(abc.ABC):
         sequence_length: int,
         batch_size: int,
         seed: int,
-        rows: slice = slice(None),
+        rows: slice | np.ndarray = slice(None),
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length

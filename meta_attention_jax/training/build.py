@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import jax
@@ -18,6 +19,7 @@ from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
+from meta_attention_jax.sharding import FSDP
 from meta_attention_jax.training.config import expect, validate
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
@@ -148,18 +150,38 @@ def build_parallel(config: ConfigDict) -> Parallel:
     """The devices of the run.
 
     Raises:
-      ValueError: more devices than there are, or a batch that they cannot share.
+      ValueError: more devices than there are, fewer than all of several processes, devices, widths
+        or a batch that do not divide.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"processes: expected 1, since several are not supported yet, got {jax.process_count()}."
-        )
     available = jax.devices()
     wanted = config.parallel.devices or len(available)
     expect(
         wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted
     )
-    parallel = Parallel(config.parallel.mode, available[:wanted])
+    expect(
+        wanted == len(available) or jax.process_count() == 1,
+        "parallel.devices",
+        f"0 or {len(available)}, all of them, with several processes",
+        wanted,
+    )
+    return check_parallel(config, available[:wanted])
+
+
+def check_parallel(config: ConfigDict, devices: Sequence[jax.Device]) -> Parallel:
+    """These devices, as the config wants them used.
+
+    Raises:
+      ValueError: as `build_parallel`.
+    """
+    fsdp = config.parallel.get("fsdp", 1)  # Runs from before it have none.
+    parallel = Parallel(config.parallel.mode, devices, fsdp)
+    split = {
+        "model.model_dim": config.model.model_dim,
+        # Not there, a controller has nothing to split.
+        "controller.hidden": fsdp if config.controller.name == "fixed" else config.controller.hidden,
+    }
+    for field, width in split.items():
+        expect(width % fsdp == 0, field, f"a multiple of parallel.fsdp = {fsdp}", width)
     parallel.check_batch(config.data.batch_size, config.optimizer.accumulate)
     return parallel
 
@@ -170,8 +192,10 @@ def data_seed(config: ConfigDict) -> int:
     return config.seed if seed < 0 else seed
 
 
-def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
-    """The corpus, split and tokenised.
+def build_dataset(
+    config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[np.ndarray] = None
+) -> Dataset:
+    """The corpus, split and tokenised; `rows` of every batch are this process's, None for all.
 
     Raises:
       ValueError: unknown corpus, missing file, text shorter than a sequence; one sentence.
@@ -196,6 +220,7 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None) -> Dataset:
         seed=data_seed(config),
         recall=recall,
         tokenizer_dir=tokenizer_dir,
+        rows=slice(None) if rows is None else rows,
     )
 
 
@@ -245,14 +270,20 @@ def build_hypers(
 
 def build_spec(config: ConfigDict, dataset: Dataset) -> StepSpec:
     """The static side of the training step."""
+    return spec_for(config, dataset.vocab_size, dataset.num_kinds)
+
+
+def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
+    """`build_spec` without the data."""
     optimizer = config.optimizer
+    shard_axis = FSDP if config.parallel.get("fsdp", 1) > 1 else None
     return StepSpec(
-        model=build_model(config, dataset.vocab_size),
+        model=build_model(config, vocab_size).clone(shard_axis=shard_axis),
         optimizer=make_optimizer(
             optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip
         ),
         schedule=build_schedule(config),
-        num_kinds=dataset.num_kinds,
+        num_kinds=num_kinds,
         accumulate=optimizer.accumulate,
     )
 

@@ -46,6 +46,7 @@ def validate(config: ConfigDict) -> None:
         "model.num_kv_heads": model.num_kv_heads,
         "model.window": model.window,
         "controller.hidden": config.controller.hidden,
+        "parallel.fsdp": config.parallel.get("fsdp", 1),
         "controller.temperature": config.controller.temperature,
         "controller.temperature_start": config.controller.temperature_start,
         "optimizer.learning_rate": config.optimizer.learning_rate,

@@ -64,7 +64,7 @@ def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int)
     """
     for number in range(start, stop):
         work.step(number)
-        done, signal = number + 1, asked()
+        done, signal = number + 1, asked(number + 1)
         cut = signal is not None and done < stop
         now = Due(log=True, evaluate=False, save=True) if cut else due(every, done, stop)
         if now.log and not work.log(done):

@@ -16,7 +16,7 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import Sums, forward, loss_sums, token_nll
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import eval_step, sampled_eval_step
+from meta_attention_jax.training.step import Axes, eval_step, sampled_eval_step
 from meta_attention_jax.types import Batch, RoutingHypers
 
 
@@ -26,7 +26,7 @@ class Evaluator:
     Args:
       model: the language model, in any mode.
       dataset: where the batches come from.
-      parallel: where they run; parameters and hypers given later are replicated over it.
+      parallel: where they run; parameters and hypers given later are placed there.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, parallel: Parallel):
@@ -52,8 +52,8 @@ class Evaluator:
         """Sums over the split at the posterior mean.
 
         Args:
-          params: replicated parameters.
-          hypers: replicated; theta counts in mode "gated" only.
+          params: placed parameters.
+          hypers: placed; theta counts in mode "gated" only.
           split: "train", "validation" or "test".
           mode: "soft", "hard" or "gated".
           max_batches: at most so many, spread evenly over the split; None is all of it.
@@ -121,11 +121,11 @@ class Evaluator:
             functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples),
         )
         hypers = hypers.replace(threshold=jnp.zeros_like(hypers.threshold))
-        key = self.parallel.replicate(jax.random.key(seed))
+        key = self.parallel.make(lambda: jax.random.key(seed))
         total = {"tokens": 0.0, "predictive": 0.0, "elbo": 0.0}
         for index, batch in enumerate(self.dataset.eval_batches(split, max_batches=max_batches)):
             # Rows of different batches must not share noise.
-            batch = batch.replace(row=batch.row + index * len(batch.row))
+            batch = batch.replace(row=batch.row + index * self.dataset.batch_size)
             sums = step(params, self.parallel.shard(batch), hypers, key)
             sums = jax.device_get(self.parallel.unreplicate(sums))
             total = {name: total[name] + float(sums[name]) for name in total}
@@ -139,7 +139,7 @@ def accounted_eval_step(
     batch: Batch,
     hypers: RoutingHypers,
     *,
-    axis_name: Optional[str] = None,
+    axis_name: Optional[Axes] = None,
 ) -> tuple[Sums, Accounting]:
     """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
     output = forward(model, params, batch, hypers)

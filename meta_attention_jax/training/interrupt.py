@@ -1,20 +1,31 @@
-"""SIGTERM and SIGINT end a training loop between two steps, after a save."""
+"""SIGTERM and SIGINT end a training loop between two steps, after a save.
+
+With several processes it is enough that one of them gets the signal. They stop after the same step, on
+which JAX's preemption service makes them agree.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
+from jax.experimental import multihost_utils
+
+from meta_attention_jax.training import processes
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT = 1.0
 """Seconds in which a second signal is the first one's echo: a terminal and the program that started this
 one often send one each."""
 
-Asked = Callable[[], Optional[signal.Signals]]
+Asked = Callable[[int], Optional[signal.Signals]]
+"""After how many steps -> the signal to stop for now, if any. With several processes it has to be called
+after every step."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,13 +52,19 @@ def interruptible() -> Iterator[Asked]:
 
     Threads other than the main one get no signals; there the function always says None.
 
+    With several processes every signal is told as SIGTERM, to all of them.
+
     Raises:
       Interrupted: at the end of the block, if a signal came that nobody asked for.
     """
     caught: list[signal.Signals] = []
     began = 0.0
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda done: None
+        return
+    if processes.several():
+        with _agreed() as asked:
+            yield asked
         return
     before: dict[signal.Signals, Any] = {}
 
@@ -68,8 +85,34 @@ def interruptible() -> Iterator[Asked]:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, catch)
     try:
-        yield lambda: caught[0] if caught else None
+        yield lambda done: caught[0] if caught else None
     finally:
         restore()
     if caught:
         raise Interrupted(caught[0])
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[Asked]:
+    """`interruptible` for several processes. The preemption service has taken SIGTERM for itself."""
+    began = None
+
+    def forward(number: int, frame: Any) -> None:
+        nonlocal began
+        if began is None:
+            began = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - began > REPEAT:
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, forward)
+    try:
+        yield lambda done: (
+            signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
+        )
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

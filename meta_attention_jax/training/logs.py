@@ -66,6 +66,16 @@ class MetricsLog:
         self._board.close()
 
 
+class SilentLog:
+    """What all processes but the first have in the place of `MetricsLog`."""
+
+    def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl` in order, without those that a resumed run has redone.
 

@@ -16,11 +16,12 @@ import pathlib
 from typing import Any, Mapping, Optional
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax.data.pipeline import Dataset, write_manifest
 from meta_attention_jax.objective import summarise
-from meta_attention_jax.training import build
+from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
 from meta_attention_jax.training.drive import Tally, drive
@@ -28,17 +29,25 @@ from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.finite import Finite, not_finite
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.lock import hold
-from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
+from meta_attention_jax.training.logs import (
+    MetricsLog,
+    Progress,
+    SilentLog,
+    read_metrics,
+    status_line,
+)
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params
 from meta_attention_jax.training.state import Hypers, TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
+from meta_attention_jax.types import Batch
 
 PROFILED_STEPS = 3
 
 FREE_TO_CHANGE = (
     "parallel.mode",
     "parallel.devices",
+    "parallel.fsdp",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_latest",
@@ -138,14 +147,24 @@ def prepare(
 ) -> Job:
     """Checks the config, the data and the directory, in this order; only then writes anything.
 
+    Of several processes the first does all of it before the others begin, who then find its files.
+
     `dataset`: of another run with the same data; None opens it.
 
     Raises:
       ValueError: any mistake of the user's, as one sentence.
     """
+    processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
+    return processes.in_turn(lambda: _prepare(config, workdir, dataset))
+
+
+def _prepare(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset]
+) -> Job:
     build.check(config)
     parallel = build.build_parallel(config)
-    dataset = dataset or build.build_dataset(config, workdir)
+    rows = parallel.rows(config.data.batch_size)
+    dataset = dataset or build.build_dataset(config, workdir, rows)
     spec = build.build_spec(config, dataset)
     initial = None
     # The folder alone says nothing: a run killed before its first save has one too.
@@ -158,7 +177,8 @@ def prepare(
     # Once trained upon, measured costs may only be read.
     trained = (path / "checkpoints").exists()
     hypers = build.build_hypers(config, path, measure=not trained)
-    dataset.tokenizer.save(path)
+    if processes.leads():
+        dataset.tokenizer.save(path)
     write_manifest(dataset, path)
     return Job(config, path, dataset, parallel, spec, hypers, initial)
 
@@ -189,25 +209,29 @@ def train(
     """
     config = job.config
     label = label or config.name
-    state = init_state(
-        job.spec, jax.random.key(config.seed), job.dataset.train_batch(0), job.hypers
+    progress = progress and processes.leads()
+    parallel = job.parallel
+    state = parallel.make(
+        lambda: init_state(
+            job.spec, jax.random.key(config.seed), _blank(job.dataset), job.hypers
+        )
     )
     with contextlib.ExitStack() as stack:
         # Left last: what is being saved when a signal comes is saved whole.
         asked = stack.enter_context(interruptible())
-        stack.enter_context(hold(job.path))
+        _hold(job.path, stack)
         checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
         stack.callback(checkpoints.close)
-        start, restored = checkpoints.restore_newest(state)
-        log = MetricsLog(job.path, start=start)
+        start, restored = checkpoints.restore_newest(parallel.unreplicate(state))
+        log = MetricsLog(job.path, start=start) if processes.leads() else SilentLog()
         stack.callback(log.close)
-        about = describe(job, state.params)
+        about = describe(job, parallel.unreplicate(state).params)
         if start:
-            state = restored
+            state = parallel.place(restored)
             log.write("resume", start, {})
         else:
             if job.initial is not None:
-                state = state.replace(params=job.initial)
+                state = state.replace(params=parallel.place(job.initial))
             log.write("start", 0, about)
         if progress:
             print(_headline(label, about, job, start), flush=True)
@@ -227,8 +251,28 @@ def train(
         return run.evaluation
 
 
+def _blank(dataset: Dataset) -> Batch:
+    """A batch of nothing, for the shapes."""
+    return jax.tree.map(np.zeros_like, dataset.train_batch(0))
+
+
+def _hold(path: pathlib.Path, stack: contextlib.ExitStack) -> None:
+    """The run's lock, until the stack is left; one process has it for all."""
+
+    def taken() -> None:
+        if processes.leads():
+            stack.enter_context(hold(path))
+
+    processes.together(taken)
+
+
 def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str:
-    devices = f"{len(job.parallel.devices)} x {jax.default_backend()} by {job.parallel.mode}"
+    parallel = job.parallel
+    devices = f"{len(parallel.devices)} x {jax.default_backend()} by {parallel.mode}"
+    if processes.several():
+        devices += f" in {jax.process_count()} processes"
+    if parallel.shard_axis is not None:
+        devices += f", parameters over {parallel.mesh.shape[parallel.shard_axis]}"
     state = "finished" if start >= job.config.train.steps else "resumed"
     return (
         f"{label}: {about['parameters']:,} parameters "
@@ -252,7 +296,7 @@ class _Run:
         job: Job,
         state: TrainState,
         checkpoints: Checkpoints,
-        log: MetricsLog,
+        log: MetricsLog | SilentLog,
         line: Progress,
         *,
         start: int,
@@ -269,7 +313,7 @@ class _Run:
         self.packed_from = job.spec.schedule.gate.end if config.train.packed else stop
         self.dense_share = dense_row_share(config, len(parallel.devices))
         self.evaluator = Evaluator(job.spec.model, job.dataset, parallel)
-        self.state, self.hypers = parallel.replicate(state), parallel.replicate(job.hypers)
+        self.state, self.hypers = state, parallel.place(job.hypers)
         self.tally = Tally(lambda tree: jax.device_get(parallel.unreplicate(tree)))
         self.evaluation: dict[str, Any] = {}
         self.good = start or None
@@ -352,7 +396,7 @@ def dense_row_share(config: ConfigDict, devices: int) -> float:
 
 def _compile(job: Job, spec: StepSpec) -> Any:
     step = functools.partial(train_step, spec)
-    return job.parallel.compile(step, batch_argument=1, donate=(0,))
+    return job.parallel.compile(step, batch_argument=1, state_argument=0, donate=(0,))
 
 
 def _packed_note(step: int, dense_rows: float) -> str:

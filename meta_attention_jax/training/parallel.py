@@ -1,38 +1,63 @@
 """Two ways to run the same per-device function on many devices: jit over a mesh, and pmap.
 
-Both give each device its rows and replicate the rest, so the numbers are the same. The mesh form is
-`jit(shard_map(...))`: what is inside is written per device, which keeps every collective where the
-step put it (one psum at the end), and out of the loops of attention and accumulation.
+Both give each device its rows; the numbers are the same. The mesh form is `jit(shard_map(...))`: what is
+inside is written per device, which keeps every collective where the step put it (sums at the end, and the
+gathers of `sharding` where parameters are split), and out of the loops of attention and accumulation.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import flax.jax_utils
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from meta_attention_jax.sharding import AXES, DATA, FSDP, partition
+
 PARALLEL_MODES = ("jit", "pmap")
-AXIS = "data"
 
 
 class Parallel:
-    """Places arrays and compiles per-device functions over the data axis.
+    """Places arrays and compiles per-device functions over the devices.
 
     Attributes:
-      mode: "jit" (mesh) or "pmap".
-      devices: the devices of the data axis.
+      mode: "jit" (mesh of data x fsdp) or "pmap" (data alone).
+      devices: all devices, of all processes.
+      shard_axis: the mesh axis that parameters and moments are split over; None where each device
+        has all of them.
+
+    Raises:
+      ValueError: an unknown mode, a number of devices that fsdp does not divide, pmap with fsdp or
+        with several processes.
     """
 
-    def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        mode: str = "jit",
+        devices: Sequence[jax.Device] | None = None,
+        fsdp: int = 1,
+    ):
         if mode not in PARALLEL_MODES:
             raise ValueError(f"parallel.mode: expected one of {PARALLEL_MODES}, got {mode!r}.")
         self.mode = mode
         self.devices = tuple(jax.devices() if devices is None else devices)
-        self.mesh = Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
+        if fsdp < 1 or len(self.devices) % fsdp:
+            raise ValueError(
+                f"parallel.fsdp: expected a divisor of the {len(self.devices)} devices, got {fsdp}."
+            )
+        several = len({device.process_index for device in self.devices}) > 1
+        if mode == "pmap" and (fsdp > 1 or several):
+            what = "several processes" if several else f"parallel.fsdp = {fsdp}"
+            raise ValueError(f"parallel.mode: expected 'jit' with {what}, got 'pmap'.")
+        self.shard_axis: Optional[str] = FSDP if fsdp > 1 else None
+        shape = (len(self.devices) // fsdp, fsdp)
+        # Auto: Linen and distrax do not know explicit axes. make_mesh knows the wires of a TPU.
+        self.mesh = jax.make_mesh(
+            shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=self.devices
+        )
 
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuses a batch that does not split over devices and micro-batches."""
@@ -43,55 +68,105 @@ class Parallel:
                 f"{len(self.devices)} x {accumulate} = {share}, got {batch_size}."
             )
 
-    def replicate(self, tree: Any) -> Any:
-        """The same value on every device."""
+    @property
+    def _rows(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(AXES))
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Numbers of the rows of a batch that this process gives to its devices, in order."""
+        if self.mode == "pmap":
+            return np.arange(batch_size)
+        places = self._rows.addressable_devices_indices_map((batch_size,))
+        numbers = [np.arange(batch_size)[index] for index, in places.values()]
+        return np.sort(np.concatenate(numbers))
+
+    def shardings(self, tree: Any) -> Any:
+        """Where `place` puts each leaf, with a mesh."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, spec), partition(tree, self.shard_axis)
+        )
+
+    def place(self, tree: Any) -> Any:
+        """States, parameters and hypers, the same in every process: split by `sharding.RULES` where
+        there is a shard axis, the rest whole on every device."""
         if self.mode == "pmap":
             return flax.jax_utils.replicate(tree, self.devices)
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        shardings = self.shardings(tree)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, shardings)
+
+        def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+            if getattr(leaf, "sharding", None) == sharding:
+                return leaf
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(put, tree, shardings)
+
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`place(function(*args))`, compiled so that with a mesh nothing is ever whole in one place."""
+        if self.mode == "pmap":
+            return self.place(function(*args))
+        shardings = self.shardings(jax.eval_shape(function, *args))
+        return jax.jit(function, out_shardings=shardings)(*args)
 
     def unreplicate(self, tree: Any) -> Any:
-        """One copy of a replicated value."""
+        """One copy of what pmap has on every device; a mesh's arrays as they are."""
         return flax.jax_utils.unreplicate(tree) if self.mode == "pmap" else tree
 
     def shard(self, batch: Any) -> Any:
-        """Splits this process's rows over its devices."""
+        """The whole batch over all devices, from this process's rows (`rows`)."""
+        here = [d for d in self.devices if d.process_index == jax.process_index()]
         if self.mode == "pmap":
-            local = jax.local_device_count() if jax.process_count() > 1 else len(self.devices)
-            return jax.tree.map(lambda leaf: leaf.reshape(local, -1, *leaf.shape[1:]), batch)
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, sharding), batch
-        )
+            return jax.tree.map(lambda leaf: leaf.reshape(len(here), -1, *leaf.shape[1:]), batch)
+        local = len(jax.tree.leaves(batch)[0])
+        total = local * len(self.devices) // len(here)
+        numbers = self.rows(total)
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                rows = np.arange(total)[index[0]]
+                first = int(np.searchsorted(numbers, rows[0]))
+                return leaf[first : first + len(rows)]
+
+            return jax.make_array_from_callback((total, *leaf.shape[1:]), self._rows, part)
+
+        return jax.tree.map(put, batch)
 
     def compile(
-        self, function: Callable[..., Any], *, batch_argument: int, donate: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        *,
+        batch_argument: int,
+        state_argument: Optional[int] = None,
+        donate: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
-        """Compiles `function(*args, axis_name=...)`, whose argument `batch_argument` is sharded.
+        """Compiles `function(*args, axis_name=...)`, whose argument `batch_argument` is split by rows.
 
-        Every other argument and every result is replicated.
+        Every other argument is placed as by `place`. Every result is the same on all devices, but for
+        the first of several where `state_argument` is given: that is a new one of this argument.
         """
-        function = functools.partial(function, axis_name=AXIS)
+        function = functools.partial(function, axis_name=DATA if self.mode == "pmap" else AXES)
         if jax.config.jax_debug_nans:
             donate = ()  # What has made a NaN is run again, operation by operation.
         if self.mode == "pmap":
             return jax.pmap(
-                function, axis_name=AXIS, devices=self.devices, donate_argnums=donate
-            )
-
-        def specs(count: int) -> tuple[PartitionSpec, ...]:
-            return tuple(
-                PartitionSpec(AXIS) if i == batch_argument else PartitionSpec()
-                for i in range(count)
+                function, axis_name=DATA, devices=self.devices, donate_argnums=donate
             )
 
         def mapped(*args):
+            specs = [
+                PartitionSpec(AXES) if i == batch_argument else partition(arg, self.shard_axis)
+                for i, arg in enumerate(args)
+            ]
+            out = PartitionSpec()
             # check_vma=False: gradients inside stay per device, as under pmap, and the step's own
             # psum adds them; the checker would insert a second one.
             return jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=specs(len(args)),
-                out_specs=PartitionSpec(),
+                in_specs=tuple(specs),
+                out_specs=out if state_argument is None else (specs[state_argument], out),
                 check_vma=False,
             )(*args)
 

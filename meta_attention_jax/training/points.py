@@ -194,6 +194,7 @@ def program(config: ConfigDict) -> Hashable:
         or config.prior.costs == "measured"
         or config.train.profile_step >= 0
         or config.parallel.mode != "jit"
+        or config.parallel.get("fsdp", 1) > 1
     ):
         return None
     fields = _fields(config_to_dict(config))

@@ -3,7 +3,8 @@
 Inside a mesh or pmap both run per device on that device's rows: every device sums over its own
 tokens, one psum at the end adds the sums, and only then is anything divided by the global number of
 tokens. Gradients are therefore those of the whole batch however uneven its shards are, and no
-collective stands inside a loop.
+collective stands inside a loop, but for the parameters of scanned layers where a model's `shard_axis`
+splits them (see `sharding`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from meta_attention_jax.objective import (
     token_nll,
 )
 from meta_attention_jax.routing import gate
+from meta_attention_jax.sharding import global_norm, sum_gradients
 from meta_attention_jax.training.finite import finite_parts
 from meta_attention_jax.training.state import Hypers, TrainState, in_controller, row_keys
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
+
+Axes = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ class StepSpec:
     """
 
     model: nn.Module
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     schedule: Schedule
     num_kinds: int = 1
     accumulate: int = 1
@@ -104,12 +108,25 @@ def num_dense_rows(share: float, rows: int) -> int:
     return math.ceil(share * rows)
 
 
+def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, with the norm given: what a device holds may be a part."""
+
+    def update(updates, state, params=None, *, norm):
+        del params
+        scale = lambda u: jax.lax.select(  # noqa: E731
+            norm < largest, u, (u / norm.astype(u.dtype)) * largest
+        )
+        return jax.tree.map(scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     name: str, *, weight_decay: float, clip: float, b1: float = 0.9, b2: float = 0.99
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
 
-    The learning rate is an array input, so it is applied by the step and not in here.
+    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is applied by the step and not in here.
     Weight decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm
     scales and biases of all layers, which then have two axes too.
     """
@@ -117,7 +134,7 @@ def make_optimizer(
     def decays(path, _):
         return getattr(path[-1], "key", None) in ("kernel", "embedding")
 
-    clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
+    clipping = _clip(clip) if clip else optax.with_extra_args_support(optax.identity())
     if name == "sgd":
         return clipping
     if name == "adamw":
@@ -129,10 +146,11 @@ def make_optimizer(
 
 
 def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> TrainState:
-    """Fresh parameters from `key`; `batch` gives shapes only."""
+    """Fresh parameters from `key`, whole; `batch` gives shapes only."""
+    model = spec.model.clone(shard_axis=None)
     init_key, run_key = jax.random.split(key)
     # Compiled as one program: op by op, initialisation takes longer than many a short run.
-    initialise = jax.jit(lambda key, tokens: spec.model.init(key, tokens, hypers=hypers.routing))
+    initialise = jax.jit(lambda key, tokens: model.init(key, tokens, hypers=hypers.routing))
     params = initialise(init_key, jnp.asarray(batch.tokens[:1]))["params"]
     return TrainState(
         step=jnp.int32(0),
@@ -204,20 +222,28 @@ def train_step(
     batch: Batch,
     hypers: Hypers,
     *,
-    axis_name: Optional[str] = None,
+    axis_name: Optional[Axes] = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step: (state, batch, hypers) -> (state, metrics).
+
+    `axis_name`: the axes over which rows are split. Where the model has a `shard_axis`, one of them, the
+    state holds this device's shards, and so does the new one.
 
     Metrics: "sums" (a `Sums`, over the global batch), "gradient_norm" (before clipping), "threshold",
     "beta", "learning_rate", "finite" (of `finite_parts`: loss, routing, gradients, new parameters).
     """
+    shard_axis = spec.model.shard_axis
     gradients, sums = gradient_sums(spec, state, batch, hypers)
     if axis_name is not None:
-        gradients, sums = jax.lax.psum((gradients, sums), axis_name)
+        gradients = sum_gradients(gradients, axis_name, shard_axis)
+        sums = jax.lax.psum(sums, axis_name)
     tokens = jnp.maximum(sums.tokens, 1.0)
     gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
 
-    direction, opt_state = spec.optimizer.update(gradients, state.opt_state, state.params)
+    norm = global_norm(gradients, shard_axis)
+    direction, opt_state = spec.optimizer.update(
+        gradients, state.opt_state, state.params, norm=norm
+    )
     if spec.packed and not spec.dense_rows:
         # Without gradients, momentum and weight decay would still move the controller.
         direction = jax.tree_util.tree_map_with_path(
@@ -228,7 +254,10 @@ def train_step(
     threshold = routing_hypers(spec, state, hypers).threshold
     # As a fraction of log K, the largest entropy of K mechanisms.
     entropy = jnp.mean(sums.entropy) / tokens / jnp.log(sums.mean.shape[-1])
-    norm = optax.tree.norm(gradients)
+    finite = finite_parts(sums, gradients, norm, params)
+    if shard_axis is not None:
+        bad = jax.lax.psum(jax.tree.map(lambda ok: (~ok).astype(jnp.int32), finite), shard_axis)
+        finite = jax.tree.map(lambda count: count == 0, bad)
     new_state = state.replace(
         step=state.step + 1,
         params=params,
@@ -241,7 +270,7 @@ def train_step(
         "threshold": threshold,
         "beta": hypers.beta * spec.schedule.beta(state.step),
         "learning_rate": learning_rate,
-        "finite": finite_parts(sums, gradients, norm, params),
+        "finite": finite,
     }
 
 
@@ -252,7 +281,7 @@ def eval_step(
     batch: Batch,
     hypers: RoutingHypers,
     *,
-    axis_name: Optional[str] = None,
+    axis_name: Optional[Axes] = None,
 ) -> Sums:
     """Sums at the posterior mean, in the model's mode."""
     sums = apply_sums(model, params, batch, hypers, num_kinds=num_kinds)
@@ -267,7 +296,7 @@ def sampled_eval_step(
     hypers: RoutingHypers,
     key: Array,
     *,
-    axis_name: Optional[str] = None,
+    axis_name: Optional[Axes] = None,
 ) -> dict[str, Array]:
     """Sums over S samples of pi per token and layer: the predictive and the ELBO.
 

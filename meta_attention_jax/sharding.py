@@ -1,0 +1,137 @@
+"""Fully sharded parameters: which axis of which leaf is split, and how a module gets its whole leaves.
+
+Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the
+same paths, are split alike. Inside `shard_map` a module gathers its own leaves when it reads them,
+one layer at a time, and the transpose of that gather adds the gradients up and leaves each device
+its share:
+
+    W = all_gather(W_i)        dL/dW_i = reduce_scatter_i(dL/dW)
+
+Source: ZeRO stage 3 (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from meta_attention_jax.types import Scalar
+
+DATA, FSDP = "data", "fsdp"
+AXES = (DATA, FSDP)
+"""Mesh axes. The rows of a batch are split over both, parameters over the second."""
+
+RULES: tuple[tuple[str, Optional[int]], ...] = (
+    # The end of a leaf's path, and its split axis counted from the last, since scanned layers have
+    # one more in front. Nearly all are of width D, so one divisor serves the model.
+    (r"controller/.*hidden/kernel", -1),  # [D + 2, hidden]
+    (r"controller/.*output/kernel", -2),  # [hidden, outputs]
+    (r"embedding", -1),  # [V, D]
+    (r"(query|key|value)/kernel", -3),  # [D, heads, d]
+    (r"out/kernel", -1),  # [heads, d, D]
+    (r"(gate|up)/kernel", -2),  # [D, F]
+    (r"down/kernel", -1),  # [F, D]
+    (r"", None),  # norms and biases: whole on every device
+)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def split_axis(path: tuple[Any, ...]) -> Optional[int]:
+    """The axis, from the last, along which the leaf at this path is split; None for not at all."""
+    name = _name(path)
+    return next(axis for rule, axis in RULES if re.search(rf"(^|/){rule}$" if rule else "", name))
+
+
+def partition(tree: Any, axis_name: Optional[str] = FSDP) -> Any:
+    """A `PartitionSpec` for every leaf of a state, of parameters, or of anything else (replicated).
+
+    Args:
+      tree: leaves that have `ndim`.
+      axis_name: mesh axis to split over; None splits nothing.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        axis = None if axis_name is None else split_axis(path)
+        if axis is None:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * (leaf.ndim + axis), axis_name)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(shard: Array, axis_name: str, axis: int, dtype: Any) -> Array:
+    return jax.lax.all_gather(shard.astype(dtype), axis_name, axis=axis, tiled=True)
+
+
+def _gather_forward(shard: Array, axis_name: str, axis: int, dtype: Any) -> tuple[Array, Array]:
+    # Of the shard the backward pass wants the dtype alone.
+    return _gather(shard, axis_name, axis, dtype), jnp.zeros((0,), shard.dtype)
+
+
+def _gather_backward(
+    axis_name: str, axis: int, dtype: Any, like: Array, cotangent: Array
+) -> tuple[Array]:
+    # Added up in the parameter's own precision, whatever was gathered.
+    cotangent = cotangent.astype(like.dtype)
+    return (
+        jax.lax.psum_scatter(cotangent, axis_name, scatter_dimension=axis, tiled=True),
+    )
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def gather(params: Any, axis_name: str, dtype: Optional[Any] = None) -> Any:
+    """Whole leaves from the shards of a module's parameters, inside `shard_map` over `axis_name`.
+
+    Args:
+      params: shards, with enough of their paths for `RULES`.
+      axis_name: of the mesh.
+      dtype: that the module computes in; leaves that it casts anyway travel in it, so bfloat16 moves
+        half the bytes and changes no number. None for that of the leaves. Controllers, which compute
+        in float32 in part, always travel as they are.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: Array) -> Array:
+        axis = split_axis(path)
+        if axis is None:
+            return leaf
+        cast = leaf.dtype if dtype is None or "controller" in _name(path) else dtype
+        return _gather(leaf, axis_name, leaf.ndim + axis, jnp.dtype(cast))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def sum_gradients(gradients: Any, axis_names: Any, shard_axis: Optional[str]) -> Any:
+    """Sum over all devices. What is split has been added up over the shard axis by its gather."""
+    if shard_axis is None:
+        return jax.lax.psum(gradients, axis_names)
+    others = tuple(name for name in axis_names if name != shard_axis)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, g: jax.lax.psum(g, axis_names if split_axis(path) is None else others),
+        gradients,
+    )
+
+
+def global_norm(tree: Any, shard_axis: Optional[str]) -> Scalar:
+    """The root of the sum of squares of whole leaves, from their shards."""
+    split = whole = jnp.float32(0.0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        square = jnp.sum(jnp.square(leaf)).astype(jnp.float32)
+        if shard_axis is None or split_axis(path) is None:
+            whole += square
+        else:
+            split += square
+    if shard_axis is not None:
+        whole += jax.lax.psum(split, shard_axis)
+    return jnp.sqrt(whole)

@@ -1,0 +1,127 @@
+"""What several processes of one run have to agree on. With one process all of it does nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Optional, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
+
+_LONGEST = 1024
+"""Bytes of a sentence that travel."""
+
+
+def several() -> bool:
+    """Whether the run has more than one process."""
+    return jax.process_count() > 1
+
+
+def leads() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def start(
+    coordinator: Optional[str] = None,
+    num_processes: Optional[int] = None,
+    process_id: Optional[int] = None,
+) -> None:
+    """Joins the processes of a run; before anything else is asked of JAX.
+
+    Args:
+      coordinator: host:port of process 0; None finds it, and the rest, where the environment tells
+        (TPU pods, Slurm, ...).
+      num_processes: of the run, with `coordinator`.
+      process_id: of this one, from 0, with `coordinator`.
+
+    Raises:
+      ValueError: one without the others, or nothing given and nothing found.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if any(value is not None for value in given.values()):
+        for name, value in given.items():
+            if value is None:
+                raise ValueError(
+                    f"{name}: expected a value, as {', '.join(given)} go together, got none."
+                )
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"process_id: expected a number from 0 to num_processes - 1 = {num_processes - 1}, "
+                f"got {process_id}."
+            )
+        if ":" not in coordinator:
+            raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}.")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            "multihost: expected a TPU pod, a cluster that JAX knows, or coordinator, num_processes "
+            f"and process_id, got: {reason}"
+        ) from error
+
+
+def agree(error: Optional[BaseException]) -> None:
+    """Raises in every process what went wrong in any; the first process's sentence counts.
+
+    Raises:
+      the error itself where it came up, ValueError in the other processes.
+    """
+    if not several():
+        if error is not None:
+            raise error
+        return
+    words = b"" if error is None else (str(error).encode() or repr(error).encode())[:_LONGEST]
+    mine = np.zeros(_LONGEST, np.uint8)
+    mine[: len(words)] = np.frombuffer(words, np.uint8)
+    for index, other in enumerate(multihost_utils.process_allgather(mine)):
+        text = bytes(np.asarray(other)).rstrip(b"\0").decode(errors="ignore")
+        if text and index == jax.process_index():
+            raise error
+        if text:
+            raise ValueError(text)
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """function() in every process; what goes wrong in one goes wrong in all."""
+    result, error = None, None
+    try:
+        result = function()
+    except (ValueError, OSError, RuntimeError) as caught:
+        error = caught
+    agree(error)
+    return result
+
+
+def in_turn(function: Callable[[], Result]) -> Result:
+    """function() in process 0, then in the others: they find what it has written."""
+    result = together(function) if not several() or leads() else together(lambda: None)
+    if not several():
+        return result
+    other = together(lambda: None if leads() else function())
+    return result if leads() else other
+
+
+def check_same(field: str, text: str) -> None:
+    """Raises ValueError in all processes unless all have the same text."""
+    if not several():
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests: Any = multihost_utils.process_allgather(digest)
+    different = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
+    if different:
+        raise ValueError(
+            f"{field}: expected the same in all {jax.process_count()} processes, got another in "
+            f"process {different[0]}."
+        )
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if several():
+        multihost_utils.sync_global_devices(name)
