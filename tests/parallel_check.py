@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import smoke
+from meta_attention_jax.analysis import hlo
 from meta_attention_jax.training import build, loop
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.group import Group, point_of
@@ -76,26 +77,8 @@ def train(mode, devices, accumulate=1, rows=16, steps=5, scan=False, fsdp=1, cli
 
 def collectives(text):
     """(all collectives of the HLO, those inside the body of a loop)."""
-    computations, name = {}, None
-    for line in text.splitlines():
-        header = re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if header:
-            name = header.group(1)
-            computations[name] = []
-        elif name is not None:
-            computations[name].append(line)
-    inside, queue = set(), re.findall(r"(?:body|condition)=%?([\w.\-]+)", text)
-    while queue:
-        name = queue.pop()
-        if name in inside:
-            continue
-        inside.add(name)
-        for line in computations.get(name, []):
-            queue += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
-    kinds = r"= .*\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\("
-    count = lambda lines: sum(bool(re.search(kinds, line)) for line in lines)  # noqa: E731
-    return (sum(map(count, computations.values())),
-            sum(count(computations.get(name, [])) for name in inside))
+    found = hlo.collectives(text)
+    return len(found), sum(bool(c.loops) for c in found)
 
 
 def mean_of_means(devices):

@@ -37,6 +37,16 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: one sentence with the field, what was expected, and what it got.
     """
+    validate_without_devices(config)
+    build_parallel(config)
+    try:
+        full_attention(config)
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from None
+
+
+def validate_without_devices(config: ConfigDict) -> None:
+    """`check`, but for the devices that are here."""
     validate(config)
     # Measured costs come last, once there is a directory to freeze them in; any numbers do here.
     measured = config.prior.costs == "measured"
@@ -48,11 +58,6 @@ def check(config: ConfigDict) -> None:
     except ValueError as error:
         raise ValueError(f"prior.{error}") from None
     build_schedule(config)
-    build_parallel(config)
-    try:
-        full_attention(config)
-    except ValueError as error:
-        raise ValueError(f"model.{error}") from None
 
 
 def full_attention(config: ConfigDict) -> str:

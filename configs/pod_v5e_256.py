@@ -1,0 +1,32 @@
+"""About 1 B parameters at 8,192 tokens of context on 256 TPU v5e. Compiled, not trained."""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "pod_v5e_256"
+    config.data.corpus = "path:corpus"
+    config.data.tokenizer = "bpe"
+    config.data.vocab_size = 32768
+    config.data.sequence_length = 8192
+    config.data.batch_size = 256
+    config.model.model_dim = 2048
+    config.model.num_layers = 22
+    config.model.num_heads = 16
+    config.model.num_kv_heads = 4
+    config.model.window = 512
+    config.model.dtype = "bfloat16"
+    config.model.scan_layers = True
+    config.model.remat = True
+    config.controller.hidden = 256
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup = 0.02
+    config.train.steps = 20000
+    config.train.eval_every = 1000
+    config.train.eval_batches = 8
+    config.train.checkpoint_every = 500
+    config.train.packed = True
+    config.train.packed_dense_rows = 0.0
+    config.parallel.fsdp = 16
+    return config

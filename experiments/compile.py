@@ -1,0 +1,277 @@
+"""Compiles a config's programs for TPUs that need not be there: do they fit, and what do they send?
+
+python -m experiments.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
+    [--programs=soft,packed,decode] [--json=FILE] [--config.data.batch_size=512] ...
+
+Needs the TPU compiler, `pip install 'jax[tpu]'`, and no TPU. Exit code 1, after one sentence, when a
+program does not fit into a chip's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections import Counter
+from typing import Any, Optional
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments import common
+
+# The compiler asks the machine about its TPU unless it is told; before JAX starts.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from experiments.benchmarks import common as benchmarks  # noqa: E402
+from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
+from meta_attention_jax.training import aot, build  # noqa: E402
+from meta_attention_jax.training.config import expect  # noqa: E402
+
+PROGRAMS = {
+    "soft": "train step, soft",
+    "packed": "train step, packed hard",
+    "decode": "decode step, hard",
+}
+HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+"""GiB per chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+SHORT = 64
+"""Tokens at which attention has no loops, so that XLA's own FLOP count, which sees a loop's body once, is
+that of the whole program."""
+GIB = 2**30
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v5e:2x2, v4:2x2x4.")
+PROGRAM = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
+JSON = flags.DEFINE_string("json", None, "Write the report here.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+class DoesNotFit(Exception):
+    """More memory than a chip has."""
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The chips of a topology, without having them.
+
+    Raises:
+      ValueError: no compiler, or no such topology.
+    """
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # The plugin's errors have no common class.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if "libtpu" in reason or "tpu" in reason.lower() and "backend" in reason.lower():
+            raise ValueError(
+                f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}"
+            ) from None
+        raise ValueError(
+            f"topology: expected chips like 'v5e:16x16', got {topology!r}: {reason}"
+        ) from None
+
+
+def vocabulary(config: ConfigDict) -> int:
+    """V, without the corpus."""
+    if config.data.corpus == "recall":
+        return build.build_dataset(config).vocab_size
+    return config.data.vocab_size if config.data.tokenizer == "bpe" else 256
+
+
+def lower(program: str, config: ConfigDict, devices: list[jax.Device], vocab: int) -> Any:
+    """One of PROGRAMS."""
+    if program == "decode":
+        return aot.lower_decode(config, devices, vocab)
+    return aot.lower_train(config, devices, vocab, packed=program == "packed")
+
+
+def compiled(name: str, lowered: Any, limit: str) -> Any:
+    """The executable.
+
+    Raises:
+      DoesNotFit: the compiler found no room.
+    """
+    try:
+        return lowered.compile()
+    except Exception as error:
+        for words in (
+            r"Used (?P<got>[\d.]+[KMGT]?) of (?P<has>[\d.]+[KMGT]?) hbm",
+            r"\((?P<got>[\d.]+[KMGT]?)\) exceeds available HBM \((?P<has>[\d.]+[KMGT]?)\)",
+        ):
+            if used := re.search(words, str(error)):
+                raise DoesNotFit(
+                    f"memory: expected at most {used['has']} per device for the {name}, "
+                    f"got {used['got']}."
+                ) from None
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            reason = str(error).splitlines()[0][:200]
+            raise DoesNotFit(
+                f"memory: expected the {name} to fit into {limit} per device, got: {reason}"
+            ) from None
+        raise
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def memory_of(executable: Any) -> dict[str, int]:
+    """Bytes per device as the compiler counts them; outputs that reuse arguments count once."""
+    found = executable.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def sent_rows(found: list[Collective]) -> list[dict[str, Any]]:
+    """One row per kind and place: inside loops, or outside all of them."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for collective in found:
+        turns = " x ".join("?" if n is None else str(n) for n in collective.loops)
+        row = rows.setdefault(
+            (collective.kind, turns),
+            {"kind": collective.kind, "in loops of": turns or "-", "places": 0, "times": 0,
+             "MB": 0.0, "MB sent": 0.0},
+        )
+        row["places"] += 1
+        row["times"] += collective.times
+        row["MB"] += collective.times * collective.size / 1e6
+        row["MB sent"] += collective.times * collective.sent / 1e6
+    return sorted(rows.values(), key=lambda row: -row["MB"])
+
+
+def too_deep(found: list[Collective], config: ConfigDict) -> list[Collective]:
+    """Collectives inside more loops than those over micro-batches and scanned layers: of the sampler,
+    of attention or of dispatch, where nothing may wait for another device."""
+    allowed = int(config.model.scan_layers) + int(config.optimizer.accumulate > 1)
+    return [c for c in found if len(c.loops) > allowed or None in c.loops]
+
+
+def flop_rows(config: ConfigDict, vocab: int) -> list[dict[str, Any]]:
+    """Analytic FLOPs per token of a forward pass, by what spends them."""
+    count = build.build_flops(config, vocab)
+    parts = {
+        "projections": count.projections, "MLP": count.mlp, "logits": count.logits,
+        "controller": count.controller,
+        **{f"attention, {name}, on all tokens": n for name, n in count.mechanisms.items()},
+        "soft, all mechanisms": build.soft_flops(config, count),
+    }
+    for name in count.mechanisms:
+        parts[f"hard, all tokens {name}"] = count.routed({name: 1.0})
+    return [{"forward": name, "GFLOP per token": value / 1e9} for name, value in parts.items()]
+
+
+def counted(config: ConfigDict, device: jax.Device) -> dict[str, float]:
+    """FLOPs per token of one more layer at SHORT tokens: the compiler's count, and ours."""
+    small = config.copy_and_resolve_references()
+    small.update_from_flattened_dict(
+        {"data.sequence_length": SHORT, "model.window": min(config.model.window, SHORT // 2)}
+    )
+    vocab, totals = 256, []
+    for layers in (1, 2):
+        small.model.num_layers = layers
+        lowered = aot.lower_forward(small, vocab, device, SHORT)
+        ours = build.soft_flops(small, build.build_flops(small, vocab))
+        totals.append((lowered.compile().cost_analysis()["flops"] / SHORT, ours))
+    (first, ours_first), (second, ours_second) = totals
+    return {"compiler": second - first, "analytic": ours_second - ours_first}
+
+
+def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, Any]:
+    """Compiles, prints as it goes, and returns everything that was printed.
+
+    Raises:
+      ValueError: programs, chips or a config that do not go together.
+      DoesNotFit: memory.
+    """
+    for program in programs:
+        expect(program in PROGRAMS, "programs", f"some of {tuple(PROGRAMS)}", program)
+    devices = devices_of(topology)
+    build.validate_without_devices(config)
+    if "packed" in programs and config.controller.name == "fixed":
+        programs = [program for program in programs if program != "packed"]
+    vocab = vocabulary(config)
+    parallel = build.check_parallel(config, devices)
+    kind = devices[0].device_kind
+    limit = f"{HBM[kind]} GiB" if kind in HBM else "a chip's memory"
+    state = aot.abstract_state(config, vocab)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
+    print(f"{config.name}: {parameters:,} parameters, {config.data.batch_size} x "
+          f"{config.data.sequence_length:,} tokens a step, {len(devices)} x {kind} ({mesh}), "
+          f"{limit} each\n", flush=True)
+    flops = flop_rows(config, vocab)
+    print(benchmarks.markdown(flops) + "\n", flush=True)
+    results: dict[str, Any] = {
+        "config": config.name, "topology": topology, "device": kind, "mesh": mesh,
+        "parameters": parameters, "flops": flops, "programs": {},
+    }
+    for number, program in enumerate(programs, 1):
+        name = PROGRAMS[program]
+        print(f"[{number}/{len(programs)}] {name}: compiling (minutes, for large models) ...",
+              flush=True)
+        began = time.monotonic()
+        lowered = lower(program, config, devices, vocab)
+        executable = compiled(name, lowered, limit)
+        results["programs"][program] = _told(
+            program, config, devices, vocab, executable, HBM.get(kind), time.monotonic() - began
+        )
+    results["count"] = counted(config, devices[0])
+    ratio = results["count"]["compiler"] / results["count"]["analytic"]
+    print(f"FLOPs of a layer at T = {SHORT}, where it has no loops: the compiler counts {ratio:.3f} of "
+          "the analytic number (it counts more than matrix products).")
+    return results
+
+
+def _told(
+    program: str, config: ConfigDict, devices: list[jax.Device], vocab: int, executable: Any,
+    has: Optional[int], seconds: float,
+) -> dict[str, Any]:
+    """Prints and returns what one executable needs and sends."""
+    memory = memory_of(executable)
+    share = f", {memory['total'] / has / GIB:.0%} of {has} GiB" if has else ""
+    parts = ", ".join(f"{name} {amount(size)}" for name, size in memory.items() if name != "total")
+    print(f"memory per device: {amount(memory['total'])}{share} ({parts})")
+    result: dict[str, Any] = {"memory": memory, "compile_seconds": seconds}
+    if program != "decode":
+        model = aot.training_bytes(config, devices, vocab)
+        result["model"] = model
+        parts = ", ".join(f"{name} {amount(size)}" for name, size in model.items())
+        print(f"memory model: {amount(sum(model.values()))}, "
+              f"{sum(model.values()) / memory['total']:.2f} of the compiler's ({parts})")
+    found = collectives(executable.as_text())
+    result["collectives"] = sent_rows(found)
+    print(benchmarks.markdown(result["collectives"]) if found else "collectives: none")
+    deep = too_deep(found, config)
+    result["collectives_in_inner_loops"] = len(deep)
+    print("collectives inside loops of sampler, attention or dispatch: "
+          + (", ".join(f"{c.kind} {c.shape}" for c in deep) or "none")
+          + f"\n({seconds:.0f} s)\n", flush=True)
+    return result
+
+
+def main() -> None:
+    with common.user_mistakes():
+        try:
+            results = report(CONFIG.value, TOPOLOGY.value, PROGRAM.value)
+        except DoesNotFit as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    if JSON.value:
+        benchmarks.write_json(JSON.value, [results])
+
+
+if __name__ == "__main__":
+    common.run(main)
