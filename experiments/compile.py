@@ -43,6 +43,8 @@ PROGRAMS = {
 }
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 """GiB per chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+RESERVED = 0.25
+"""GiB of it that programs cannot have; the compiler calls a v5e's memory 15.75G."""
 SHORT = 64
 """Tokens at which attention has no loops, so that XLA's own FLOP count, which sees a loop's body once, is
 that of the whole program."""
@@ -205,7 +207,8 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
     vocab = vocabulary(config)
     parallel = build.check_parallel(config, devices)
     kind = devices[0].device_kind
-    limit = f"{HBM[kind]} GiB" if kind in HBM else "a chip's memory"
+    has = HBM[kind] - RESERVED if kind in HBM else None
+    limit = f"{has} GiB" if has else "a chip's memory"
     state = aot.abstract_state(config, vocab)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
@@ -225,9 +228,13 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
         began = time.monotonic()
         lowered = lower(program, config, devices, vocab)
         executable = compiled(name, lowered, limit)
-        results["programs"][program] = _told(
-            program, config, devices, vocab, executable, HBM.get(kind), time.monotonic() - began
-        )
+        told = _told(program, config, devices, vocab, executable, has, time.monotonic() - began)
+        results["programs"][program] = told
+        # Not every program that is too large is refused by the compiler; the chip would.
+        if has and (total := told["memory"]["total"]) > has * GIB:
+            raise DoesNotFit(
+                f"memory: expected at most {limit} per device for the {name}, got {amount(total)}."
+            )
     results["count"] = counted(config, devices[0])
     ratio = results["count"]["compiler"] / results["count"]["analytic"]
     print(f"FLOPs of a layer at T = {SHORT}, where it has no loops: the compiler counts {ratio:.3f} of "
@@ -237,7 +244,7 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
 
 def _told(
     program: str, config: ConfigDict, devices: list[jax.Device], vocab: int, executable: Any,
-    has: Optional[int], seconds: float,
+    has: Optional[float], seconds: float,
 ) -> dict[str, Any]:
     """Prints and returns what one executable needs and sends."""
     memory = memory_of(executable)

@@ -397,3 +397,17 @@ def test_what_is_a_full_disk(error, full):
             raise RuntimeError("while saving") from inner
     except RuntimeError as outer:
         assert common.no_room(error) is common.no_room(outer) is full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ("jit", "pmap"))
+def test_debug_nans_stops_at_the_operation(tmp_path, mode):
+    diverges = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.clip=0",
+                "--config.optimizer.warmup=0", f"--config.parallel.mode={mode}")
+    done = subprocess.run(
+        train_command(tmp_path / "run", "--debug_nans", *diverges), cwd=ROOT,
+        env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=120,
+    )
+    assert done.returncode == 1
+    assert "FloatingPointError: Invalid value (nan)" in done.stderr
+    assert "meta_attention_jax/model.py" in done.stderr, "the traceback must lead into the model"

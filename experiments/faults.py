@@ -1,0 +1,281 @@
+"""What a training run survives, tried out: kills, signals, damaged files, a full disk.
+
+python -m experiments.faults [--kills=20] [--signals=5] [--json=FILE]
+
+Every fault strikes the training command itself, in processes of their own on the CPU; the parameters in
+the end are compared with those of a run that nothing happened to. About ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, Optional
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import common
+from experiments.benchmarks import common as benchmarks
+from meta_attention_jax.training.checkpoint import Checkpoints
+
+KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often, over one run.", lower_bound=1)
+SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 1500, 20
+RUN = ("--config=configs/smoke.py", f"--config.train.steps={STEPS}", "--config.train.log_every=1",
+       f"--config.train.checkpoint_every={SAVE_EVERY}", "--config.train.eval_every=500",
+       "--config.train.eval_batches=1")
+PATIENCE = 300.0
+"""Seconds after which a process counts as stuck."""
+
+
+class Trial:
+    """The runs of one session of faults, in a folder of its own.
+
+    Args:
+      folder: of the runs.
+      devices: virtual CPU devices of each process.
+      processes: of a run.
+    """
+
+    def __init__(self, folder: pathlib.Path, devices: int = 1, processes: int = 1):
+        self.folder, self.devices, self.processes = folder, devices, processes
+
+    def start(self, path: pathlib.Path, *prefix: str) -> list[subprocess.Popen]:
+        """The training command, in all its processes."""
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [*prefix, sys.executable, "-m", "experiments.train", f"--workdir={path}", *RUN]
+        extra = [()]
+        if self.processes > 1:
+            place = f"--coordinator=localhost:{_free_port()}"
+            extra = [
+                ("--multihost", place, f"--num_processes={self.processes}", f"--process_id={i}",
+                 "--config.parallel.fsdp=4")
+                for i in range(self.processes)
+            ]
+        return [
+            subprocess.Popen([*command, *more], cwd=ROOT, env=env, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for more in extra
+        ]
+
+    def finish(self, path: pathlib.Path) -> str:
+        """Runs to the end; the error stream.
+
+        Raises:
+          RuntimeError: it does not end well.
+        """
+        codes, errors = ended(self.start(path))
+        if any(codes):
+            raise RuntimeError(f"exit codes {codes}: {errors[0][-2000:]}")
+        return errors[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def ended(running: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """(exit codes, error streams)."""
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in running]
+    return [process.returncode for process in running], errors
+
+
+def logged(path: pathlib.Path) -> int:
+    """The last step in the log; 0 before the first."""
+    log = path / "metrics.jsonl"
+    text = log.read_bytes()[-20000:].decode(errors="ignore") if log.exists() else ""
+    steps = re.findall(r'"event": "train", "step": (\d+)', text)
+    return int(steps[-1]) if steps else 0
+
+
+def until(running: list[subprocess.Popen], ready: Callable[[], bool]) -> bool:
+    """Waits for `ready`; False if the run has ended before."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        if running[0].poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def checkpoint(path: pathlib.Path, step: Optional[int] = None) -> tuple[int, list[np.ndarray]]:
+    """(newest step or the one asked for, its parameters)."""
+    saved = Checkpoints(path / "checkpoints", read_only=True)
+    try:
+        step = saved.resolve("latest" if step is None else step)
+        return step, [np.asarray(x) for x in jax.tree.leaves(saved.restore_params(step))]
+    finally:
+        saved.close()
+
+
+def difference(path: pathlib.Path, wanted: list[np.ndarray]) -> str:
+    """Of the last parameters."""
+    step, found = checkpoint(path)
+    if step != STEPS:
+        return f"ended at step {step}"
+    if all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)):
+        return "bit-identical"
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(found, wanted))
+    return f"differ by at most {largest:.1e}"
+
+
+def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
+    """kill -9 at `count` random moments of one run: between steps, and in the middle of saves."""
+    path, draw = trial.folder / "kills", random.Random(0)
+    struck = saving = lost = 0
+    for number, moment in enumerate(sorted(draw.sample(range(1, STEPS - SAVE_EVERY), count)), 1):
+        running = trial.start(path)
+        if not until(running, lambda: logged(path) >= moment):
+            raise RuntimeError(f"kill {number}: the run ended before step {moment}")
+        time.sleep(draw.uniform(0.0, 0.05))
+        running[0].kill()
+        codes, _ = ended(running)
+        struck += codes == [-signal.SIGKILL]
+        folders = list((path / "checkpoints").glob("*"))
+        saving += any(not p.name.isdigit() for p in folders)
+        newest = max((int(p.name) for p in folders if p.name.isdigit()), default=0)
+        lost = max(lost, logged(path) - newest)
+        _say(f"kill {number}/{count}: at step {logged(path)}, last complete checkpoint {newest}")
+    errors = trial.finish(path)
+    return {
+        "fault": "kill -9 at a random moment", "times": f"{struck} of {count}",
+        "seen": f"{saving} while a checkpoint was being written; at most {lost} steps done anew"
+        + ("; Traceback" if "Traceback" in errors else ""),
+        "parameters in the end": difference(path, wanted),
+    }
+
+
+def signals(
+    trial: Trial, wanted: list[np.ndarray], number: signal.Signals, count: int
+) -> dict[str, Any]:
+    """`count` signals over one run, each to one of its processes."""
+    path, draw = trial.folder / f"{number.name}{trial.processes}", random.Random(int(number))
+    told = signal.SIGTERM if trial.processes > 1 else number
+    good = late = 0
+    for turn, moment in enumerate(sorted(draw.sample(range(1, STEPS // 2), count)), 1):
+        running = trial.start(path)
+        if not until(running, lambda: logged(path) >= moment):
+            raise RuntimeError(f"{number.name} {turn}: the run ended before step {moment}")
+        began, at = time.monotonic(), logged(path)
+        draw.choice(running).send_signal(number)
+        codes, errors = ended(running)
+        took = time.monotonic() - began
+        stops = {re.search(rf"{told.name}: stopped after step (\d+); .* the same command", e) for e in errors}
+        steps = {int(stop.group(1)) for stop in stops if stop}
+        newest, _ = checkpoint(path)
+        good += codes == [128 + told] * len(running) and steps == {newest} and None not in stops
+        late = max(late, newest - at)
+        _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, ended after {took:.1f} s")
+    trial.finish(path)
+    who = "" if trial.processes == 1 else f" to one of {trial.processes} processes"
+    return {
+        "fault": f"{number.name}{who}", "times": f"{good} of {count}",
+        "seen": f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "
+        "the log showed it",
+        "parameters in the end": difference(path, wanted),
+    }
+
+
+def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
+    """Every file of the newest checkpoint cut in half, once the run is past its middle."""
+    path = trial.folder / "damaged"
+    running = trial.start(path)
+    until(running, lambda: logged(path) > STEPS // 2)
+    running[0].kill()
+    ended(running)
+    newest, _ = checkpoint(path)
+    for file in (path / "checkpoints" / str(newest)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    errors = trial.finish(path)
+    named = f"checkpoints/{newest}'" in errors and "warning: " in errors
+    return {
+        "fault": "newest checkpoint cut in half", "times": f"{int(named)} of 1",
+        "seen": f"a warning names it; kept as damaged/{newest}" if
+        (path / "damaged" / str(newest)).is_dir() else "not set aside",
+        "parameters in the end": difference(path, wanted),
+    }
+
+
+def full_disk(trial: Trial) -> dict[str, Any]:
+    """A file system with room for a few checkpoints, where the machine lets us make one."""
+    row = {"fault": "disk full", "parameters in the end": "-"}
+    if shutil.which("unshare") is None:
+        return {**row, "times": "not run", "seen": "needs unshare and user namespaces"}
+    mount, kept = trial.folder / "small", trial.folder / "kept"
+    mount.mkdir()
+    script = (f"mount -t tmpfs -o size=700k small {mount} || exit 99; \"$@\" --workdir={mount}/run; "
+              f"code=$?; cp -r {mount}/run {kept}; exit $code")
+    code, error = (x[0] for x in ended(trial.start(
+        mount / "unused", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"
+    )))
+    if code in (1, 99) and not kept.exists():
+        return {**row, "times": "not run", "seen": "the machine makes no small file system for us"}
+    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
+    step, _ = checkpoint(kept)
+    return {
+        **row,
+        "times": f"{int(code == 2 and len(sentences) == 1)} of 1",
+        "seen": f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; "
+        f"step {step} is whole",
+    }
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    rows = []
+
+    def done(row: dict[str, Any]) -> None:
+        rows.append(row)
+        _say("; ".join(f"{name}: {value}" for name, value in row.items()) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(pathlib.Path(folder) / "one")
+        trial.folder.mkdir()
+        _say("a run that nothing happens to ...")
+        trial.finish(trial.folder / "whole")
+        _, wanted = checkpoint(trial.folder / "whole", STEPS)
+        done(kills(trial, wanted, KILLS.value))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            done(signals(trial, wanted, number, SIGNALS.value))
+        done(damaged(trial, wanted))
+        done(full_disk(trial))
+        two = Trial(pathlib.Path(folder) / "two", devices=4, processes=2)
+        two.folder.mkdir()
+        _say("two processes of four devices that nothing happens to ...")
+        two.finish(two.folder / "whole")
+        _, wanted = checkpoint(two.folder / "whole", STEPS)
+        done(signals(two, wanted, signal.SIGTERM, SIGNALS.value))
+    print(benchmarks.markdown(rows))
+    if JSON.value:
+        benchmarks.write_json(JSON.value, rows)
+
+
+if __name__ == "__main__":
+    common.run(main)
