@@ -5,9 +5,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
   $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
   && { echo $$p; break; }; done)
 READY = $(VENV)/.ready
+READY_CUDA = $(VENV)/.ready-cuda
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow smoke clean
+.PHONY: demo test slow smoke gpu-check clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
@@ -20,6 +21,16 @@ slow: $(READY)
 
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke
+
+# With a Python that has jax for CUDA already: python -m experiments.gpu_check
+gpu-check: $(READY_CUDA)
+	$(BIN)/python -m experiments.gpu_check
+
+# The extra `cuda` of pyproject.toml, at the version of jax that the pins have installed.
+$(READY_CUDA): $(READY)
+	version=$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]==$$version"
+	@touch $@
 
 $(READY): requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: python: expected Python 3.11 or 3.12 on PATH (or make PYTHON=...), got neither." >&2; exit 2; }

@@ -16,18 +16,12 @@ two floors, `achieved` is speedup / ideal: 1 means that all of the saving arrive
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import common as commands
-from experiments.benchmarks import common
-from meta_attention_jax import LanguageModel, RoutingHypers, get_mechanism, register_mechanism
-from meta_attention_jax.generation import decode_loop
-from meta_attention_jax.mechanisms.masks import MASKED
+from experiments.benchmarks import common, decoding
 
 JSON = flags.DEFINE_string("json", None, "Write the rows here.")
 CONTEXT = flags.DEFINE_integer("context", 32768, "Tokens in the cache at the last step.", 1)
@@ -35,33 +29,16 @@ FRACTION = flags.DEFINE_float("fraction_full", 0.1, "Of the tokens.", 0.0, 1.0)
 BATCH = flags.DEFINE_integer("batch", 8, "Rows.", 1)
 STEPS = flags.DEFINE_integer("steps", 16, "Decode steps of one timed call.", 1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
-DIM, LAYERS, HEADS, WINDOW, VOCAB = 256, 4, 4, 256, 256
-BASELINES = {"full by rows": "full", "full by one product": "full_dense"}
 
 
-def decode_dense(q, cache, layer, *, needed):
-    """Full attention of all rows at once over the whole capacity; float32, as many kv heads."""
-    del needed
-    logits = jnp.einsum("bhd,bhkd->bhk", q, cache.k[layer]) * q.shape[-1] ** -0.5
-    visible = jnp.arange(cache.capacity)[None] < cache.length[layer][:, None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
-    return jnp.einsum("bhk,bhkd->bhd", weights, cache.v[layer])
-
-
-def make(**fields) -> LanguageModel:
-    return LanguageModel(
-        vocab_size=VOCAB, model_dim=DIM, num_layers=LAYERS, num_heads=HEADS, mlp_dim=4 * DIM,
-        window=WINDOW, mode="hard", **fields,
-    )
-
-
-def floor_bytes(route: np.ndarray, params: int, context: int) -> dict[str, float]:
+def floor_bytes(route: np.ndarray, params: int, sizes: decoding.Sizes) -> dict[str, float]:
     """Bytes per step, (hard, all-full); route is [steps, layer, batch]."""
-    key_value = 2 * DIM * 4
-    state = 2 * (DIM * DIM // HEADS + DIM) * 4
-    rows = LAYERS * BATCH.value
+    dim, context = sizes.model_dim, sizes.context
+    key_value = 2 * dim * 4
+    state = 2 * (dim * dim // sizes.heads + dim) * 4
+    rows = sizes.layers * sizes.batch
     per_step = {k: float((route == k).sum()) / len(route) for k in range(3)}  # full, linear, local
-    hard = per_step[0] * context * key_value + per_step[2] * min(WINDOW, context) * key_value
+    hard = per_step[0] * context * key_value + per_step[2] * min(sizes.window, context) * key_value
     return {"hard": hard + rows * state + params, "full": rows * context * key_value + params}
 
 
@@ -70,54 +47,15 @@ def main() -> None:
     with commands.user_mistakes():
         if steps > context:
             raise ValueError(f"steps: expected at most the context {context}, got {steps}.")
-    register_mechanism(
-        "full_dense", dataclasses.replace(get_mechanism("full"), decode=decode_dense)
-    )
-    model = make()
-    fixed = {
-        side: make(controller="fixed", mechanisms=(name,), fixed=(name,))
-        for side, name in BASELINES.items()
-    }
-    hypers = RoutingHypers(
-        strength=jnp.float32(2.0), preference=jnp.float32(0.1),
-        costs=jnp.array([1.0, 0.15, 0.3]), threshold=jnp.float32(0.0),
-    )
-    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), hypers=hypers)["params"]
-    size = steps * LAYERS * batch
-    full = round(FRACTION.value * size)
-    linear = (size - full) // 2
-    drawn = np.repeat(np.arange(3, dtype=np.int32), [full, linear, size - full - linear])
-    route = np.random.default_rng(0).permutation(drawn).reshape(steps, LAYERS, batch)
-
-    fill = jax.jit(lambda key, like: jax.random.normal(key, like.shape, like.dtype))
-    cache = jax.jit(model.init_cache, static_argnums=(0, 1))(batch, context)
-    keys, values = fill(jax.random.key(1), cache.k), fill(jax.random.key(2), cache.v)
-    held = {
-        "cache": cache.replace(k=keys, v=values),
-        "logits": jnp.zeros((batch, VOCAB)),
-    }
-    del cache, keys, values  # the loop consumes them
-    keys = jax.random.split(jax.random.key(3), batch)
-    start = np.full((LAYERS, batch), context - steps, np.int32)
-
-    def call(model, route):
-        def run():
-            cache = held["cache"].replace(length=jnp.asarray(start))
-            held["cache"], held["logits"], seen = decode_loop(
-                model, params, cache, held["logits"], keys, hypers, steps=steps, route=route
-            )
-            return held["cache"].length, seen["tokens"]
-
-        return run
-
-    sides = {"hard": call(model, route)}
-    sides |= {side: call(one, None) for side, one in fixed.items()}
+    sizes = decoding.Sizes(context, batch, steps, fraction_full=FRACTION.value)
+    route = decoding.draw_routes(sizes)
+    sides, params = decoding.sides(sizes)
     seconds = common.interleave(sides, ROUNDS.value)
-    baseline = min(BASELINES, key=lambda side: np.median(seconds[side]))
+    baseline = min(decoding.BASELINES, key=lambda side: np.median(seconds[side]))
     speedups = seconds[baseline] / seconds["hard"]
     low, high = np.percentile(speedups, [25, 75])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    floor = floor_bytes(route, size, context)
+    floor = floor_bytes(route, size, sizes)
     per_step = {side: float(np.median(s)) / steps for side, s in seconds.items()}
     speedup, ideal = float(np.median(speedups)), floor["full"] / floor["hard"]
     rows = [
@@ -130,7 +68,8 @@ def main() -> None:
             hard_floor_mb=floor["hard"] / 1e6, full_floor_mb=floor["full"] / 1e6,
             hard_gb_per_s=floor["hard"] / per_step["hard"] / 1e9,
             full_gb_per_s=floor["full"] / per_step[baseline] / 1e9,
-            rounds=ROUNDS.value, steps=steps, D=DIM, L=LAYERS, H=HEADS, w=WINDOW,
+            rounds=ROUNDS.value, steps=steps, D=sizes.model_dim, L=sizes.layers, H=sizes.heads,
+            w=sizes.window,
             **{f"{side}, ms/step".replace(" ", "_"): 1e3 * t for side, t in per_step.items()},
         )
     ]

@@ -1,0 +1,348 @@
+"""Everything that only a GPU can show, in one command of under eight minutes, with a record.
+
+python -m experiments.gpu_check [--budget_minutes=8] [--out=experiments/results]
+python -m experiments.gpu_check --platform=cpu --out=FOLDER   tries the script itself, tiny
+
+First the checks: mechanisms in bfloat16 against float64 oracles, causality by gradients, packed
+dispatch against "compute all, select", 200 steps of `recall` soft and hard with a restart. Then
+timings against full attention by cuDNN, while the budget lasts. Exit code 1 if a check failed or
+something raised, 2 where there is no GPU. Writes gpu_check_<date>_<device>.json and .md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import jax
+from absl import flags
+
+from experiments import common as commands
+from experiments import gpu_checks as checks
+from experiments import gpu_timings as timings
+from experiments.benchmarks import decoding
+from experiments.benchmarks.common import Row, environment, markdown
+
+PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
+OUT = flags.DEFINE_string("out", None, "Folder of the record; experiments/results on a GPU.")
+BUDGET = flags.DEFINE_float("budget_minutes", 8.0, "No timing starts that would end later.", 0.0)
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of everything.
+
+    Attributes:
+      mechanisms: (T, d, window, with segment ids) of each comparison with the oracles; cuDNN has
+        gradients at even T alone, and no ids.
+      causality, packed: (T, d, window).
+      arithmetic: of `checks.ARITHMETIC`. On a CPU the products by default are those in float32.
+      training: changes to configs/recall.py. With the prior by cost, no token is full by then.
+      dtypes: of the training runs.
+      steps: of the training runs.
+      fall: largest last / first logged nats. On CPU 200 steps gave 0.47.
+      bound: largest nats at the end; on CPU 200 steps gave 1.83 soft, 1.82 hard.
+      tables: (T, d, window) of each pair of timing tables, the most important first.
+      train_step: of `timings.train_step_rows`.
+      decode: of `timings.decode_rows`.
+      rounds: interleaved.
+    """
+
+    mechanisms: tuple[tuple[int, int, int, bool], ...] = (
+        (1024, 64, 256, False), (510, 128, 100, False), (509, 64, 100, True),
+    )
+    causality: tuple[int, int, int] = (334, 64, 70)
+    packed: tuple[int, int, int] = (1001, 64, 100)
+    arithmetic: tuple[str, ...] = tuple(checks.ARITHMETIC)
+    training: tuple[tuple[str, Any], ...] = (("prior.family", "uniform"),)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    steps: int = 200
+    fall: float = 0.6
+    bound: float = 1.9
+    tables: tuple[tuple[int, int, int], ...] = (
+        (8192, 64, 256), (2048, 64, 256), (8192, 128, 256), (16384, 64, 256),
+    )
+    train_step: tuple[tuple[str, int], ...] = (
+        ("model_dim", 256), ("layers", 4), ("time", 1024), ("window", 128), ("batch", 8),
+    )
+    decode: decoding.Sizes = decoding.Sizes(context=8192, batch=8, steps=16)
+    rounds: int = 5
+
+
+TINY = Sizes(
+    mechanisms=((64, 16, 20, False), (37, 8, 9, True)),
+    causality=(70, 8, 20),
+    packed=(130, 8, 20),
+    arithmetic=("float32", "bfloat16"),
+    training=(
+        ("prior.family", "uniform"), ("model.model_dim", 32), ("data.batch_size", 8),
+        ("data.sequence_length", 32), ("data.num_pairs", 4), ("model.num_layers", 1),
+        ("train.eval_batches", 1),
+    ),
+    dtypes=("bfloat16",),
+    steps=20,
+    fall=1.0,
+    bound=4.0,
+    tables=((128, 16, 20),),
+    train_step=(("model_dim", 32), ("layers", 1), ("time", 64), ("window", 8), ("batch", 2)),
+    decode=decoding.Sizes(context=32, batch=2, steps=2, model_dim=32, layers=1, window=8),
+    rounds=2,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One line of progress.
+
+    Attributes:
+      kind: "check" or "timing"; timings are left out when the budget is used up.
+      seconds: what it may take on a data-center GPU, compilation included; a guess, by which the
+        time left is told.
+      rows: does it.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    rows: Callable[[], list[Row]]
+
+
+def tasks_of(sizes: Sizes, folder: pathlib.Path) -> list[Task]:
+    """Checks first; `folder` is for runs."""
+    part = functools.partial
+    tasks = [
+        Task(f"mechanisms against oracles, T {length}, d {dim}" + ", segments" * segments, "check",
+             18, part(checks.mechanism_rows, length, dim, window, segments=segments))
+        for length, dim, window, segments in sizes.mechanisms
+    ]
+    tasks.append(Task("causality by gradients", "check", 21,
+                      part(checks.causality_rows, *sizes.causality)))
+    tasks += [
+        Task(f"packed dispatch, {label}", "check", 12,
+             part(checks.packed_rows, *sizes.packed, label))
+        for label in sizes.arithmetic
+    ]
+    tasks.append(Task("packed dispatch on a mesh", "check", 10,
+                      part(checks.mesh_rows, *sizes.packed)))
+    tasks += [
+        Task(f"{sizes.steps} steps of recall, {dtype}", "check", 40,
+             part(checks.training_rows, sizes, dtype, folder))
+        for dtype in sizes.dtypes
+    ]
+    tables = [
+        Task(f"timings, T {length}, d {dim}, {direction}", "timing", 14,
+             part(timings.mechanism_rows, length, dim, window, direction, sizes.rounds))
+        for length, dim, window in sizes.tables
+        for direction in ("forward", "forward+backward")
+    ]
+    models = [
+        Task("timings, train step", "timing", 45,
+             part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
+        Task("timings, decoding", "timing", 25,
+             part(timings.decode_rows, sizes.decode, sizes.rounds)),
+    ]
+    return tasks + tables[:4] + models + tables[4:]
+
+
+def run_tasks(
+    tasks: Sequence[Task], budget: float, began: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Sections {name, kind, seconds, rows} of the record.
+
+    Args:
+      tasks: in order.
+      budget: seconds since `began` after which no timing may be under way.
+      began: `time.monotonic()` of the start.
+      say: prints a line of progress.
+    """
+    sections, guessed, spent = [], 0.0, 0.0
+    for number, task in enumerate(tasks, 1):
+        # How much slower or faster than the guesses this machine is.
+        pace = spent / guessed if guessed else 1.0
+        start = time.monotonic()
+        if task.kind == "timing" and start - began + pace * task.seconds > budget:
+            why = f"not run: budget of {budget / 60:.3g} minutes"
+            rows = [timings.without(task.name, why)]
+        else:
+            rows = attempt(task)
+            guessed += task.seconds
+            spent += time.monotonic() - start
+        took = time.monotonic() - start
+        sections.append(dict(name=task.name, kind=task.kind, seconds=round(took, 1), rows=rows))
+        left = (spent / guessed if guessed else 1.0) * sum(t.seconds for t in tasks[number:])
+        left = min(left, max(budget - (time.monotonic() - began), 0.0))
+        say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), "
+            f"about {left:.0f} s left")
+    return sections
+
+
+def attempt(task: Task) -> list[Row]:
+    """Its rows, or one that failed."""
+    try:
+        return task.rows()
+    except Exception as error:
+        row = checks.failed(task.name, error)
+        if task.kind == "check":
+            return [row]
+        return [timings.without(task.name, row["note"]) | {"passed": False}]
+
+
+def count(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows passed, were timed, failed, and were not run."""
+    found = dict.fromkeys(("passed", "timed", "failed", "not run"), 0)
+    for row in rows:
+        passed = row.get("passed")
+        if passed is None:
+            found["not run" if row.get("ratio") is None else "timed"] += 1
+        else:
+            found["passed" if passed else "failed"] += 1
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in count(rows).items() if n)
+
+
+def device_or_fail(platform: str) -> jax.Device:
+    """The first device; one sentence and exit code 2 where it is no GPU but should be one."""
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not there.
+        commands.fail(f"device: expected a GPU, got none ({sentence(error)})")
+    if platform == "gpu" and jax.default_backend() != "gpu":
+        commands.fail(
+            f"device: expected a GPU, got {jax.default_backend()}; `make gpu-check` installs the "
+            "CUDA extra of jax, and --platform=cpu --out=FOLDER tries this script without a GPU."
+        )
+    return device
+
+
+def sentence(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def about(device: jax.Device, sections: Sequence[Any], began: float) -> dict[str, Any]:
+    """The header of the record."""
+    found = environment()
+    commit = found.pop("commit")
+    on_gpu = found["backend"] == "gpu"
+    packages = {
+        d.metadata["Name"]: d.version for d in importlib.metadata.distributions()
+        if re.match(r"nvidia-cudnn|jax-cuda|nvidia-cuda-runtime", d.metadata["Name"] or "")
+    }
+    return {
+        "record": "GPU" if on_gpu else f"no GPU record: {found['backend']}, to try the script",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m experiments.gpu_check", *sys.argv[1:]]),
+        "commit": commit and commit.removesuffix("-dirty"),
+        "dirty": commit and commit.endswith("-dirty"),
+        **found,
+        "driver": driver() if on_gpu else None,
+        "platform_version": " ".join(str(device.client.platform_version).split()),
+        "compute_capability": getattr(device, "compute_capability", None),
+        "packages": packages,
+        "seeds": "inputs by T or 0 to 3, routes 0, parameters and data 0",
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "rows": count([row for section in sections for row in section["rows"]]),
+    }
+
+
+def driver() -> Optional[str]:
+    """Name, driver and memory of each GPU, as the vendor's tool says it; None without the tool."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return "; ".join(answer.stdout.strip().splitlines())
+
+
+def cell(value: Any) -> Any:
+    """For a Markdown table."""
+    if value is None:
+        return ""
+    return value.replace("|", "\\|") if isinstance(value, str) else value
+
+
+def page(header: dict[str, Any], sections: Sequence[dict[str, Any]]) -> str:
+    """The record for people."""
+    lines = [f"# GPU check, {header['device']}, {header['date'][:10]}", ""]
+    lines += ["| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in header.items()]
+    for section in sections:
+        rows = section["rows"]
+        if section["kind"] == "check":
+            rows = [dict(row, passed={True: "yes", False: "**NO**"}.get(row["passed"], "not run"))
+                    for row in rows]
+        rows = [{name: cell(value) for name, value in row.items()} for row in rows]
+        lines += ["", f"## {section['name']} ({section['seconds']} s)", "", markdown(rows)]
+    lines += ["", "Ratios are medians over interleaved rounds, below 1 the first side is faster; "
+              "spread is the interquartile range."]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: pathlib.Path, header: dict[str, Any], sections: Sequence[Any]) -> pathlib.Path:
+    """Writes both files under a name that is not taken; returns that of the JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    stem, number = f"gpu_check_{header['date'][:10]}_{slug}", 1
+    while True:
+        name = stem if number == 1 else f"{stem}_{number}"
+        path = folder / f"{name}.json"
+        if not path.exists() and not path.with_suffix(".md").exists():
+            break
+        number += 1
+    content = json.dumps(dict(header, sections=list(sections)), indent=1, allow_nan=False)
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(content + "\n")
+    with open(path.with_suffix(".md"), "x", encoding="utf-8") as file:
+        file.write(page(header, sections))
+    return path
+
+
+def main() -> None:
+    began = time.monotonic()
+    if PLATFORM.value == "cpu" and OUT.value is None:
+        commands.fail("out: expected a folder with --platform=cpu, whose record is none, got none.")
+    device = device_or_fail(PLATFORM.value)
+    sizes = Sizes() if PLATFORM.value == "gpu" else TINY
+    print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}",
+          flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not jax.config.jax_compilation_cache_dir:  # Some programs are compiled twice.
+            jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+        tasks = tasks_of(sizes, pathlib.Path(folder))
+        sections = run_tasks(tasks, 60 * BUDGET.value, began, functools.partial(print, flush=True))
+    header = about(device, sections, began)
+    path = write(pathlib.Path(OUT.value or RESULTS), header, sections)
+    rows = [row for section in sections for row in section["rows"]]
+    for row in rows:
+        if row.get("passed") is False:
+            what = row.get("check", row.get("what"))
+            print(f"failed: {what}: {row.get('value')}, expected at most {row.get('tolerance')}"
+                  f"{' ' * ('note' in row)}{row.get('note', '')}", file=sys.stderr)
+    print(f"{header['minutes']} minutes: {verdict(rows)}; {path} and .md")
+    if header["rows"]["failed"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    commands.run(main)

@@ -1,0 +1,456 @@
+"""What `experiments.gpu_check` compares: rows {check, value, tolerance, passed}.
+
+`passed` is None for what was not run; `note` then says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import recall
+from experiments.benchmarks.common import Row, random_routes
+from meta_attention_jax.mechanisms import full
+from meta_attention_jax.mechanisms.registry import attend_with
+from meta_attention_jax.objective import Sums
+from meta_attention_jax.routing.dispatch import hard_attention
+from meta_attention_jax.training import loop
+from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.step import init_state
+from meta_attention_jax.types import MECHANISMS
+from tests import oracles
+
+UNIT = 2.0**-8
+"""Largest relative error of rounding once to bfloat16."""
+
+VALUES, GRADIENTS = (UNIT, 2 * UNIT), (2 * UNIT, 4 * UNIT)
+"""(norm of the error / norm, largest error / largest entry) that bfloat16 may cost.
+
+All sums are float32. An output is rounded itself, its weights before they meet the values and,
+where 1/sqrt(d) is no power of 2, at times the scaled query: up to three independent roundings, each
+of a root mean square of about 0.4 units, which by the norm stay within one. A gradient goes through
+weights and their gradients, both rounded, and through sum_d dO O of a rounded output: twice that.
+A single entry may have all of its roundings at their worst: twice the norm's."""
+
+EXACT, TENSOR_FLOAT = 2e-5, 4 * 2.0**-11
+"""Norm tolerances in float32: products of full precision, in another order; and products as XLA
+makes them on a GPU by default, whose factors are rounded to 11 bits (TensorFloat-32)."""
+
+FORMS = ("full xla", "full blockwise", "full cudnn", "linear", "local", "cudnn window")
+PARTS = ("out", "dq", "dk", "dv")
+
+
+def check(name: str, value: float, tolerance: float, note: str = "") -> Row:
+    """One comparison; a value that is not finite fails."""
+    value = float(value)
+    finite = math.isfinite(value)
+    row = dict(check=name, value=value if finite else None, tolerance=tolerance,
+               passed=finite and value <= tolerance)
+    return row | ({"note": note} if note else {} if finite else {"note": str(value)})
+
+
+def not_run(name: str, why: str) -> Row:
+    return dict(check=name, value=None, tolerance=None, passed=None, note=f"not run: {why}")
+
+
+def failed(name: str, error: Exception) -> Row:
+    """The row of a check that raised: its error on one line."""
+    words = " ".join(str(error).split())[:300]
+    return dict(check=name, value=None, tolerance=None, passed=False,
+                note=f"{type(error).__name__}: {words}")
+
+
+def attempt(name: str, make: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of `make`, or one row that failed: no check stops the others."""
+    try:
+        return make()
+    except Exception as error:
+        return [failed(name, error)]
+
+
+def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
+    """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
+    if time % 2:  # jax takes the missing bias for one, with which the kernel has no odd lengths.
+        return f"implementation: expected for gradients by 'cudnn' an even T, got {time}."
+    try:
+        full.resolve_implementation(
+            "cudnn", time=time, dtype=dtype, head_dim=dim, has_segments=False,
+            backend=jax.default_backend(),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def cudnn_window(q, k, v, window: int):
+    """The local mechanism by cuDNN: (L, 0) keeps L + 1 keys, and a window needs `is_causal`."""
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="cudnn"
+    )
+
+
+def attend_form(form: str, q, k, v, ids, window: int):
+    """Causal attention by one of FORMS; without segment ids where cuDNN is asked."""
+    if form == "cudnn window":
+        return cudnn_window(q, k, v, window)
+    name, _, implementation = form.partition(" ")
+    return attend_with(name, q, k, v, segment_ids=ids, window=window,
+                       implementation=implementation or "auto")
+
+
+def pulled(function: Callable[..., Any], q, k, v, cotangent):
+    """(out, dq, dk, dv)."""
+    out, pull = jax.vjp(function, q, k, v)
+    return out, *pull(cotangent)
+
+
+def compiled_form(form: str, window: int):
+    """(q, k, v, cotangent, ids) -> (out, dq, dk, dv), compiled."""
+    return jax.jit(
+        lambda q, k, v, cotangent, ids: pulled(
+            lambda *x: attend_form(form, *x, ids, window), q, k, v, cotangent
+        )
+    )
+
+
+def draw(batch: int, time: int, heads: int, dim: int, seed: int, dtype: Any = jnp.bfloat16):
+    """q, k, v, cotangent, two query heads to a key head, and ragged segment ids.
+
+    Row 0 ends in padding; the others have padding first and two segments.
+    """
+    rng = np.random.default_rng(seed)
+    q, cotangent = rng.normal(size=(2, batch, time, heads, dim))
+    q = 2 * q  # Or the softmax would be nearly flat.
+    k, v = rng.normal(size=(2, batch, time, heads // 2, dim))
+    ids = np.ones((batch, time), np.int32)
+    ids[0, time - time // 5 :] = 0
+    ids[1:, : time // 7], ids[1:, time // 2 :] = 0, 2
+    return [jnp.asarray(x, dtype) for x in (q, k, v, cotangent)], ids
+
+
+def errors(got, expected) -> dict[str, tuple[float, float]]:
+    """part -> (norm of the error / norm, largest error / largest entry)."""
+    found = {}
+    for part, x, reference in zip(PARTS, got, expected, strict=True):
+        x, reference = (np.asarray(jnp.float32(y)) if isinstance(y, jax.Array) else y
+                        for y in (x, reference))
+        difference = np.abs(np.asarray(x, np.float64) - reference)
+        found[part] = (
+            float(np.linalg.norm(difference) / np.linalg.norm(reference)),
+            float(difference.max() / np.abs(reference).max()),
+        )
+    return found
+
+
+def error_rows(name: str, got, expected, values, gradients) -> list[Row]:
+    """Four rows: values and gradients (the worst of three), by norm and by the worst entry."""
+    found = errors(got, expected)
+    rows = []
+    for kind, parts, tolerances in (
+        ("values", PARTS[:1], values), ("gradients", PARTS[1:], gradients)
+    ):
+        for i, measure in enumerate(("norm", "worst entry")):
+            rows.append(check(f"{name}, {kind}, {measure}", _worst(found[p][i] for p in parts),
+                              tolerances[i]))
+    return rows
+
+
+def _worst(values) -> float:
+    """The largest; NaN if one is NaN, which `max` may pass over."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def mechanism_rows(time: int, dim: int, window: int, *, segments: bool) -> list[Row]:
+    """Every form against the float64 oracle of its equation, on the same bfloat16 inputs."""
+    (q, k, v, cotangent), ids = draw(2, time, 4, dim, seed=time)
+    if not segments:
+        ids = np.ones_like(ids)
+    setting = f"T {time}, d {dim}" + (", segments" if segments else "")
+    arguments = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v, cotangent)]
+
+    @functools.cache
+    def expected(kind: str):
+        if kind == "linear":
+            return oracles.linear_attention(*arguments, ids)
+        window_ = window if kind == "local" else None
+        return oracles.softmax_attention(*arguments, ids, window=window_)
+
+    def rows_of(form: str) -> list[Row]:
+        got = compiled_form(form, window)(
+            q, k, v, cotangent, jnp.asarray(ids) if segments else None
+        )
+        if any(x.dtype != jnp.bfloat16 for x in got):
+            raise TypeError(f"expected bfloat16, got {[x.dtype.name for x in got]}")
+        kind = "local" if form == "cudnn window" else form.split()[0]
+        return error_rows(f"{form}, {setting}", got, expected(kind), VALUES, GRADIENTS)
+
+    rows = []
+    for form in FORMS:
+        refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
+        if "cudnn" in form and segments:
+            continue  # It has no ids; `full.attend` refuses them.
+        rows += [not_run(f"{form}, {setting}", refusal)] if refusal else attempt(
+            f"{form}, {setting}", functools.partial(rows_of, form)
+        )
+    return rows
+
+
+def causality_rows(time: int, dim: int, window: int) -> list[Row]:
+    """d out_t / d (q, k, v)_s is exactly 0 for s > t, and below the window; later inputs change no
+    output. All in bfloat16, for one segment."""
+    (q, k, v, cotangent), ids = draw(2, time, 4, dim, seed=0)
+    others, _ = draw(2, time, 4, dim, seed=1)
+    index = jnp.arange(time)[None, :, None, None]
+    route = jnp.asarray(random_routes([0.3, 0.6], time))
+
+    def rows_of(form: str) -> list[Row]:
+        if form == "packed dispatch":
+            run = jax.jit(
+                lambda q, k, v, g, _: pulled(
+                    lambda *x: hard_attention(*x, route, window=window), q, k, v, g
+                )
+            )
+        else:
+            run = compiled_form(form, window)
+        out = run(q, k, v, cotangent, None)[0]
+        ahead, changed, behind, least = 0.0, 0.0, 0.0, math.inf
+        for t in sorted({0, 63, 64, time // 2, time - 2}):
+            if t >= time:
+                continue
+            one = jnp.where(index == t, cotangent, 0)
+            replaced = [jnp.where(index > t, y, x) for x, y in zip((q, k, v), others)]
+            other, *gradients = run(*replaced, one, None)
+            ahead = max(ahead, *(float(jnp.abs(x[:, t + 1 :]).max()) for x in gradients))
+            moved = jnp.abs(other[:, : t + 1].astype(jnp.float32) - out[:, : t + 1])
+            changed = max(changed, float(moved.max()))
+            least = min(least, float(jnp.abs(gradients[2]).max()))
+            if t >= window:
+                below = [jnp.abs(x[:, : t - window + 1]).max() for x in gradients[1:]]
+                behind = max(behind, *map(float, below))
+        rows = [
+            check(f"{form}, gradients of later tokens, largest", ahead, 0.0),
+            check(f"{form}, change of outputs by later tokens, largest", changed, 0.0),
+            # The control: the same probe must see what it should.
+            check(f"{form}, probes without any gradient", float(least == 0.0), 0.0),
+        ]
+        if form in ("local", "cudnn window"):
+            rows.append(check(f"{form}, gradients below the window, largest", behind, 0.0))
+        return rows
+
+    rows = []
+    for form in (*FORMS, "packed dispatch"):
+        refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
+        rows += [not_run(f"{form}, causality", refusal)] if refusal else attempt(
+            f"{form}, causality", functools.partial(rows_of, form)
+        )
+    return rows
+
+
+def select(q, k, v, route, ids, window: int):
+    """The definition: all mechanisms on all tokens, then the chosen one."""
+    outs = [
+        attend_with(name, q, k, v, segment_ids=ids, window=window, implementation="xla")
+        for name in MECHANISMS
+    ]
+    return jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)[0]
+
+
+def packed(q, k, v, route, ids, window: int):
+    return hard_attention(q, k, v, route, segment_ids=ids, window=window)
+
+
+def routed(function, window: int):
+    """(q, k, v, cotangent, route, ids) -> (out, dq, dk, dv)."""
+
+    def run(q, k, v, cotangent, route, ids):
+        return pulled(lambda *x: function(*x, route, ids, window), q, k, v, cotangent)
+
+    return run
+
+
+def highest():
+    """Products in full float32, where a GPU would round their factors."""
+    return jax.default_matmul_precision("highest")
+
+
+ARITHMETIC = {
+    "float32": (jnp.float32, highest, (EXACT, 10 * EXACT)),
+    "float32, products by default": (
+        jnp.float32, contextlib.nullcontext, (TENSOR_FLOAT, 10 * TENSOR_FLOAT)
+    ),
+    "bfloat16": (jnp.bfloat16, contextlib.nullcontext, None),
+}
+"""label -> (dtype, precision of the packed side, tolerances or those of bfloat16). A worst entry
+may be ten times worse than the norm: it can be a sum of products that cancel."""
+
+
+def packed_rows(time: int, dim: int, window: int, label: str) -> list[Row]:
+    """Packed dispatch against `select` in full float32 on the same inputs, whatever the routes."""
+    dtype, precision, tolerances = ARITHMETIC[label]
+    values, gradients = (tolerances, tolerances) if tolerances else (VALUES, GRADIENTS)
+    batch = 4
+    arguments, ids = draw(batch, time, 4, dim, seed=2, dtype=dtype)
+    exact, ids = [x.astype(jnp.float32) for x in arguments], jnp.asarray(ids)
+    run, reference = jax.jit(routed(packed, window)), jax.jit(routed(select, window))
+    routes = {f"{share:.0%} full": random_routes([share] * batch, time)
+              for share in (0.0, 0.1, 0.5, 1.0)}
+    routes["uneven shares"] = random_routes([0.0, 1.0, 0.1, 0.5], time)
+    routes["linear alone"], routes["local alone"] = (
+        np.full((batch, time), index, np.int32) for index in (1, 2)
+    )
+
+    def rows_of(name: str, route: np.ndarray) -> list[Row]:
+        with precision():
+            got = run(*arguments, jnp.asarray(route), ids)
+        with highest():
+            expected = reference(*exact, jnp.asarray(route), ids)
+        return error_rows(f"packed = select, {label}, {name}", got,
+                          [np.asarray(x, np.float64) for x in expected], values, gradients)
+
+    rows = []
+    for name, route in routes.items():
+        rows += attempt(f"packed = select, {label}, {name}", lambda: rows_of(name, route))
+    return rows
+
+
+def mesh_rows(time: int, dim: int, window: int) -> list[Row]:
+    """The same by `Parallel("jit")` over all devices: each loops over its own rows alone."""
+    parallel = Parallel("jit")
+    devices = len(parallel.devices)
+    batch = 2 * devices
+    arguments, ids = draw(batch, time, 4, dim, seed=3, dtype=jnp.float32)
+    route = random_routes(np.linspace(0.0, 0.6, batch), time)
+    sides = routed(packed, window), routed(select, window)
+
+    def squares(case, *, axis_name):
+        got, expected = (side(*case) for side in sides)
+        pairs = [(jnp.sum((x - y) ** 2), jnp.sum(y**2)) for x, y in zip(got, expected)]
+        return jax.lax.psum(pairs, axis_name)
+
+    with highest():
+        sums = parallel.compile(squares, batch_argument=0)(
+            parallel.shard([np.asarray(x) for x in (*arguments, route, ids)])
+        )
+    return [
+        check(f"packed = select, float32, mesh of {devices}, {part}, norm",
+              math.sqrt(float(wrong) / float(scale)), EXACT)
+        for part, (wrong, scale) in zip(PARTS, sums, strict=True)
+    ]
+
+
+def training_config(sizes: Any, dtype: str):
+    """`recall`, shortened, Bayesian; packed dispatch from 70 % of the steps on."""
+    config = recall.get_config()
+    config.update_from_flattened_dict({
+        **dict(sizes.training), "model.dtype": dtype, "gate.start": 0.4, "gate.end": 0.7,
+        "train.steps": sizes.steps, "train.eval_every": sizes.steps,
+        "train.checkpoint_every": sizes.steps, "train.log_every": max(sizes.steps // 10, 1),
+        "train.packed": True,
+    })
+    batch = config.data.batch_size
+    config.parallel.devices = max(
+        n for n in range(1, len(jax.devices()) + 1) if batch % n == 0
+    )
+    return config
+
+
+def training_rows(sizes: Any, dtype: str, folder: pathlib.Path) -> list[Row]:
+    """A run that is cut off after the gate and goes on; its nats; what its checkpoint gives."""
+    config = training_config(sizes, dtype)
+    cut, name = round(0.8 * sizes.steps), f"recall, {dtype}"
+    path = folder / dtype
+    job = loop.prepare(config, path)
+    before = loop.train(job, stop_after=cut, progress=False)
+    state = restored_state(job, cut)
+    evaluator = Evaluator(job.spec.model, job.dataset, job.parallel)
+
+    def sums_of(evaluator: Evaluator, mode: str) -> Sums:
+        return evaluator.sums(
+            *job.parallel.place((state.params, job.hypers.routing)), split="validation",
+            mode=mode, max_batches=config.train.eval_batches,
+        )
+
+    def nats(sums: Sums) -> float:
+        return float(sums.nll) / float(sums.tokens)
+
+    rows = [
+        check(f"{name}, entries that a second save and restore changes",
+              changed_entries(job, state, folder / f"{dtype}-again"), 0.0),
+    ]
+    for mode in ("soft", "hard"):
+        # The same program on the same numbers; 1e-5 for sums that atomics make in any order.
+        rows.append(check(f"{name}, restored less logged nats {mode}, size",
+                          abs(nats(sums_of(evaluator, mode)) - before[mode]["nll"]), 1e-5))
+    dense, sparse = (
+        sums_of(Evaluator(job.spec.model.clone(dispatch=name), job.dataset, job.parallel), "hard")
+        for name in ("dense", "packed")
+    )
+    shares = sparse.routes.sum(axis=(0, 1)) / sparse.routes.sum()
+    # Rounding may turn the routes of later layers where two mechanisms tie, so more than an output.
+    near = UNIT if dtype == "bfloat16" else TENSOR_FLOAT
+    rows.append(check(f"{name}, nats hard by packed less by dense, relative",
+                      abs(nats(sparse) - nats(dense)) / nats(dense), near,
+                      "routes " + ", ".join(f"{x:.0%} {m}" for x, m in zip(shares, MECHANISMS))))
+
+    after = loop.train(loop.prepare(config, path, job.dataset), progress=False)
+    records = list(read_metrics(path))
+    resumed = [r["step"] for r in records if r["event"] == "resume"]
+    logged = [r["nll"] for r in records if r["event"] == "train"]
+    rows += [
+        check(f"{name}, resumed at another step than {cut}", float(resumed != [cut]), 0.0),
+        check(f"{name}, logged losses that are not finite",
+              sum(x is None or not math.isfinite(x) for x in logged), 0.0),
+        check(f"{name}, last / first logged nats", logged[-1] / logged[0], sizes.fall),
+    ]
+    for mode in ("soft", "hard"):
+        rows.append(check(f"{name}, validation nats {mode} after {sizes.steps} steps",
+                          after[mode]["nll"], sizes.bound))
+    return rows
+
+
+@contextlib.contextmanager
+def opened(directory: pathlib.Path, **options: Any) -> Iterator[Checkpoints]:
+    checkpoints = Checkpoints(directory, **options)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def restored_state(job: loop.Job, step: int):
+    with opened(job.path / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.restore(_template(job), step)
+
+
+def _template(job: loop.Job):
+    return init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
+
+
+def changed_entries(job: loop.Job, state: Any, directory: pathlib.Path) -> int:
+    """Numbers of the state that are others once it was written from the device and read again."""
+    with opened(directory) as checkpoints:
+        checkpoints.save(1, state, config={}, nll=0.0)
+        checkpoints.wait()
+        again = checkpoints.restore(_template(job), 1)
+
+    def bits(x):
+        return np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+
+    return sum(
+        int((bits(x) != bits(y)).sum())
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True)
+    )

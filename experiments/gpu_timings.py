@@ -1,0 +1,238 @@
+"""What `experiments.gpu_check` times: rows {what, ratio, spread, rounds, ...} of interleaved sides.
+
+A side that cannot run here has a row without a ratio; `note` says why. Nothing stands in for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time as clock
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from experiments.benchmarks import decoding
+from experiments.benchmarks.common import Row, interleave, random_routes, ratio_row
+from experiments.gpu_checks import cudnn_refusal, cudnn_window
+from meta_attention_jax.mechanisms import full
+from meta_attention_jax.mechanisms.registry import attend_with, get_mechanism, register_mechanism
+from meta_attention_jax.objective import forward
+from meta_attention_jax.routing.dispatch import hard_attention
+from meta_attention_jax.training import build
+from meta_attention_jax.training.step import init_state, train_step
+
+Call = Callable[[], Any]
+
+LEAST = 0.02
+"""Seconds that a timed call takes at the least: a kernel of 50 microseconds is called in a row
+until then, so that the time to start one from Python is not what is measured."""
+
+MOST_CALLS = 200
+
+
+def per_call(calls: Mapping[str, Call], rounds: int) -> dict[str, np.ndarray]:
+    """name -> seconds per call, shape [rounds], interleaved; see LEAST."""
+    repeated, repeats = {}, {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())  # compiles
+        start = clock.perf_counter()
+        jax.block_until_ready(call())
+        took = clock.perf_counter() - start
+        repeats[name] = min(max(math.ceil(LEAST / took), 1), MOST_CALLS)
+        repeated[name] = functools.partial(_in_a_row, call, repeats[name])
+    seconds = interleave(repeated, rounds, warmup=0)
+    return {name: s / repeats[name] for name, s in seconds.items()}
+
+
+def _in_a_row(call: Call, times: int) -> Any:
+    for _ in range(times):
+        result = call()
+    return result
+
+
+def ratio(what: str, seconds: Mapping[str, np.ndarray], side: str, baseline: str, **sizes) -> Row:
+    """The row of one ratio; below 1 the side is faster than the baseline."""
+    row = ratio_row(what, seconds, side, baseline)
+    return dict(what=what, ratio=row["ratio"], spread=row["spread"], rounds=row["rounds"], **sizes,
+                milliseconds=1e3 * row["seconds"],
+                baseline_milliseconds=1e3 * row["baseline_seconds"])
+
+
+def without(what: str, note: str, **sizes: Any) -> Row:
+    """The row of what was not timed."""
+    return dict(what=what, ratio=None, spread=None, rounds=0, **sizes, note=note)
+
+
+def mechanism_rows(
+    time: int, dim: int, window: int, direction: str, rounds: int, heads: int = 8
+) -> list[Row]:
+    """All forms against full attention by cuDNN and by blocks; batch 1, bfloat16, one segment."""
+    dtype = jnp.bfloat16
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, time, heads, dim), dtype) for key in keys)
+    route = jnp.asarray(random_routes([0.1], time))
+    forms = {
+        "blockwise full": functools.partial(full.attend, implementation="blockwise"),
+        "linear": functools.partial(attend_with, "linear"),
+        "local": functools.partial(attend_with, "local", window=window),
+        "packed hard, 10 % full": lambda q, k, v: hard_attention(q, k, v, route, window=window),
+    }
+    refusal = cudnn_refusal(dtype, dim, time)
+    if not refusal:
+        forms["cuDNN full"] = functools.partial(full.attend, implementation="cudnn")
+        forms["cuDNN window"] = functools.partial(cudnn_window, window=window)
+
+    def timed(form):
+        call = form
+        if direction != "forward":
+            def call(q, k, v):
+                loss = lambda *x: jnp.sum(jnp.square(form(*x).astype(jnp.float32)))  # noqa: E731
+                return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return functools.partial(jax.jit(call), q, k, v)
+
+    sizes = dict(direction=direction, T=time, d=dim, H=heads, w=window)
+    seconds = per_call({name: timed(form) for name, form in forms.items()}, rounds)
+    ours = ("linear", "local", "packed hard, 10 % full")
+    pairs = [(side, "cuDNN full") for side in ("blockwise full", *ours)]
+    pairs += [("local", "cuDNN window")] + [(side, "blockwise full") for side in ours]
+    return [
+        ratio(f"{side} / {other}", seconds, side, other, **sizes)
+        if other in seconds
+        else without(f"{side} / {other}", f"not run: {refusal}", **sizes)
+        for side, other in pairs
+    ]
+
+
+CUDNN_MODEL = "full_cudnn"
+
+
+def _register_cudnn() -> None:
+    """Full attention that ignores segment ids, as cuDNN needs it. For timing alone: the model's own
+    full attention always has ids, and batches with more than one segment would be wrong."""
+
+    def attend(q, k, v, *, segment_ids, causal):
+        del segment_ids
+        return full.attend(q, k, v, causal=causal, implementation="cudnn")
+
+    mechanism = dataclasses.replace(
+        get_mechanism("full"), attend=attend, options=(), work=None, attend_packed=None,
+        packed_work=None,
+    )
+    try:
+        register_mechanism(CUDNN_MODEL, mechanism)
+    except ValueError:
+        pass  # Registered by an earlier call in this process.
+
+
+def train_step_config(model_dim: int, layers: int, time: int, window: int, batch: int):
+    config = base.get_config()
+    config.data.sequence_length, config.data.batch_size = time, batch
+    config.model.model_dim, config.model.num_layers = model_dim, layers
+    config.model.window, config.model.dtype = window, "bfloat16"
+    config.parallel.devices = 1
+    return config
+
+
+def routed_params(spec, params, batch, hypers, share: float):
+    """Parameters whose controllers route about `share` of all tokens to full attention.
+
+    An untrained controller routes all tokens alike: noise makes them differ, and the bias of full
+    attention is then found by bisection, for all layers at once.
+
+    Returns:
+      The parameters, and the shares of the mechanisms, all layers.
+    """
+    model = spec.model.clone(mode="hard", dispatch="dense")
+
+    def at(bias):
+        def moved(path, leaf):
+            names = [getattr(entry, "key", None) for entry in path]
+            if "controller" not in names or "output" not in names:
+                return leaf
+            if names[-1] == "bias":
+                return leaf.at[..., 0].add(bias)
+            return leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+
+        return jax.tree_util.tree_map_with_path(moved, params)
+
+    @jax.jit
+    def shares(bias):
+        route = forward(model, at(bias), batch, hypers.routing).routing.route
+        return jnp.stack([jnp.mean((route == k).astype(jnp.float32)) for k in range(3)])
+
+    low, high = -20.0, 20.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(shares(middle)[0]) < share else (low, middle)
+    return jax.jit(at)(high), np.asarray(shares(high))
+
+
+def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
+    """A whole step (loss, gradients, optimizer) on one device, against full attention only.
+
+    bfloat16. The sides: Bayesian soft; Bayesian hard by packed dispatch, its controllers set so
+    that about 10 % of the tokens are full; full attention only, as the model runs it, and by cuDNN.
+    """
+    config = train_step_config(**sizes)
+    head = config.model.model_dim // config.model.num_heads
+    refusal = cudnn_refusal(jnp.bfloat16, head, config.data.sequence_length)
+    dataset = build.build_dataset(config)
+    batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
+
+    def step_of(spec, hypers, state) -> Call:
+        return functools.partial(
+            jax.jit(functools.partial(train_step, spec)), state, batch, hypers
+        )
+
+    spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
+    state = init_state(spec, jax.random.key(0), batch, hypers)
+    params, shares = routed_params(spec, state.params, batch, hypers, 0.1)
+    # Past the gate, where training is packed.
+    hardened = state.replace(params=params, step=jnp.int32(spec.schedule.gate.end))
+    calls = {
+        "Bayesian soft": step_of(spec, hypers, state),
+        "Bayesian packed hard": step_of(dataclasses.replace(spec, packed=True), hypers, hardened),
+    }
+    config.controller.name = "fixed"
+    alone, hypers = build.build_spec(config, dataset), build.build_hypers(config)
+    state = init_state(alone, jax.random.key(0), batch, hypers)
+    calls["full-only"] = step_of(alone, hypers, state)
+    if not refusal:
+        _register_cudnn()
+        model = alone.model.clone(mechanisms=(CUDNN_MODEL,), fixed=(CUDNN_MODEL,))
+        fused = dataclasses.replace(alone, model=model)
+        one = hypers.replace(routing=hypers.routing.replace(costs=jnp.ones(1)))
+        calls["full-only by cuDNN"] = step_of(fused, one, state)
+    seconds = per_call(calls, rounds)
+    routes = " / ".join(f"{share:.0%}" for share in shares)
+
+    def row(side: str, other: str) -> Row:
+        what = f"train step, {side} / {other}"
+        more = dict(sizes, **({"full / linear / local": routes} if "packed" in side else {}))
+        if other in seconds:
+            return ratio(what, seconds, side, other, **more)
+        return without(what, f"not run: {refusal}", **more)
+
+    routed = ("Bayesian soft", "Bayesian packed hard")
+    return [
+        *(row(side, "full-only by cuDNN") for side in (*routed, "full-only")),
+        *(row(side, "full-only") for side in routed),
+        row("Bayesian packed hard", "Bayesian soft"),
+    ]
+
+
+def decode_rows(sizes: decoding.Sizes, rounds: int) -> list[Row]:
+    """Time per token, 10 % of the tokens full, against full attention only; float32."""
+    calls, _ = decoding.sides(sizes)
+    seconds = {name: s / sizes.steps for name, s in per_call(calls, rounds).items()}
+    return [
+        ratio(f"decode, hard, {sizes.fraction_full:.0%} full / {side}", seconds, "hard", side,
+              context=sizes.context, batch=sizes.batch, D=sizes.model_dim, L=sizes.layers)
+        for side in decoding.BASELINES
+    ]
