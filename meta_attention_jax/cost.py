@@ -100,7 +100,8 @@ def resolve_costs(
                 "measured ones in, got 'measured'."
             )
         raise ValueError(f"costs: expected one of {COST_KINDS} or numbers, got {costs!r}.")
-    values = np.asarray(costs, np.float32)
+    with np.errstate(over="ignore"):  # Infinity is refused below.
+        values = np.asarray(costs, np.float32)
     if values.shape != (len(mechanisms),) or not np.all(np.isfinite(values) & (values > 0)):
         raise ValueError(
             f"costs: expected {len(mechanisms)} positive numbers, one per mechanism, got {costs!r}."

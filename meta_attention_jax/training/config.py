@@ -12,18 +12,14 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR
 from meta_attention_jax.controller.posterior import POSTERIORS
 from meta_attention_jax.controller.prior import PRIORS
+from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.mechanisms.full import IMPLEMENTATIONS
 from meta_attention_jax.mechanisms.registry import get_mechanism
+from meta_attention_jax.training.fields import check_sizes, check_types, expect
 from meta_attention_jax.training.parallel import PARALLEL_MODES
 from meta_attention_jax.types import UNCERTAINTIES
 
 DTYPES = ("float32", "bfloat16")
-
-
-def expect(ok: bool, field: str, expected: str, got: Any) -> None:
-    """Raises a ValueError of one sentence unless `ok`."""
-    if not ok:
-        raise ValueError(f"{field}: expected {expected}, got {got!r}.")
 
 
 def validate(config: ConfigDict) -> None:
@@ -32,6 +28,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ValueError: one sentence with the field, what was expected, and what it got.
     """
+    check_types(config)
     data, model, train = config.data, config.model, config.train
     positive = {
         "data.sequence_length": data.sequence_length,
@@ -97,7 +94,9 @@ def validate(config: ConfigDict) -> None:
         f"a divisor of num_heads = {model.num_heads}",
         model.num_kv_heads,
     )
+    check_sizes(config)
     choices = {
+        "data.tokenizer": (data.tokenizer, TOKENIZERS),
         "model.dtype": (model.dtype, DTYPES),
         "model.implementation": (model.implementation, IMPLEMENTATIONS),
         "controller.name": (config.controller.name, tuple(CONTROLLERS)),
@@ -131,7 +130,7 @@ def validate(config: ConfigDict) -> None:
             len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True
         )
     expect(
-        train.profile_step < train.steps,
+        -1 <= train.profile_step < train.steps,
         "train.profile_step",
         f"-1 or a step below train.steps = {train.steps}",
         train.profile_step,
@@ -176,18 +175,18 @@ def config_to_dict(config: ConfigDict) -> dict[str, Any]:
     return plain(config.to_dict())
 
 
-def read_stored(path: pathlib.Path) -> dict[str, Any]:
-    """The plain config in a run's `config.json`.
+def read_stored(path: pathlib.Path, what: str = "a config") -> dict[str, Any]:
+    """The plain config in a run's `config.json`, or `what` else is a JSON object in a file.
 
     Raises:
       ValueError: the file holds something else.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError, OSError):  # JSON of 100,000 brackets is too deep.
         stored = None
     if not isinstance(stored, dict):
-        raise ValueError(f"workdir: expected a config in {str(path)!r}, got something else.")
+        raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
     return stored
 
 

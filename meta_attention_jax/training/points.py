@@ -22,6 +22,9 @@ from ml_collections import ConfigDict
 from meta_attention_jax.training.build import data_seed
 from meta_attention_jax.training.config import config_to_dict
 
+LONGEST = 200
+"""Characters of a point's name: file systems take 255 bytes, and files beside a point say more."""
+
 Point = dict[str, Any]
 Sweep = list[Point]
 
@@ -116,7 +119,7 @@ def labels(points: Sequence[Point]) -> list[str]:
     the points of this name, e.g. "full-only,seed=1" or "strength=0.5,seed=1".
 
     Raises:
-      ValueError: no points, or points that are the same.
+      ValueError: no points, points that are the same, or a name that no folder can have.
     """
     if not points:
         raise ValueError("sweep: expected at least one point, got none.")
@@ -141,6 +144,11 @@ def labels(points: Sequence[Point]) -> list[str]:
     for label in made:
         if made.count(label) > 1:
             raise ValueError(f"sweep: expected points that differ, got {label!r} twice.")
+        if label in (".", "..") or len(label) > LONGEST:
+            raise ValueError(
+                f"sweep: expected points whose names a folder can have, of at most {LONGEST} "
+                f"characters, got {label!r}."
+            )
     return made
 
 
