@@ -162,6 +162,7 @@ def test_bits_per_byte_add_up_under_bpe(tmp_path):
     dataset = make("", corpus=spec, tokenizer="bpe", vocab_size=270, tokenizer_dir=tmp_path / "run")
     data = load_corpus(spec).splits["test"][0].data
     ids = dataset.tokenizer.encode(data)
+    dataset.tokenizer.save(tmp_path / "run")
     counted = sum(batch.num_bytes.sum() for batch in dataset.eval_batches("test"))
     assert counted == len(data) - dataset.tokenizer.token_bytes[ids[0]]
     again = make("", corpus=spec, tokenizer="bpe", vocab_size=270, tokenizer_dir=tmp_path / "run")

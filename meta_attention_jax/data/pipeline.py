@@ -51,7 +51,7 @@ def make_dataset(
       seed: of the training batches, at least 0.
       tokenizer: "bytes" or "bpe", for text; `recall` has a vocabulary of its own.
       vocab_size: of BPE.
-      tokenizer_dir: where a trained tokenizer is kept: opened if it is there, else saved.
+      tokenizer_dir: where a trained tokenizer is kept: opened if it is there; nothing is written.
       recall: the generator's parameters; None for the defaults.
       window: raises recall's `min_distance` to at least the window of local attention.
       rows: the rows of every batch that this process makes.

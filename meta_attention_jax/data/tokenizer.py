@@ -185,7 +185,8 @@ def make_tokenizer(
       kind: "bytes" or "bpe".
       corpus: whose training split BPE learns from.
       vocab_size: of BPE, at least 256; for bytes None or 256.
-      directory: where a trained tokenizer is kept: opened if one is there, else trained and saved.
+      directory: where a trained tokenizer is kept: opened if one is there, else trained. Nothing is
+        written: what else is wrong with the data is not known yet.
 
     Raises:
       ValueError: an unknown kind; a vocabulary size it cannot have; another one in `directory`.
@@ -206,10 +207,7 @@ def make_tokenizer(
                 f"{kept.kind} of {kept.vocab_size}."
             )
         return kept
-    made = BPETokenizer.train([document.data for document in corpus.splits["train"]], vocab_size)
-    if directory is not None:
-        made.save(directory)
-    return made
+    return BPETokenizer.train([document.data for document in corpus.splits["train"]], vocab_size)
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
