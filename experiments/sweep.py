@@ -9,7 +9,8 @@ of the data is that of the config's own seed for all points; `seed` of a point i
 and samples.
 
 Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that
-diverges is reported (`points/<label>.diverged`) and the others go on. With --shard=i/n this process
+diverges is reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the
+others go on. With --shard=i/n this process
 takes every n-th point (an array job of any scheduler); whoever is last writes all results: `rows.json`,
 `table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting
 alone, once no point is left. A sweep may gain points afterwards, but lose and change none; what it then
@@ -29,6 +30,7 @@ from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build, points as algebra
+from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.config import config_to_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
@@ -49,8 +51,10 @@ def main() -> None:
         names = algebra.labels(points)
         configs = {n: algebra.configured(base, p) for n, p in zip(names, points)}
         for config in configs.values():
+            common.check_fields(config)
             build.check(config)
         datasets = sweeps.open_datasets(configs.values())
+        sweeps.check_starts(root, configs, datasets)
         shared = {"config": config_to_dict(base), "points": dict(zip(names, points))}
         common.pin(root / "sweep.json", shared, "this sweep", grows="points")
         # Points of one program lie side by side, so that every shard has some of each.
@@ -64,7 +68,11 @@ def main() -> None:
         for row in found:
             path = root / "points" / row["label"]
             if row["setting"] == pick and not (path / "test.json").exists():
-                run = load_run(path, step=configs[row["label"]].train.steps)
+                try:
+                    run = load_run(path, step=configs[row["label"]].train.steps)
+                except Damaged as error:
+                    print(f"{row['label']}: {error}")
+                    continue
                 measured = scores(run, "test", max_batches=TEST_BATCHES.value)
                 analysis.write_json(path / "test.json", measured)
     print()

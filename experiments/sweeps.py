@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -18,13 +19,14 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import build
-from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.config import config_to_dict
+from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
+from meta_attention_jax.training.config import config_to_dict, read_stored
 from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
 from meta_attention_jax.training.points import Point, Sweep, labels, program
-from meta_attention_jax.training.together import Moved, train_together
+from meta_attention_jax.training.restore import initial_params
+from meta_attention_jax.training.together import Lost, Moved, train_together
 
 if TYPE_CHECKING:
     import pandas
@@ -48,14 +50,22 @@ def load_sweep(path: str | pathlib.Path) -> Sweep:
     """What the config file's `get_sweep()` returns.
 
     Raises:
-      ValueError: no such function, or something else than a list of dicts.
+      ValueError: no such function, one that does not run, or something else than a list of dicts.
     """
     spec = importlib.util.spec_from_file_location("_sweep_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
+    if not callable(getattr(module, "get_sweep", None)):
         raise ValueError(f"config: expected a file that defines get_sweep(), got {str(path)!r}.")
-    points = module.get_sweep()
+    try:
+        points = module.get_sweep()
+    except Exception as error:  # The user's own code.
+        if isinstance(error, ValueError) and ": expected " in str(error):  # Of the algebra.
+            raise
+        raise ValueError(
+            f"config: expected a get_sweep() that runs in {str(path)!r}, got "
+            f"{type(error).__name__}: {error}."
+        ) from None
     if not (isinstance(points, list) and all(isinstance(point, dict) for point in points)):
         raise ValueError(
             f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
@@ -89,6 +99,23 @@ def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
     """
     distinct = {_data(config): config for config in configs}
     return {key: build.build_dataset(config) for key, config in distinct.items()}
+
+
+def check_starts(
+    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
+) -> None:
+    """Reads what new points start from: a mistake in it must come before anything is written.
+
+    Raises:
+      ValueError: as `restore.initial_params`.
+    """
+    seen = []
+    for label, config in configs.items():
+        dataset = datasets[_data(config)]
+        start = config.train.init_from, build.build_spec(config, dataset).model, dataset
+        if config.train.init_from and start not in seen and not (root / "points" / label).exists():
+            initial_params(config.train.init_from, start[1], dataset.tokenizer)
+            seen.append(start)
 
 
 def prepared(
@@ -128,14 +155,15 @@ def train_points(
     """Trains what is not finished: the same program from the same step on as one group.
 
     Args:
-      root: of the sweep; a point that diverges leaves `points/<label>.diverged`.
+      root: of the sweep; a point that diverges leaves `points/<label>.diverged`, one whose
+        checkpoints are all damaged is named and stays as it is.
       jobs: of `prepared`.
       together: False trains one point after the other.
       at_once: points of a group at most; 0 is as many as fit in memory.
     """
     left = dict(jobs)
     while left:
-        # A group that met a damaged checkpoint: its points are no longer at one step.
+        # Groups that met a damaged checkpoint: their points are no longer at one step, or fewer.
         left = _train_left(root, left, together, at_once)
 
 
@@ -164,11 +192,16 @@ def _train_left(
                 _train_group(root, group, start)
             except Moved:
                 again |= group
+            except Lost as error:
+                print(f"{error.name}: {error}")
+                again |= {label: job for label, job in group.items() if label != error.name}
             continue
         try:
             train(jobs[members[0]], label=members[0])
         except Busy:
             print(_busy(members[0]))
+        except Damaged as error:
+            print(f"{members[0]}: {error}")
         except Diverged as error:
             print(f"{members[0]}: {error}")
             analysis.write_text(failed(root, members[0]), str(error))
@@ -202,7 +235,8 @@ def _train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> Non
 
 
 def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """One row per point that has run to its end or diverged, from the directory alone."""
+    """One row per point that has run to its end or diverged, from the directory alone. One whose
+    files are damaged is named in a warning, and left out."""
     found = []
     for label, setting, point in zip(labels(points), settings(points), points):
         path = root / "points" / label
@@ -212,26 +246,39 @@ def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
             continue
         if not (path / "metrics.jsonl").exists():
             continue
-        steps = json.loads((path / "config.json").read_text())["train"]["steps"]
-        # The last evaluation is logged before its checkpoint is complete.
-        if not (path / "checkpoints" / str(steps)).is_dir():
+        try:
+            measured = _measured(path)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"{label}: expected the files of a run, got damaged ones ({reason}).", stacklevel=2
+            )
             continue
-        last = [r for r in read_metrics(path) if r["event"] == "eval"]
-        hard, soft = last[-1]["hard"], last[-1]["soft"]
-        if hard["nll"] is None or soft["nll"] is None:  # What JSON holds of NaN and infinity.
-            found.append({**row, "diverged": f"step {steps}: the evaluation is not finite."})
-            continue
-        row |= {
-            "nll_hard": hard["nll"], "nll_soft": soft["nll"], "gap": hard["nll"] - soft["nll"],
-            "full": hard.get("fraction/full"), "kl": soft["kl"],
-            **{name: hard[name] for name in ("cost", "routing_entropy", "usage_entropy")},
-        }
-        if "kinds" in hard:
-            row["accuracy"] = hard["kinds"]["accuracy"]
-        if (path / "test.json").exists():
-            row["test"] = json.loads((path / "test.json").read_text())
-        found.append(row)
+        if measured is not None:
+            found.append({**row, **measured})
     return found
+
+
+def _measured(path: pathlib.Path) -> Optional[dict[str, Any]]:
+    """What a point has to show at its end; None before."""
+    steps = read_stored(path / "config.json")["train"]["steps"]
+    # The last evaluation is logged before its checkpoint is complete.
+    if not (path / "checkpoints" / str(steps)).is_dir():
+        return None
+    last = [r for r in read_metrics(path) if r["event"] == "eval"]
+    hard, soft = last[-1]["hard"], last[-1]["soft"]
+    if hard["nll"] is None or soft["nll"] is None:  # What JSON holds of NaN and infinity.
+        return {"diverged": f"step {steps}: the evaluation is not finite."}
+    row = {
+        "nll_hard": hard["nll"], "nll_soft": soft["nll"], "gap": hard["nll"] - soft["nll"],
+        "full": hard.get("fraction/full"), "kl": soft["kl"],
+        **{name: hard[name] for name in ("cost", "routing_entropy", "usage_entropy")},
+    }
+    if "kinds" in hard:
+        row["accuracy"] = hard["kinds"]["accuracy"]
+    if (path / "test.json").exists():
+        row["test"] = read_stored(path / "test.json", "a result")
+    return row
 
 
 def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,7 +25,27 @@ METRIC = "nll"
 
 
 def _metric(metrics: Mapping[str, Any]) -> float:
-    return float(metrics[METRIC])
+    nll = float(metrics[METRIC])
+    if math.isnan(nll):  # Never written; it would make every comparison false.
+        raise ValueError(f"{METRIC} is NaN")
+    return nll
+
+
+class _Manager(ocp.CheckpointManager):
+    """Passes over metrics that cannot be read: those of one step must not hide all the others."""
+
+    def metrics(self, step: int) -> Optional[Mapping[str, Any]]:
+        try:
+            self.check_metrics(step)
+            return super().metrics(step)
+        except Exception:  # As in `_readable`; whoever restores the step hears of it.
+            return None
+
+    def check_metrics(self, step: int) -> None:
+        """Raises something if the metrics of a step are there and damaged."""
+        found = super().metrics(step)
+        if found is not None:
+            _metric(found)
 
 
 @contextlib.contextmanager
@@ -63,7 +83,7 @@ class Checkpoints:
             ]
         )
         with _quiet() if read_only else contextlib.nullcontext():
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 item_names=("state", "config"),
                 item_handlers={
@@ -145,6 +165,7 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
         )
         with self._readable(step):
+            self._manager.check_metrics(step)
             return self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )["state"]
@@ -207,6 +228,7 @@ class Checkpoints:
           Damaged: nothing that can be read at that step.
         """
         with self._readable(step):
+            self._manager.check_metrics(step)
             return self._restore_params(step)
 
     def _restore_params(self, step: int) -> Any:

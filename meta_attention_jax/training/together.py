@@ -14,7 +14,7 @@ from typing import Any, Optional
 import jax
 import numpy as np
 
-from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.group import (
     Group,
@@ -31,6 +31,14 @@ from meta_attention_jax.training.state import TrainState
 
 MEMORY_SHARE = 0.8
 """Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
+
+
+class Lost(Damaged):
+    """None of the checkpoints of a point can be read; `name` is the point's."""
+
+    def __init__(self, name: str, error: Damaged):
+        super().__init__(str(error))
+        self.name = name
 
 
 class Moved(RuntimeError):
@@ -70,7 +78,7 @@ def train_together(
       ValueError: jobs of different programs.
       Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
       Moved: newer checkpoints of a job were damaged and are set aside; nothing was trained.
-      Damaged: none of a job's checkpoints can be read.
+      Lost: none of a job's checkpoints can be read; nothing was trained.
     """
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
@@ -99,7 +107,7 @@ def train_together(
         ]
     with contextlib.ExitStack() as stack_:
         asked = stack_.enter_context(interruptible())  # As in `loop.train`.
-        runs = [_Point(job, start, stack_) for job in jobs]
+        runs = [_Point(job, name, start, stack_) for job, name in zip(jobs, names, strict=True)]
         if start:
             template = group.abstract_point()
             # Over the host: one device would not hold the states of all.
@@ -130,8 +138,8 @@ def train_together(
 class _Point:
     """The open files of one point, and how it fares."""
 
-    def __init__(self, job: Job, start: int, stack_: contextlib.ExitStack):
-        self.config = job.config
+    def __init__(self, job: Job, name: str, start: int, stack_: contextlib.ExitStack):
+        self.config, self.name = job.config, name
         self.checkpoints = Checkpoints(
             job.path / "checkpoints", keep_latest=job.config.train.keep_latest
         )
@@ -142,7 +150,10 @@ class _Point:
         self.failure: Optional[str] = None
 
     def restore(self, template: TrainState) -> TrainState:
-        found, state = self.checkpoints.restore_newest(template)
+        try:
+            found, state = self.checkpoints.restore_newest(template)
+        except Damaged as error:
+            raise Lost(self.name, error) from error
         if found != self.good:
             raise Moved(found)
         return state
