@@ -11,6 +11,7 @@ from typing import Any
 from experiments.arms import base_arm
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, paired_interval
+from meta_attention_jax.training.config import read_stored
 
 TOLERANCE = 0.005
 """Nats within which a cheaper setting counts as equal."""
@@ -53,7 +54,11 @@ def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def collect(root: pathlib.Path) -> list[dict[str, Any]]:
-    """One row per finished run below `root`, from the directories alone."""
+    """One row per finished run below `root`, from the directories alone.
+
+    Raises:
+      ValueError: a run whose config or result is damaged.
+    """
     rows = []
     for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
         paths = sorted((root / folder).glob("*/seed*/test.json"))
@@ -61,18 +66,24 @@ def collect(root: pathlib.Path) -> list[dict[str, Any]]:
             for same in sorted((root / folder).glob(f"*/{SAME}")):
                 paths += sorted((root / "runs" / same.parent.name).glob("seed*/test.json"))
         for path in paths:
-            config = json.loads((path.parent / "config.json").read_text())
-            rows.append({
-                "view": view,
-                "arm": path.parent.parent.name,
-                "seed": config["seed"],
-                "steps": config["train"]["steps"],
-                "learning_rate": config["optimizer"]["learning_rate"],
-                "beta": config["objective"]["beta"],
-                "strength": config["prior"]["strength"],
-                "preference": config["prior"]["preference"],
-                **json.loads(path.read_text()),
-            })
+            config = read_stored(path.parent / "config.json")
+            try:
+                rows.append({
+                    "view": view,
+                    "arm": path.parent.parent.name,
+                    "seed": config["seed"],
+                    "steps": config["train"]["steps"],
+                    "learning_rate": config["optimizer"]["learning_rate"],
+                    "beta": config["objective"]["beta"],
+                    "strength": config["prior"]["strength"],
+                    "preference": config["prior"]["preference"],
+                    **read_stored(path, "a result"),
+                })
+            except (KeyError, TypeError):
+                raise ValueError(
+                    f"workdir: expected a complete config in {str(path.parent / 'config.json')!r}, "
+                    "got something else."
+                ) from None
     return rows
 
 

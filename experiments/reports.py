@@ -17,6 +17,7 @@ from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.controller.prior import prior_concentration
 from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.training.config import read_stored
 from meta_attention_jax.training.evaluation import token_arrays
 from meta_attention_jax.training.logs import read_metrics
 
@@ -32,25 +33,46 @@ def report(workdir: str | pathlib.Path) -> tuple[str, Callable[[], str]]:
     """
     root = pathlib.Path(workdir)
     if (root / "ablation.json").is_file():
+        _shared(root / "ablation.json", "config")
         rows = comparison.collect(root)
         if not rows:
             raise ValueError(f"workdir: expected finished runs in {str(root)!r}, got none yet.")
         return "ablation", functools.partial(ablation_page, root, rows)
     if (root / "sweep.json").is_file():
-        stored = json.loads((root / "sweep.json").read_text())
+        stored = _shared(root / "sweep.json", "config", "points")
         result = sweeps.result(root, list(stored["points"].values()))
         if not result.done:
             raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
         return "sweep", functools.partial(sweep_page, result, stored["config"]["name"])
     if (root / "config.json").is_file():
         run = load_run(root)
-        if not [r for r in read_metrics(run.path) if r["event"] == "eval"]:
+        held_out = [r for r in read_metrics(run.path) if r["event"] == "eval"]
+        if not held_out:
             raise ValueError(f"workdir: expected an evaluation in {str(root)!r}, got none yet.")
+        for mode in ("soft", "hard"):
+            found = held_out[-1].get(mode)
+            if not (isinstance(found, dict) and {"nll", "kl", "cost", "layers"} <= found.keys()):
+                raise ValueError(
+                    f"workdir: expected a {mode} evaluation at the end of "
+                    f"{str(run.path / 'metrics.jsonl')!r}, got something else."
+                )
         run.dataset  # Opened now, for what can be wrong with it.
         return "run", functools.partial(run_page, run)
     raise ValueError(
         f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}."
     )
+
+
+def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+    """What the runs of a comparison or a sweep share: the config, with its name, and the points."""
+    stored = read_stored(path)
+    parts = [stored.get(key) for key in keys]
+    ok = all(isinstance(part, dict) for part in parts) and isinstance(parts[0].get("name"), str)
+    if not (ok and all(isinstance(point, dict) for part in parts[1:] for point in part.values())):
+        raise ValueError(
+            f"workdir: expected {' and '.join(keys)} in {str(path)!r}, got something else."
+        )
+    return stored
 
 
 def run_page(run: Run) -> str:

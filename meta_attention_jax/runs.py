@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
+from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.pipeline import Dataset, check_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
@@ -32,6 +33,8 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import flatten_scalars
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.training import build
+from meta_attention_jax.training.config import validate
+from meta_attention_jax.training.fields import SECTIONS, completed, expect
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.state import Hypers
@@ -398,6 +401,18 @@ class _complete:
             ) from None
 
 
+def _check_config(config: ConfigDict, path: pathlib.Path) -> None:
+    """Checks a config as it is stored: somebody may have edited it."""
+    try:
+        for section in SECTIONS:
+            ok = isinstance(config[section], ConfigDict)
+            expect(ok, section, "a section with its fields", config[section])
+        validate(completed(config))
+        validate_prior(strength=config.prior.strength, preference=config.prior.preference)
+    except ValueError as error:
+        raise ValueError(f"workdir: {str(path / 'config.json')!r}: {error}") from None
+
+
 def load_run(
     path: str | pathlib.Path,
     *,
@@ -420,6 +435,12 @@ def load_run(
     path = pathlib.Path(path).absolute()
     config, found, steps, params = read_run(path, step)
     with _complete(path):
+        _check_config(config, path)
+        tokens = (sequence_length or config.data.sequence_length) * (
+            batch_size or config.data.batch_size
+        )
+        fewer = "fewer than 2^31 tokens in a batch"
+        expect(tokens < 2**31, "sequence_length", fewer, sequence_length)
         tokenizer = load_tokenizer(path)
         model = build.build_model(config, tokenizer.vocab_size)
         run = Run(
