@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import logging as python_logging
@@ -13,13 +14,16 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Optional
 
 from absl import flags, logging
+from ml_collections import ConfigDict
+from ml_collections.config_flags import tuple_parser
 
+from configs import base
 from meta_attention_jax.training.checkpoint import Damaged
-from meta_attention_jax.training.config import config_difference
+from meta_attention_jax.training.config import config_difference, read_stored
 from meta_attention_jax.training.interrupt import Interrupted
 from meta_attention_jax.training.loop import FREE_TO_CHANGE
 
@@ -37,19 +41,102 @@ def fail(message: object) -> None:
     raise SystemExit(2)
 
 
+def _near(field: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(field, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _flag_mistake(words: str) -> Optional[str]:
+    """What absl says of a flag, in our words; None if it is something else."""
+    if missing := re.search(r"Flag --(\S+) must have a value", words):
+        return f"{missing[1]}: expected a value, for --{missing[1]} must have a value, got none."
+    if bare := re.match(r"Missing value for flag --?(\S+)", words):
+        return f"{bare[1]}: expected a value, got none."
+    wrong = re.match(r"flag --([^=]+)=(.*?): (.*)", words, re.DOTALL)
+    if not wrong:
+        return None
+    name, value, reason = wrong.groups()
+    field, parser = name.removeprefix("config."), flags.FLAGS[name].parser
+    if name == "config":  # The last line of a traceback of the file.
+        reason = reason.strip().splitlines()[-1].rstrip(".")
+        return f"config: expected a file whose get_config() runs, got {value!r}: {reason}."
+    if isinstance(parser, flags.EnumParser):
+        expected = f"one of {', '.join(parser.enum_values)}"
+    elif isinstance(parser, flags.BooleanParser):
+        expected = "true or false"
+    elif isinstance(parser, tuple_parser.TupleParser):
+        expected = "a tuple such as \"('full', 'local')\""
+    elif "ConfigDict" in reason:
+        expected = f"a value for one of its fields, as in --{name}.<field>=<value>"
+    else:
+        expected = parser.syntactic_help or "another value"
+    return f"{field}: expected {expected}, got {value!r}."
+
+
 def sentence(error: Exception) -> str:
-    """What the libraries say of a mistake, without their wrapping."""
+    """What is wrong with the flags or the config file, without the wrapping of the libraries."""
     if isinstance(error, OSError):  # A missing config comes with every path that was tried.
-        return re.sub(r".*\[Errno \d+\] ", "", str(error), flags=re.DOTALL)
+        words = re.sub(r".*\[Errno \d+\] ", "", str(error), flags=re.DOTALL).splitlines()[-1]
+        return f"config: expected a file that can be read, got {words}."
     words: object = error
     while isinstance(words, (AttributeError, KeyError)) and words.args:
         words = words.args[0]
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = re.search(r"Did you mean: (\S+) ", str(error))
+        hint = f"; did you mean --{near[1]}?" if near else "."
+        return f"flags: expected one that this command has, got --{error.flagname}{hint}"
     unknown = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words))
-    if not unknown:
-        return str(words)
-    field, near = unknown.groups()
-    hint = f"; did you mean {near!r}?" if near else "."
-    return f"config: expected a field of the config, got {field!r}{hint}"
+    if unknown:
+        field, near = unknown.groups()
+        hint = f"; did you mean {near!r}?" if near else "."
+        return f"config: expected a field of the config, got {field!r}{hint}"
+    if said := _flag_mistake(str(words)):
+        return said
+    fields = dict(_fields(base.get_config()))
+    for flag in sys.argv:  # ml_collections has many words for a field of what has no fields.
+        field = re.match(r"--?(?:no)?config\.([^=]*)", flag)
+        if field and field[1] not in fields and not isinstance(error, SyntaxError):
+            near = _near(field[1], fields)
+            return f"config: expected a field of the config, got {field[1]!r}{near}"
+    kind = "" if isinstance(error, (AttributeError, flags.Error)) else f"{type(error).__name__}: "
+    return f"config: expected a Python file that runs and has get_config(), got {kind}{words}."
+
+
+def _fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every field."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def check_fields(config: Any) -> None:
+    """Checks that a config has the fields of `configs/base.py`, no others, and values of their
+    types: a config file may set what it likes, a misspelt field too.
+
+    Raises:
+      ValueError: the first field that is wrong.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config: expected a ConfigDict from get_config(), got {config!r}.")
+    known, given = dict(_fields(base.get_config())), dict(_fields(config))
+    for field, value in given.items():
+        if any(name.startswith(f"{field}.") for name in known):
+            raise ValueError(f"{field}: expected a section with its fields, got {value!r}.")
+        if field not in known:
+            raise ValueError(
+                f"config: expected a field of the config, got {field!r}{_near(field, known)}"
+            )
+        kind = type(known[field])
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{field}: expected a value like {known[field]!r}, got {value!r}.")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{field}: expected text, got {value!r}.")
+    for field in known:
+        if field not in given:
+            raise ValueError(f"config: expected a value of the field {field!r}, got none.")
 
 
 @contextlib.contextmanager
@@ -58,8 +145,29 @@ def user_mistakes() -> Iterator[None]:
     should show its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        fail(sentence(error))
+    except OSError as error:
+        words = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        fail(f"file: expected one that can be read or written, got {words}.")
+    except UnicodeError as error:
+        fail(f"text: expected text of Unicode, got {error.object!r:.80}.")
+    except ValueError as error:
+        fail(error)
+
+
+def check_output(field: str, path: str | pathlib.Path) -> None:
+    """Checks that a file can be written at `path`, before hours of work end there.
+
+    Raises:
+      ValueError: a folder stands there, or a file where a folder has to be.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.is_dir():
+        raise ValueError(f"{field}: expected a file to write, got the folder {str(path)!r}.")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(
+            f"{field}: expected a file in a folder that can be written, got {str(path)!r}."
+        )
 
 
 def pin(
@@ -92,7 +200,10 @@ def pin(
         with contextlib.suppress(FileExistsError):
             os.link(partial, path)
         partial.unlink()
-    stored = json.loads(path.read_text())
+    stored = read_stored(path)
+    for key in (key for key, value in mine.items() if isinstance(value, dict)):
+        if not isinstance(stored.get(key), dict):
+            raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
     compared = dict(mine)
     if grows:
         compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
@@ -120,19 +231,38 @@ def no_room(error: BaseException) -> bool:
     return False
 
 
+def quiet_threads() -> None:
+    """From here on nothing is heard of what threads and coroutines of libraries say, at length, of
+    an error that is raised as well: TensorBoard's of a full disk, Orbax's that still read when
+    another file turned out damaged."""
+    of_threads, ignored = threading.excepthook, sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        code = getattr(args.object, "cr_code", None)
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(args.exc_value) != "Event loop is closed":
+            ignored(args)
+
+    threading.excepthook = lambda args: None if no_room(args.exc_value) else of_threads(args)
+    sys.unraisablehook = unraisable
+
+
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, then calls `main`."""
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         flags.FLAGS.validate_all_flags()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
-            SyntaxError) as error:
+        given = "config" in flags.FLAGS and flags.FLAGS["config"].present
+        if given:
+            getattr(flags.FLAGS.config, "items", None)  # A file that was not read says so here.
+    except Exception as error:  # Of any kind: the user's config file has run in here too.
         fail(sentence(error))
+    if given:
+        with user_mistakes():
+            check_fields(flags.FLAGS.config)
     if rest:
         fail(f"arguments: expected flags only, got {rest[0]!r}.")
-    hook = threading.excepthook
-    # TensorBoard's thread meets the full disk too, and would say so at length.
-    threading.excepthook = lambda args: None if no_room(args.exc_value) else hook(args)
+    quiet_threads()
     try:
         main()
     except Damaged as error:

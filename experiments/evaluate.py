@@ -21,6 +21,7 @@ from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.training.config import expect
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 
@@ -71,6 +72,12 @@ def main() -> None:
     with common.user_mistakes():
         if unknown := set(MODE.value) - set(MODES):
             raise ValueError(f"modes: expected some of {MODES}, got {sorted(unknown)[0]!r}.")
+        if not MODE.value:
+            raise ValueError(f"modes: expected some of {MODES}, got none.")
+        # absl lets NaN through.
+        expect(0 <= THRESHOLD.value <= 1, "threshold", "theta in [0, 1]", THRESHOLD.value)
+        if JSON.value:
+            common.check_output("json", JSON.value)
         run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value)
         run.dataset  # Opened here, where its errors are the user's.
     parallel = Parallel("jit")

@@ -15,6 +15,7 @@ from experiments import common, samples
 from meta_attention_jax.generation import sampler_of
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training.config import expect
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
@@ -22,12 +23,12 @@ MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
 THRESHOLD = flags.DEFINE_float(
     "threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0
 )
-STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1)
+STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1, 10**6)
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "> 0.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens; at least 1.")
 TOP_P = flags.DEFINE_float("top_p", None, "Keep the likeliest tokens of this mass; in (0, 1].")
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", 0)
+SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**32 - 1)
 SHOW_ROUTES = flags.DEFINE_bool("show_routes", False, "Show the mechanism of each token.")
 LAYER = flags.DEFINE_integer("layer", None, "Layer to show; the one with most full when absent.", 0)
 COLOR = flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "ANSI colours.")
@@ -38,6 +39,8 @@ def main() -> None:
     with common.user_mistakes():
         draw = dict(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
         sampler_of(**draw)  # Its mistakes before any work.
+        theta = THRESHOLD.value  # absl lets NaN through.
+        expect(theta is None or 0 <= theta <= 1, "threshold", "theta in [0, 1]", theta)
         run = load_run(WORKDIR.value, step=STEP.value)
         if LAYER.value is not None and LAYER.value >= run.config.model.num_layers:
             raise ValueError(

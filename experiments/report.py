@@ -21,9 +21,10 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
+    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
     with common.user_mistakes():
         kind, page = reports.report(WORKDIR.value)
-    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
+        common.check_output("out", out)
     text = page()
     with common.user_mistakes():
         analysis.write_text(out, text)

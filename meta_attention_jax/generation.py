@@ -27,7 +27,7 @@ Tokens = Int[Array, "batch"]
 RowKeys = Key[Array, "batch"]
 Draw = Callable[[Logits, RowKeys], Tokens]
 
-TINY = float(np.finfo(np.float32).tiny)
+TINY, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 CAPACITY_STEP = 64
 """Capacities are rounded up to a multiple of it, so that texts of similar length share a program."""
 
@@ -86,13 +86,13 @@ class Sampler:
     top_p: Optional[float] = None
 
     def __post_init__(self) -> None:
-        if not TINY <= self.temperature < float("inf"):
+        if not TINY <= self.temperature <= LARGEST:
             raise ValueError(
                 f"temperature: expected a finite number of at least {TINY:.1e}, got "
                 f"{self.temperature}; without a sampler the text is greedy."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {self.top_k}.")
+        if self.top_k is not None and not 1 <= self.top_k < 2**31:
+            raise ValueError(f"top_k: expected at least 1 and less than 2^31, got {self.top_k}.")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}.")
 

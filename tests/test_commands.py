@@ -229,20 +229,19 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
 
     unwritable = command("evaluate", f"--workdir={run}", "--modes=soft", "--max_batches=1",
                          f"--json={run}/config.json/rows.json")
-    assert "validation split" in unwritable.out, "the table is not lost"
-    check_mistake(dataclasses.replace(unwritable, out=""), "config.json")
+    check_mistake(unwritable, "json: expected a file in a folder that can be written, got ")
 
 
 TRAINING_MISTAKES = [
     (["--config.prior.strenght=2"], "got 'strenght'; did you mean 'strength'?"),
     (["--config.priro.strength=2"], "got 'priro'; did you mean 'prior'?"),
     (["--config.zzz=2"], "config: expected a field of the config, got 'zzz'."),
-    (["--config.train.steps=many"], "--config.train.steps=many: invalid literal"),
+    (["--config.train.steps=many"], "train.steps: expected an integer, got 'many'."),
     (["--config.train.steps=0"], "train.steps: expected a number > 0, got 0."),
     (["--config.prior.strength=-1"], "prior.strength: expected a finite number > 0, got -1.0."),
     (["--config.prior.costs=1,2"], "prior.costs: expected 3 positive numbers"),
     (["--config.data.corpus=sotuu"], "did you mean 'sotu'?"),
-    (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+    (["--wrokdir=x"], "this command has, got --wrokdir; did you mean --workdir?"),
     (["again"], "arguments: expected flags only, got 'again'."),
 ]
 
@@ -275,10 +274,10 @@ def test_a_mistake_in_evaluation_is_one_line_and_writes_nothing(command, tmp_pat
     for flags, sentence in (
         ([], "workdir: expected a run directory with config.json, got "),
         (["--modes=soft,firm"], "modes: expected some of ('soft', 'hard', 'gated'), got 'firm'."),
-        (["--split=tset"], "--split=tset: value should be one of"),
-        (["--length=0"], "--length=0"),
-        (["--threshold=1.5"], "--threshold=1.5"),
-        (["--samples=few"], "--samples=few"),
+        (["--split=tset"], "split: expected one of train, validation, test, got 'tset'."),
+        (["--length=0"], "length: expected a positive integer, got '0'."),
+        (["--threshold=1.5"], "threshold: expected a number in the range [0.0, 1.0], got"),
+        (["--samples=few"], "samples: expected a non-negative integer, got 'few'."),
     ):
         check_mistake(command("evaluate", f"--workdir={tmp_path}", *flags), sentence)
     check_mistake(command("evaluate", f"--workdir={tmp_path}/nowhere"), "workdir: expected a run")
