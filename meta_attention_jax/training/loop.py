@@ -155,32 +155,42 @@ def prepare(
       ValueError: any mistake of the user's, as one sentence.
     """
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
-    return processes.in_turn(lambda: _prepare(config, workdir, dataset))
+    parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
+    # Here they go together: reading a checkpoint and measuring, processes wait for each other.
+    initial = processes.together(lambda: _initial(config, workdir, spec, dataset))
+    path = processes.in_turn(lambda: open_workdir(workdir, config))
+    # Once trained upon, measured costs may only be read.
+    trained = (path / "checkpoints").exists()
+    hypers = processes.together(lambda: build.build_hypers(config, path, measure=not trained))
+    processes.in_turn(lambda: _describe_data(dataset, path))
+    return Job(config, path, dataset, parallel, spec, hypers, initial)
 
 
-def _prepare(
+def _built(
     config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset]
-) -> Job:
+) -> tuple[Parallel, Dataset, StepSpec]:
     build.check(config)
     parallel = build.build_parallel(config)
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
-    spec = build.build_spec(config, dataset)
-    initial = None
+    return parallel, dataset, build.build_spec(config, dataset)
+
+
+def _initial(
+    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset
+) -> Optional[Any]:
     # The folder alone says nothing: a run killed before its first save has one too.
     saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
-    if config.train.init_from and not saved:
-        initial = jax.device_get(
-            initial_params(config.train.init_from, spec.model, dataset.tokenizer)
-        )
-    path = open_workdir(workdir, config)
-    # Once trained upon, measured costs may only be read.
-    trained = (path / "checkpoints").exists()
-    hypers = build.build_hypers(config, path, measure=not trained)
+    if not config.train.init_from or saved:
+        return None
+    model = spec.model.clone(shard_axis=None)
+    return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer))
+
+
+def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
     if processes.leads():
         dataset.tokenizer.save(path)
     write_manifest(dataset, path)
-    return Job(config, path, dataset, parallel, spec, hypers, initial)
 
 
 def train(

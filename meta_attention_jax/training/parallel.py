@@ -54,10 +54,12 @@ class Parallel:
             raise ValueError(f"parallel.mode: expected 'jit' with {what}, got 'pmap'.")
         self.shard_axis: Optional[str] = FSDP if fsdp > 1 else None
         shape = (len(self.devices) // fsdp, fsdp)
-        # Auto: Linen and distrax do not know explicit axes. make_mesh knows the wires of a TPU.
-        self.mesh = jax.make_mesh(
-            shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=self.devices
-        )
+        # Auto: Linen and distrax do not know explicit axes.
+        kinds = (AxisType.Auto,) * 2
+        try:  # Neighbours on a TPU's wires, where its shape allows.
+            self.mesh = jax.make_mesh(shape, AXES, axis_types=kinds, devices=self.devices)
+        except (NotImplementedError, ValueError):
+            self.mesh = Mesh(np.array(self.devices).reshape(shape), AXES, axis_types=kinds)
 
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuses a batch that does not split over devices and micro-batches."""
