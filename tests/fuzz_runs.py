@@ -38,7 +38,8 @@ CHANGES: tuple[tuple[str, Any], ...] = (
 )
 MISSING = ("model", "data", "controller", "prior", "gate", "train", "optimizer", "objective",
            "name", "model.num_heads", "model.mechanisms", "controller.name", "data.corpus",
-           "prior.costs",           "gate.threshold", "data.sequence_length", "seed", "optimizer.learning_rate")
+           "prior.costs", "gate.threshold", "data.sequence_length", "seed",
+           "optimizer.learning_rate")
 
 
 def _change(tree: dict[str, Any], field: str, value: Any) -> None:
@@ -244,10 +245,9 @@ EVALUATE = tuple((flag,) for flag in (
     "--split=tset", "--split=", "--split=Train", "--modes=soft,firm", "--modes=", "--modes=,",
     "--modes=soft hard", "--samples=-1", "--samples=few", "--samples=1.5", "--length=0",
     "--length=-5", "--length=x", "--length=6", "--length=99999999999", "--threshold=nan",
-    "--threshold=1.5", "--threshold=x", "--max_batches=0", "--max_batches=-1", "--max_batches=x", "--step=3",
-    "--step=bst", "--step=0", "--json=run", "--json=run/config.json/x.json", "--json=" + "x" * 300,
-    "--lenght=4",
-    "more", "--samples", "--nosamples",
+    "--threshold=1.5", "--threshold=x", "--max_batches=0", "--max_batches=-1", "--max_batches=x",
+    "--step=3", "--step=bst", "--step=0", "--json=run", "--json=run/config.json/x.json",
+    "--json=" + "x" * 300, "--lenght=4", "more", "--samples", "--nosamples",
 ))
 REPORT = tuple((flag,) for flag in (
     "--out=run", "--out=run/config.json/x.html", "--out=" + "x" * 300, "--oot=x", "more", "--out",

@@ -1,4 +1,7 @@
-"""Types and sizes of a config's fields: what neither a ConfigDict nor JSON makes sure of."""
+"""Types and sizes of a config's fields: what neither a ConfigDict nor JSON makes sure of.
+
+A field that none of the lists below has is not checked.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,41 @@ import numpy as np
 from ml_collections import ConfigDict
 
 SECTIONS = (
-    "data", "model", "controller", "prior", "objective", "gate", "optimizer", "train", "parallel"
+    "data", "model", "controller", "prior", "objective", "gate", "optimizer", "train", "parallel",
 )
 TEXTS = (
-    "name", "data.corpus", "data.tokenizer", "model.implementation", "model.dtype", "controller.name",
-    "controller.posterior", "controller.uncertainty", "prior.family", "prior.costs", "gate.kind",
-    "optimizer.name", "train.init_from", "parallel.mode",
+    "name", "data.corpus", "data.tokenizer", "model.implementation", "model.dtype",
+    "controller.name", "controller.posterior", "controller.uncertainty", "prior.family",
+    "prior.costs", "gate.kind", "optimizer.name", "train.init_from", "parallel.mode",
 )
 SWITCHES = ("model.scan_layers", "model.remat", "train.packed")
 NAMES = ("model.mechanisms", "controller.fixed")
 WHOLE = (
-    "seed", "data.vocab_size", "data.sequence_length", "data.batch_size", "data.seed", "data.num_keys",
-    "data.num_values", "data.num_pairs", "data.min_distance", "data.num_marks", "model.model_dim",
-    "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.mlp_dim", "model.window",
-    "controller.hidden", "optimizer.accumulate", "train.steps", "train.log_every", "train.eval_every",
-    "train.eval_batches", "train.checkpoint_every", "train.keep_latest", "train.profile_step",
-    "parallel.devices", "parallel.fsdp",
+    "seed", "data.vocab_size", "data.sequence_length", "data.batch_size", "data.seed",
+    "data.num_keys", "data.num_values", "data.num_pairs", "data.min_distance", "data.num_marks",
+    "model.model_dim", "model.num_layers", "model.num_heads", "model.num_kv_heads",
+    "model.mlp_dim", "model.window", "controller.hidden", "optimizer.accumulate", "train.steps",
+    "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
+    "train.keep_latest", "train.profile_step", "parallel.devices", "parallel.fsdp",
 )
 REAL = (
     "data.query_rate", "data.mark_rate", "data.mark_bias", "data.aggregate_rate",
     "controller.entropy_bonus", "controller.temperature", "controller.temperature_start",
     "prior.strength", "prior.preference", "objective.beta", "objective.beta_warmup", "gate.start",
     "gate.end", "gate.threshold", "optimizer.learning_rate", "optimizer.warmup",
-    "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.clip", "train.packed_dense_rows",
+    "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.clip",
+    "train.packed_dense_rows",
 )
 
 LATER = {
     "train.packed": False, "train.packed_dense_rows": 0.0, "train.init_from": "",
-    "controller.entropy_bonus": 0.0, "controller.temperature": 1.0, "controller.temperature_start": 1.0,
-    "data.query_rate": 0.25, "data.min_distance": 0, "data.num_marks": 0, "data.mark_rate": 0.0,
-    "data.mark_bias": 0.5, "data.aggregate_rate": 0.0, "data.seed": -1, "parallel.fsdp": 1,
+    "controller.entropy_bonus": 0.0, "controller.temperature": 1.0,
+    "controller.temperature_start": 1.0, "data.query_rate": 0.25, "data.min_distance": 0,
+    "data.num_marks": 0, "data.mark_rate": 0.0, "data.mark_bias": 0.5, "data.aggregate_rate": 0.0,
+    "data.seed": -1, "parallel.fsdp": 1,
 }
-"""Fields that runs of earlier versions do not have, with what those runs did."""
+"""Fields that runs of earlier versions do not have, with what those runs did; a new field belongs
+here too, or no run from before it can be opened."""
 
 SMALLEST, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 SYMBOLS = 2**20
