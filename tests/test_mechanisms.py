@@ -348,3 +348,18 @@ def test_bad_shapes_are_refused_in_one_sentence(attend, arguments, sentence):
 def test_a_window_below_one_is_refused():
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         local.attend(X, X, X, window=0)
+
+
+def test_cudnn_serves_where_its_backward_pass_does():
+    def chosen(implementation="auto", **changes):
+        setting = dict(time=4096, dtype=jnp.bfloat16, head_dim=64, has_segments=False,
+                       backend="gpu", compute_capability=9.0)
+        return full.resolve_implementation(implementation, **{**setting, **changes})
+
+    assert chosen() == "cudnn"
+    for refused in (dict(time=4095), dict(dtype=jnp.float32), dict(head_dim=256),
+                    dict(head_dim=20), dict(has_segments=True), dict(backend="tpu"),
+                    dict(compute_capability=7.5)):
+        assert chosen(**refused) == "blockwise", refused
+        with pytest.raises(ValueError, match="implementation: expected for 'cudnn' .* an even length"):
+            chosen("cudnn", **refused)

@@ -186,6 +186,7 @@ def resolve_implementation(
         and dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
         and head_dim <= CUDNN_DIM
         and head_dim % 8 == 0
+        and time % 2 == 0  # Its backward pass refuses an odd length.
         and not has_segments
     )
     if fused and compute_capability is None:
@@ -194,8 +195,9 @@ def resolve_implementation(
     if implementation == "cudnn" and not fused:
         raise ValueError(
             f"implementation: expected for 'cudnn' an NVIDIA GPU of compute capability "
-            f"{CUDNN_CAPABILITY}, bfloat16 or float16, a head dim that is a multiple of 8 up to "
-            f"{CUDNN_DIM} and no segment_ids, got {backend}, {dtype.name}, head dim {head_dim} and "
+            f"{CUDNN_CAPABILITY}, bfloat16 or float16, an even length, a head dim that is a multiple "
+            f"of 8 up to {CUDNN_DIM} and no segment_ids, got {backend}, {dtype.name}, length {time}, "
+            f"head dim {head_dim} and "
             f"{'segment_ids' if has_segments else 'no segment_ids'}."
         )
     if implementation != "auto":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import pathlib
 import shutil
@@ -20,6 +21,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from meta_attention_jax.training import processes
 
 METRIC = "nll"
 
@@ -181,11 +184,13 @@ class Checkpoints:
         passed: list[int] = []
         for step in reversed(self.steps):
             try:
-                state = self.restore(template, step)
-            except Damaged as error:
+                # What one process cannot read, none may take.
+                state = processes.together(functools.partial(self.restore, template, step))
+            except ValueError as error:
                 if step == self.steps[0]:
-                    raise
-                warnings.warn(f"{error} The step before it is taken.", stacklevel=2)
+                    raise Damaged(str(error)) from error
+                if processes.leads():
+                    warnings.warn(f"{error} The step before it is taken.", stacklevel=2)
                 passed.append(step)
                 continue
             for damaged in passed:
@@ -196,12 +201,14 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of
         its step from being written."""
-        folder = self.directory.parent / "damaged"
-        folder.mkdir(exist_ok=True)
-        place = folder / str(step)
-        while place.exists():
-            place = place.with_name(f"{place.name}_")
-        (self.directory / str(step)).rename(place)
+        if processes.leads():
+            folder = self.directory.parent / "damaged"
+            folder.mkdir(exist_ok=True)
+            place = folder / str(step)
+            while place.exists():
+                place = place.with_name(f"{place.name}_")
+            (self.directory / str(step)).rename(place)
+        processes.barrier(f"set_aside_{step}")
         self._manager.reload()
 
     @contextlib.contextmanager

@@ -95,6 +95,8 @@ def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(record, dict) or not {"event", "step"} <= record.keys():
             continue
+        if not isinstance(record["step"], int):
+            continue
         if record["event"] == "start":
             records = []
         if record["event"] == "resume":

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from meta_attention_jax.data.pipeline import Dataset, write_manifest
+from meta_attention_jax.data.pipeline import Dataset, check_manifest, write_manifest
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
@@ -173,6 +173,7 @@ def _built(
     parallel = build.build_parallel(config)
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
+    check_manifest(dataset, workdir)
     return parallel, dataset, build.build_spec(config, dataset)
 
 
@@ -188,6 +189,7 @@ def _initial(
 
 
 def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
+    check_manifest(dataset, path)  # Before anything is written over.
     if processes.leads():
         dataset.tokenizer.save(path)
     write_manifest(dataset, path)
