@@ -25,7 +25,9 @@ from meta_attention_jax.training import aot, build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import prepare, train
-from meta_attention_jax.training.parallel import Parallel
+from tests.fuzz_harness import call
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = pathlib.Path(__file__).parent.parent
 WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
@@ -170,11 +172,10 @@ STEPS = ("--config.train.steps=6", "--config.train.checkpoint_every=3", "--confi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", (1, 8))
-def test_two_processes_train_as_one(tmp_path, fsdp):
+def test_two_processes_train_as_one(tmp_path):
     """2 x 4 devices = 1 x 8, and one process opens what two have written."""
     codes, outputs = ended(
-        two_processes(tmp_path / "two", *STEPS, f"--config.parallel.fsdp={fsdp}")
+        two_processes(tmp_path / "two", *STEPS, "--config.parallel.fsdp=8")
     )
     assert codes == [0, 0], outputs
     one = subprocess.run(
@@ -204,18 +205,18 @@ def test_two_processes_train_as_one(tmp_path, fsdp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path, number):
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    """SIGINT, which is passed on as SIGTERM; costs are measured by one process for both."""
     run = tmp_path / "run"
     running = two_processes(run, "--config.train.steps=5000", "--config.train.checkpoint_every=5000",
                             "--config.train.eval_every=5000", "--config.train.log_every=1",
-                            "--config.parallel.fsdp=4")
+                            "--config.parallel.fsdp=4", "--config.prior.costs=measured")
     log = run / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (log.exists() and log.read_text().count('"train"') >= 3):
         assert time.monotonic() < deadline and all(p.poll() is None for p in running)
         time.sleep(0.1)
-    running[1].send_signal(number)
+    running[1].send_signal(signal.SIGINT)
     codes, outputs = ended(running)
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     stops = [re.search(r"SIGTERM: stopped after step (\d+); .* goes on from it", o) for o in outputs]
@@ -243,14 +244,26 @@ def test_a_mistake_is_told_by_both_processes(tmp_path):
          "process_id: expected a number from 0 to num_processes - 1 = 1, got 2"),
     ],
 )
-@pytest.mark.slow
-def test_processes_that_cannot_meet_are_one_sentence(tmp_path, arguments, sentence):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.train", "--config=configs/smoke.py",
-         f"--workdir={tmp_path / 'run'}", *arguments],
-        env=environment(1), cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}"), done.stderr
+def test_processes_that_cannot_meet_are_one_sentence(tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(ROOT)
+    told = call("train", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert told.code == 2 and told.err.startswith(f"error: {sentence}"), told.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--programs=softt"], "programs: expected some of"),
+        (["--topology=moon"], "topology: expected "),
+        (["--config.parallel.fsdp=3"], "topology: expected the TPU compiler" if WITHOUT_LIBTPU else
+         "parallel.fsdp: expected a divisor of the 4 devices, got 3"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_sentence(monkeypatch, arguments, sentence):
+    monkeypatch.chdir(ROOT)
+    told = call("compile", "--config=configs/smoke.py", "--topology=v5e:2x2", *arguments)
+    assert told.code == 2 and told.err.startswith(f"error: {sentence}"), told.err
 
 
 def compile_command(*arguments):
