@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from typing import Any, Optional
 
 from absl import flags

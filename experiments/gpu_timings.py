@@ -10,7 +10,7 @@ import functools
 import math
 import time as clock
 from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -126,9 +126,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
 
-    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is applied by the step and not in here.
-    Weight decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm
-    scales and biases of all layers, which then have two axes too.
+    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is
+    applied by the step and not in here. Weight decay is for matrices (kernels, embeddings) alone, by
+    name: scanned layers stack the norm scales and biases of all layers, which then have two axes too.
     """
 
     def decays(path, _):
