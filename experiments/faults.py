@@ -221,14 +221,15 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def full_disk(trial: Trial) -> dict[str, Any]:
-    """A file system with room for a few checkpoints, where the machine lets us make one."""
+def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
+    """A file system with room for a part of the run, where the machine lets us make one; what is on it
+    is then moved to a larger one, and goes on."""
     row = {"fault": "disk full", "parameters in the end": "-"}
     if shutil.which("unshare") is None:
         return {**row, "times": "not run", "seen": "needs unshare and user namespaces"}
     mount, kept = trial.folder / "small", trial.folder / "kept"
     mount.mkdir()
-    script = (f"mount -t tmpfs -o size=700k small {mount} || exit 99; \"$@\" --workdir={mount}/run; "
+    script = (f"mount -t tmpfs -o size=3m small {mount} || exit 99; \"$@\" --workdir={mount}/run; "
               f"code=$?; cp -r {mount}/run {kept}; exit $code")
     code, error = (x[0] for x in ended(trial.start(
         mount / "unused", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"
@@ -237,11 +238,13 @@ def full_disk(trial: Trial) -> dict[str, Any]:
         return {**row, "times": "not run", "seen": "the machine makes no small file system for us"}
     sentences = [line for line in error.splitlines() if line.startswith("error: ")]
     step, _ = checkpoint(kept)
+    trial.finish(kept)
     return {
-        **row,
+        "fault": "disk full",
         "times": f"{int(code == 2 and len(sentences) == 1)} of 1",
         "seen": f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; "
         f"step {step} is whole",
+        "parameters in the end": difference(kept, wanted),
     }
 
 
@@ -266,7 +269,7 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             done(signals(trial, wanted, number, SIGNALS.value))
         done(damaged(trial, wanted))
-        done(full_disk(trial))
+        done(full_disk(trial, wanted))
         two = Trial(pathlib.Path(folder) / "two", devices=4, processes=2)
         two.folder.mkdir()
         _say("two processes of four devices that nothing happens to ...")

@@ -26,7 +26,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import drive
 from meta_attention_jax.training.finite import not_finite
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
-from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import prepare, train
 from meta_attention_jax.training.step import init_state, train_step
 from tests.test_commands import ROOT, environment
@@ -229,6 +229,19 @@ def test_kill_at_any_moment_changes_nothing(tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     same(params(run, LONG), wanted)
+
+
+def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path):
+    """In this thread: one of its own would die of it, and leave the next write waiting for ever."""
+    before = set(threading.enumerate())
+    log = MetricsLog(tmp_path)
+    assert set(threading.enumerate()) == before
+    with open("/dev/full", "wb", buffering=0) as full:
+        log._board._py_recordio_writer._writer = full
+        with pytest.raises(OSError) as error:
+            for step in range(10_000):
+                log.write("train", step, {"nll": 1.0})
+    assert common.no_room(error.value)
 
 
 def cut(path):

@@ -283,6 +283,9 @@ def test_a_small_config_compiles_for_a_tpu(tmp_path):
     assert done.returncode == 0, done.stderr
     report, = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert set(report["programs"]) == {"soft", "packed", "decode"}
+    for name in ("soft", "packed"):
+        program = report["programs"][name]
+        assert 0.4 <= program["gathered"] / program["needed"] <= 1.001, program
     for name, program in report["programs"].items():
         assert program["memory"]["total"] > 0 and program["collectives_in_inner_loops"] == 0
         kinds = {row["kind"] for row in program["collectives"]}

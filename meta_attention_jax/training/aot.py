@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.sharding import AXES
+from meta_attention_jax.sharding import AXES, split_axis
 from meta_attention_jax.training import build
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import init_state, train_step
 from meta_attention_jax.types import Batch
 
@@ -165,6 +166,25 @@ def training_bytes(
         "logits": 8 * tokens * vocab_size,
         "embedding": (width + 4 if split else width) * vocab_size * dim,
     }
+
+
+def gathered_bytes(config: ConfigDict, vocab_size: int) -> int:
+    """Bytes of parameters that one training step has to gather on every device, and no more: each
+    split matrix once per micro-batch, those of layers twice with remat, in the dtype that
+    `sharding.gather` sends."""
+    if config.parallel.get("fsdp", 1) == 1:
+        return 0
+    width = jnp.dtype(config.model.dtype).itemsize
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        abstract_state(config, vocab_size).params
+    ):
+        if split_axis(path) is None:
+            continue
+        own = leaf.dtype.itemsize if in_controller(path) else width
+        in_layer = path[0].key != "embedding"
+        total += leaf.size * own * (2 if config.model.remat and in_layer else 1)
+    return total * config.optimizer.accumulate
 
 
 def lower_forward(config: ConfigDict, vocab_size: int, device: jax.Device, time: int) -> Any:

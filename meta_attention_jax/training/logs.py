@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -11,7 +12,9 @@ from typing import Any, Mapping, Sequence
 
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from meta_attention_jax.objective import flatten_scalars
 
@@ -48,9 +51,13 @@ class MetricsLog:
         self._file = open(path, "a", encoding="utf-8")
         if cut:  # A crash in the middle of a line must not swallow the next one.
             self._file.write("\n")
-        self._board = tensorboardX.SummaryWriter(
-            str(directory / "tensorboard"), purge_step=start + 1
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
+        self._board = EventsWriter(
+            str(directory / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}"
         )
+        purge = SessionLog(status=SessionLog.START)
+        self._event(start + 1, session_log=purge)
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One record; `event` is "start", "train", "eval", "packed" or "resume"."""
@@ -58,7 +65,11 @@ class MetricsLog:
         self._file.write(json.dumps(_json_ready(record)) + "\n")
         self._file.flush()
         for name, value in flatten_scalars(metrics, prefix=f"{event}/").items():
-            self._board.add_scalar(name, value, step)
+            self._event(int(step), summary=scalar(name, value))
+        self._board.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def close(self) -> None:
         """Flushes both."""
