@@ -241,6 +241,7 @@ def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path):
         with pytest.raises(OSError) as error:
             for step in range(10_000):
                 log.write("train", step, {"nll": 1.0})
+    log._file.close()
     assert common.no_room(error.value)
 
 
