@@ -237,7 +237,9 @@ def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path):
     log = MetricsLog(tmp_path)
     assert set(threading.enumerate()) == before
     with open("/dev/full", "wb", buffering=0) as full:
-        log._board._py_recordio_writer._writer = full
+        events = log._board._py_recordio_writer
+        events._writer.close()
+        events._writer = full
         with pytest.raises(OSError) as error:
             for step in range(10_000):
                 log.write("train", step, {"nll": 1.0})
