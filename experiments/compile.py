@@ -9,6 +9,7 @@ program does not fit into a chip's memory.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -70,7 +71,7 @@ def devices_of(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # The plugin's errors have no common class.
         reason = (str(error).splitlines() or [""])[0][:200]
-        if "libtpu" in reason or "tpu" in reason.lower() and "backend" in reason.lower():
+        if "not installed" in reason or importlib.util.find_spec("libtpu") is None:
             raise ValueError(
                 f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}"
             ) from None
