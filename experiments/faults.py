@@ -35,10 +35,9 @@ SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lowe
 JSON = flags.DEFINE_string("json", None, "Write the rows here.")
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS, SAVE_EVERY = 1500, 20
-RUN = ("--config=configs/smoke.py", f"--config.train.steps={STEPS}", "--config.train.log_every=1",
-       f"--config.train.checkpoint_every={SAVE_EVERY}", "--config.train.eval_every=500",
-       "--config.train.eval_batches=1")
+SAVE_EVERY = 20
+RUN = ("--config=configs/smoke.py", "--config.train.log_every=1", "--config.train.eval_every=500",
+       f"--config.train.checkpoint_every={SAVE_EVERY}", "--config.train.eval_batches=1")
 PATIENCE = 300.0
 """Seconds after which a process counts as stuck."""
 
@@ -48,12 +47,16 @@ class Trial:
 
     Args:
       folder: of the runs.
+      steps: of each run.
       devices: virtual CPU devices of each process.
       processes: of a run.
     """
 
-    def __init__(self, folder: pathlib.Path, devices: int = 1, processes: int = 1):
-        self.folder, self.devices, self.processes = folder, devices, processes
+    def __init__(
+        self, folder: pathlib.Path, *, steps: int, devices: int = 1, processes: int = 1
+    ):
+        self.folder, self.steps = folder, steps
+        self.devices, self.processes = devices, processes
 
     def start(self, path: pathlib.Path, *prefix: str) -> list[subprocess.Popen]:
         """The training command, in all its processes."""
@@ -64,7 +67,8 @@ class Trial:
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [*prefix, sys.executable, "-m", "experiments.train", f"--workdir={path}", *RUN]
+        command = [*prefix, sys.executable, "-m", "experiments.train", f"--workdir={path}", *RUN,
+                   f"--config.train.steps={self.steps}"]
         extra = [()]
         if self.processes > 1:
             place = f"--coordinator=localhost:{_free_port()}"
@@ -131,10 +135,10 @@ def checkpoint(path: pathlib.Path, step: Optional[int] = None) -> tuple[int, lis
         saved.close()
 
 
-def difference(path: pathlib.Path, wanted: list[np.ndarray]) -> str:
+def difference(path: pathlib.Path, steps: int, wanted: list[np.ndarray]) -> str:
     """Of the last parameters."""
     step, found = checkpoint(path)
-    if step != STEPS:
+    if step != steps:
         return f"ended at step {step}"
     if all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)):
         return "bit-identical"
@@ -146,7 +150,7 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
     """kill -9 at `count` random moments of one run: between steps, and in the middle of saves."""
     path, draw = trial.folder / "kills", random.Random(0)
     struck = saving = lost = 0
-    for number, moment in enumerate(sorted(draw.sample(range(1, STEPS - SAVE_EVERY), count)), 1):
+    for number, moment in enumerate(sorted(draw.sample(range(1, trial.steps - SAVE_EVERY), count)), 1):
         running = trial.start(path)
         if not until(running, lambda: logged(path) >= moment):
             raise RuntimeError(f"kill {number}: the run ended before step {moment}")
@@ -164,7 +168,7 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
         "fault": "kill -9 at a random moment", "times": f"{struck} of {count}",
         "seen": f"{saving} while a checkpoint was being written; at most {lost} steps done anew"
         + ("; Traceback" if "Traceback" in errors else ""),
-        "parameters in the end": difference(path, wanted),
+        "parameters in the end": difference(path, trial.steps, wanted),
     }
 
 
@@ -175,7 +179,7 @@ def signals(
     path, draw = trial.folder / f"{number.name}{trial.processes}", random.Random(int(number))
     told = signal.SIGTERM if trial.processes > 1 else number
     good = late = 0
-    for turn, moment in enumerate(sorted(draw.sample(range(1, STEPS // 2), count)), 1):
+    for turn, moment in enumerate(sorted(draw.sample(range(1, trial.steps // 2), count)), 1):
         running = trial.start(path)
         if not until(running, lambda: logged(path) >= moment):
             raise RuntimeError(f"{number.name} {turn}: the run ended before step {moment}")
@@ -196,7 +200,7 @@ def signals(
         "fault": f"{number.name}{who}", "times": f"{good} of {count}",
         "seen": f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "
         "the log showed it",
-        "parameters in the end": difference(path, wanted),
+        "parameters in the end": difference(path, trial.steps, wanted),
     }
 
 
@@ -204,7 +208,7 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     """Every file of the newest checkpoint cut in half, once the run is past its middle."""
     path = trial.folder / "damaged"
     running = trial.start(path)
-    until(running, lambda: logged(path) > STEPS // 2)
+    until(running, lambda: logged(path) > trial.steps // 2)
     running[0].kill()
     ended(running)
     newest, _ = checkpoint(path)
@@ -217,7 +221,7 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
         "fault": "newest checkpoint cut in half", "times": f"{int(named)} of 1",
         "seen": f"a warning names it; kept as damaged/{newest}" if
         (path / "damaged" / str(newest)).is_dir() else "not set aside",
-        "parameters in the end": difference(path, wanted),
+        "parameters in the end": difference(path, trial.steps, wanted),
     }
 
 
@@ -244,7 +248,7 @@ def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
         "times": f"{int(code == 2 and len(sentences) == 1)} of 1",
         "seen": f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; "
         f"step {step} is whole",
-        "parameters in the end": difference(kept, wanted),
+        "parameters in the end": difference(kept, trial.steps, wanted),
     }
 
 
@@ -258,27 +262,27 @@ def main() -> None:
     def done(row: dict[str, Any]) -> None:
         rows.append(row)
         _say("; ".join(f"{name}: {value}" for name, value in row.items()) + "\n")
+        if JSON.value:
+            benchmarks.write_json(JSON.value, rows)
 
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(pathlib.Path(folder) / "one")
+        trial = Trial(pathlib.Path(folder) / "one", steps=1500)
         trial.folder.mkdir()
         _say("a run that nothing happens to ...")
         trial.finish(trial.folder / "whole")
-        _, wanted = checkpoint(trial.folder / "whole", STEPS)
+        _, wanted = checkpoint(trial.folder / "whole", trial.steps)
         done(kills(trial, wanted, KILLS.value))
         for number in (signal.SIGTERM, signal.SIGINT):
             done(signals(trial, wanted, number, SIGNALS.value))
         done(damaged(trial, wanted))
         done(full_disk(trial, wanted))
-        two = Trial(pathlib.Path(folder) / "two", devices=4, processes=2)
+        two = Trial(pathlib.Path(folder) / "two", steps=100, devices=4, processes=2)
         two.folder.mkdir()
         _say("two processes of four devices that nothing happens to ...")
         two.finish(two.folder / "whole")
-        _, wanted = checkpoint(two.folder / "whole", STEPS)
+        _, wanted = checkpoint(two.folder / "whole", two.steps)
         done(signals(two, wanted, signal.SIGTERM, SIGNALS.value))
     print(benchmarks.markdown(rows))
-    if JSON.value:
-        benchmarks.write_json(JSON.value, rows)
 
 
 if __name__ == "__main__":
