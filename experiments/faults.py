@@ -1,6 +1,6 @@
 """What a training run survives, tried out: kills, signals, damaged files, a full disk.
 
-python -m experiments.faults [--kills=20] [--signals=5] [--json=FILE]
+python -m experiments.faults [--kills=20] [--signals=5] [--parts=one,two] [--json=FILE]
 
 Every fault strikes the training command itself, in processes of their own on the CPU; the parameters in
 the end are compared with those of a run that nothing happened to. About ten minutes on two cores.
@@ -29,9 +29,11 @@ from absl import flags
 from experiments import common
 from experiments.benchmarks import common as benchmarks
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.fields import expect
 
 KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often, over one run.", lower_bound=1)
 SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lower_bound=1)
+PARTS = flags.DEFINE_list("parts", ["one", "two"], "Runs of one process, of two, or both.")
 JSON = flags.DEFINE_string("json", None, "Write the rows here.")
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -151,6 +153,7 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
     path, draw = trial.folder / "kills", random.Random(0)
     struck = saving = lost = 0
     for number, moment in enumerate(sorted(draw.sample(range(1, trial.steps - SAVE_EVERY), count)), 1):
+        moment = max(moment, logged(path) + 2)
         running = trial.start(path)
         if not until(running, lambda: logged(path) >= moment):
             raise RuntimeError(f"kill {number}: the run ended before step {moment}")
@@ -180,6 +183,8 @@ def signals(
     told = signal.SIGTERM if trial.processes > 1 else number
     good = late = 0
     for turn, moment in enumerate(sorted(draw.sample(range(1, trial.steps // 2), count)), 1):
+        # Training, not starting: before that a signal ends the process as it ends any other.
+        moment = max(moment, logged(path) + 2)
         running = trial.start(path)
         if not until(running, lambda: logged(path) >= moment):
             raise RuntimeError(f"{number.name} {turn}: the run ended before step {moment}")
@@ -265,6 +270,17 @@ def main() -> None:
         if JSON.value:
             benchmarks.write_json(JSON.value, rows)
 
+    with common.user_mistakes():
+        for part in PARTS.value:
+            expect(part in ("one", "two"), "parts", "some of one, two", part)
+    if "one" in PARTS.value:
+        _one_process(done)
+    if "two" in PARTS.value:
+        _two_processes(done)
+    print(benchmarks.markdown(rows))
+
+
+def _one_process(done: Callable[[dict[str, Any]], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(pathlib.Path(folder) / "one", steps=1500)
         trial.folder.mkdir()
@@ -276,13 +292,16 @@ def main() -> None:
             done(signals(trial, wanted, number, SIGNALS.value))
         done(damaged(trial, wanted))
         done(full_disk(trial, wanted))
+
+
+def _two_processes(done: Callable[[dict[str, Any]], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
         two = Trial(pathlib.Path(folder) / "two", steps=100, devices=4, processes=2)
         two.folder.mkdir()
         _say("two processes of four devices that nothing happens to ...")
         two.finish(two.folder / "whole")
         _, wanted = checkpoint(two.folder / "whole", two.steps)
         done(signals(two, wanted, signal.SIGTERM, SIGNALS.value))
-    print(benchmarks.markdown(rows))
 
 
 if __name__ == "__main__":
