@@ -18,6 +18,7 @@ from typing import Any, Mapping, Optional
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -25,6 +26,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from meta_attention_jax.training import processes
 
 METRIC = "nll"
+
+_ZARR = {".zarray": "zarr", "zarr.json": "zarr3"}
 
 
 def _metric(metrics: Mapping[str, Any]) -> float:
@@ -114,13 +117,7 @@ class Checkpoints:
         # Seen before, it is one error; met halfway, it is one in every thread of the writer.
         self._manager.wait_until_finished()  # Or its writing would not be counted.
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"expected {needed:,} bytes for the checkpoint of step {step}, got {free:,}",
-                str(self.directory),
-            )
+        processes.together(functools.partial(self._check_room, step, needed))
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -128,6 +125,15 @@ class Checkpoints:
             ),
             metrics={METRIC: math.inf if math.isnan(nll) else nll},
         )
+
+    def _check_room(self, step: int, needed: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"expected {needed:,} bytes for the checkpoint of step {step}, got {free:,}",
+                str(self.directory),
+            )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -184,8 +190,10 @@ class Checkpoints:
         passed: list[int] = []
         for step in reversed(self.steps):
             try:
-                # What one process cannot read, none may take.
-                state = processes.together(functools.partial(self.restore, template, step))
+                if processes.several():
+                    # Before they restore together, where one that fails would leave the others waiting.
+                    processes.together(functools.partial(self._check_share, step))
+                state = self.restore(template, step)
             except ValueError as error:
                 if step == self.steps[0]:
                     raise Damaged(str(error)) from error
@@ -198,18 +206,39 @@ class Checkpoints:
             return step, state
         return 0, None
 
+    def _check_share(self, step: int) -> None:
+        """Reads the arrays of a step that fall to this process, all of them whole, and forgets them.
+
+        Raises:
+          Damaged: one cannot be read.
+        """
+        with self._readable(step):
+            self._manager.check_metrics(step)
+            base = {"driver": "ocdbt", "base": f"file://{self.directory / str(step) / 'state'}/"}
+            files = sorted(key.decode() for key in tensorstore.KvStore.open(base).result().list().result())
+            arrays = [tuple(file.rsplit("/", 1)) for file in files if file.endswith(tuple(_ZARR))]
+            if not arrays:
+                raise ValueError("no arrays")
+            for path, file in arrays[jax.process_index() :: jax.process_count()]:
+                kvstore = {**base, "path": f"{path}/"}
+                spec = {"driver": _ZARR[file], "kvstore": kvstore}
+                tensorstore.open(spec, open=True, read=True).result().read().result()
+
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of
         its step from being written."""
-        if processes.leads():
-            folder = self.directory.parent / "damaged"
-            folder.mkdir(exist_ok=True)
-            place = folder / str(step)
-            while place.exists():
-                place = place.with_name(f"{place.name}_")
-            (self.directory / str(step)).rename(place)
-        processes.barrier(f"set_aside_{step}")
+        processes.together(functools.partial(self._move, step))
         self._manager.reload()
+
+    def _move(self, step: int) -> None:
+        if not processes.leads():
+            return
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        place = folder / str(step)
+        while place.exists():
+            place = place.with_name(f"{place.name}_")
+        (self.directory / str(step)).rename(place)
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:

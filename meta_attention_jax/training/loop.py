@@ -147,7 +147,8 @@ def prepare(
 ) -> Job:
     """Checks the config, the data and the directory, in this order; only then writes anything.
 
-    Of several processes the first does all of it before the others begin, who then find its files.
+    Of several processes the first is ahead of the others in each part, and what is wrong in one is said
+    by all.
 
     `dataset`: of another run with the same data; None opens it.
 
@@ -158,7 +159,7 @@ def prepare(
     parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
     # Here they go together: reading a checkpoint and measuring, processes wait for each other.
     initial = processes.together(lambda: _initial(config, workdir, spec, dataset))
-    path = processes.in_turn(lambda: open_workdir(workdir, config))
+    path = processes.in_turn(lambda: _opened(workdir, config))
     # Once trained upon, measured costs may only be read.
     trained = (path / "checkpoints").exists()
     hypers = processes.together(lambda: build.build_hypers(config, path, measure=not trained))
@@ -186,6 +187,15 @@ def _initial(
         return None
     model = spec.model.clone(shard_axis=None)
     return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer))
+
+
+def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    if not processes.leads() and not (pathlib.Path(workdir) / "config.json").exists():
+        raise ValueError(
+            f"workdir: expected a directory that all processes see, got {str(workdir)!r}, which process "
+            f"{jax.process_index()} does not."
+        )
+    return open_workdir(workdir, config)
 
 
 def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any, Optional, TypeVar
 
@@ -70,7 +72,7 @@ def agree(error: Optional[BaseException]) -> None:
     """Raises in every process what went wrong in any; the first process's sentence counts.
 
     Raises:
-      the error itself where it came up, ValueError in the other processes.
+      the error itself where it came up; in the other processes ValueError, or OSError for a full disk.
     """
     if not several():
         if error is not None:
@@ -84,7 +86,8 @@ def agree(error: Optional[BaseException]) -> None:
         if text and index == jax.process_index():
             raise error
         if text:
-            raise ValueError(text)
+            full = isinstance(error, OSError) or os.strerror(errno.ENOSPC) in text
+            raise OSError(errno.ENOSPC, text) if full else ValueError(text)
 
 
 def together(function: Callable[[], Result]) -> Result:
@@ -92,7 +95,7 @@ def together(function: Callable[[], Result]) -> Result:
     result, error = None, None
     try:
         result = function()
-    except (ValueError, OSError, RuntimeError) as caught:
+    except Exception as caught:  # Of any kind: the others are waiting.
         error = caught
     agree(error)
     return result
