@@ -24,6 +24,7 @@ from ml_collections.config_flags import tuple_parser
 from configs import base
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.config import config_difference, read_stored
+from meta_attention_jax.training.fields import LATER
 from meta_attention_jax.training.interrupt import Interrupted
 from meta_attention_jax.training.loop import FREE_TO_CHANGE
 
@@ -129,13 +130,17 @@ def check_fields(config: Any) -> None:
                 f"config: expected a field of the config, got {field!r}{_near(field, known)}"
             )
         kind = type(known[field])
-        fits = isinstance(value, (int, float) if kind is float else kind)
+        kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+        fits = isinstance(value, kinds)
         if not fits or isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{field}: expected a value like {known[field]!r}, got {value!r}.")
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{field}: expected text, got {value!r}.")
     for field in known:
-        if field not in given:
+        if field not in given and field in LATER:  # A file from before it.
+            with config.unlocked():
+                config.update_from_flattened_dict({field: LATER[field]})
+        elif field not in given:
             raise ValueError(f"config: expected a value of the field {field!r}, got none.")
 
 

@@ -3,7 +3,8 @@
 python -m experiments.faults [--kills=20] [--signals=5] [--parts=one,two] [--json=FILE]
 
 Every fault strikes the training command itself, in processes of their own on the CPU; the parameters in
-the end are compared with those of a run that nothing happened to. About ten minutes on two cores.
+the end are compared with those of a run that nothing happened to. About a quarter of an hour on two cores.
+Exit code 1 if anything was not survived.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SAVE_EVERY = 20
 RUN = ("--config=configs/smoke.py", "--config.train.log_every=1", "--config.train.eval_every=500",
        f"--config.train.checkpoint_every={SAVE_EVERY}", "--config.train.eval_batches=1")
+SAME = "bit-identical"
 PATIENCE = 300.0
 """Seconds after which a process counts as stuck."""
 
@@ -143,7 +145,7 @@ def difference(path: pathlib.Path, steps: int, wanted: list[np.ndarray]) -> str:
     if step != steps:
         return f"ended at step {step}"
     if all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)):
-        return "bit-identical"
+        return SAME
     largest = max(float(np.abs(a - b).max()) for a, b in zip(found, wanted))
     return f"differ by at most {largest:.1e}"
 
@@ -152,6 +154,7 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
     """kill -9 at `count` random moments of one run: between steps, and in the middle of saves."""
     path, draw = trial.folder / "kills", random.Random(0)
     struck = saving = lost = 0
+    left: set[str] = set()
     for number, moment in enumerate(sorted(draw.sample(range(1, trial.steps - SAVE_EVERY), count)), 1):
         moment = max(moment, logged(path) + 2)
         running = trial.start(path)
@@ -160,18 +163,22 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
         time.sleep(draw.uniform(0.0, 0.05))
         running[0].kill()
         codes, _ = ended(running)
-        struck += codes == [-signal.SIGKILL]
+        struck += codes == [-signal.SIGKILL] and logged(path) >= moment
         folders = list((path / "checkpoints").glob("*"))
-        saving += any(not p.name.isdigit() for p in folders)
+        unfinished = {f"{p} {p.stat().st_mtime_ns}" for p in folders if not p.name.isdigit()}
+        saving += bool(unfinished - left)
+        left = unfinished
         newest = max((int(p.name) for p in folders if p.name.isdigit()), default=0)
         lost = max(lost, logged(path) - newest)
         _say(f"kill {number}/{count}: at step {logged(path)}, last complete checkpoint {newest}")
     errors = trial.finish(path)
+    same = difference(path, trial.steps, wanted)
     return {
+        "ok": struck == count and same == SAME and "Traceback" not in errors,
         "fault": "kill -9 at a random moment", "times": f"{struck} of {count}",
         "seen": f"{saving} while a checkpoint was being written; at most {lost} steps done anew"
         + ("; Traceback" if "Traceback" in errors else ""),
-        "parameters in the end": difference(path, trial.steps, wanted),
+        "parameters in the end": same,
     }
 
 
@@ -200,12 +207,14 @@ def signals(
         _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, "
              f"ended after {took:.1f} s")
     trial.finish(path)
+    same = difference(path, trial.steps, wanted)
     who = "" if trial.processes == 1 else f" to one of {trial.processes} processes"
     return {
+        "ok": good == count and same == SAME,
         "fault": f"{number.name}{who}", "times": f"{good} of {count}",
         "seen": f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "
         "the log showed it",
-        "parameters in the end": difference(path, trial.steps, wanted),
+        "parameters in the end": same,
     }
 
 
@@ -213,7 +222,8 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     """Every file of the newest checkpoint cut in half, once the run is past its middle."""
     path = trial.folder / "damaged"
     running = trial.start(path)
-    until(running, lambda: logged(path) > trial.steps // 2)
+    if not until(running, lambda: logged(path) > trial.steps // 2):
+        raise RuntimeError("damaged: the run ended before its middle")
     running[0].kill()
     ended(running)
     newest, _ = checkpoint(path)
@@ -222,18 +232,20 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     errors = trial.finish(path)
     named = f"checkpoints/{newest}'" in errors and "warning: " in errors
+    same = difference(path, trial.steps, wanted)
     return {
+        "ok": named and same == SAME,
         "fault": "newest checkpoint cut in half", "times": f"{int(named)} of 1",
         "seen": f"a warning names it; kept as damaged/{newest}" if
         (path / "damaged" / str(newest)).is_dir() else "not set aside",
-        "parameters in the end": difference(path, trial.steps, wanted),
+        "parameters in the end": same,
     }
 
 
 def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     """A file system with room for a part of the run, where the machine lets us make one; what is on it
     is then moved to a larger one, and goes on."""
-    row = {"fault": "disk full", "parameters in the end": "-"}
+    row = {"ok": None, "fault": "disk full", "parameters in the end": "-"}
     if shutil.which("unshare") is None:
         return {**row, "times": "not run", "seen": "needs unshare and user namespaces"}
     mount, kept = trial.folder / "small", trial.folder / "kept"
@@ -243,17 +255,19 @@ def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     code, error = (x[0] for x in ended(trial.start(
         mount / "unused", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"
     )))
-    if code in (1, 99) and not kept.exists():
+    if code == 99 or error.startswith("unshare:"):
         return {**row, "times": "not run", "seen": "the machine makes no small file system for us"}
     sentences = [line for line in error.splitlines() if line.startswith("error: ")]
     step, _ = checkpoint(kept)
     trial.finish(kept)
+    good, same = code == 2 and len(sentences) == 1, difference(kept, trial.steps, wanted)
     return {
+        "ok": good and same == SAME,
         "fault": "disk full",
-        "times": f"{int(code == 2 and len(sentences) == 1)} of 1",
+        "times": f"{int(good)} of 1",
         "seen": f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; "
         f"step {step} is whole",
-        "parameters in the end": difference(kept, trial.steps, wanted),
+        "parameters in the end": same,
     }
 
 
@@ -278,6 +292,9 @@ def main() -> None:
     if "two" in PARTS.value:
         _two_processes(done)
     print(benchmarks.markdown(rows))
+    if lost := [row["fault"] for row in rows if row["ok"] is False]:
+        print(f"error: faults: expected to survive all, got {', '.join(lost)}.", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _one_process(done: Callable[[dict[str, Any]], None]) -> None:

@@ -181,7 +181,7 @@ CHANGED = (
     "train.init_from = 'a\\0b'",
 )
 DELETED = ("train", "model", "data.corpus", "train.steps", "controller.name", "prior.strength",
-           "gate.kind", "optimizer.name", "name", "seed", "parallel.devices", "data.seed")
+           "gate.kind", "optimizer.name", "name", "seed", "parallel.devices", "data.batch_size")
 
 
 def config_files(draw: random.Random) -> list[Case]:

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Optional
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all",
+         "collective-permute", "collective-broadcast", "send", "recv")
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
           "u32": 4, "f64": 8, "s64": 8, "u64": 8}
@@ -46,7 +47,10 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends each time, around a ring: (n - 1) / n of the size, for a sum twice."""
+        """Bytes that a device sends each time, around a ring: (n - 1) / n of the size, for a sum twice;
+        all of it from one device to another."""
+        if self.kind in ("collective-permute", "collective-broadcast", "send", "recv"):
+            return self.size
         once = self.size * (self.group - 1) / self.group
         return 2 * once if self.kind == "all-reduce" else once
 
@@ -58,6 +62,8 @@ def collectives(text: str) -> list[Collective]:
     where it starts.
     """
     computations, entry = _computations(text)
+    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:10_000])]
+    everybody = math.prod(counts)
     callers: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, lines in computations.items():
         for line in lines:
@@ -76,7 +82,7 @@ def collectives(text: str) -> list[Collective]:
                     continue  # A later part of one that has been counted.
                 place = spread[0]
             shape, kind = _shape(match.group(1), match.group(3)), match.group(2)
-            group = _group(line)
+            group = _group(line) or everybody
             size = _size(shape) * (group if kind == "reduce-scatter" else 1)
             found += [
                 Collective(kind, shape, size, group, turns) for turns in loops.around(place)
@@ -165,9 +171,10 @@ def _size(shape: str) -> int:
     return total
 
 
-def _group(line: str) -> int:
-    """Devices of the first group; XLA writes {{0,1},{2,3}} or [groups,devices]<=[...]."""
+def _group(line: str) -> Optional[int]:
+    """Devices of the first group, which XLA writes {{0,1},{2,3}} or [groups,devices]<=[...]; None where it
+    names none and means all."""
     if short := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(short.group(2))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed.group(1).split(",")) if listed else 1
+    return len(listed.group(1).split(",")) if listed else None
