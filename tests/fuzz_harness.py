@@ -56,8 +56,14 @@ def nothing_works() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_flags() -> Iterator[None]:
-    """The flags that a command defines go with it: the next one has its own of the same name."""
-    kept = {name: flags.FLAGS[name] for name in ("workdir", "config") if name in flags.FLAGS}
+    """The flags that a command defines go with it: the next one has its own of the same name. Those of
+    commands that tests have imported come back."""
+
+    def ours(name: str) -> bool:
+        # One that has come back belongs to no module any more.
+        return flags.FLAGS.find_module_defining_flag(name, "experiments").startswith("experiments")
+
+    kept = {name: flags.FLAGS[name] for name in list(flags.FLAGS) if ours(name)}
     for name in kept:
         delattr(flags.FLAGS, name)
     before = set(flags.FLAGS)
