@@ -288,6 +288,8 @@ def _told(
 
 def main() -> None:
     with common.user_mistakes():
+        if JSON.value:
+            common.check_output("json", JSON.value)
         try:
             results = report(CONFIG.value, TOPOLOGY.value, PROGRAM.value)
         except DoesNotFit as error:

@@ -287,6 +287,8 @@ def main() -> None:
     with common.user_mistakes():
         for part in PARTS.value:
             expect(part in ("one", "two"), "parts", "some of one, two", part)
+        if JSON.value:
+            common.check_output("json", JSON.value)
     if "one" in PARTS.value:
         _one_process(done)
     if "two" in PARTS.value:

@@ -122,9 +122,3 @@ def check_same(field: str, text: str) -> None:
             f"{field}: expected the same in all {jax.process_count()} processes, got another in "
             f"process {different[0]}."
         )
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    if several():
-        multihost_utils.sync_global_devices(name)
