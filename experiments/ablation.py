@@ -40,7 +40,7 @@ from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where all runs and the tables go.")
+WORKDIR = common.define_path("workdir", None, "Where all runs and the tables go.")
 ARMS = flags.DEFINE_list("arms", list(arms.DEFAULT), "Arms; the first is the reference of FLOPs.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds per arm.", 1)
 VIEWS = flags.DEFINE_list("views", ["tokens", "flops"], "tokens, flops, or both.")
@@ -59,7 +59,7 @@ def run_one(config: ConfigDict, path: pathlib.Path) -> Optional[str]:
     """Trains, or goes on, or finds it done; what went wrong if the run diverged."""
     failed = path.parent / f"{path.name}.diverged"
     if failed.exists():
-        return failed.read_text()
+        return failed.read_text(encoding="utf-8")
     with common.user_mistakes():
         job = prepare(config, path)
     try:
@@ -88,7 +88,7 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
     """
     done = root / "chosen.json"
     if done.exists():
-        return json.loads(done.read_text())["chosen"]
+        return json.loads(done.read_text(encoding="utf-8"))["chosen"]
     base = arms.configured(config, arm)
     fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors)
               for field, factors in arms.grids(arm)]
@@ -116,9 +116,10 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
 def measure(path: pathlib.Path) -> None:
     """`test.json` of a finished run, once."""
     if not (path / "test.json").exists():
-        analysis.write_json(
-            path / "test.json", scores(load_run(path), "test", max_batches=TEST_BATCHES.value)
-        )
+        data = CONFIG.value.data
+        run = load_run(path, corpus=data.corpus, data_split=data.split)
+        measured = scores(run, "test", max_batches=TEST_BATCHES.value)
+        analysis.write_json(path / "test.json", measured)
 
 
 def compare(arm: str, ratio: float, root: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import json
 import logging as python_logging
 import os
@@ -22,11 +23,13 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
 from configs import base
+from meta_attention_jax.console import tolerant_streams
+from meta_attention_jax.files import local, partial, run_directory, write_whole
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.config import config_difference, read_stored
 from meta_attention_jax.training.fields import LATER
 from meta_attention_jax.training.interrupt import Interrupted
-from meta_attention_jax.training.loop import FREE_TO_CHANGE
+from meta_attention_jax.training.loop import may_change
 
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -34,6 +37,19 @@ logging.set_verbosity(logging.FATAL)  # What Orbax logs as an error it raises as
 python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
 warnings.filterwarnings("ignore", message="jax.core.pytype_aval_mappings")
 warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
+
+class _PathParser(flags.ArgumentParser):
+    """A flag's path on this machine, as it was given where that is a path already."""
+
+    def parse(self, argument: str) -> str:
+        found = str(local("path", argument))
+        return found if argument.startswith(("~", "file:")) else argument
+
+
+def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolder[str]:
+    """A flag that says where something is: `~` and `file://` are resolved, other addresses refused."""
+    return flags.DEFINE(_PathParser(), name, default, help)
 
 
 def fail(message: object) -> None:
@@ -61,6 +77,8 @@ def _flag_mistake(words: str) -> Optional[str]:
     if name == "config":  # The last line of a traceback of the file.
         reason = reason.strip().splitlines()[-1].rstrip(".")
         return f"config: expected a file whose get_config() runs, got {value!r}: {reason}."
+    if isinstance(parser, _PathParser):
+        return f"{field}: {reason.removeprefix('path: ')}"
     if isinstance(parser, flags.EnumParser):
         expected = f"one of {', '.join(parser.enum_values)}"
     elif isinstance(parser, flags.BooleanParser):
@@ -159,15 +177,29 @@ def user_mistakes() -> Iterator[None]:
         fail(error)
 
 
+@contextlib.contextmanager
+def spared(what: str) -> Iterator[None]:
+    """Pictures of finished work: what goes wrong with them is said, and costs nothing else."""
+    try:
+        yield
+    except Exception as error:  # Of any kind: the work is done, and is to be kept.
+        warnings.warn(f"{what}: left out, {type(error).__name__}: {error}", stacklevel=3)
+
+
 def check_output(field: str, path: str | pathlib.Path) -> None:
     """Checks that a file can be written at `path`, before hours of work end there.
 
     Raises:
       ValueError: a folder stands there, or a file where a folder has to be.
     """
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(os.path.abspath(path))
     if path.is_dir():
         raise ValueError(f"{field}: expected a file to write, got the folder {str(path)!r}.")
+    if path.exists() and not path.is_file():  # A terminal, a pipe: written through.
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{field}: expected what can be written to, got {str(path)!r}.")
+        return
+    path = pathlib.Path(os.path.realpath(path))
     above = next(parent for parent in path.parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(
@@ -192,6 +224,7 @@ def pin(
     Raises:
       ValueError: a folder of something else, or the first field that differs.
     """
+    run_directory("workdir", path.parent)
     mine = json.loads(json.dumps(shared))
     if not path.exists():
         others = [entry for entry in path.parent.glob("*") if not entry.name.startswith(f".{path.name}")]
@@ -199,12 +232,7 @@ def pin(
             raise ValueError(
                 f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}."
             )
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, path)
-        partial.unlink()
+        _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
     for key in (key for key, value in mine.items() if isinstance(value, dict)):
         if not isinstance(stored.get(key), dict):
@@ -214,15 +242,31 @@ def pin(
         compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
         if lost := stored[grows].keys() - mine[grows].keys():
             raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
-    free = {f"config.{field}" for field in FREE_TO_CHANGE}
     for field, old, new in config_difference(stored, compared):
-        if field not in free:
+        own = field.startswith("config.")
+        if not own or not may_change(field.removeprefix("config."), old, new):
             raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
     if grows and mine[grows].keys() != stored[grows].keys():
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        grown = {**stored, grows: mine[grows]}
-        partial.write_text(json.dumps(grown, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps({**stored, grows: mine[grows]}, indent=1) + "\n")
+
+
+def _create(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole, unless it is there already or another process is first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = partial(path)
+    written.write_text(text, encoding="utf-8")
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        pass
+    except OSError:  # A file system without hard links.
+        with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
+            with contextlib.suppress(OSError):  # Nor locks: two processes at the same moment may differ.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def no_room(error: BaseException) -> bool:
@@ -254,6 +298,7 @@ def quiet_threads() -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, then calls `main`."""
+    tolerant_streams()
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         flags.FLAGS.validate_all_flags()
@@ -267,6 +312,9 @@ def run(main: Callable[[], None]) -> None:
             check_fields(flags.FLAGS.config)
     if rest:
         fail(f"arguments: expected flags only, got {rest[0]!r}.")
+    if "json" in flags.FLAGS and flags.FLAGS.json is not None:
+        with user_mistakes():
+            check_output("json", flags.FLAGS.json)
     quiet_threads()
     try:
         main()

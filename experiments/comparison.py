@@ -147,7 +147,7 @@ def shown(
         line["diverged"] = lost.get((line["view"], line["arm"]), 0)
         chosen = root / "tune" / base_arm(line["arm"]) / "chosen.json"
         if chosen.exists():
-            line["tried"] = len(json.loads(chosen.read_text())["tried"])
+            line["tried"] = len(json.loads(chosen.read_text(encoding="utf-8"))["tried"])
     names = {**MEANS}
     for other in ("full-only", "prior-free"):
         names[f"nll_hard_vs_{other}"] = (f"hard nats - {other}'s", "+.4f")

@@ -53,7 +53,7 @@ GIB = 2**30
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v5e:2x2, v4:2x2x4.")
 PROGRAM = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
-JSON = flags.DEFINE_string("json", None, "Write the report here.")
+JSON = common.define_path("json", None, "Write the report here.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -288,8 +288,6 @@ def _told(
 
 def main() -> None:
     with common.user_mistakes():
-        if JSON.value:
-            common.check_output("json", JSON.value)
         try:
             results = report(CONFIG.value, TOPOLOGY.value, PROGRAM.value)
         except DoesNotFit as error:

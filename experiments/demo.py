@@ -29,7 +29,7 @@ from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.parallel import Parallel
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the arms and the report go.")
+WORKDIR = common.define_path("workdir", "runs/demo", "Where the arms and the report go.")
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
 QUICK = flags.DEFINE_bool("quick", False, "A few steps of each arm: tries everything in a minute.")
 
@@ -206,24 +206,26 @@ def write_report(
         )
         analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
-    loss, routing = analysis.loss_curves(runs, floor), analysis.routing_by_layer(routes)
-    analysis.save(loss, out / "loss.png")
-    analysis.save(routing, out / "routing.png")
+    with common.spared("pictures"):
+        loss, routing = analysis.loss_curves(runs, floor), analysis.routing_by_layer(routes)
+        analysis.save(loss, out / "loss.png")
+        analysis.save(routing, out / "routing.png")
+        sections += [
+            analysis.Section("Loss", analysis.figure_html(loss, "Loss curves")),
+            analysis.Section("Routing", analysis.figure_html(routing, "Routing per layer")),
+        ]
     for corpus, text in texts.items():
         about = dict(
             title=f"{corpus}: where the Bayesian arm routes held-out text",
             caption="Each token is coloured by the mechanism it uses; pale means uncertain.",
         )
         mean = text.pop("mean")
-        analysis.save(analysis.coloured_figure(**text, **about), out / f"text_{corpus}.png")
+        with common.spared("pictures"):
+            analysis.save(analysis.coloured_figure(**text, **about), out / f"text_{corpus}.png")
         fragment = analysis.coloured_html(**text, **about, mean=mean)
         text_sections.append(analysis.Section(f"Held-out text of {corpus}", fragment))
     analysis.write_text(out / "text.html", analysis.html_page("Held-out text", text_sections))
-    sections += [
-        analysis.Section("Loss", analysis.figure_html(loss, "Loss curves")),
-        analysis.Section("Routing", analysis.figure_html(routing, "Routing per layer")),
-        *text_sections,
-    ]
+    sections += text_sections
     analysis.write_text(out / "index.html", analysis.html_page("Meta-Attention: demo", sections))
 
 

@@ -4,6 +4,7 @@ Mode hard comes with the FLOPs and bytes that attention executes for its routes.
 
 python -m experiments.evaluate --workdir=runs/recall [--split=validation] [--length=128]
     [--modes=soft,hard,gated] [--threshold=0.5] [--samples=4] [--step=best] [--json=FILE]
+    [--corpus=path:WHERE_THE_DATA_ARE_NOW]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from absl import flags
 
 from experiments import common
 from meta_attention_jax import analysis
+from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.routing.mixture import MODES
@@ -25,7 +27,7 @@ from meta_attention_jax.training.config import expect
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which split.")
 MODE = flags.DEFINE_list("modes", list(MODES), "Among soft, hard, gated.")
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
@@ -33,7 +35,9 @@ LENGTH = flags.DEFINE_integer("length", None, "Sequence length; as trained when 
 THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.0)
 SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats and ELBO.", 0)
 MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
-JSON = flags.DEFINE_string("json", None, "Write the rows to this file as well.")
+JSON = common.define_path("json", None, "Write the rows to this file as well.")
+CORPUS = flags.DEFINE_string("corpus", None, "Where the run's data are now: path:FILE_OR_FOLDER.")
+DATA_SPLIT = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
 flags.mark_flag_as_required("workdir")
 
 COLUMNS = [
@@ -76,9 +80,8 @@ def main() -> None:
             raise ValueError(f"modes: expected some of {MODES}, got none.")
         # absl lets NaN through.
         expect(0 <= THRESHOLD.value <= 1, "threshold", "theta in [0, 1]", THRESHOLD.value)
-        if JSON.value:
-            common.check_output("json", JSON.value)
-        run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value)
+        data = dict(corpus=CORPUS.value, data_split=DATA_SPLIT.value)
+        run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value, **data)
         run.dataset  # Opened here, where its errors are the user's.
     parallel = Parallel("jit")
     if run.config.data.batch_size % len(parallel.devices):
@@ -102,6 +105,7 @@ def main() -> None:
         analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms
     ]
     print(f"{run.path.name} at step {run.step}, {SPLIT.value} split")
+    print(run.dataset)
     print(analysis.terminal_table(rows, columns))
     for row in rows:
         if "flops" in row:

@@ -35,7 +35,7 @@ from meta_attention_jax.training.fields import expect
 KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often, over one run.", lower_bound=1)
 SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lower_bound=1)
 PARTS = flags.DEFINE_list("parts", ["one", "two"], "Runs of one process, of two, or both.")
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = common.define_path("json", None, "Write the rows here.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAVE_EVERY = 20
@@ -287,8 +287,6 @@ def main() -> None:
     with common.user_mistakes():
         for part in PARTS.value:
             expect(part in ("one", "two"), "parts", "some of one, two", part)
-        if JSON.value:
-            common.check_output("json", JSON.value)
     if "one" in PARTS.value:
         _one_process(done)
     if "two" in PARTS.value:

@@ -17,7 +17,7 @@ from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.config import expect
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
 MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
 THRESHOLD = flags.DEFINE_float(

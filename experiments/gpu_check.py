@@ -36,7 +36,7 @@ from experiments.benchmarks import decoding
 from experiments.benchmarks.common import Row, environment, markdown
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
-OUT = flags.DEFINE_string("out", None, "Folder of the record; experiments/results on a GPU.")
+OUT = commands.define_path("out", None, "Folder of the record; experiments/results on a GPU.")
 BUDGET = flags.DEFINE_float("budget_minutes", 8.0, "No timing starts that would end later.", 0.0)
 
 RESULTS = pathlib.Path(__file__).parent / "results"

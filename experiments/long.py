@@ -13,6 +13,7 @@ import numpy as np
 from experiments.benchmarks.common import interleave
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
+from meta_attention_jax.data.pipeline import same_data
 from meta_attention_jax.objective import forward, summarise
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.step import eval_step
@@ -67,7 +68,7 @@ def long_evaluation(
       ValueError: what is no run, two runs on different data, or a routed run that does not route.
     """
     base, run = (load_run(p, sequence_length=length, batch_size=rows) for p in (full_only, routed))
-    if base.dataset.manifest() != run.dataset.manifest():
+    if not same_data(base.dataset.manifest(), run.dataset.manifest()):
         raise ValueError(
             f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others."
         )

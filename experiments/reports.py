@@ -16,6 +16,7 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.controller.prior import prior_concentration
+from meta_attention_jax.files import run_directory
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.config import read_stored
 from meta_attention_jax.training.evaluation import token_arrays
@@ -25,13 +26,15 @@ SHOWN_ROWS = 6
 RISK_BATCHES = 4
 
 
-def report(workdir: str | pathlib.Path) -> tuple[str, Callable[[], str]]:
+def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], str]]:
     """(what it is, what makes its page); all that can be wrong with the directory is said first.
+
+    `data`: `corpus` and `data_split` of `load_run`, for a run.
 
     Raises:
       ValueError: neither a run nor a comparison nor a sweep, or one without a result.
     """
-    root = pathlib.Path(workdir)
+    root = run_directory("workdir", workdir)
     if (root / "ablation.json").is_file():
         _shared(root / "ablation.json", "config")
         rows = comparison.collect(root)
@@ -40,12 +43,12 @@ def report(workdir: str | pathlib.Path) -> tuple[str, Callable[[], str]]:
         return "ablation", functools.partial(ablation_page, root, rows)
     if (root / "sweep.json").is_file():
         stored = _shared(root / "sweep.json", "config", "points")
-        result = sweeps.result(root, list(stored["points"].values()))
+        result = sweeps.result(root, stored["points"])
         if not result.done:
             raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
         return "sweep", functools.partial(sweep_page, result, stored["config"]["name"])
     if (root / "config.json").is_file():
-        run = load_run(root)
+        run = load_run(root, **data)
         held_out = [r for r in read_metrics(run.path) if r["event"] == "eval"]
         if not held_out:
             raise ValueError(f"workdir: expected an evaluation in {str(root)!r}, got none yet.")
@@ -128,7 +131,7 @@ def run_page(run: Run) -> str:
         caption="Each token is coloured by its mechanism; pale means uncertain.",
         mean=routing.mean[:, :SHOWN_ROWS][:, keep],
     )))
-    config = json.dumps(json.loads((run.path / "config.json").read_text()), indent=1)
+    config = json.dumps(json.loads((run.path / "config.json").read_text(encoding="utf-8")), indent=1)
     sections.append(Section("Config", f"<pre>{html.escape(config)}</pre>"))
     return analysis.html_page(f"{run.config.name}, step {run.step}", sections)
 
@@ -153,7 +156,7 @@ def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
     """The table of the arms, and their hard nats against cost."""
     order = list(arms.DEFAULT)
     lines, written, columns = comparison.shown(root, rows, order)
-    config = json.loads((root / "ablation.json").read_text())["config"]
+    config = json.loads((root / "ablation.json").read_text(encoding="utf-8"))["config"]
     sections = []
     for view in dict.fromkeys(line["view"] for line in lines):
         made = [{**line, "setting": line["arm"], "point": {"name": line["arm"]}}

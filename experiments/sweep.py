@@ -34,7 +34,7 @@ from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.config import config_to_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where all points and the results go.")
+WORKDIR = common.define_path("workdir", None, "Where all points and the results go.")
 SHARD = flags.DEFINE_string("shard", "0/1", "i/n: this process takes every n-th point, from i on.")
 AT_ONCE = flags.DEFINE_integer("points_at_once", 0, "At most; 0 is as many as fit in memory.", 0)
 TOGETHER = flags.DEFINE_bool("together", True, "False trains one point after the other.")
@@ -48,18 +48,19 @@ def main() -> None:
     with common.user_mistakes():
         index, number = parse_shard(SHARD.value)
         points = sweeps.load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-        names = algebra.labels(points)
-        configs = {n: algebra.configured(base, p) for n, p in zip(names, points)}
+        stored = sweeps.stored_points(root)
+        points = dict(zip(algebra.kept_labels(points, stored, base), points))
+        configs = {name: algebra.configured(base, point) for name, point in points.items()}
         for config in configs.values():
             common.check_fields(config)
             build.check(config)
         datasets = sweeps.open_datasets(configs.values())
         sweeps.check_starts(root, configs, datasets)
-        shared = {"config": config_to_dict(base), "points": dict(zip(names, points))}
+        shared = {"config": config_to_dict(base), "points": {n: stored.get(n, p) for n, p in points.items()}}
         common.pin(root / "sweep.json", shared, "this sweep", grows="points")
         # Points of one program lie side by side, so that every shard has some of each.
-        order = sorted(names, key=lambda n: repr(algebra.program(configs[n])))
-        mine = [name for name in names if name in order[index::number]]
+        order = sorted(points, key=lambda n: repr(algebra.program(configs[n])))
+        mine = [name for name in points if name in order[index::number]]
         jobs = sweeps.prepared(root, {name: configs[name] for name in mine}, datasets)
     sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
     found = sweeps.rows(root, points)
@@ -69,7 +70,9 @@ def main() -> None:
             path = root / "points" / row["label"]
             if row["setting"] == pick and not (path / "test.json").exists():
                 try:
-                    run = load_run(path, step=configs[row["label"]].train.steps)
+                    config = configs[row["label"]]
+                    data = dict(corpus=config.data.corpus, data_split=config.data.split)
+                    run = load_run(path, step=config.train.steps, **data)
                 except Damaged as error:
                     print(f"{row['label']}: {error}")
                     continue

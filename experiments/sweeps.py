@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from experiments.common import spared
 from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
@@ -71,6 +72,21 @@ def load_sweep(path: str | pathlib.Path) -> Sweep:
             f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
         )
     labels(points)  # Says what is wrong with them.
+    return points
+
+
+def stored_points(root: pathlib.Path) -> dict[str, Point]:
+    """Points by label of the sweep that is in the directory already; none in a new one.
+
+    Raises:
+      ValueError: a damaged `sweep.json`.
+    """
+    path = root / "sweep.json"
+    if not path.exists():
+        return {}
+    points = read_stored(path, "this sweep").get("points")
+    if not (isinstance(points, dict) and all(isinstance(point, dict) for point in points.values())):
+        raise ValueError(f"workdir: expected this sweep in {str(path)!r}, got something else.")
     return points
 
 
@@ -234,15 +250,21 @@ def _train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> Non
             )
 
 
-def rows(root: pathlib.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
+Points = Sequence[Point] | Mapping[str, Point]
+"""Of a sweep, by their labels where those are not `labels` of the points."""
+
+
+def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
     """One row per point that has run to its end or diverged, from the directory alone. One whose
     files are damaged is named in a warning, and left out."""
     found = []
-    for label, setting, point in zip(labels(points), settings(points), points):
+    if not isinstance(points, Mapping):
+        points = dict(zip(labels(points), points))
+    for (label, point), setting in zip(points.items(), settings(list(points.values()))):
         path = root / "points" / label
         row = {"label": label, "setting": setting, "point": point, "seed": point.get("seed")}
         if failed(root, label).exists():
-            found.append({**row, "diverged": failed(root, label).read_text()})
+            found.append({**row, "diverged": failed(root, label).read_text(encoding="utf-8")})
             continue
         if not (path / "metrics.jsonl").exists():
             continue
@@ -384,7 +406,7 @@ class Result:
         return [line for line in self.lines if line["seeds"]]
 
 
-def result(root: pathlib.Path, points: Sequence[Point]) -> Result:
+def result(root: pathlib.Path, points: Points) -> Result:
     """From the directory alone. Scores on the test split are those of the pick: a sweep that has grown
     may have had another before."""
     found = rows(root, points)
@@ -424,7 +446,7 @@ def figures(found: Result, title: str) -> dict[str, Figure]:
     return made
 
 
-def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> None:
+def write_results(root: pathlib.Path, points: Points, title: str) -> None:
     """rows.json, table.csv, table.md, pareto.png, against.png; prints the table."""
     found = result(root, points)
     analysis.write_json(root / "rows.json", found.rows)
@@ -436,9 +458,10 @@ def write_results(root: pathlib.Path, points: Sequence[Point], title: str) -> No
     analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
     print(analysis.terminal_table(written, columns, width=160))
     told = []
-    for name, figure in figures(found, title + found.title).items():
-        analysis.save(figure, root / f"{name}.png")
-        told.append(f"{root}/{name}.png")
+    with spared("pictures"):
+        for name, figure in figures(found, title + found.title).items():
+            analysis.save(figure, root / f"{name}.png")
+            told.append(f"{root}/{name}.png")
     print(f"table: {root}/table.md   rows: {root}/rows.json   pictures: {', '.join(told)}")
     if found.title:
         print(f"so far{found.title}: nothing is chosen yet")

@@ -23,7 +23,7 @@ from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.loop import Diverged, prepare, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.")
 MULTIHOST = flags.DEFINE_bool("multihost", False, "This is one of several processes of the run.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where not found.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run, with --coordinator.")

@@ -1,6 +1,7 @@
 """Does uncertainty mean anything? Risk-coverage of each measure, and the frontier of gated mode.
 
 python -m experiments.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty
+    [--corpus=path:WHERE_THE_DATA_ARE_NOW]
 
 Harm of a token: its nats with all tokens hard less its nats with all tokens soft, so it contains what
 hardening the tokens before has changed in the keys of later layers. `gain`: how much of the way from
@@ -27,13 +28,16 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import token_arrays
 from meta_attention_jax.types import UNCERTAINTIES
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
-OUT = flags.DEFINE_string("out", None, "Where table and pictures go.")
+OUT = common.define_path("out", None, "Where table and pictures go.")
 BATCHES = flags.DEFINE_integer("batches", 16, "Batches of the split.", 1)
+CORPUS = flags.DEFINE_string("corpus", None, "Where all runs' data are now: path:FILE_OR_FOLDER.")
+DATA_SPLIT = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
 flags.mark_flags_as_required(["runs", "out"])
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -109,7 +113,8 @@ def main() -> None:
     with common.user_mistakes():
         if not RUNS.value:
             raise ValueError("runs: expected at least one run directory, got none.")
-        runs = [load_run(path) for path in RUNS.value]
+        data = dict(corpus=CORPUS.value, data_split=DATA_SPLIT.value)
+        runs = [load_run(path, **data) for path in RUNS.value]
         for run in runs:
             if run.config.controller.name == "fixed":
                 raise ValueError(f"runs: expected runs that route, got {str(run.path)!r}.")
@@ -140,9 +145,12 @@ def main() -> None:
     print(analysis.terminal_table(rows, COLUMNS))
     analysis.write_text(out / "table.md", analysis.markdown_table(rows, COLUMNS))
     analysis.write_json(out / "rows.json", {"rows": rows, "studies": found})
-    analysis.save(risk_coverage_figure({n: m["curve"] for n, m in means.items()}), out / "risk.png")
-    analysis.save(frontier_figure({n: m["frontier"] for n, m in means.items()}), out / "frontier.png")
-    print(f"pictures: {out}/risk.png, {out}/frontier.png")
+    with common.spared("pictures"):
+        curves = {name: mean["curve"] for name, mean in means.items()}
+        fronts = {name: mean["frontier"] for name, mean in means.items()}
+        analysis.save(risk_coverage_figure(curves), out / "risk.png")
+        analysis.save(frontier_figure(fronts), out / "frontier.png")
+        print(f"pictures: {out}/risk.png, {out}/frontier.png")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.pipeline import Dataset, check_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.files import run_directory
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import flatten_scalars
@@ -151,6 +152,12 @@ class Run:
         Raises:
           ValueError: data that are not there any more, or not the same.
         """
+        place = self.config.data.corpus
+        if place.startswith("path:") and not pathlib.Path(place[5:]).exists():
+            raise ValueError(
+                f"corpus: expected the data of the run at {place[5:]!r}, got nothing there; say where "
+                "they are now by load_run(..., corpus='path:NEW'), or --corpus=path:NEW of a command."
+            )
         shape = self.config.copy_and_resolve_references()
         shape.data.sequence_length = self.sequence_length
         shape.data.batch_size = self.batch_size
@@ -419,6 +426,8 @@ def load_run(
     step: int | str = "latest",
     sequence_length: Optional[int] = None,
     batch_size: Optional[int] = None,
+    corpus: Optional[str] = None,
+    data_split: Optional[str] = None,
 ) -> Run:
     """Opens the run in `path`; writes nothing.
 
@@ -427,15 +436,22 @@ def load_run(
       step: "latest", "best" or a saved step.
       sequence_length: of the data; None is as trained.
       batch_size: of the data; None is as trained.
+      corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER"; None is as trained.
+      data_split: `data.split`; None is as trained. The data have to be the same, whatever they are
+        called.
 
     Raises:
       ValueError: no run there, a config that is not complete, no such step, or parameters that are
         not those of the config; one sentence.
     """
-    path = pathlib.Path(path).absolute()
+    path = run_directory("workdir", path)
     config, found, steps, params = read_run(path, step)
     with _complete(path):
         _check_config(config, path)
+        if corpus is not None:
+            config.data.corpus = corpus
+        if data_split is not None:
+            config.data.split = data_split
         tokens = (sequence_length or config.data.sequence_length) * (
             batch_size or config.data.batch_size
         )

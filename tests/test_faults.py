@@ -83,7 +83,7 @@ class Counting:
         self.calls.append(("save", done, evaluated))
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_a_signal_ends_the_loop_after_the_step_that_was_under_way(number):
     before = signal.getsignal(number)
     work = Counting(number)
@@ -95,7 +95,7 @@ def test_a_signal_ends_the_loop_after_the_step_that_was_under_way(number):
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_at_the_last_step_all_that_is_due_is_done_first(number):
     work = Counting(number)
     with pytest.raises(Interrupted), interruptible() as asked:
@@ -178,7 +178,7 @@ def lines(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number):
     run, cache = tmp_path / "run", tmp_path / "cache"
     process = start(run, cache)

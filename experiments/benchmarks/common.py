@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from meta_attention_jax.files import write_whole
+
 Row = dict[str, Any]
 
 UNEVEN = (0.0, 0.05, 0.10, 0.25)
@@ -128,9 +130,8 @@ def commit() -> str | None:
 
 def write_json(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Writes {"environment": ..., "rows": [...]}; parent folders are made."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "rows": list(rows)}, indent=2) + "\n")
+    record = {"environment": environment(), "rows": list(rows)}
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -23,7 +23,7 @@ from absl import flags
 from experiments import common as commands
 from experiments.benchmarks import common, decoding
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 CONTEXT = flags.DEFINE_integer("context", 32768, "Tokens in the cache at the last step.", 1)
 FRACTION = flags.DEFINE_float("fraction_full", 0.1, "Of the tokens.", 0.0, 1.0)
 BATCH = flags.DEFINE_integer("batch", 8, "Rows.", 1)

@@ -29,7 +29,7 @@ from experiments import common as commands
 from experiments.benchmarks import common
 from meta_attention_jax.mechanisms import full
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 TIMES = flags.DEFINE_list("times", ["2048", "8192"], "T, multiples of 2048.")
 FRACTIONS = flags.DEFINE_list("fractions", ["10"], "Percent full, batch 1.")
 BATCHES = flags.DEFINE_list("batches", ["1", "4"], "Among 1 and 4.")

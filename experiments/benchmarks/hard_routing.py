@@ -24,7 +24,7 @@ from experiments.benchmarks import common
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.routing.dispatch import hard_attention
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 TIMES = flags.DEFINE_list("times", ["2048", "8192", "32768"], "T.")
 FRACTIONS = flags.DEFINE_list("fractions", ["5", "10", "25"], "Percent full, batch 1.")
 BATCHES = flags.DEFINE_list("batches", ["1", "4"], "Among 1 and 4.")

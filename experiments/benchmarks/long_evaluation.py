@@ -15,9 +15,9 @@ from experiments import long
 from experiments.benchmarks import common
 from meta_attention_jax import analysis
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
-FULL_ONLY = flags.DEFINE_string("full_only", None, "Run directory of the baseline.")
-ROUTED = flags.DEFINE_string("routed", None, "Run directory of the routed arm.")
+JSON = commands.define_path("json", None, "Write the rows here.")
+FULL_ONLY = commands.define_path("full_only", None, "Run directory of the baseline.")
+ROUTED = commands.define_path("routed", None, "Run directory of the routed arm.")
 LENGTH = flags.DEFINE_integer("length", 4096, "Tokens of a sequence.", 1)
 ROWS = flags.DEFINE_integer("rows", 2, "Sequences of the batch.", 1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds.", 1)

@@ -15,7 +15,7 @@ from experiments import common as commands
 from experiments.benchmarks import common
 from meta_attention_jax.mechanisms.registry import attend_with
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 TIME = flags.DEFINE_integer("time", 8192, "T.", 1)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds.", 1)
 HEADS, DIM, WINDOW = 4, 64, 256

@@ -15,7 +15,7 @@ from experiments import common as commands
 from experiments.benchmarks import common
 from meta_attention_jax import MetaAttention
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 HEADS, DIM, WINDOW = 4, 64, 256
 SHORT, LONG, LONGEST = 4096, 16384, 32768
 

@@ -24,8 +24,8 @@ from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.step import init_state, num_dense_rows, train_step
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of a routed arm.")
+JSON = commands.define_path("json", None, "Write the rows here.")
+WORKDIR = commands.define_path("workdir", None, "Run directory of a routed arm.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
 DENSE_ROWS = flags.DEFINE_float("dense_rows", 0.5, "Share of the rows.", 0.0, 1.0)
 flags.mark_flag_as_required("workdir")

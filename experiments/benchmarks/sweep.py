@@ -37,7 +37,7 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.points import configured
 from meta_attention_jax.training.step import init_state, train_step
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds of the warm steps.", 1)
 WIDTHS = flags.DEFINE_list("widths", ["32", "64", "128", "256"], "D; 16 per head.")
 PROCESS_ROUNDS = flags.DEFINE_integer("process_rounds", 2, "Rounds of whole commands; 0 for none.", 0)

@@ -17,7 +17,7 @@ from experiments.benchmarks import common
 from meta_attention_jax.training import build
 from meta_attention_jax.training.step import init_state, train_step
 
-JSON = flags.DEFINE_string("json", None, "Write the rows here.")
+JSON = commands.define_path("json", None, "Write the rows here.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
 SIZES = {
     name: flags.DEFINE_integer(name, default, "Size.", 1)

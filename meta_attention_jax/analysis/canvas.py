@@ -15,6 +15,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from meta_attention_jax.files import write_whole
 
 FONT = 10
 GREY = "#595959"
@@ -36,6 +39,13 @@ def new_figure(width: float, height: float) -> Figure:
 
 def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
     """The figure as the bytes of a png, pdf or svg file."""
+    for text in figure.findobj(Text):
+        words = text.get_text()
+        # A "$" in a name is a dollar; only the exponents of a logarithmic axis are mathematics.
+        if "$" in words and not words.startswith(r"$\mathdefault{"):
+            text.set_parse_math(False)
+        if not words.isascii():
+            text.set_text(words.encode("utf-8", "replace").decode("utf-8"))
     buffer = io.BytesIO()
     with rc_context({"hatch.linewidth": 0.6}):
         figure.savefig(buffer, format=format, dpi=dpi, facecolor="white")
@@ -45,14 +55,7 @@ def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
     """Write a figure, whole or not at all; the ending of `path` is the format. The folder is made if
     missing."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(render(figure, path.suffix.lstrip("."), dpi))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, render(figure, pathlib.Path(path).suffix.lstrip("."), dpi))
 
 
 def frame(

@@ -147,7 +147,7 @@ def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str])
         for x, y, side in _PLACES:
             text = axes.annotate(
                 name, (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
-                xytext=(x, y), textcoords="offset points",
+                xytext=(x, y), textcoords="offset points", parse_math=False,
             )
             box = text.get_window_extent(renderer)
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1

@@ -7,8 +7,9 @@ import html
 import json
 import math
 import os
-import pathlib
 from typing import Any, Mapping, Sequence
+
+from meta_attention_jax.files import write_whole
 
 MISSING = "–"
 
@@ -267,15 +268,8 @@ def column_notes(columns: Sequence[Column]) -> list[tuple[str, str]]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text whole or not at all: to a temporary file beside `path`, then renamed."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """`files.write_whole` of text; what no encoding has becomes "?"."""
+    write_whole(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | os.PathLike[str], rows: Any) -> None:

@@ -18,6 +18,7 @@ import tokenizers
 from jaxtyping import Int
 
 from meta_attention_jax.data.corpora import Corpus
+from meta_attention_jax.files import write_whole
 
 FILE = "tokenizer.json"
 TOKENIZERS = ("bytes", "bpe")
@@ -269,8 +270,4 @@ def _checked(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
 
 
 def _write(directory: str | os.PathLike[str], text: str) -> None:
-    target = pathlib.Path(directory) / FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{FILE}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_whole(pathlib.Path(directory) / FILE, text)

@@ -214,7 +214,9 @@ class Checkpoints:
         """
         with self._readable(step):
             self._manager.check_metrics(step)
-            base = {"driver": "ocdbt", "base": f"file://{self.directory / str(step) / 'state'}/"}
+            # Not as an address, where "#", "%" and "?" of a name mean something.
+            place = {"driver": "file", "path": f"{self.directory / str(step) / 'state'}/"}
+            base = {"driver": "ocdbt", "base": place}
             files = sorted(key.decode() for key in tensorstore.KvStore.open(base).result().list().result())
             arrays = [tuple(file.rsplit("/", 1)) for file in files if file.endswith(tuple(_ZARR))]
             if not arrays:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from meta_attention_jax.cost import CostSetting, MeasuredCosts, measure_costs
+from meta_attention_jax.files import write_whole
 
 FILE = "costs.json"
 
@@ -83,9 +83,7 @@ def _freeze(directory: str | pathlib.Path, setting: CostSetting, batch: int) -> 
     if path.exists():
         return read_costs(directory, setting)
     record = measure_costs(setting, batch=batch)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(_to_json(record), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(_to_json(record), indent=2) + "\n")
     return record.costs
 
 

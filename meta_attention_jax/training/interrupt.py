@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT end a training loop between two steps, after a save.
+"""SIGTERM and SIGINT, and what schedulers and lost terminals send, end a training loop between two steps,
+after a save.
 
 With several processes it is enough that one of them gets the signal. They stop after the same step, on
 which JAX's preemption service makes them agree.
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from meta_attention_jax.training import processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REPEAT = 1.0
 """Seconds in which a second signal is the first one's echo: a terminal and the program that started this
 one often send one each."""
@@ -47,7 +48,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Asked]:
-    """Inside the block the first SIGTERM or SIGINT does nothing but be told by the function that it
+    """Inside the block the first of `SIGNALS` does nothing but be told by the function that it
     yields. A second one, not at once, does what it did before. One that is ignored stays so.
 
     Threads other than the main one get no signals; there the function always says None.
@@ -103,16 +104,21 @@ def _agreed() -> Iterator[Asked]:
             began = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
         elif time.monotonic() - began > REPEAT:
-            signal.signal(signal.SIGINT, before)
-            signal.raise_signal(signal.SIGINT)
+            restore()
+            signal.raise_signal(number)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, forward)
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in SIGNALS[1:]:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, forward)
     try:
         yield lambda done: (
             signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
         )
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        restore()

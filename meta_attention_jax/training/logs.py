@@ -16,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from meta_attention_jax.console import Tolerant, say
 from meta_attention_jax.objective import flatten_scalars
 
 PLAIN_SECONDS = 10.0
@@ -142,14 +143,16 @@ class Progress:
         self._began = time.monotonic()
         self._spoke = self._began
         self._live = None
-        if enabled and sys.stdout.isatty():
+        out = Tolerant(sys.stdout)
+        if enabled and out.isatty():
+            # A name is text, whatever it looks like to rich.
             self._live = rich.progress.Progress(
-                rich.progress.TextColumn("[bold]{task.description}"),
+                rich.progress.TextColumn("{task.description}", style="bold", markup=False),
                 rich.progress.BarColumn(bar_width=20),
                 rich.progress.MofNCompleteColumn(),
-                rich.progress.TextColumn("{task.fields[status]}"),
+                rich.progress.TextColumn("{task.fields[status]}", markup=False),
                 rich.progress.TimeRemainingColumn(),
-                console=rich.console.Console(),
+                console=rich.console.Console(file=out),
             )
             self._task = self._live.add_task(
                 label, total=total, completed=start, status="compiling"
@@ -173,16 +176,16 @@ class Progress:
             self._spoke = now
             eta = (self._total - step) * seconds_per_step if done else math.inf
             eta = f"{eta:.0f}s" if math.isfinite(eta) else "?"
-            print(f"{self._label}  {step}/{self._total}  {status} · eta {eta}", flush=True)
+            say(f"{self._label}  {step}/{self._total}  {status} · eta {eta}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the live one."""
         if not self._enabled:
             return
         if self._live is not None:
-            self._live.console.print(text)
+            self._live.console.print(text, markup=False, highlight=False)
         else:
-            print(f"{self._label}  {text}", flush=True)
+            say(f"{self._label}  {text}")
 
     def close(self) -> None:
         """Ends the live line."""

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 from typing import Any, Mapping, Optional
 
@@ -19,7 +18,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from meta_attention_jax.data.pipeline import Dataset, check_manifest, write_manifest
+from meta_attention_jax import files
+from meta_attention_jax.console import say
+from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
@@ -57,6 +58,13 @@ FREE_TO_CHANGE = (
 `train.packed_dense_rows` the devices decide how many rows run dense."""
 
 
+def may_change(field: str, old: Any, new: Any) -> bool:
+    """Whether a run may go on with another value of a field: those of `FREE_TO_CHANGE`, and where
+    data of one's own lie and what says their split, for the manifest says what they are."""
+    moved = field == "data.corpus" and all(str(v).startswith("path:") for v in (old, new))
+    return field in FREE_TO_CHANGE or field == "data.split" or moved
+
+
 class Diverged(RuntimeError):
     """NaN or infinity in the loss, the gradients or the parameters."""
 
@@ -83,7 +91,7 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     Raises:
       ValueError: a directory with a run of another config, or with files that are no run's.
     """
-    path = pathlib.Path(workdir).absolute()
+    path = files.run_directory("workdir", workdir)
     stored_at = path / "config.json"
     given = config_to_dict(config)
     if path.exists() and not path.is_dir():
@@ -91,30 +99,31 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     if stored_at.exists():
         stored = read_stored(stored_at)
         for field, old, new in config_difference(stored, given):
-            if field not in FREE_TO_CHANGE:
+            of_data = field.startswith("data.") and not (path / MANIFEST).is_file()
+            if of_data or not may_change(field, old, new):
                 raise ValueError(
                     f"{field}: expected {old!r}, as in {str(workdir)}/config.json, got {new!r}; "
                     "use another workdir or the same config."
                 )
         return path
-    if path.exists() and any(path.iterdir()):
+    left = ("config.tmp",)  # Of a process that was killed while it wrote the very first file.
+    held = path.iterdir() if path.exists() else ()
+    if any(not files.is_partial(p, "config.json") and p.name not in left for p in held):
         raise ValueError(
             f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds "
             "other files."
         )
-    path.mkdir(parents=True, exist_ok=True)
-    partial = stored_at.with_suffix(".tmp")
-    partial.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, stored_at)
+    files.write_whole(stored_at, json.dumps(given, indent=2) + "\n")
     return path
 
 
 def describe(job: Job, params: Any) -> dict[str, Any]:
-    """What runs, once per run: sizes, the controller's share, and which full attention."""
+    """What runs, once per run: data, sizes, the controller's share, and which full attention."""
     config, dataset = job.config, job.dataset
     flops = build.build_flops(config, dataset.vocab_size)
     parameters, controller = count_parameters(params)
     return {
+        "data": dataset.about(),
         "full_attention": build.full_attention(config),
         "parameters": parameters,
         "controller_parameter_share": controller / parameters,
@@ -155,6 +164,7 @@ def prepare(
     Raises:
       ValueError: any mistake of the user's, as one sentence.
     """
+    workdir = files.run_directory("workdir", workdir)
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
     parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
     # Here they go together: reading a checkpoint and measuring, processes wait for each other.
@@ -256,7 +266,8 @@ def train(
                 state = state.replace(params=parallel.place(job.initial))
             log.write("start", 0, about)
         if progress:
-            print(_headline(label, about, job, start), flush=True)
+            say(_headline(label, about, job, start))
+            say(str(job.dataset))
         stop = min(stop_after or config.train.steps, config.train.steps)
         if start >= stop:
             return _last_evaluation(job.path)

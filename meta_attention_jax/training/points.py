@@ -152,6 +152,37 @@ def labels(points: Sequence[Point]) -> list[str]:
     return made
 
 
+def kept_labels(
+    points: Sequence[Point], stored: Mapping[str, Point], base: ConfigDict
+) -> list[str]:
+    """`labels`, but a point that `stored` has, by label, keeps its own: what varies among the points,
+    and so is said in a label, is more in a sweep that has grown. Points are the same whose configs are:
+    {} is {"seed": 0} where that is the seed of `base`.
+
+    Raises:
+      ValueError: as `labels` and `configured`.
+    """
+    def whole(overrides: Mapping[str, Any]) -> str:
+        rich = {f: tuple(v) if isinstance(v, list) else v for f, v in overrides.items()}
+        return json.dumps(config_to_dict(configured(base, rich)), sort_keys=True)
+
+    known: dict[str, list[str]] = {}
+    for label, overrides in stored.items():
+        known.setdefault(whole(overrides), []).append(label)
+    kept = [known.get(whole(one)) for one in points] if stored else [None] * len(points)
+    made: list[str] = []
+    for label, old in zip(labels(points), kept):
+        if old:
+            made.append(old.pop(0))
+            continue
+        number, free = 1, label
+        while free in stored or free in made:
+            number += 1
+            free = f"{label}_{number}"
+        made.append(free)
+    return made
+
+
 def _key(value: Any) -> Hashable:
     return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -10,10 +11,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.files import run_directory
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.config import dict_to_config, read_stored
 from meta_attention_jax.types import RoutingHypers
+
+ATTEMPTS = 10
+"""Times that the checkpoints of a run that trains meanwhile are looked at anew."""
 
 
 def read_run(
@@ -24,7 +29,7 @@ def read_run(
     Raises:
       ValueError: no run there, or no such step.
     """
-    path = pathlib.Path(workdir).absolute()
+    path = run_directory("workdir", workdir)
     stored = path / "config.json"
     if not stored.is_file():
         raise ValueError(
@@ -33,12 +38,48 @@ def read_run(
     config = dict_to_config(read_stored(stored))
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"workdir: expected checkpoints in {str(workdir)!r}, got none.")
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    try:
-        found = checkpoints.resolve(step)
-        return config, found, checkpoints.steps, checkpoints.restore_params(found)
-    finally:
-        checkpoints.close()
+    return config, *_read(path / "checkpoints", step)
+
+
+def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...], Any]:
+    """(step, all saved steps, parameters), also of a run that is being trained.
+
+    What trains it deletes old checkpoints, and may do so between the look at the list and the end of
+    the reading; then it is looked at anew. Only what stays where it is, is damaged.
+
+    Raises:
+      ValueError: no such step.
+      Damaged: it cannot be read.
+    """
+    for attempt in range(ATTEMPTS):
+        before = _listed(directory)
+        try:
+            checkpoints = Checkpoints(directory, read_only=True)
+            try:
+                found, steps = checkpoints.resolve(step), checkpoints.steps
+                return found, steps, checkpoints.restore_params(found)
+            finally:
+                checkpoints.close()
+        except (ValueError, OSError) as error:
+            if attempt == ATTEMPTS - 1 or not _changes(directory, before):
+                if isinstance(error, OSError):
+                    raise Damaged(f"step: expected checkpoints that stay, got {error}.") from error
+                raise
+    raise AssertionError("unreachable")
+
+
+def _listed(directory: pathlib.Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()}
+
+
+def _changes(directory: pathlib.Path, before: set[str]) -> bool:
+    """Whether the list of checkpoints differs from `before`, or does so in a moment: a checkpoint that
+    is being deleted loses its files first."""
+    for _ in range(20):
+        if _listed(directory) != before:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def initial_params(
@@ -49,20 +90,17 @@ def initial_params(
     Raises:
       ValueError: no run there, parameters of another model, or tokens that mean something else.
     """
-    path = pathlib.Path(source).absolute()
+    path = run_directory("train.init_from", source)
     if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
         raise ValueError(
             f"train.init_from: expected a run directory with checkpoints, got {str(source)!r}."
         )
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
     try:
-        params = checkpoints.restore_params(checkpoints.resolve("latest"))
+        _, _, params = _read(path / "checkpoints", "latest")
         check_params(params, model)
         _check_tokens(load_tokenizer(path), tokenizer)
     except ValueError as error:
         raise ValueError(f"train.init_from: {str(source)!r}: {error}") from None
-    finally:
-        checkpoints.close()
     return params
 
 

@@ -14,6 +14,7 @@ from typing import Any, Optional
 import jax
 import numpy as np
 
+from meta_attention_jax.console import say
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.group import (
@@ -118,7 +119,8 @@ def train_together(
         for run in runs:
             run.log.write("resume" if start else "start", start, {} if start else about)
         if progress:
-            print(_headline(label, about, group, start), flush=True)
+            say(_headline(label, about, group, start))
+            say(str(jobs[0].dataset))
         config = jobs[0].config
         line = Progress(
             label,
