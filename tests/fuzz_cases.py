@@ -213,8 +213,7 @@ def config_files(draw: random.Random) -> list[Case]:
 TEXTS: dict[str, bytes] = {
     "empty": b"", "zero": b"\0", "binary": bytes(range(256)) * 40, "not UTF-8": b"ab\xff\n" * 999,
     "cut UTF-8": "é".encode()[:1], "UTF-16": "a line\n".encode("utf-16") * 99, "one letter": b"x",
-    "one short line": b"hello\n", "one line": b"hello, hello, hello, hello, hello, hello",
-    "line ends": b"\n" * 20,
+    "one short line": b"hello\n", "one line": b"hello, hello", "line ends": b"\n" * 20,
 }
 
 
@@ -240,10 +239,20 @@ def corpora(draw: random.Random) -> list[Case]:
             if name not in ("one line",):
                 made.append(Case(f"text: {name} in {split}", "train", (
                     SMOKE, "--workdir=new", "--config.data.corpus=path:train.txt"), write))
-    huge = b"word and word, " * 70_000  # Cut at line ends, it leaves nothing to validate on.
-    made.append(Case("text: one huge line", "train", (
-        SMOKE, "--workdir=new", "--config.data.corpus=path:huge.txt"),
-        lambda root: (root / "huge.txt").write_bytes(huge)))
+
+    def mixed(root):
+        for place in ("data/train/a", "data/test/a", "data/notes"):
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            (root / place).write_text(f"text of {place}\n" * 40)
+
+    for place, rule in (("data", "auto"), ("data", "names"), ("data/train", "names"),
+                        ("data/notes", "names"), ("data/notes", "no"), ("data", "")):
+        made.append(Case(f"split {rule!r} of {place}", "train", (
+            SMOKE, "--workdir=new", f"--config.data.corpus=path:{place}",
+            f"--config.data.split={rule}"), mixed))
+    for corpus in ("recall", "sotu", "stdlib", "hf:a/b"):
+        made.append(Case(f"split of {corpus}", "train", (
+            SMOKE, "--workdir=new", f"--config.data.corpus={corpus}", "--config.data.split=hash")))
     names = ["path:", "path:nowhere", "path:folder", "path:" + "x" * 300, "path:text.txt/x", "hf:",
              "hf:a/b/c/d", "hf:nowhere", "file:text.txt", "text.txt", "recal", "Path:text.txt",
              "path:" + "/".join(["y"] * 3000), "path: text.txt", "path:\ud800"]

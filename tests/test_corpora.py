@@ -98,7 +98,8 @@ def test_hash_split_is_a_function_of_the_path_with_the_right_shares():
 
 
 def test_folder_without_named_splits_is_split_by_hash(tmp_path):
-    files = {f"part/{i}.txt": TEXT for i in range(120)} | {".hidden/x": b"\0", "p/.y": b"\0"}
+    files = {f"part/{i}.txt": f"{i}: {TEXT}" for i in range(120)}
+    files |= {".hidden/x": b"\0", "p/.y": b"\0"}
     corpus = load_corpus(f"path:{write(tmp_path, files)}")
     for split in SPLITS:
         assert all(corpora.split_of(name) == split for name in names(corpus, split))
@@ -197,7 +198,7 @@ def test_unknown_corpora_are_refused(spec, message):
         ({"train.txt": "a\n", "valid.txt": "", "test.txt": "b\n"}, "valid.txt.*empty file"),
         ({"train.txt": "a\n", "valid.txt": b"\0\1", "test.txt": "b\n"}, "valid.txt.*binary"),
         ({"train.txt": "a\n", "valid.txt": b"a\xff", "test.txt": "b\n"}, "valid.txt.*at byte 1"),
-        ({"train.txt": "a\n", "valid.txt": "b\n"}, "none in 'test'"),
+        ({"train.txt": "a", "valid.txt": "b\n"}, "none in 'test'"),
         ({"train.txt": "a\n", "valid.txt": "b\n", "README": "c\n"}, "got 'README'"),
         ({"only.txt": "a\n"}, "none in"),
     ],
@@ -207,8 +208,8 @@ def test_bad_folders_are_refused(tmp_path, files, message):
         load_corpus(f"path:{write(tmp_path, files)}")
 
 
-def test_a_file_of_one_line_cannot_be_split(tmp_path):
-    write(tmp_path, {"one.txt": "no line end"})
+def test_a_file_of_one_letter_cannot_be_split(tmp_path):
+    write(tmp_path, {"one.txt": "é"})
     with pytest.raises(ValueError, match="none in"):
         load_corpus(f"path:{tmp_path / 'one.txt'}")
     with pytest.raises(ValueError, match="did you mean 'path:"):

@@ -119,6 +119,8 @@ def test_all_other_mistakes(group, whole, tmp_path, monkeypatch):
 GOOD_TEXTS = {
     "one huge line in each file": b"word and word, " * 70_000,
     "one line without an end in each file": b"hello, " * 10,
+    "one huge line": b"word and word, " * 70_000,
+    "one line without an end": b"hello, " * 10,
     "line ends of another system": b"a line of text\r\n" * 90,
     "not ASCII": "\u00fcber \u4e16\u754c \U0001f600\n".encode() * 90,
     "control characters": bytes(range(1, 32)) * 90,
@@ -129,7 +131,7 @@ GOOD_TEXTS = {
 def test_odd_text_is_good_text_for_bytes(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "valid", "test") if "each file" in name else ("train",):
-        (tmp_path / f"{split}.txt").write_bytes(GOOD_TEXTS[name])
+        (tmp_path / f"{split}.txt").write_bytes(f"{split}: ".encode() + GOOD_TEXTS[name])
     with nothing_works(), pytest.raises(Accepted):
         call("train", fuzz_cases.SMOKE, "--workdir=new", "--config.data.corpus=path:train.txt")
     assert (tmp_path / "new" / "data_manifest.json").is_file()

@@ -239,7 +239,8 @@ def test_data_without_room_are_refused(folder, tmp_path):
         make(folder, sequence_length=tokens)
     with pytest.raises(ValueError, match="sequence_length: expected more than 15"):
         make_recall(sequence_length=15)
-    for split in SPLITS:
-        (tmp_path / f"{split}.txt").write_text("x" if split == "test" else text(0, 99).decode())
+    for number, split in enumerate(SPLITS):
+        content = b"x" if split == "test" else text(number, 99)
+        (tmp_path / f"{split}.txt").write_bytes(content)
     with pytest.raises(ValueError, match="2 tokens in split 'test'"):
         make(tmp_path)

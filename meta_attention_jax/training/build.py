@@ -226,6 +226,7 @@ def build_dataset(
         recall=recall,
         tokenizer_dir=tokenizer_dir,
         rows=slice(None) if rows is None else rows,
+        split=config.data.get("split", "auto"),
     )
 
 

@@ -12,10 +12,11 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR
 from meta_attention_jax.controller.posterior import POSTERIORS
 from meta_attention_jax.controller.prior import PRIORS
+from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.mechanisms.full import IMPLEMENTATIONS
 from meta_attention_jax.mechanisms.registry import get_mechanism
-from meta_attention_jax.training.fields import check_sizes, check_types, expect
+from meta_attention_jax.training.fields import LATER, check_sizes, check_types, expect
 from meta_attention_jax.training.parallel import PARALLEL_MODES
 from meta_attention_jax.types import UNCERTAINTIES
 
@@ -96,6 +97,7 @@ def validate(config: ConfigDict) -> None:
     )
     check_sizes(config)
     choices = {
+        "data.split": (data.split, RULES),
         "data.tokenizer": (data.tokenizer, TOKENIZERS),
         "model.dtype": (model.dtype, DTYPES),
         "model.implementation": (model.implementation, IMPLEMENTATIONS),
@@ -203,7 +205,8 @@ def dict_to_config(values: dict[str, Any]) -> ConfigDict:
 def config_difference(
     stored: dict[str, Any], given: dict[str, Any]
 ) -> list[tuple[str, Any, Any]]:
-    """(dotted field, stored value, given value) wherever two plain configs differ."""
+    """(dotted field, stored value, given value) wherever two plain configs differ; a field of `LATER`
+    that one of them lacks has the value there."""
     def flat(values, prefix=""):
         for key, value in values.items():
             if isinstance(value, dict):
@@ -212,8 +215,10 @@ def config_difference(
                 yield f"{prefix}{key}", value
 
     left, right = dict(flat(stored)), dict(flat(given))
-    return [
-        (field, left.get(field), right.get(field))
-        for field in sorted(left.keys() | right.keys())
-        if left.get(field) != right.get(field)
-    ]
+
+    def both(field):
+        missing = LATER.get(field.removeprefix("config."))  # As what shares a config has it.
+        return left.get(field, missing), right.get(field, missing)
+
+    fields = sorted(left.keys() | right.keys())
+    return [(field, *both(field)) for field in fields if both(field)[0] != both(field)[1]]

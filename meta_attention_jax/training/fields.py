@@ -14,7 +14,7 @@ SECTIONS = (
     "data", "model", "controller", "prior", "objective", "gate", "optimizer", "train", "parallel",
 )
 TEXTS = (
-    "name", "data.corpus", "data.tokenizer", "model.implementation", "model.dtype",
+    "name", "data.corpus", "data.split", "data.tokenizer", "model.implementation", "model.dtype",
     "controller.name", "controller.posterior", "controller.uncertainty", "prior.family",
     "prior.costs", "gate.kind", "optimizer.name", "train.init_from", "parallel.mode",
 )
@@ -42,7 +42,7 @@ LATER = {
     "controller.entropy_bonus": 0.0, "controller.temperature": 1.0,
     "controller.temperature_start": 1.0, "data.query_rate": 0.25, "data.min_distance": 0,
     "data.num_marks": 0, "data.mark_rate": 0.0, "data.mark_bias": 0.5, "data.aggregate_rate": 0.0,
-    "data.seed": -1, "parallel.fsdp": 1,
+    "data.seed": -1, "data.split": "auto", "parallel.fsdp": 1,
 }
 """Fields that runs of earlier versions do not have, with what those runs did; a new field belongs
 here too, or no run from before it can be opened."""

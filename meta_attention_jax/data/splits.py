@@ -1,0 +1,341 @@
+"""Which file of a corpus is of which split, and texts that are cut at their end.
+
+`data.split`, for a folder or file of one's own:
+
+* ``auto``: names where they say it, else ``hash``;
+* ``names``: names, or an error;
+* ``hash``: whatever the names, 90/5/5 by a hash of the path below the folder; one file is cut, 5 %
+  of its bytes off the end for each of validation and test.
+
+Names say it where a train word and a held-out word stand side by side in one folder, at any depth:
+``data/train`` and ``data/test``, ``en.train.txt`` and ``en.dev.txt``. A word is a whole part of the
+name, between signs, digits or a change to capitals, in any case, also with "set", "data" or "split"
+behind it: train, training; valid, validation, val, dev, devel, development, eval, evaluation; test,
+testing, tests, heldout, held-out, holdout. Train with a held-out word in one name says nothing; of
+two held-out words it is test. What lies below is of the same split; within train, names side by
+side may say more. Every text has to lie under one of the names. A split that they leave out is
+taken out of train (`fill`).
+
+In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and
+``test.py`` count only if no other program lies outside of such pairs, folders of programs only if
+most programs lie in them, and a folder ``tests`` never goes with a file ``train.py``.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+SPLITS = ("train", "validation", "test")
+RULES = ("auto", "names", "hash")
+
+VALIDATION_FROM, TEST_FROM = 0.90, 0.95
+"""Of files or of bytes, where nothing else says the split."""
+
+TOPICAL = {
+    **dict.fromkeys(
+        ".py .pyi .ipynb .js .ts .jsx .tsx .java .kt .scala .c .h .cc .cpp .cxx .hpp .cu .cs .go "
+        ".rs .rb .php .pl .lua .jl .r .m .swift .sh .bash .bat .ps1 .sql .yaml .yml .toml .ini "
+        ".cfg .cmake .gin".split(),
+        "program",
+    ),
+    **dict.fromkeys(".md .rst .adoc .html .htm".split(), "page"),
+}
+
+_WORDS = {
+    "train": re.compile(r"train(ing)?(set|data|split)?"),
+    "validation": re.compile(
+        r"(val(id(ate|ation)?)?|dev(el|elop|elopment)?|eval(s|uation)?)(set|data|split)?"
+    ),
+    "test": re.compile(r"(dev)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"),
+}
+_PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # a camelCase word, a number
+_SHARD = re.compile(r"\d+-of-\d+")
+
+Text = tuple[str, bytes]
+"""Name and content."""
+
+Parts = dict[str, list[Text]]
+"""Texts by split."""
+
+
+def split_of(path: str) -> str:
+    """The split of a file without one of its own: 90/5/5 by a hash of its relative path.
+
+    It depends on nothing but the path, so adding a file never moves another.
+    """
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+    u = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if u < VALIDATION_FROM else "validation" if u < TEST_FROM else "test"
+
+
+def split_word(name: str) -> str | None:
+    """The split that the name of a file or folder says, without its place; None if it says none."""
+    said = {_word(part) for part in _parts(name)} - {None}
+    if "train" in said:
+        return "train" if len(said) == 1 else None
+    return "test" if "test" in said else "validation" if said else None
+
+
+def _parts(name: str) -> list[str]:
+    """The words and numbers of a name, in small letters; "held out" is one."""
+    parts = [part.lower() for part in _PART.findall(_SHARD.sub("", name))]
+    for i in range(len(parts) - 1, 0, -1):
+        if parts[i - 1] in ("held", "hold") and parts[i].startswith("out"):
+            parts[i - 1 : i + 1] = [parts[i - 1] + parts[i]]
+    return parts
+
+
+def _word(part: str) -> str | None:
+    return next((split for split, words in _WORDS.items() if words.fullmatch(part)), None)
+
+
+def same_but_split(a: str, b: str) -> bool:
+    """Whether names are the same but for the words of their splits and the numbers of shards."""
+    rests = [[part for part in _parts(name) if _word(part) is None] for name in (a, b)]
+    return rests[0] == rests[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Entries of one folder that say train and something held out.
+
+    Attributes:
+      folder: its path below the corpus with "/" at the end; "" is the corpus itself.
+      said: split by entry.
+      files: all that are or lie below the entries.
+      kind: in `TOPICAL`, of most of the files; None of text.
+      folders: whether folders are among the entries.
+    """
+
+    folder: str
+    said: Mapping[str, str]
+    files: tuple[str, ...]
+    kind: str | None
+    folders: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """The split of every file.
+
+    Attributes:
+      splits: by file; None where the names of others say theirs, and its own nothing.
+      by: what says it, in words.
+      named: whether names do.
+      notes: what may surprise, a sentence each.
+    """
+
+    splits: Mapping[str, str | None]
+    by: str
+    named: bool
+    notes: tuple[str, ...] = ()
+
+
+def assign(names: Sequence[str], rule: str) -> Assigned:
+    """The split of every file of a folder by the rule at the head of this module.
+
+    Args:
+      names: paths below the folder, with "/".
+      rule: one of `RULES`.
+
+    Raises:
+      ValueError: rule "names", and they say nothing.
+    """
+    notes: list[str] = []
+    groups = [] if rule == "hash" else _groups(names, mixed=rule == "names")
+    if rule == "auto":
+        groups, notes = _data(groups, names)
+    if groups:
+        return Assigned(_said(groups, names), f"by names: {_listed(groups)}", True, tuple(notes))
+    if rule == "names":
+        raise ValueError(
+            "data.split: expected a train name beside a held-out one (valid, dev, test, ...) for "
+            "'names', got none; 'hash' splits by the paths."
+        )
+    splits = {name: split_of(name) for name in names}
+    if rule == "auto" and not notes:
+        notes = _lonely(splits)
+    return Assigned(splits, "by a hash of the file's path", False, tuple(notes))
+
+
+def _topic(name: str) -> str | None:
+    return TOPICAL.get(os.path.splitext(name)[1].lower())
+
+
+def _below(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Files by folder and entry of the folder: what is or lies below it."""
+    entries: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        folder = ""
+        for part in name.split("/"):
+            entries.setdefault(folder, {}).setdefault(part, []).append(name)
+            folder += f"{part}/"
+    return entries
+
+
+def _kind(files: Iterable[str]) -> str | None:
+    return collections.Counter(map(_topic, files)).most_common(1)[0][0]
+
+
+def _groups(names: Iterable[str], *, mixed: bool) -> list[_Group]:
+    """All that stand side by side; `mixed`: a program with a folder as well."""
+    entries = _below(names)
+    found = []
+    for folder, below in entries.items():
+        alike: dict[str | None, dict[str, str]] = {}
+        for entry in below:
+            if word := split_word(entry):
+                text = mixed or f"{folder}{entry}/" in entries
+                alike.setdefault(None if text else _topic(entry), {})[entry] = word
+        for said in alike.values():
+            if "train" in said.values() and len(set(said.values())) > 1:
+                files = tuple(file for entry in said for file in below[entry])
+                folders = any(f"{folder}{entry}/" in entries for entry in said)
+                found.append(_Group(folder, said, files, _kind(files), folders))
+    return found
+
+
+def _data(groups: list[_Group], names: Sequence[str]) -> tuple[list[_Group], list[str]]:
+    """The groups whose words are splits, not topics, and a note of one that is left out."""
+    if texts := [group for group in groups if group.kind is None]:
+        return texts, []
+    outer = [
+        group for group in groups
+        if not any(set(group.files) < set(other.files) for other in groups)
+    ]
+    covered = {file for group in outer for file in group.files}
+    kept, notes = [], []
+    for group in outer:
+        outside = [n for n in names if _topic(n) == group.kind and n not in covered]
+        inside = sum(_topic(name) == group.kind for name in covered)
+        if outside and (not group.folders or len(outside) >= inside):
+            like = f"{group.kind}s like {outside[0]!r}"
+            notes = notes or [f"{_listed([group])} are taken for {like}, not for splits"]
+        else:
+            kept.append(group)
+    return ([], notes) if notes else (kept, [])
+
+
+def _lonely(splits: Mapping[str, str]) -> list[str]:
+    """A note of what is trained on though held out by all of its name, with no train beside it."""
+    for folder, below in _below(splits).items():
+        for entry, files in below.items():
+            words = [part for part in _parts(entry.partition(".")[0]) if not part.isdigit()]
+            held = len(words) == 1 and _word(words[0]) in SPLITS[1:] and _kind(files) is None
+            if held and any(splits[file] == "train" for file in files):
+                name = folder + entry
+                return [f"{name!r} is trained on like the rest, for no train name stands beside it"]
+    return []
+
+
+def _said(groups: Iterable[_Group], names: Iterable[str]) -> dict[str, str | None]:
+    by_folder: dict[str, dict[str, str]] = {}
+    for group in groups:
+        by_folder.setdefault(group.folder, {}).update(group.said)
+    splits: dict[str, str | None] = {}
+    for name in names:
+        split, folder = None, ""
+        for part in name.split("/"):
+            split = by_folder.get(folder, {}).get(part, split)
+            if split not in ("train", None):
+                break  # Nothing below what is held out can lead back to train.
+            folder += f"{part}/"
+        splits[name] = split
+    return splits
+
+
+def _listed(groups: Iterable[_Group]) -> str:
+    """Their entries by split, a few of them."""
+    entries = [(SPLITS.index(s), g.folder + entry) for g in groups for entry, s in g.said.items()]
+    shown = [repr(name) for _, name in sorted(entries)]
+    more = [f"{len(shown) - 5} more"] if len(shown) > 6 else []
+    return ", ".join(shown[:5] + more if more else shown)
+
+
+def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:
+    """Held-out files by split in the folder of a train file, named like it but for that word.
+
+    None for the rule "hash", and, with a note, for "auto" where the train file is a program or page
+    and others are in its folder.
+
+    Raises:
+      ValueError: rule "names", and there are none.
+    """
+    held: dict[str, list[pathlib.Path]] = {}
+    notes: list[str] = []
+    if rule != "hash" and split_word(path.name) == "train":
+        files = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p.name[0] != "."]
+        for file in files:
+            word = split_word(file.name)
+            if word not in ("train", None) and same_but_split(path.name, file.name):
+                held.setdefault(word, []).append(file)
+        kind = _topic(path.name) if rule == "auto" else None
+        mine = {path.name, *(file.name for found in held.values() for file in found)}
+        outside = [f.name for f in files if kind and _topic(f.name) == kind and f.name not in mine]
+        if held and outside:
+            held = {}
+            notes = [f"{path.name!r} is taken for a {kind} like {outside[0]!r}, not for a split"]
+    if rule == "names" and not held:
+        raise ValueError(
+            f"data.split: expected a train file with a held-out file beside it for 'names', got "
+            f"{str(path)!r} alone; 'hash' cuts it in three."
+        )
+    return held, notes
+
+
+def fill(parts: Parts) -> str:
+    """Takes the splits that are missing out of train, in place.
+
+    By the hash of the train files' paths; where that leaves a split without a file, 5 % of the
+    bytes off the end of every train file.
+
+    Returns:
+      What was done, in words; "" for nothing.
+    """
+    missing = [split for split in SPLITS[1:] if not parts[split]]
+    if not missing:
+        return ""
+    hashed = [split_of(name) for name, _ in parts["train"]]
+    pieces = [(split if split in missing else "train", text)
+              for split, text in zip(hashed, parts["train"], strict=True)]
+    by = "by a hash of the train file's path"
+    if {split for split, _ in pieces} != {"train", *missing}:
+        pieces = [p for name, data in parts["train"] for p in cut(name, data, missing)]
+        by = "off the end of " + ("every train file" if len(hashed) > 1 else "the train file")
+    for split in ("train", *missing):
+        parts[split] = [text for part, text in pieces if part == split]
+    return f"{' and '.join(missing)} {by}"
+
+
+def cut(
+    name: str, data: bytes, splits: Sequence[str] = SPLITS[1:]
+) -> list[tuple[str, Text]]:
+    """One UTF-8 text cut at line ends: 5 % of its bytes off the end for each of `splits`, in order.
+
+    A hash of one file cannot split it, and scattered lines would put neighbours in two splits.
+    Where lines are so long that a part would be empty or train less than half, it is cut at the
+    last line end of the 5 % before, or, without one there, between two characters.
+    """
+    share = TEST_FROM - VALIDATION_FROM
+    goals = [round(len(data) * (1.0 - share * (len(splits) - i))) for i in range(len(splits))]
+    starts = [0]
+    for goal in goals:
+        starts.append(max(data.rfind(b"\n", 0, goal) + 1, starts[-1]))
+    ends = [*starts[1:], len(data)]
+    if any(a == b for a, b in zip(starts, ends, strict=True)) or ends[0] < len(data) / 2:
+        starts = [0]
+        for goal in goals:
+            least = max(goal - int(share * len(data)), starts[-1])
+            place = data.rfind(b"\n", least, goal) + 1
+            while not place and starts[-1] < goal < len(data) and data[goal] & 0xC0 == 0x80:
+                goal -= 1  # To the start of a character.
+            starts.append(place or goal)
+        ends = [*starts[1:], len(data)]
+    pieces = zip(("train", *splits), starts, ends, strict=True)
+    return [(s, (f"{name}[{a}:{b}]", data[a:b])) for s, a, b in pieces if b > a]
