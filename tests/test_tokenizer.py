@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+from meta_attention_jax.data import tokenizer as tokenizer_module
 from meta_attention_jax.data.corpora import Corpus, Document
 from meta_attention_jax.data.tokenizer import (
+    BPETokenizer,
     ByteTokenizer,
     SymbolTokenizer,
     load_tokenizer,
@@ -159,3 +161,15 @@ def test_bad_input_is_refused(bpe, tmp_path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match="tokenizer: expected a tokenizer of this package"):
             load_tokenizer(tmp_path)
+
+
+def test_a_word_of_a_whole_file_is_trained_on_in_pieces():
+    """It took minutes: time of the square of its length."""
+    text = ("abcde" * 100_000 + " short words " * 9 + "é" * 2500).encode()
+    tokenizer = BPETokenizer.train([text], 260)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2
+    pieces = list(tokenizer_module._broken(text.decode()))
+    assert "".join(pieces).encode() == text
+    assert max(len(word) for piece in pieces for word in piece.split()) == 1000
+    assert list(tokenizer_module._broken("some words\n and more\n")) == ["some words\n and more\n"]

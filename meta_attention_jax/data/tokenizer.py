@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -26,6 +27,7 @@ TOKENIZERS = ("bytes", "bpe")
 Ids = Int[np.ndarray, "tokens"]
 
 _CHUNK = 1 << 20  # characters that are encoded at a time: bounds memory on files of gigabytes
+_WORD = re.compile(r"\S{1000}(?=\S)")  # training takes time of the square of a word's length
 
 
 class Tokenizer(Protocol):
@@ -144,7 +146,8 @@ class BPETokenizer:
             initial_alphabet=sorted(_byte_alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((c for text in texts for c in _chunks(text)), trainer)
+        parts = (part for text in texts for chunk in _chunks(text) for part in _broken(chunk))
+        tokenizer.train_from_iterator(parts, trainer)
         if tokenizer.get_vocab_size() != vocab_size:
             raise ValueError(
                 f"vocab_size: expected at most {tokenizer.get_vocab_size()}, all that the training "
@@ -260,6 +263,15 @@ def _chunks(data: bytes) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = stop
+
+
+def _broken(text: str) -> Iterator[str]:
+    """A text in pieces without longer words than `_WORD`."""
+    start = 0
+    for found in _WORD.finditer(text):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
 
 
 def _checked(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
