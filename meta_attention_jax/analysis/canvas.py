@@ -37,6 +37,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def drawable(words: str) -> str:
+    """What no font can have (bytes of a name that is not Unicode) becomes "?"."""
+    return words.encode("utf-8", "replace").decode("utf-8")
+
+
 def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
     """The figure as the bytes of a png, pdf or svg file."""
     for text in figure.findobj(Text):
@@ -44,8 +49,7 @@ def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
         # A "$" in a name is a dollar; only the exponents of a logarithmic axis are mathematics.
         if "$" in words and not words.startswith(r"$\mathdefault{"):
             text.set_parse_math(False)
-        if not words.isascii():
-            text.set_text(words.encode("utf-8", "replace").decode("utf-8"))
+        text.set_text(drawable(words))
     buffer = io.BytesIO()
     with rc_context({"hatch.linewidth": 0.6}):
         figure.savefig(buffer, format=format, dpi=dpi, facecolor="white")
@@ -95,8 +99,9 @@ def frame(
 
 def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     width, height = figure.get_size_inches()
-    figure.legend(
+    box = figure.legend(
         handles=handles,
+        labels=["name"] * len(handles),  # Their own come below: one that begins with "_" is left out.
         loc="upper left",
         bbox_to_anchor=(0.72 / width, 1 - 0.4 / height),
         ncols=columns,
@@ -108,6 +113,8 @@ def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
         handleheight=1.1,
         columnspacing=1.6,
     )
+    for text, handle in zip(box.get_texts(), handles, strict=True):
+        text.set_text(handle.get_label())
 
 
 def tidy(axes: Axes) -> None:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from meta_attention_jax.analysis import palette
-from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
+from meta_attention_jax.analysis.canvas import FONT, GREY, drawable, frame, legend, tidy
 
 _HEIGHT = 4.0
 _FAR = 6.0
@@ -146,7 +146,7 @@ def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str])
     for line, name in zip(lines, _names(lines, field)):
         for x, y, side in _PLACES:
             text = axes.annotate(
-                name, (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
+                drawable(name), (line["cost"], line["nll_hard"]), fontsize=FONT - 1, ha=side,
                 xytext=(x, y), textcoords="offset points", parse_math=False,
             )
             box = text.get_window_extent(renderer)
