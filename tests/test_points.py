@@ -1,5 +1,7 @@
 """The algebra of sweeps, names of points, and what is concluded from them."""
 
+import json
+
 import pytest
 
 from configs import smoke, sweep_concentration, sweep_concentration_sotu
@@ -58,6 +60,28 @@ def test_labels_say_what_varies_within_a_name():
     ]
     clash = product(sweep("prior.threshold", (1, 2)), sweep("gate.threshold", (1, 2)))
     assert algebra.labels(clash)[0] == "prior.threshold=1,gate.threshold=1"
+
+
+@pytest.mark.parametrize("before, after, kept", [
+    (sweep("seed", (0,)), sweep("seed", (0, 1, 2)), ["point", "seed=1", "seed=2"]),
+    ([{}], sweep("seed", (0, 1)), ["point", "seed=1"]),  # Seed 0 is the config's own.
+    (algebra.product(sweep("prior.strength", (1.0, 2.0)), sweep("seed", (0,))),
+     algebra.product(sweep("prior.strength", (1.0, 2.0)), sweep("seed", (0, 1))),
+     ["strength=1", "strength=1,seed=1", "strength=2", "strength=2,seed=1"]),
+    (sweep("seed", (0, 1)), algebra.product(sweep("prior.strength", (2.0, 1.0)), sweep("seed", (0, 1))),
+     ["seed=0", "seed=1", "strength=1,seed=0", "strength=1,seed=1"]),  # 2 is the config's own.
+    (sweep("controller.fixed", (("full",),)), sweep("controller.fixed", (("full",), ("local",))),
+     ["point", "fixed=local"]),
+])
+def test_a_grown_sweep_keeps_the_labels_that_it_has(before, after, kept):
+    config = smoke.get_config()
+    assert config.prior.strength == 2.0 and config.seed == 0
+    stored = json.loads(json.dumps(dict(zip(algebra.labels(before), before))))
+    assert algebra.kept_labels(after, stored, config) == kept
+    assert algebra.kept_labels(after, {}, config) == algebra.labels(after)
+    # And once more, from what is stored then.
+    stored = json.loads(json.dumps(dict(zip(kept, after))))
+    assert algebra.kept_labels(after, stored, config) == kept
 
 
 def test_points_share_the_order_of_the_data_and_only_array_inputs_share_a_program():

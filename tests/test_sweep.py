@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import train
+from tests.close import assert_close
 from tests.test_commands import ROOT, check_mistake, check_success, command  # noqa: F401
 from tests.test_commands import environment
 
@@ -126,10 +126,7 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     found = sweeps.result(root, LIGHT_POINTS)
     assert found.pick is not None and found.title == ""
     for label in algebra.labels(LIGHT_POINTS):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            final(root, label), final(tmp_path / "whole", label),
-        )
+        assert_close(final(root, label), final(tmp_path / "whole", label))
 
 
 @pytest.mark.slow
@@ -252,3 +249,39 @@ def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     check_mistake(command("sweep", config, f"--workdir={tmp_path / 'full'}"), "workdir")
+
+
+GROWING = '''
+from configs import smoke
+from meta_attention_jax.training.points import product, sweep
+
+
+def get_config():
+    config = smoke.get_config()
+    config.update_from_flattened_dict({light})
+    return config
+
+
+def get_sweep():
+    return product(sweep("optimizer.learning_rate", {rates}), sweep("seed", {seeds}))
+'''
+
+
+@pytest.mark.slow
+def test_a_sweep_grows_by_a_second_value_of_a_field(command, tmp_path):  # noqa: F811
+    path, root = tmp_path / "grows.py", tmp_path / "sweep"
+    flags = (f"--config={path}", f"--workdir={root}", "--test_batches=0")
+    trained = {}
+    for rates, seeds in (((0.01,), (0,)), ((0.01,), (0, 1, 2)), ((0.01, 0.003), (0, 1, 2))):
+        path.write_text(GROWING.format(light=LIGHT, rates=rates, seeds=seeds))
+        out = check_success(command("sweep", *flags))
+        rows = {row["label"]: row["nll_hard"] for row in json.loads((root / "rows.json").read_text())}
+        assert len(rows) == len(rates) * len(seeds)
+        assert trained.items() <= rows.items()  # Nothing was trained anew under another name.
+        assert len(list((root / "points").glob("*/config.json"))) == len(rows)
+        trained = rows
+    assert "3" in (root / "table.md").read_text() and "chosen: learning_rate=" in out
+    assert "point" in trained
+    check_success(command("report", f"--workdir={root}"))
+    path.write_text(GROWING.format(light=LIGHT, rates=(0.01,), seeds=(0, 1)))
+    check_mistake(command("sweep", *flags), "expected")

@@ -160,8 +160,9 @@ def kept_labels(
     {} is {"seed": 0} where that is the seed of `base`.
 
     Raises:
-      ValueError: as `labels` and `configured`.
+      ValueError: as `labels` and `configured`; a label that another point of `stored` has.
     """
+
     def whole(overrides: Mapping[str, Any]) -> str:
         rich = {f: tuple(v) if isinstance(v, list) else v for f, v in overrides.items()}
         return json.dumps(config_to_dict(configured(base, rich)), sort_keys=True)
@@ -172,14 +173,9 @@ def kept_labels(
     kept = [known.get(whole(one)) for one in points] if stored else [None] * len(points)
     made: list[str] = []
     for label, old in zip(labels(points), kept):
-        if old:
-            made.append(old.pop(0))
-            continue
-        number, free = 1, label
-        while free in stored or free in made:
-            number += 1
-            free = f"{label}_{number}"
-        made.append(free)
+        if not old and label in stored:
+            raise ValueError(f"sweep: expected another name for a point, got {label!r}, of another one.")
+        made.append(old.pop(0) if old else label)
     return made
 
 
