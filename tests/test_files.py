@@ -17,6 +17,7 @@ from configs import smoke
 from experiments import common
 from experiments.benchmarks.common import write_json as write_benchmark
 from meta_attention_jax import analysis, load_run
+from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.files import local, run_directory, write_whole
 from meta_attention_jax.training import processes
 from meta_attention_jax.training.checkpoint import Checkpoints
@@ -82,6 +83,15 @@ def test_no_command_takes_an_address_for_a_folder(command, flags, monkeypatch): 
     before = set(os.listdir(ROOT))
     check_mistake(command(*flags), "expected a path of this machine")
     assert set(os.listdir(ROOT)) == before
+
+
+def test_a_corpus_is_found_in_a_home_and_at_no_address(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("~/a.txt", f"file://{tmp_path}/a.txt"):
+        assert load_corpus(f"path:{place}").splits["train"]
+    with pytest.raises(ValueError, match="data.corpus: expected a path of this machine"):
+        load_corpus("path:s3://bucket/a.txt")
 
 
 def test_library_calls_say_the_same():

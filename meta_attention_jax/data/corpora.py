@@ -33,6 +33,7 @@ from typing import Any
 
 from meta_attention_jax.data.splits import RULES, SPLITS, Parts, cut, split_of, split_word
 from meta_attention_jax.data.texts import read_file, read_folder, read_text
+from meta_attention_jax.files import local
 
 CORPORA = ("sotu", "stdlib", "recall", "path:FILE_OR_FOLDER", "hf:NAME[/CONFIG]")
 
@@ -241,7 +242,7 @@ def _stdlib() -> Corpus:
 
 
 def _path(spec: str, rest: str, split: str) -> Corpus:
-    path = pathlib.Path(rest)
+    path = local("data.corpus", rest)
     if not rest or not path.exists():
         raise ValueError(
             f"corpus: expected a file or folder after 'path:', got {rest!r}"
