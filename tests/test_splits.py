@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -43,8 +46,8 @@ def test_names_count_below_the_folder_given(tmp_path):
     )
     sizes = [sum(len(f"{name}\n{TEXT}".encode()) for name in part) for part in names]
     assert str(dataset) == (
-        f"data path:{tmp_path}, split {by}: train 40 files, {sizes[0]:,} bytes; validation 10 files, "
-        f"{sizes[1]:,} bytes; test 10 files, {sizes[2]:,} bytes"
+        f"data path:{tmp_path}, split {by}: train 40 files, {sizes[0]:,} bytes; validation 10 "
+        f"files, {sizes[1]:,} bytes; test 10 files, {sizes[2]:,} bytes"
     )
 
 
@@ -92,9 +95,10 @@ CODE = {
     "tests and train.py": (["train.py", "model.py", "tests/test_a.py", "tests/test_b.py"], None),
     "only tests and train.py": (["train.py", "tests/test_a.py", "tests/test_b.py"], None),
     "test and train.py": (["train.py", "test/a.txt", "README.md"], "'test' is trained on"),
-    "scripts": (["src/train.py", "src/test.py", "src/model.py"], "for programs like 'src/model.py'"),
+    "scripts": (["src/train.py", "src/test.py", "src/model.py"], "programs like 'src/model.py'"),
     "scripts elsewhere": (["bin/train.sh", "bin/eval.sh", "src/model.py"], "for programs like"),
-    "packages": (["p/train/a.py", "p/eval/a.py", "p/m.py", "p/n.py", "p/o.py"], "for programs like"),
+    "packages": (["p/train/a.py", "p/eval/a.py", "m.py", "n.py", "o.py"], "for programs like"),
+    "many": ([f"{i}/{n}.py" for i in range(300) for n in ("train", "test", "x")], "programs like"),
     "pages": (["docs/training.md", "docs/testing.md", "docs/index.md"], "for pages like"),
     "words inside words": (["strain/a", "contest/a", "latest/a", "device/a", "interval/a"], None),
     "test alone": (["a.txt", "b.txt", "heldout/c.txt"], "'heldout' is trained on like the rest"),
@@ -110,7 +114,7 @@ def test_layouts_of_programs_and_of_no_splits(name):
     assert not got.named and got.by == "by a hash of the file's path"
     if note is None:
         assert not got.notes
-    elif "trained on" not in note or got.splits[next(n for n in names if "test" in n or "held" in n)] == "train":
+    else:
         assert note in got.notes[0]
     assert got.splits == {n: splits.split_of(n) for n in names}
 
@@ -168,7 +172,8 @@ def test_what_names_leave_out_is_taken_out_of_train(tmp_path):
     few = folder(tmp_path / "few", "train/1", "train/2", "test/c")
     assert {splits.split_of(f"train/{i}") for i in (1, 2)} == {"train"}
     corpus = load_corpus(f"path:{few}")
-    assert corpus.split_by == "by names: 'train', 'test'; validation off the end of every train file"
+    by = "by names: 'train', 'test'; validation off the end of every train file"
+    assert corpus.split_by == by
     for name, train, validation in zip(
         "12", corpus.splits["train"], corpus.splits["validation"], strict=True
     ):
@@ -254,12 +259,13 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path):
     names = many("part", 120)
     folder(tmp_path, *names)
     whole = found(tmp_path)
-    write(tmp_path, {"a.png": b"\x89\0" * 99_999, "b/empty": b"", "z.txt": b"ab\xff", "y": b"x" * 70_000 + b"\0"})
-    with pytest.warns(UserWarning, match="4 of 124 files skipped, the first 'a.png', a binary file"):
+    bad = {"a.png": b"\x89\0" * 99_999, "b/empty": b"", "z.txt": b"ab\xff"}
+    write(tmp_path, bad | {"y": b"x" * 70_000 + b"\0"})
+    with pytest.warns(UserWarning, match="4 of 124 files skipped, the first 'a.png', a binary"):
         assert found(tmp_path) == whole
     for name in names:
         (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match="expected text files in .*, got none: 'a.png' is a binary"):
+    with pytest.raises(ValueError, match="expected text files in .*, got none: 'a.png' is a bin"):
         load_corpus(f"path:{tmp_path}")
     with pytest.raises(ValueError, match="expected text in .*'.*a.png', got a binary file"):
         load_corpus(f"path:{tmp_path / 'a.png'}")
@@ -276,7 +282,7 @@ def test_a_named_split_of_no_text_is_refused(split, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "no line end at all, ", "é", "世界", "\U0001f600", "a short line\n" + "then a long one " * 99,
+        "no line end at all, ", "é", "世界", "\U0001f600", "a line\n" + "then a long " * 99,
         "x" * 500 + "\n" + "é" * 999, "word " * 300 + "\n" + "word " * 9 + "\n",
     ],
 )
@@ -313,3 +319,23 @@ def test_copies_of_train_files_among_held_out_ones_are_counted(tmp_path):
     said = "1 of 3 held-out documents are in train as well, byte for byte, the first 'test/copy'"
     with pytest.warns(UserWarning, match=said):
         found(tmp_path)
+
+
+def test_splits_of_the_hub_are_found_by_their_words(monkeypatch):
+    class Rows(dict):
+        column_names = ["text"]
+
+    rows = {name: Rows(text=[f"{name} {i}" for i in range(99)]) for name in (
+        "train", "dev", "test_matched", "test_mismatched", "unsupervised")}
+    fake = types.ModuleType("datasets")
+    fake.__spec__ = importlib.util.spec_from_loader("datasets", None)
+    fake.__version__, fake.load_dataset = "0", lambda *names: rows
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    corpus = load_corpus("hf:owner/name")
+    got = {split: [d.name for d in corpus.splits[split]] for split in SPLITS}
+    size = len(corpus.splits["train"][0].data)
+    assert got == {"train": [f"train[0:{size}]"], "validation": ["dev"],
+                   "test": ["test_matched", "test_mismatched"]}
+    assert corpus.split_by == "by the data set's own splits"
+    del rows["dev"]
+    assert load_corpus("hf:owner/name").split_by.endswith("; validation off the end of train")

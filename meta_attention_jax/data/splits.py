@@ -179,6 +179,11 @@ def _below(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     return entries
 
 
+def _folders(folder: str) -> list[str]:
+    """A folder and all that it lies in, with "/" at the end."""
+    return [folder[: i + 1] for i, letter in enumerate(folder) if letter == "/"]
+
+
 def _kind(files: Iterable[str]) -> str | None:
     return collections.Counter(map(_topic, files)).most_common(1)[0][0]
 
@@ -205,17 +210,19 @@ def _data(groups: list[_Group], names: Sequence[str]) -> tuple[list[_Group], lis
     """The groups whose words are splits, not topics, and a note of one that is left out."""
     if texts := [group for group in groups if group.kind is None]:
         return texts, []
-    outer = [
-        group for group in groups
-        if not any(set(group.files) < set(other.files) for other in groups)
-    ]
+    above = {f"{group.folder}{entry}/" for group in groups for entry in group.said}
+    outer = [group for group in groups if not above.intersection(_folders(group.folder))]
     covered = {file for group in outer for file in group.files}
+    inside = collections.Counter(map(_topic, covered))
+    outside: dict[str | None, list[str]] = {kind: [] for kind in inside}
+    for name in names:
+        if name not in covered:
+            outside.setdefault(_topic(name), []).append(name)
     kept, notes = [], []
     for group in outer:
-        outside = [n for n in names if _topic(n) == group.kind and n not in covered]
-        inside = sum(_topic(name) == group.kind for name in covered)
-        if outside and (not group.folders or len(outside) >= inside):
-            like = f"{group.kind}s like {outside[0]!r}"
+        others = outside[group.kind]
+        if others and (not group.folders or len(others) >= inside[group.kind]):
+            like = f"{group.kind}s like {others[0]!r}"
             notes = notes or [f"{_listed([group])} are taken for {like}, not for splits"]
         else:
             kept.append(group)
