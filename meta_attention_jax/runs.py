@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.pipeline import Dataset, check_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
-from meta_attention_jax.files import run_directory
+from meta_attention_jax.files import local, run_directory
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import flatten_scalars
@@ -153,7 +153,7 @@ class Run:
           ValueError: data that are not there any more, or not the same.
         """
         place = self.config.data.corpus
-        if place.startswith("path:") and not pathlib.Path(place[5:]).exists():
+        if place.startswith("path:") and not local("data.corpus", place[5:]).exists():
             raise ValueError(
                 f"corpus: expected the data of the run at {place[5:]!r}, got nothing there; say where "
                 "they are now by load_run(..., corpus='path:NEW'), or --corpus=path:NEW of a command."
