@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common
