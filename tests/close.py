@@ -13,6 +13,15 @@ import jax
 import numpy as np
 
 
+def distance(got: Any, expected: Any) -> float:
+    """||got - expected|| / ||expected||, all leaves as one vector."""
+    a, b = (
+        np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+        for tree in (got, expected)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
 def assert_close(got: Any, expected: Any, tol: float = 1e-5, what: str = "") -> None:
     """Every leaf: ||got - expected|| <= tol ||expected||, and the largest difference <= tol times the
     largest entry. Shapes must match; NaN matches nothing; infinities must be the same."""

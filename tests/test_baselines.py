@@ -19,6 +19,7 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import init_state, routing_hypers
 from meta_attention_jax.types import RoutingHypers
+from tests.close import assert_close
 
 B, T, D, K = 3, 8, 6, 3
 COSTS = np.array([1.0, 0.15, 0.3])
@@ -80,7 +81,7 @@ def test_starts_from_what_it_knows(name):
     routing = module.apply(module.init(jax.random.key(1), x, **given), x, **given)
     prior = preference_mean(HYPERS.costs, HYPERS.preference)
     expected = prior if name in ("bayesian", "bayesian_mean", "softmax_kl") else np.full(K, 1 / K)
-    np.testing.assert_allclose(routing.mean, np.broadcast_to(expected, (B, T, K)), atol=1e-5)
+    assert_close(routing.mean, np.broadcast_to(expected, (B, T, K)))
     assert np.max(np.abs(routing.kl)) < 1e-5
 
 
@@ -89,10 +90,10 @@ def test_softmax_kl_is_the_categorical_kl_to_the_prior_mean():
     mean = np.float64(routing.mean)
     prior = np.float64(preference_mean(HYPERS.costs, HYPERS.preference))
     expected = stats.entropy(mean, np.broadcast_to(prior, mean.shape), axis=-1)
-    np.testing.assert_allclose(routing.kl, expected, atol=1e-5)
+    assert_close(routing.kl, expected)
     assert routing.penalty is None and routing.concentration is None
     stronger = call("softmax_kl", hypers=HYPERS.replace(strength=jnp.float32(50.0)))[0]
-    np.testing.assert_allclose(stronger.mean, routing.mean, atol=1e-6)
+    assert_close(stronger.mean, routing.mean)
 
 
 def test_bayesian_mean_is_the_posterior_without_its_sample():
@@ -101,7 +102,7 @@ def test_bayesian_mean_is_the_posterior_without_its_sample():
     mean, _ = call("bayesian_mean", params=params, keys=keys)
     np.testing.assert_array_equal(mean.weights, mean.mean)
     for field in ("mean", "kl", "concentration", "uncertainty"):
-        np.testing.assert_array_equal(getattr(mean, field), getattr(sampled, field))
+        assert_close(getattr(mean, field), getattr(sampled, field))
     assert np.max(np.abs(sampled.weights - mean.weights)) > 0.05
 
 
@@ -109,7 +110,7 @@ def test_cost_penalty_is_expected_cost_less_the_bonus():
     routing, _ = call("cost_penalty")
     mean = np.float64(routing.mean)
     expected = mean @ COSTS - 0.2 * stats.entropy(mean, axis=-1)
-    np.testing.assert_allclose(routing.penalty, expected, atol=1e-6)
+    assert_close(routing.penalty, expected)
     assert not np.any(routing.kl)
 
 
@@ -167,9 +168,7 @@ def test_gumbel_gradient_is_that_of_the_relaxed_sample():
         noise = jnp.stack([jax.random.gumbel(key, (K,)) for key in keys[0]])[None]
         return jnp.sum(jax.nn.softmax((logits + noise) / 0.7, axis=-1) * target)
 
-    np.testing.assert_allclose(
-        jax.grad(straight_through)(logits), jax.grad(relaxed)(logits), rtol=1e-4, atol=1e-6
-    )
+    assert_close(jax.grad(straight_through)(logits), jax.grad(relaxed)(logits))
     np.testing.assert_array_equal(call("gumbel")[0].weights, call("gumbel")[0].mean)
 
 
@@ -238,8 +237,7 @@ def test_arrays_of_tokens_have_the_means_of_the_sums():
     evaluator = Evaluator(spec.model, dataset, Parallel("jit", jax.devices()[:1]))
     sums = evaluator.sums(params, hypers.routing, split="test", mode="hard", max_batches=2)
     assert len(arrays["nll"]) == sums.tokens
-    np.testing.assert_allclose(arrays["nll"].sum(), sums.nll, rtol=1e-5)
-    np.testing.assert_allclose(arrays["mean"].sum(1), sums.mean, rtol=1e-5)
+    assert_close((arrays["nll"].sum(), arrays["mean"].sum(1)), (sums.nll, sums.mean))
     for kind in range(2):
         routes = np.bincount(arrays["route"][0][arrays["kind"] == kind], minlength=K)
         np.testing.assert_array_equal(routes, sums.routes[0, kind])

@@ -7,6 +7,7 @@ import pytest
 
 from meta_attention_jax.routing import gate
 from meta_attention_jax.routing.gate import GateSchedule
+from tests.close import assert_close
 
 MEASURES = ("entropy", "mutual_information", "vacuity")
 
@@ -53,7 +54,7 @@ def test_linear_and_cosine_progress():
     p = np.clip((steps - 10) / 40.0, 0.0, 1.0)
     for kind, expected in (("linear", p), ("cosine", 0.5 - 0.5 * np.cos(np.pi * p))):
         thetas, _, _ = run(GateSchedule(kind=kind, start=10, end=50), np.zeros(60), final=1.0)
-        np.testing.assert_allclose(thetas, expected, atol=1e-6)
+        assert_close(thetas, expected)
 
 
 def test_none_stays_closed():
@@ -105,7 +106,7 @@ def test_resuming_from_the_state_changes_nothing():
     update = jax.jit(lambda s, i, h: gate.update(SETTLED, s, i, h))
     for step in range(3, 300):
         stored = update(stored, jnp.int32(step), jnp.float32(FALLING[step]))
-    np.testing.assert_allclose(stored.average, last.average, rtol=1e-6)
+    assert_close(stored.average, last.average)
     assert int(stored.opened) == int(last.opened)
 
 

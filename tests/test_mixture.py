@@ -7,6 +7,7 @@ import pytest
 
 from meta_attention_jax.routing import mixture
 from meta_attention_jax.types import Routing
+from tests.close import assert_close
 
 B, T, K, H, D = 2, 7, 3, 2, 4
 
@@ -35,7 +36,7 @@ def one_hot(route):
 def test_soft_is_the_weighted_sum():
     outputs, weights = make_outputs(), make_routing().weights
     expected = np.einsum("kbthd,btk->bthd", np.float64(jnp.stack(outputs)), np.float64(weights))
-    np.testing.assert_allclose(mixture.soft(outputs, weights), expected, rtol=1e-5, atol=1e-6)
+    assert_close(mixture.soft(outputs, weights), expected, 1e-6)
 
 
 @pytest.mark.smoke

@@ -8,6 +8,7 @@ import pytest
 from scipy import special, stats
 
 from meta_attention_jax.controller import posterior
+from tests.close import assert_close
 
 PRIOR = np.array([0.1, 0.95, 0.8])
 
@@ -28,7 +29,7 @@ def concentrations(seed, num=64, low=0.05, high=1e3):
 def test_additive_is_pseudo_counts_on_the_prior():
     f = np.random.default_rng(0).normal(0.0, 3.0, (2, 5, 3))
     got = posterior.additive(jnp.float32(PRIOR), jnp.float32(f))
-    np.testing.assert_allclose(got, PRIOR + np.log1p(np.exp(f)), rtol=2e-6)
+    assert_close(got, PRIOR + np.log1p(np.exp(f)), 2e-6)
     assert (np.asarray(got) >= np.float32(PRIOR)).all()
 
 
@@ -38,9 +39,7 @@ def test_mean_strength_starts_at_the_prior(strength):
     mean = jnp.float32(np.array([0.2, 0.5, 0.3]))
     zeros = jnp.zeros((2, 5, 3))
     alpha = posterior.mean_strength(mean, jnp.float32(strength), zeros, zeros[..., 0])
-    np.testing.assert_allclose(
-        alpha, np.broadcast_to(strength * np.asarray(mean), alpha.shape), rtol=1e-6
-    )
+    assert_close(alpha, np.broadcast_to(strength * np.asarray(mean), alpha.shape), 1e-6)
     kl = posterior.kl_divergence(alpha, strength * mean)
     assert np.abs(kl).max() < 5e-6 * max(strength, 1.0)
 
@@ -51,10 +50,8 @@ def test_mean_strength_moves_mean_and_confidence_apart():
     f, g = rng.normal(size=(2, 5, 3)), rng.normal(size=(2, 5))
     alpha = np.asarray(posterior.mean_strength(*map(jnp.float32, (mean, 40.0, f, g))), np.float64)
     counts = 40.0 * np.log1p(np.exp(g)) / np.log(2.0)
-    np.testing.assert_allclose(alpha.sum(-1), counts, rtol=1e-5)
-    np.testing.assert_allclose(
-        alpha / alpha.sum(-1, keepdims=True), special.softmax(np.log(mean) + f, -1), rtol=1e-5
-    )
+    assert_close(alpha.sum(-1), counts)
+    assert_close(alpha / alpha.sum(-1, keepdims=True), special.softmax(np.log(mean) + f, -1))
     assert (alpha < 40.0 * mean).any(), "counts can be taken away from a mechanism"
 
 
@@ -97,15 +94,14 @@ def test_kl_gradient_matches_finite_differences():
         up[:, k] += step
         down[:, k] -= step
         slope = (kl_reference(up, PRIOR) - kl_reference(down, PRIOR)) / (2.0 * step)
-        np.testing.assert_allclose(got[:, k], slope, rtol=2e-4, atol=2e-4)
+        assert_close(got[:, k], slope)
 
 
 def test_entropy_and_mean_match_scipy():
     alpha = concentrations(4, 16, 0.1, 100.0)
     dist = posterior.Dirichlet(jnp.float32(alpha))
-    np.testing.assert_allclose(dist.mean(), alpha / alpha.sum(-1, keepdims=True), rtol=1e-5)
-    expected = [stats.dirichlet.entropy(a) for a in alpha]
-    np.testing.assert_allclose(dist.entropy(), expected, rtol=1e-4, atol=2e-3)
+    assert_close(dist.mean(), alpha / alpha.sum(-1, keepdims=True))
+    assert_close(dist.entropy(), np.array([stats.dirichlet.entropy(a) for a in alpha]), 1e-4)
 
 
 def test_only_the_sampler_of_distrax_is_replaced():
@@ -121,4 +117,4 @@ def test_only_the_sampler_of_distrax_is_replaced():
             kl = dist.kl_divergence(distrax.Dirichlet(beta))
             return dist.entropy(), dist.log_prob(draws), kl, dist.mean(), dist.covariance()
 
-    jax.tree.map(np.testing.assert_array_equal, closed_forms(ours), closed_forms(theirs))
+    assert_close(closed_forms(ours), closed_forms(theirs))

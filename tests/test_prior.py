@@ -7,6 +7,7 @@ import pytest
 
 from meta_attention_jax.controller import prior
 from meta_attention_jax.types import RoutingHypers
+from tests.close import assert_close
 
 COSTS = (1.0, 0.15, 0.30)
 
@@ -31,13 +32,12 @@ def test_cost_aware_prior_is_its_formula(seed):
     expected = strength * gain / gain.sum()
     got = prior.prior_concentration("cost_aware", hypers(strength, preference, costs))
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected, rtol=2e-6)
-    np.testing.assert_allclose(np.sum(got), strength, rtol=2e-6)
+    assert_close((got, np.sum(got)), (expected, strength), 2e-6)
 
 
 def test_strength_scales_counts_and_leaves_the_mean_alone():
     weak, strong = (prior.prior_concentration("cost_aware", hypers(k)) for k in (1.0, 64.0))
-    np.testing.assert_allclose(strong, 64.0 * weak, rtol=1e-6)
+    assert_close(strong, 64.0 * weak, 1e-6)
 
 
 def test_preference_keeps_the_costliest_possible_and_flattens():
@@ -47,20 +47,20 @@ def test_preference_keeps_the_costliest_possible_and_flattens():
     ]
     assert means[0][0] < means[1][0] < means[2][0]
     assert all((mean > 0).all() and mean[0] < mean[2] < mean[1] for mean in means)
-    np.testing.assert_allclose(means[2], 1 / 3, atol=1e-4)
+    assert_close(means[2], np.full(3, 1 / 3), 1e-4)
 
 
 @pytest.mark.parametrize("num", [2, 3, 5])
 def test_uniform_prior_ignores_costs(num):
     costs = np.linspace(0.2, 1.0, num)
     got = prior.prior_concentration("uniform", hypers(6.0, 0.1, costs))
-    np.testing.assert_allclose(got, np.full(num, 6.0 / num), rtol=1e-6)
+    assert_close(got, np.full(num, 6.0 / num), 1e-6)
 
 
 def test_a_sweep_is_one_program():
     sweep = jax.vmap(lambda k: prior.prior_concentration("cost_aware", hypers(k)))
     strengths = jnp.asarray([0.5, 2.0, 30.0])
-    np.testing.assert_allclose(jnp.sum(sweep(strengths), axis=-1), strengths, rtol=1e-6)
+    assert_close(jnp.sum(sweep(strengths), axis=-1), strengths, 1e-6)
 
 
 @pytest.mark.parametrize(
