@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Optional
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
@@ -30,6 +31,8 @@ from meta_attention_jax.training.config import config_difference, read_stored
 from meta_attention_jax.training.fields import LATER
 from meta_attention_jax.training.interrupt import Interrupted
 from meta_attention_jax.training.loop import may_change
+
+flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
 
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -280,6 +283,18 @@ def no_room(error: BaseException) -> bool:
     return False
 
 
+def missing_platform() -> Optional[str]:
+    """JAX_PLATFORMS where it asks for devices that jax cannot find. Asked after a failure only: the
+    processes of a run meet before the first of them looks for its devices."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    try:
+        if asked:
+            jax.devices()
+    except Exception:  # Of an unknown platform another kind than of one without devices.
+        return asked
+    return None
+
+
 def quiet_threads() -> None:
     """From here on nothing is heard of what threads and coroutines of libraries say, at length, of
     an error that is raised as well: TensorBoard's of a full disk, Orbax's that still read when
@@ -322,6 +337,8 @@ def run(main: Callable[[], None]) -> None:
         fail(error)
     except Exception as error:
         if not no_room(error):
+            if asked := missing_platform():
+                fail(f"JAX_PLATFORMS: expected platforms that this machine has, got {asked!r}.")
             raise
         print(f"error: disk: {getattr(error, 'strerror', None) or 'expected room to write, got none'}; "
               "what is complete stays, and the same command goes on from it.",

@@ -19,6 +19,7 @@ from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.scalars import plain
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.config import config_to_dict, read_stored
@@ -71,6 +72,7 @@ def load_sweep(path: str | pathlib.Path) -> Sweep:
         raise ValueError(
             f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
         )
+    points = [{field: plain(value) for field, value in point.items()} for point in points]
     labels(points)  # Says what is wrong with them.
     return points
 

@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from meta_attention_jax.mechanisms.decode import Cache
 from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.scalars import real, whole
+from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.types import Routing, RoutingHypers
 
 Logits = Float[Array, "batch vocab"]
@@ -78,7 +80,7 @@ class Sampler:
       top_p: None or in (0, 1]; of what `temperature` and `top_k` leave.
 
     Raises:
-      ValueError: a field out of range.
+      ValueError: a field that is no number, or out of range.
     """
 
     temperature: float = 1.0
@@ -86,6 +88,10 @@ class Sampler:
     top_p: Optional[float] = None
 
     def __post_init__(self) -> None:
+        for name, number in (("temperature", real), ("top_k", whole), ("top_p", real)):
+            if getattr(self, name) is not None or name == "temperature":
+                # Of a kind that can be hashed.
+                object.__setattr__(self, name, number(name, getattr(self, name)))
         if not TINY <= self.temperature <= LARGEST:
             raise ValueError(
                 f"temperature: expected a finite number of at least {TINY:.1e}, got "
@@ -280,15 +286,23 @@ def generate(
         up to a multiple of `CAPACITY_STEP`.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step, a prompt that
-        with its steps exceeds the capacity, missing or too few keys; one sentence.
+      ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step or no whole
+        number of them, a prompt that with its steps exceeds the capacity, missing or too few keys;
+        one sentence.
     """
+    if _elsewhere(params):
+        return without_mesh(generate)(
+            model, params, prompts, steps=steps, hypers=hypers, keys=keys, sampler=sampler,
+            mode=mode, capacity=capacity,
+        )
     tokens, lengths = pad_prompts(prompts, model.vocab_size)
+    steps = whole("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
     needed = int(lengths.max()) + steps
     if capacity is None:
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
+    capacity = whole("capacity", capacity)
     if needed > capacity:
         raise ValueError(
             f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, "
@@ -309,3 +323,10 @@ def generate(
         model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler
     )
     return Trace(**seen, **{f"prompt_{name}": values for name, values in first.items()})
+
+
+def _elsewhere(params: Any) -> bool:
+    """Whether a mesh is set, and parameters are on other devices than its own."""
+    mesh = jax.sharding.get_mesh()
+    placed = [leaf.devices() for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    return not mesh.empty and any(devices != set(mesh.devices.flat) for devices in placed)

@@ -29,6 +29,7 @@ from meta_attention_jax.mechanisms.registry import (
 from meta_attention_jax.mechanisms.rotary import rotate
 from meta_attention_jax.routing import mixture
 from meta_attention_jax.routing.dispatch import hard_attention, resolve_dispatch
+from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
     MECHANISMS,
     Keys,
@@ -187,8 +188,9 @@ class MetaAttention(nn.Module):
           ValueError: a field that cannot be, or a shape that does not fit; one sentence.
         """
 
-        def attention(*arguments):
-            return self._attend(*arguments), None
+        def attention(names, heads: Heads, weights, segment_ids, route, cache, layer):
+            del layer
+            return self._attend(names, heads, weights, segment_ids, route), cache
 
         out, routing, _ = self._forward(
             x, attention, segment_ids, positions, residual, route, hypers, keys
@@ -221,12 +223,12 @@ class MetaAttention(nn.Module):
         """
         self._validate_decoding()
 
-        def attention(names, heads: Heads, weights, segment_ids, route):
+        def attention(names, heads: Heads, weights, segment_ids, route, cache, layer):
             filled = stepwise.fill(cache, layer, heads.rotated_k, heads.k, heads.v, segment_ids)
             return self._attend(names, heads, weights, segment_ids, route), filled
 
         out, routing, filled = self._forward(
-            x, attention, segment_ids, None, residual, route, hypers, None
+            x, attention, segment_ids, None, residual, route, hypers, None, cache, layer
         )
         return filled, out, routing
 
@@ -252,7 +254,7 @@ class MetaAttention(nn.Module):
         if x.ndim != 3 or x.shape[1] != 1:
             raise ValueError(f"x: expected [batch, 1, model], one token per row, got {x.shape}.")
 
-        def attention(names, heads: Heads, weights, segment_ids, route):
+        def attention(names, heads: Heads, weights, segment_ids, route, cache, layer):
             del segment_ids, route  # Weights of 0 say which rows need nothing.
             longer = stepwise.append(
                 cache, layer, heads.rotated_k[:, 0], heads.k[:, 0], heads.v[:, 0]
@@ -270,9 +272,11 @@ class MetaAttention(nn.Module):
             ]
             return mixture.soft(outputs, weights), longer
 
-        positions = cache.length[layer][:, None]
+        length = by_rows(lambda cache, layer: cache.length[layer], (1, None))(cache, layer)
+        positions = length[:, None]
         out, routing, longer = self._forward(
-            x, attention, jnp.ones_like(positions), positions, residual, route, hypers, None
+            x, attention, jnp.ones_like(positions), positions, residual, route, hypers, None,
+            cache, layer,
         )
         return longer, out, routing
 
@@ -287,15 +291,17 @@ class MetaAttention(nn.Module):
         route: Optional[Route],
         hypers: Optional[RoutingHypers],
         keys: Optional[Key[Array, "batch"]],
-    ) -> tuple[Float[Array, "batch time out"], Routing, Any]:
+        cache: Optional[stepwise.Cache] = None,
+        layer: Optional[stepwise.Layer] = None,
+    ) -> tuple[Float[Array, "batch time out"], Routing, Optional[stepwise.Cache]]:
         """What training, prefill and decoding share: all but how the heads attend.
 
         Args:
           attention: (mechanisms to mix, heads, their weights, segment_ids, the route where every
-            token is hard or None) -> (mixed, extra).
+            token is hard or None, cache, layer) -> (mixed, cache).
 
         Returns:
-          The output, the routing, and `extra`.
+          The output, the routing, and the new cache.
         """
         heads, kv_heads, dim = self._validate(x)
         batch, time, model = x.shape
@@ -305,7 +311,7 @@ class MetaAttention(nn.Module):
             if given is not None and given.shape != (batch, time):
                 raise ValueError(f"{name}: expected shape {(batch, time)}, got {given.shape}.")
         if positions is None:
-            positions = positions_in_segment(segment_ids)
+            positions = by_rows(positions_in_segment, (0,))(segment_ids)
 
         projections = Projections(
             num_heads=heads,
@@ -320,7 +326,8 @@ class MetaAttention(nn.Module):
             name="projections",
         )
         q, k, v = projections.project(x)
-        rotated = (rotate(q, positions), rotate(k, positions)) if self.rotary else (q, k)
+        turn = by_rows(rotate, (0, 0))
+        rotated = (turn(q, positions), turn(k, positions)) if self.rotary else (q, k)
 
         controller = make_controller(
             self.controller,
@@ -342,24 +349,30 @@ class MetaAttention(nn.Module):
             hypers=hypers,
             keys=keys,
         )
-        weights, route_used, hard = mixture.token_weights(
-            routing,
-            mode=self.mode,
-            threshold=hypers.threshold,
-            route=route,
-            training=keys is not None,
+
+        def mix(heads, routing, segment_ids, route, cache, layer, threshold):
+            weights, route_used, hard = mixture.token_weights(
+                routing,
+                mode=self.mode,
+                threshold=threshold,
+                route=route,
+                training=keys is not None,
+            )
+            names = tuple(self.mechanisms)
+            if self.controller == "fixed" and route is None:
+                # One mechanism for all: the baselines pay for what they use, and for nothing else.
+                names, weights = (self.fixed,), jnp.ones_like(weights[..., :1])
+            all_hard = route is not None or (self.mode == "hard" and keys is None)
+            mixed, cache = attention(
+                names, heads, weights, segment_ids, route_used if all_hard else None, cache, layer
+            )
+            return (mixed, routing.replace(route=route_used, hard=hard)), cache
+
+        (mixed, routing), cache = by_rows(mix, (0, 0, 0, 0, 1, None, None), (0, 1))(
+            Heads(q, k, v, *rotated), routing, segment_ids, route, cache, layer, hypers.threshold
         )
-        names = tuple(self.mechanisms)
-        if self.controller == "fixed" and route is None:
-            # One mechanism for all: the baselines pay for what they use, and for nothing else.
-            names, weights = (self.fixed,), jnp.ones_like(weights[..., :1])
-        all_hard = route is not None or (self.mode == "hard" and keys is None)
-        mixed, extra = attention(
-            names, Heads(q, k, v, *rotated), weights, segment_ids, route_used if all_hard else None
-        )
-        routing = routing.replace(route=route_used, hard=hard)
         self.sow("intermediates", "routing", routing)
-        return projections.merge(mixed), routing, extra
+        return projections.merge(mixed), routing, cache
 
     def _attend(
         self,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from meta_attention_jax.layer import MetaAttention
 from meta_attention_jax.mechanisms.decode import Cache, init_cache
 from meta_attention_jax.mechanisms.registry import check_decodes
-from meta_attention_jax.sharding import gather
+from meta_attention_jax.sharding import by_rows, gather
 from meta_attention_jax.types import (
     MECHANISMS,
     Positions,
@@ -42,6 +42,15 @@ class StepOutput:
     routing: Routing
 
 
+class Norm(nn.RMSNorm):
+    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion
+    too."""
+
+    def __call__(self, x: Float[Array, "*batch model"]) -> Float[Array, "*batch model"]:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Scannable over layers."""
 
@@ -54,7 +63,8 @@ class Block(nn.Module):
     def __call__(self, carry, route, segment_ids, positions, hypers, keys):
         x, index = carry
         if keys is not None:
-            keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+            fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+            keys = by_rows(fold, (0, None))(keys, index)
 
         def attend(attention, normed):
             return None, *attention.routed(
@@ -101,7 +111,7 @@ class Block(nn.Module):
     @nn.compact
     def _around(self, x, attend):
         """Norms, residuals, MLP around attend(attention, normed) -> (cache, attended, routing)."""
-        norm = lambda name: nn.RMSNorm(  # noqa: E731
+        norm = lambda name: Norm(  # noqa: E731
             dtype=self.dtype, param_dtype=self.param_dtype, name=name
         )
         cache, attended, routing = attend(
@@ -215,7 +225,7 @@ class LanguageModel(nn.Module):
             self.blocks = [
                 self._block(block, name, f"layer_{i}") for i, name in enumerate(pattern)
             ]
-        self.final_norm = nn.RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.final_norm = Norm(dtype=self.dtype, param_dtype=self.param_dtype)
 
     def _block(self, block: type[nn.Module], fixed: str, name: str) -> nn.Module:
         make_attention = functools.partial(
@@ -256,7 +266,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
         """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""
-        x = jnp.take(self._table(), tokens, axis=0)
+        take = by_rows(lambda tokens, table: jnp.take(table, tokens, axis=0), (0, None))
+        x = take(tokens, self._table())
         return x * jnp.asarray(self.model_dim**0.5, x.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"], **kwargs: Any) -> Output:
@@ -287,7 +298,7 @@ class LanguageModel(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.ones((batch, time), jnp.int32)
         if positions is None:
-            positions = positions_in_segment(segment_ids)
+            positions = by_rows(positions_in_segment, (0,))(segment_ids)
         route = self._layer_routes(route, (batch, time))
         (x, _), routing = self._blocks(
             "__call__", (x, jnp.int32(0)), route, segment_ids, positions, hypers, keys
@@ -342,7 +353,9 @@ class LanguageModel(nn.Module):
         carry = (cache, self.embed(tokens), jnp.int32(0))
         (cache, x, _), routing = self._blocks("prefill", carry, route, segment_ids, hypers)
         # The head sees one token per row: logits of long prompts would outweigh the cache.
-        last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)
+        last = by_rows(
+            lambda x, lengths: jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1), (0, 0)
+        )(x, lengths)
         return cache, StepOutput(logits=self._logits(last)[:, 0], routing=routing)
 
     def decode(

@@ -33,6 +33,8 @@ from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import flatten_scalars
 from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.scalars import plain, real, whole
+from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
 from meta_attention_jax.training.config import validate
 from meta_attention_jax.training.fields import SECTIONS, completed, expect
@@ -241,6 +243,7 @@ class Run:
             hard=routing.hard,
         )
 
+    @without_mesh
     def routed_batch(
         self, split: str = "validation", *, mode: Optional[str] = None
     ) -> tuple[Batch, Routing]:
@@ -256,6 +259,7 @@ class Run:
         )
         return batch, jax.device_get(routing)
 
+    @without_mesh
     def generate(
         self,
         prompt: Text,
@@ -289,14 +293,14 @@ class Run:
             [ids],
             steps=steps,
             hypers=self._routing_hypers(threshold),
-            keys=jax.random.split(jax.random.key(seed), 1),
+            keys=jax.random.split(jax.random.key(whole("seed", seed)), 1),
             sampler=draw,
             mode=self._mode(mode),
         )
         trace = jax.device_get(trace)
-        whole = np.concatenate([ids, trace.tokens[0]])
-        text = self.tokenizer.decode(whole).decode(errors="replace")
-        return Continuation(text=text, ids=whole, prompt=len(ids), trace=trace)
+        joined = np.concatenate([ids, trace.tokens[0]])
+        text = self.tokenizer.decode(joined).decode(errors="replace")
+        return Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
 
     def show(
         self,
@@ -355,10 +359,11 @@ class Run:
     def _routing_hypers(self, threshold: Optional[float]) -> RoutingHypers:
         if threshold is None:
             return self.hypers.routing
-        if not 0 <= threshold <= 1:
+        if not 0 <= real("threshold", threshold) <= 1:
             raise ValueError(f"threshold: expected theta in [0, 1], got {threshold}.")
         return self.hypers.routing.replace(threshold=jnp.float32(threshold))
 
+    @without_mesh
     def _apply(
         self, text: Text, mode: Optional[str], threshold: Optional[float]
     ) -> tuple[np.ndarray, np.ndarray, Routing]:
@@ -420,6 +425,7 @@ def _check_config(config: ConfigDict, path: pathlib.Path) -> None:
         raise ValueError(f"workdir: {str(path / 'config.json')!r}: {error}") from None
 
 
+@without_mesh
 def load_run(
     path: str | pathlib.Path,
     *,
@@ -445,7 +451,11 @@ def load_run(
         not those of the config; one sentence.
     """
     path = run_directory("workdir", path)
-    config, found, steps, params = read_run(path, step)
+    if sequence_length is not None:
+        sequence_length = whole("sequence_length", sequence_length)
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size)
+    config, found, steps, params = read_run(path, plain(step))
     with _complete(path):
         _check_config(config, path)
         if corpus is not None:

@@ -1,4 +1,5 @@
-"""Fully sharded parameters: which axis of which leaf is split, and how a module gets its whole leaves.
+"""Fully sharded parameters: which axis of which leaf is split, and how a module gets its whole leaves;
+and what runs on every device's own rows when the caller has set a mesh.
 
 Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the
 same paths, are split alike. Inside `shard_map` a module gathers its own leaves when it reads them,
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from meta_attention_jax.types import Scalar
@@ -135,3 +137,77 @@ def global_norm(tree: Any, shard_axis: Optional[str]) -> Scalar:
     if shard_axis is not None:
         whole += jax.lax.psum(split, shard_axis)
     return jnp.sqrt(whole)
+
+
+def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as if its caller had set no mesh: for what places its arrays itself. Not in `jit`."""
+
+    @functools.wraps(function)
+    def alone(*arguments: Any, **named: Any) -> Any:
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*arguments, **named)
+        with jax.set_mesh(None):
+            return function(*arguments, **named)
+
+    return alone
+
+
+def by_rows(
+    function: Callable[..., Any], in_axes: tuple[Optional[int], ...], out_axes: Any = 0,
+    *, split: bool = False,
+) -> Callable[..., Any]:
+    """`function`, on every device for its own rows where a mesh with explicit axes is set.
+
+    There the type of an array says how it is split, and much of what is in here, loops and distrax
+    above all, has no rule for such types. The first argument with rows says over which mesh axes the
+    rows are split; the other axes of all arguments are made whole. Without a mesh, and inside
+    `shard_map`, this is `function` itself.
+
+    Args:
+      function: pure; a row of its results depends on this row of its arguments and on what all share.
+      in_axes: of every argument the axis of the rows; None where all rows share it.
+      out_axes: of the results, as `vmap`'s; all have rows.
+      split: for loops whose trip counts follow the data and which would communicate: on auto axes,
+        whose types say nothing, splits the rows over as many axes as their number allows.
+    """
+
+    def mapped(*arguments: Any) -> Any:
+        first, axis = next(
+            (leaf, axis) for argument, axis in zip(arguments, in_axes, strict=True)
+            if axis is not None for leaf in jax.tree.leaves(argument)
+        )
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:  # Arrays can bring one along.
+            mesh = jax.typeof(first).sharding.mesh
+        if mesh.explicit_axes:
+            names, over = mesh.explicit_axes, jax.typeof(first).sharding.spec[axis]
+        elif split:
+            names, over = mesh.auto_axes, _divisors(first.shape[axis], mesh)
+        if not (mesh.explicit_axes or split and over):
+            return function(*arguments)
+
+        def spec(axis: Optional[int]) -> PartitionSpec:
+            return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, over)
+
+        specs = tuple(spec(axis) for axis in in_axes)
+        if mesh.explicit_axes:
+            arguments = jax.sharding.reshard(
+                arguments, tuple(NamedSharding(mesh, one) for one in specs)
+            )
+        # check_vma=False: all sums over devices are the transpose's, which needs no types for them.
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(spec, out_axes),
+            axis_names=set(names), check_vma=False,
+        )(*arguments)
+
+    return mapped
+
+
+def _divisors(rows: int, mesh: AbstractMesh) -> tuple[str, ...]:
+    """The auto axes that this number of rows splits over evenly, the first ones first."""
+    found = []
+    for name in mesh.auto_axes:
+        if mesh.shape[name] > 1 and rows % mesh.shape[name] == 0:
+            found.append(name)
+            rows //= mesh.shape[name]
+    return tuple(found)

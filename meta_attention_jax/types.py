@@ -122,6 +122,8 @@ def positions_in_segment(segment_ids: SegmentIds) -> Positions:
     segment would have alone.
     """
     time = segment_ids.shape[1]
+    if not time:
+        return jnp.zeros_like(segment_ids, jnp.int32)
     index = jnp.arange(time, dtype=jnp.int32)[None, :]
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts = jnp.where(segment_ids != previous, index, 0)

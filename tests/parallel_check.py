@@ -24,6 +24,7 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.points import configured, sweep
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import eval_step, gradient_sums, init_state, train_step
+from tests.close import distance
 
 
 def setting(accumulate=1, rows=16, scan=False, fsdp=1, clip=0.0):
@@ -46,11 +47,6 @@ def uneven(batch):
     real = np.arange(batch.tokens.shape[1])[None] < lengths[:, None]
     return batch.replace(loss_mask=real, segment_ids=real.astype(np.int32))
 
-
-def distance(a, b):
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
-    a, b = flat(a), flat(b)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def train(mode, devices, accumulate=1, rows=16, steps=5, scan=False, fsdp=1, clip=0.0):

@@ -18,7 +18,8 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import init_state
-from tests.parallel_check import distance, setting, train, uneven
+from tests.close import distance
+from tests.parallel_check import setting, train, uneven
 
 
 def bytes_per_device(state):

@@ -92,8 +92,8 @@ def test_packed_counts_are_those_of_enumerated_tiles(causal):
         route, segments = random_route(rng), random_segments(rng)
         got = count(route, segment_ids=segments)
         flops, traffic = enumerated(route, segments, causal)
-        assert float(got.flops.executed_packed) == pytest.approx(flops, rel=1e-6)
-        assert float(got.bytes.executed_packed) == pytest.approx(traffic, rel=1e-6)
+        assert float(got.flops.executed_packed) == pytest.approx(flops, rel=1e-5)
+        assert float(got.bytes.executed_packed) == pytest.approx(traffic, rel=1e-5)
         assert float(got.tokens) == (segments != 0).sum()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -12,13 +11,13 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from meta_attention_jax.generation import generate
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.types import UNCERTAINTIES
+from tests.close import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.eval_every=4",
@@ -174,8 +173,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     further = command("train", f"--workdir={longer}", *SMOKE, f"--config.train.init_from={run}",
                       "--config.data.sequence_length=48", "--config.optimizer.learning_rate=1e-9")
     assert f"from {run}" in check_success(further)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6),
-                 load_run(longer).params, load_run(run).params)
+    assert_close(load_run(longer).params, load_run(run).params)
     for flags, sentence in (
         ([f"--config.train.init_from={tmp_path}"], "train.init_from: expected a run directory"),
         ([f"--config.train.init_from={run}", "--config.model.model_dim=64"],

@@ -14,6 +14,7 @@ from meta_attention_jax import LanguageModel, RoutingHypers, get_mechanism, regi
 from meta_attention_jax import generation
 from meta_attention_jax.mechanisms import decode, registry
 from meta_attention_jax.mechanisms.registry import attend_with
+from tests.close import assert_close
 
 VOCAB, TIME, LAYERS = 13, 18, 2
 LENGTHS = np.array([3, 9, 5])
@@ -83,14 +84,14 @@ def step(model, params, cache, token, route=None):
     return cache, *seen(out)
 
 
-def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
+def assert_stepwise_is_forward(model, route=None):
     params, tokens = parameters(model), text()
     whole, whole_routing = forward(model, params, tokens, route)
     chosen = None if route is None else route[:, :, :PROMPT]
     cache, logits, routing = generation.prefill(
         model, params, tokens[:, :PROMPT], LENGTHS, HYPERS, capacity=TIME, route=chosen
     )
-    np.testing.assert_allclose(logits, whole[ROWS, LENGTHS - 1], rtol=0, atol=tolerance)
+    assert_close(logits, whole[ROWS, LENGTHS - 1])
     for row, length in enumerate(LENGTHS):
         np.testing.assert_array_equal(
             routing["route"][:, row, :length], whole_routing["route"][:, row, :length]
@@ -99,10 +100,11 @@ def assert_stepwise_is_forward(model, route=None, tolerance=1e-4):
         at = LENGTHS + t
         forced = None if route is None else route[:, ROWS, at]
         cache, logits, routing = step(model, params, cache, tokens[ROWS, at], forced)
-        np.testing.assert_allclose(logits, whole[ROWS, at], rtol=0, atol=tolerance)
-        for name, values in routing.items():
-            expected = whole_routing[name][:, ROWS, at]
-            np.testing.assert_allclose(values, expected, atol=1e-4, err_msg=name)
+        assert_close(logits, whole[ROWS, at])
+        expected = {name: values[:, ROWS, at] for name, values in whole_routing.items()}
+        for name in ("route", "hard"):
+            np.testing.assert_array_equal(routing[name], expected[name], err_msg=name)
+        assert_close(routing["uncertainty"], expected["uncertainty"])
     np.testing.assert_array_equal(cache.length, np.tile(LENGTHS + STEPS, (LAYERS, 1)))
 
 
@@ -198,7 +200,7 @@ def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
     )
     for name in ("k", "v", "s", "z", "length"):
         ours, theirs = getattr(cache, name)[:, row], getattr(alone, name)[:, 0]
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert_close(ours, theirs, what=name)
 
 
 def test_steps_fill_the_cache_as_prefill_does():
@@ -209,7 +211,7 @@ def test_steps_fill_the_cache_as_prefill_does():
     for t in range(STEPS):
         cache, *_ = step(model, params, cache, tokens[ROWS, LENGTHS + t])
     whole, *_ = fill(tokens, LENGTHS + STEPS, HYPERS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), cache, whole)
+    assert_close(cache, whole)
 
 
 @pytest.mark.parametrize("name", ["full", "linear", "local"])
@@ -235,7 +237,7 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
             name, q[rows, lengths - 1], cache, jnp.int32(1), needed=need, window=window
         )
         expected = jnp.where(need[:, None, None], whole[rows, lengths - 1], 0.0)
-        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+        assert_close(out, expected)
 
 
 def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax import LanguageModel, MetaAttention, RoutingHypers
+from tests.close import assert_close, distance
 
 BATCH, TIME, VOCAB = 2, 21, 13
 CONTROLLERS = ("bayesian", "softmax", "fixed")
@@ -120,8 +121,8 @@ def test_routes_ignore_cutting_padding_and_batching(sampled):
     alone = seen(run(x[:1], ids[:1]))
     shorter = seen(run(x[:, :cut], ids[:, :cut]))
     for i, all_of_it in enumerate(whole):
-        check = np.testing.assert_array_equal if all_of_it.dtype.kind in "ib" else (
-            functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5))
+        exact = all_of_it.dtype.kind in "ib"
+        check = np.testing.assert_array_equal if exact else assert_close
         check(right[i][:, :cut], all_of_it[:, :cut])
         check(shorter[i], all_of_it[:, :cut])
         check(left[i][:, 5:], all_of_it[:, : TIME - 5])
@@ -144,10 +145,9 @@ def test_forced_dense_one_hot_is_each_mechanism_alone():
         route = jnp.full((BATCH, TIME), index)
         (grads, dx), out = run(layer(), route)
         (alone, dx_alone), out_alone = run(layer(controller="fixed", fixed=name), None)
-        np.testing.assert_array_equal(out, out_alone)
-        np.testing.assert_allclose(dx, dx_alone, rtol=1e-5, atol=1e-6)
-        for a, b in zip(jax.tree.leaves(grads["projections"]), jax.tree.leaves(alone["projections"])):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert_close(
+            (out, dx, grads["projections"]), (out_alone, dx_alone, alone["projections"])
+        )
 
 
 def test_hard_mode_is_the_forced_route_of_its_own_argmax():
@@ -157,7 +157,7 @@ def test_hard_mode_is_the_forced_route_of_its_own_argmax():
     forced = model.clone(mode="soft").apply(
         params, tokens(), hypers=hypers(), route=out.routing.route
     )
-    np.testing.assert_array_equal(out.logits, forced.logits)
+    assert_close(out.logits, forced.logits)
     assert len(np.unique(out.routing.route)) > 1
 
 
@@ -166,9 +166,10 @@ def test_gate_limits_are_soft_and_hard():
     run = lambda mode, theta: make(mode=mode).apply(  # noqa: E731
         params, tokens(), hypers=hypers(theta)
     ).logits
-    np.testing.assert_array_equal(run("gated", 0.0), run("soft", 0.0))
-    np.testing.assert_array_equal(run("gated", 1.0), run("hard", 0.0))
-    assert np.any(run("soft", 0.0) != run("hard", 0.0))
+    soft, hard = run("soft", 0.0), run("hard", 0.0)
+    assert_close(run("gated", 0.0), soft)
+    assert_close(run("gated", 1.0), hard)
+    assert distance(soft, hard) > 1e-3
 
 
 @pytest.mark.parametrize("controller", ["bayesian", "softmax"])
@@ -184,7 +185,7 @@ def test_remat_changes_no_gradient(controller):
         return jax.jit(jax.grad(loss))(params)
 
     plain, remat = gradient(make(controller)), gradient(make(controller, remat=True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remat)
+    assert_close(remat, plain, 3e-5)  # The controller's gradients are sums that cancel.
 
 
 def test_scanned_layers_equal_unrolled_ones():
@@ -195,7 +196,7 @@ def test_scanned_layers_equal_unrolled_ones():
     )
     plain = make().apply({"params": params}, tokens(), hypers=hypers())
     scanned = make(scan_layers=True).apply({"params": stacked}, tokens(), hypers=hypers())
-    np.testing.assert_allclose(plain.logits, scanned.logits, rtol=1e-4, atol=1e-5)
+    assert_close(scanned.logits, plain.logits)
     np.testing.assert_array_equal(plain.routing.route, scanned.routing.route)
 
 
@@ -274,5 +275,5 @@ def test_long_hard_sequences_by_packed_dispatch_are_those_of_dense_and_of_the_cu
     assert len(np.unique(packed.routing.route)) == 3
     np.testing.assert_array_equal(packed.routing.route, dense.routing.route)
     np.testing.assert_array_equal(packed.routing.route[:, :, :cut], short.routing.route)
-    assert float(jnp.abs(packed.logits - dense.logits).max()) < 1e-3
-    assert float(jnp.abs(packed.logits[:, :cut] - short.logits).max()) < 1e-3
+    assert_close(packed.logits, dense.logits)
+    assert_close(packed.logits[:, :cut], short.logits)

@@ -17,6 +17,7 @@ from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import dense_row_share, prepare, train
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+from tests.close import assert_close, distance
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,6 @@ def split(tree):
     return tuple(np.concatenate(p) for p in parts)
 
 
-def distance(x, reference):
-    return np.linalg.norm(x - reference) / np.linalg.norm(reference)
-
 
 def test_gradients_are_those_of_dense_hard_routing(setting):
     spec, state, batch, hypers = setting
@@ -65,7 +63,7 @@ def test_gradients_are_those_of_dense_hard_routing(setting):
 
     expected, expected_sums = jax.jit(jax.grad(loss, has_aux=True))(state.params)
     assert np.all(controller == 0.0)
-    assert distance(others, split(expected)[1]) <= 2e-5
+    assert_close(others, split(expected)[1], 2e-5)
     assert (np.asarray(sums.routes).sum(axis=(0, 1)) > 0).sum() >= 2, "routes must differ"
     np.testing.assert_array_equal(sums.routes, expected_sums.routes)
 
@@ -95,11 +93,11 @@ def test_the_controller_learns_from_the_dense_rows_alone(setting):
     rows = jax.tree.map(lambda leaf: leaf[:3], batch)
     alone = split(jax.jit(lambda: gradient_sums(dense, state, rows, hypers)[0])())
     assert np.linalg.norm(alone[0]) > 0
-    assert distance(whole[0], alone[0]) <= 2e-5
+    assert_close(whole[0], alone[0], 2e-5)
     others = jax.tree.map(lambda leaf: leaf[3:], batch)
     rest = dataclasses.replace(spec, dense_rows=0.0)
     rest = split(jax.jit(lambda: gradient_sums(rest, state, others, hypers)[0])())
-    assert distance(whole[1], alone[1] + rest[1]) <= 2e-5, "everything else learns from all rows"
+    assert_close(whole[1], alone[1] + rest[1], 2e-5, "what learns from all rows: everything else")
 
 
 def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):

@@ -20,6 +20,7 @@ from meta_attention_jax.training.group import Group, bytes_needed, point_of, poi
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import prepare, train
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+from tests.close import assert_close, distance
 
 POINTS = algebra.zipped(
     algebra.sweep("prior.strength", (0.5, 2.0, 8.0)),
@@ -48,12 +49,6 @@ def prepared(root, config, points=POINTS):
     ]
 
 
-def distance(a, b):
-    """Norm of the difference over the norm of b."""
-    leaves = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
-    a, b = leaves(a), leaves(b)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
-
 
 def test_gradients_and_parameters_are_those_of_the_runs_alone(tmp_path):
     jobs = prepared(tmp_path, base())
@@ -73,10 +68,10 @@ def test_gradients_and_parameters_are_those_of_the_runs_alone(tmp_path):
         state = init_state(spec, jax.random.key(job.config.seed), batch, job.hypers)
         alone, _ = gradient(state, batch, job.hypers)
         norms.append(float(jnp.linalg.norm(jnp.stack([jnp.linalg.norm(g) for g in jax.tree.leaves(alone)]))))
-        assert distance(point_of(found, index), alone) < 1e-5
+        assert_close(point_of(found, index), alone)
         for number in range(20):
             state, _ = one(state, job.dataset.train_batch(number), job.hypers)
-        assert distance(point_of(many.params, index), state.params) < 1e-5
+        assert_close(point_of(many.params, index), state.params)
     assert len({round(norm, 3) for norm in norms}) == 3  # The points do differ.
 
 
@@ -112,7 +107,7 @@ def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
     saved = Checkpoints(jobs[index].path / "checkpoints", read_only=True)
     reference = Checkpoints(alone.path / "checkpoints", read_only=True)
     params = saved.restore_params(12)
-    assert distance(params, reference.restore_params(12)) < 1e-4
+    assert_close(params, reference.restore_params(12))
     assert saved.best == reference.best
     saved.close()
     reference.close()
@@ -202,15 +197,15 @@ def test_every_array_input_counts_under_vmap(tmp_path, changes, field, values):
             alone[index], scalars = ones[index](alone[index], batch, job.hypers)
             assert float(metrics["threshold"][index]) == pytest.approx(float(scalars["threshold"]))
     for index in range(2):
-        assert distance(point_of(many.params, index), alone[index].params) < 1e-5
+        assert_close(point_of(many.params, index), alone[index].params)
     assert distance(alone[0].params, alone[1].params) > 1e-4  # The field does count.
 
 
 @pytest.mark.slow
 def test_points_on_two_devices_are_those_on_one_resumed_or_not(tmp_path):
     root = pathlib.Path(__file__).parent.parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-           "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(root / "tests" / "points_check.py"), str(tmp_path)],
         env=env, capture_output=True, text=True, timeout=900,
@@ -224,8 +219,8 @@ def test_points_on_two_devices_are_those_on_one_resumed_or_not(tmp_path):
             assert saved.steps == (6, 12)
             states.append(saved.restore_params(12))
             saved.close()
-        assert distance(states[1], states[0]) < 1e-5
-        assert distance(states[2], states[1]) == 0.0
+        assert_close(states[1], states[0])
+        jax.tree.map(np.testing.assert_array_equal, states[2], states[1])
         for log in logs[1:]:
             assert log[-1]["step"] == 12
             for mode in ("soft", "hard"):

@@ -24,6 +24,7 @@ from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train
 from meta_attention_jax.training.step import make_optimizer
+from tests.close import assert_close
 
 
 def config(**changes):
@@ -95,14 +96,12 @@ def test_a_run_answers_without_its_corpus(tmp_path):
         output = run.model.clone(mode=mode or "hard").apply(
             {"params": run.params}, ids[None], hypers=run.hypers.routing
         )
-        np.testing.assert_allclose(
-            run.logits(prompt, mode=mode), output.logits[0], rtol=1e-5, atol=1e-5
-        )
+        assert_close(run.logits(prompt, mode=mode), output.logits[0])
     routes = run.routes(prompt)
     assert b"".join(routes.pieces).decode() == prompt
-    np.testing.assert_allclose(routes.mean, output.routing.mean[:, 0], rtol=1e-5, atol=1e-6)
+    assert_close(routes.mean, output.routing.mean[:, 0])
     alpha = routes.concentration
-    np.testing.assert_allclose(routes.mean, alpha / alpha.sum(-1, keepdims=True), rtol=1e-5)
+    assert_close(routes.mean, alpha / alpha.sum(-1, keepdims=True))
     assert (routes.route == routes.mean.argmax(-1)).all() and routes.hard.all()
     frame = routes.frame()
     assert len(frame) == len(ids) and list(frame["mechanism"]) == [
@@ -289,9 +288,8 @@ def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
 
 def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     root = pathlib.Path(__file__).parent.parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-           "--xla_backend_optimization_level=0",
-           "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, str(root / "tests" / "parallel_check.py"), str(tmp_path)],
         env=env, capture_output=True, text=True, timeout=900,
@@ -304,7 +302,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     assert result["mean_of_means"] > 1e-2, "the comparison must see a wrong normalisation"
     assert result["collectives"] > 0 and result["collectives_in_loops"] == 0, result
     assert result["float_loops"] >= 2, "accumulation and layers must really be loops"
-    assert result["packed"] <= 1e-6, result
+    assert result["packed"] <= 1e-5, result
     assert sum(count > 0 for count in result["packed_routes"]) >= 2, "tokens must enter a packed loop"
     assert result["packed_collectives"] > 0 and result["packed_collectives_in_loops"] == 0, result
     assert result["points"] <= 1e-5 and result["points_collectives"] == 0, result
@@ -312,7 +310,7 @@ def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     for mode in ("jit", "pmap"):  # Trained on 8 devices, opened on this process's one.
         assert len(jax.devices()) == 1
         logits = load_run(tmp_path / mode).logits(np.arange(24) % 20, mode="soft")
-        np.testing.assert_allclose(logits, np.load(tmp_path / f"{mode}.npy"), rtol=1e-5, atol=1e-5)
+        assert_close(logits, np.load(tmp_path / f"{mode}.npy"))
 
 
 def test_a_log_survives_a_crash_in_the_middle_of_a_line_and_a_new_start(tmp_path):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
 from meta_attention_jax.controller.uncertainty import categorical_entropy, uncertainty
+from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds, Weights
 
 
@@ -53,6 +54,19 @@ class SoftmaxController(nn.Module):
         logits = ControllerMLP(self.hidden, self.num_mechanisms, self.dtype, name="mlp")(
             x, residual, positions
         )
+        return by_rows(self._routing, (0, 0, 0, 0, None))(
+            logits, positions, segment_ids, keys, hypers
+        )
+
+    def _routing(
+        self,
+        logits: Weights,
+        positions: Positions,
+        segment_ids: SegmentIds,
+        keys: Optional[Key[Array, "batch"]],
+        hypers: RoutingHypers,
+    ) -> Routing:
+        """What follows from the network's logits."""
         logits += jnp.broadcast_to(self.offset(hypers), logits.shape)
         mean = jax.nn.softmax(logits, axis=-1)
         weights = mean
@@ -133,7 +147,7 @@ class SwitchController(SoftmaxController):
     ) -> Float[Array, "batch time"]:
         del hypers
         real = (segment_ids != 0).astype(jnp.float32)
-        chosen = jax.nn.one_hot(jnp.argmax(mean, axis=-1), self.num_mechanisms)
+        chosen = jax.nn.one_hot(jnp.argmax(mean, axis=-1), self.num_mechanisms, dtype=jnp.float32)
         share = jnp.einsum("btk,bt->bk", chosen, real) / jnp.maximum(real.sum(1), 1.0)[:, None]
         return self.num_mechanisms * jnp.einsum("btk,bk->bt", mean, share)
 
@@ -149,9 +163,10 @@ class GumbelController(SoftmaxController):
     def training_weights(
         self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
     ) -> Weights:
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (self.num_mechanisms,))))
+        shape = (self.num_mechanisms,)
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, shape, jnp.float32)))
         relaxed = jax.nn.softmax((logits + draw(keys)) / hypers.temperature, axis=-1)
-        one_hot = jax.nn.one_hot(jnp.argmax(relaxed, axis=-1), self.num_mechanisms)
+        one_hot = jax.nn.one_hot(jnp.argmax(relaxed, axis=-1), *shape, dtype=jnp.float32)
         # The difference is exactly 0; (one_hot + relaxed) - relaxed would not be exactly one_hot.
         return one_hot + (relaxed - jax.lax.stop_gradient(relaxed))
 

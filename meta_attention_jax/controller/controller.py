@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import posterior, prior, sampling
 from meta_attention_jax.controller.uncertainty import uncertainty
-from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
+from meta_attention_jax.sharding import by_rows
+from meta_attention_jax.types import Positions, Routing, RoutingHypers, Scalar, SegmentIds
 
 
 def features(
@@ -60,7 +61,8 @@ class ControllerMLP(nn.Module):
         residual: Float[Array, "batch time model"],
         positions: Positions,
     ) -> Float[Array, "batch time outputs"]:
-        h = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(features(x, residual, positions))
+        h = by_rows(features, (0, 0, 0))(x, residual, positions)
+        h = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(h)
         return nn.Dense(
             self.num_outputs,
             dtype=jnp.float32,
@@ -129,14 +131,25 @@ class DirichletController(nn.Module):
         outputs = ControllerMLP(self.hidden, num_outputs, self.dtype, name="mlp")(
             x, residual, positions
         )
+        return by_rows(self._routing, (0, 0, 0, 0, None, None))(
+            outputs, positions, segment_ids, keys, prior_concentration, hypers.strength
+        )
+
+    def _routing(
+        self,
+        outputs: Float[Array, "batch time outputs"],
+        positions: Positions,
+        segment_ids: SegmentIds,
+        keys: Optional[Key[Array, "batch"]],
+        prior_concentration: Float[Array, "mechanism"],
+        strength: Scalar,
+    ) -> Routing:
+        """What follows from the network's outputs."""
         if self.posterior == "additive":
             concentration = posterior.additive(prior_concentration, outputs)
         else:
             concentration = posterior.mean_strength(
-                prior_concentration / hypers.strength,
-                hypers.strength,
-                outputs[..., :-1],
-                outputs[..., -1],
+                prior_concentration / strength, strength, outputs[..., :-1], outputs[..., -1]
             )
         mean = posterior.Dirichlet(concentration).mean()
         weights = mean

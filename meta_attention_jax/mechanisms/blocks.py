@@ -48,6 +48,11 @@ def validate_qkv(
         raise ValueError(f"window: expected at least 1, got {window}.")
 
 
+def is_empty(q: Queries) -> bool:
+    """Whether there is no row or no token: nothing to cut into blocks. A symbolic axis has some."""
+    return 0 in q.shape
+
+
 def group_queries(
     q: Queries, kv_heads: int
 ) -> Float[Array, "batch kv_heads group time dim"]:

@@ -44,6 +44,8 @@ def attend(
       window: None for no bound.
       block: edge of a tile; lowered so that the padding of T stays below the number of blocks.
     """
+    if blocks.is_empty(q):
+        return jnp.zeros_like(q)
     time = q.shape[1]
     count, block = _edges(time, block)
     tail = count * block - time

@@ -128,7 +128,7 @@ def fill(
 
     def written(stack, x):
         x = stored(jnp.where(valid, x, 0), stack.dtype).transpose(0, 2, 1, 3)
-        return jax.lax.dynamic_update_slice(stack, x[None], (layer, 0, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(stack, x[None], _index(layer, 0, 0, 0, 0))
 
     return Cache(
         k=written(cache.k, rotated),
@@ -152,7 +152,7 @@ def append(cache: Cache, layer: Layer, rotated: StepKey, k: StepKey, v: StepKey)
         x = stored(x, stack.dtype)[:, None, None, :, None]
 
         def row(b, stack):
-            return jax.lax.dynamic_update_slice(stack, x[b], (layer, b, 0, length[b], 0))
+            return jax.lax.dynamic_update_slice(stack, x[b], _index(layer, b, 0, length[b], 0))
 
         return jax.lax.fori_loop(0, x.shape[0], row, stack)
 
@@ -187,7 +187,7 @@ def full_step(
       needed: rows whose output will be used.
     """
     block = min(BLOCK, k.shape[3])
-    index = jnp.arange(block)
+    index = jnp.arange(block, dtype=jnp.int32)
 
     def attend(query, row):
         def visit(i, carry):
@@ -199,8 +199,8 @@ def full_step(
             out = out * decay[..., None] + _dot("grk,gkd->grd", weights, value)
             return higher, total * decay + weights.sum(-1), out
 
-        start = jnp.full(query.shape[:2], masks.MASKED), jnp.zeros(query.shape[:2])
-        start = *start, jnp.zeros(query.shape)
+        empty = jnp.full(query.shape[:2], masks.MASKED, jnp.float32)
+        start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
         _, total, out = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
         return out / total[..., None]
 
@@ -229,7 +229,7 @@ def local_step(
     def attend(query, row):
         first = jnp.clip(length[row] - width, 0, k.shape[3] - width)
         key, value = (_slice(x, layer, row, first, width) for x in (k, v))
-        logits = _logits(query, key, first + jnp.arange(width) < length[row])
+        logits = _logits(query, key, first + jnp.arange(width, dtype=jnp.int32) < length[row])
         return _dot("grk,gkd->grd", jax.nn.softmax(logits, axis=-1), value)
 
     return _rows(attend, q, k.shape[2], needed)
@@ -271,7 +271,7 @@ def decode_linear(q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Arra
 def _rows(attend, q: StepQuery, kv_heads: int, needed: Bool[Array, "batch"]) -> StepQuery:
     """attend(query [G, r, d], row) in the needed rows, one after the other; 0 in the others."""
     query = _grouped(q, kv_heads)
-    order = jnp.argsort(~needed, stable=True)
+    order = jnp.argsort(~needed, stable=True).astype(jnp.int32)
 
     def visit(i, out):
         row = order[i]
@@ -289,9 +289,13 @@ def _grouped(q: StepQuery, kv_heads: int) -> Float[Array, "batch kv_heads group 
 
 def _slice(stack: Stack, layer: Layer, row, first, size: int) -> Float[Array, "kv_heads size dim"]:
     _, _, kv_heads, _, dim = stack.shape
-    return loaded(
-        jax.lax.dynamic_slice(stack, (layer, row, 0, first, 0), (1, 1, kv_heads, size, dim))[0, 0]
-    )
+    start = _index(layer, row, 0, first, 0)
+    return loaded(jax.lax.dynamic_slice(stack, start, (1, 1, kv_heads, size, dim))[0, 0])
+
+
+def _index(*places: Layer) -> tuple[Int[Array, ""], ...]:
+    """Where a slice starts: of one dtype, whatever the default integer is."""
+    return tuple(jnp.asarray(place, jnp.int32) for place in places)
 
 
 def _logits(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:

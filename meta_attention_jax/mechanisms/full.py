@@ -64,6 +64,8 @@ def attend(
         has_segments=segment_ids is not None,
         backend=jax.default_backend(),
     )
+    if blocks.is_empty(q):
+        return jnp.zeros_like(q)
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if chosen == "xla":
@@ -147,7 +149,9 @@ def count_packed_work(
 def _dense_block(q: Queries) -> int:
     """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the
     last-level cache (measured)."""
-    return 128 if q.shape[0] * q.shape[2] >= 16 else 256
+    batch, _, heads, _ = q.shape
+    # A batch that is a symbol (`jax.export`) may be large.
+    return 128 if not isinstance(batch, int) or batch * heads >= 16 else 256
 
 
 def resolve_implementation(

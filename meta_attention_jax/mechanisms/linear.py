@@ -51,6 +51,8 @@ def attend(
       ValueError: shapes that do not fit (see `validate_qkv`).
     """
     blocks.validate_qkv(q, k, v, segment_ids)
+    if blocks.is_empty(q):
+        return jnp.zeros_like(q)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)
     if not causal:
@@ -190,7 +192,9 @@ def _steps(q: Queries) -> tuple[int, int, int]:
     batch, time, heads, _ = q.shape
     chunk = min(CHUNK, time)
     chunks = -(-time // chunk)
-    steps = -(-chunks // max(1, min(chunks, BATCHED // (batch * heads))))
+    # A batch that is a symbol (`jax.export`) may be large.
+    most = BATCHED // (batch * heads) if isinstance(batch, int) else 1
+    steps = -(-chunks // max(1, min(chunks, most)))
     return steps, -(-chunks // steps), chunk
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from meta_attention_jax.mechanisms import registry, rotary
+from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
     Keys,
     Positions,
@@ -142,8 +143,9 @@ class Attention(nn.Module):
         if self.use_rotary and mechanism.rotary:
             if positions is None:
                 ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-                positions = positions_in_segment(ids)
-            q, k = rotary.rotate(q, positions), rotary.rotate(k, positions)
+                positions = by_rows(positions_in_segment, (0,))(ids)
+            turn = by_rows(rotary.rotate, (0, 0))
+            q, k = turn(q, positions), turn(k, positions)
         out = registry.attend_with(
             mechanism,
             q,

@@ -75,7 +75,7 @@ def attend(
       tile: keys that a block meets at once.
     """
     blocks.validate_qkv(q, k, v, segment_ids, window)
-    if not q.size:
+    if blocks.is_empty(q):
         return base
     tile = min(tile, q.shape[1])
     if segment_ids is not None:
@@ -302,7 +302,10 @@ def _plan(
 
 def _rows(plan: Plan, n: Int[Array, ""], block: int) -> _Rows:
     """Block n. Rows that fill it up repeat its first query, and are valid nowhere."""
-    row = jnp.searchsorted(plan.ends, n, side="right").astype(jnp.int32)
+    if isinstance(plan.ends.shape[0], int):
+        row = jnp.searchsorted(plan.ends, n, side="right").astype(jnp.int32)
+    else:  # Halving needs a number, and a batch can be a symbol (`jax.export`).
+        row = (plan.ends <= n).sum(dtype=jnp.int32)
     before = jnp.where(row > 0, plan.ends[jnp.maximum(row - 1, 0)], 0)
     start = (n - before) * block
     position = jax.lax.dynamic_slice(plan.order, (row, start), (1, block))[0]

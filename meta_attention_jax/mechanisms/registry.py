@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Array, Bool
 
 from meta_attention_jax.mechanisms import decode, full, linear, local
+from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 OPTIONS = ("window", "implementation")
@@ -104,7 +105,11 @@ def attend_with(
     if not isinstance(mechanism, Mechanism):
         mechanism = get_mechanism(mechanism)
     options = select_options(mechanism, window=window, implementation=implementation)
-    return mechanism.attend(q, k, v, segment_ids=segment_ids, causal=causal, **options)
+
+    def attend(q, k, v, segment_ids):
+        return mechanism.attend(q, k, v, segment_ids=segment_ids, causal=causal, **options)
+
+    return by_rows(attend, (0, 0, 0, 0))(q, k, v, segment_ids)
 
 
 def select_options(

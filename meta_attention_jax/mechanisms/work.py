@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -44,9 +45,12 @@ def of_tiles(
     heads, dim = q.shape[2:]
     kv_row = 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize
     q_row = heads * dim * jnp.dtype(q.dtype).itemsize
+    lines = blocks * block + rows
+    if isinstance(lines, jax.Array):
+        lines = lines.astype(jnp.float32)
     return Work(
         flops=tiles * (4.0 * heads * dim * block * tile),
-        bytes=tiles * float(tile * kv_row) + (blocks * block + rows) * float(q_row),
+        bytes=tiles * float(tile * kv_row) + lines * float(q_row),
     )
 
 

@@ -8,9 +8,9 @@ linear attention's state needs every key whoever reads it. The rows are written 
 one buffer, so selecting costs nothing.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
-under `vmap` every example would wait for the longest, so map over the batch axis instead. On a mesh
-call it inside `shard_map`, as the training step does: each device then loops over its own rows, where
-plain `jit` over sharded rows would communicate inside the loops.
+under `vmap` every example would wait for the longest, so map over the batch axis instead. Inside
+`shard_map`, as in the training step, and where `jax.set_mesh` has set a mesh, each device loops over
+its own rows; plain `jit` over rows that are split without either would communicate inside the loops.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from meta_attention_jax.mechanisms.registry import (
     select_options,
 )
 from meta_attention_jax.routing import mixture
+from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import MECHANISMS, Keys, Queries, Route, SegmentIds, Values
 
 DISPATCHES = ("auto", "dense", "packed")
@@ -91,11 +92,12 @@ def hard_attention(
     blocks.validate_qkv(q, k, v, segment_ids, window)
     route = mixture.checked_route(route, q.shape[:2], len(mechanisms))
     query, key = rotated if rotated is not None else (q, k)
-    return _hard_attention(
-        q, k, v, query, key, route, segment_ids,
+    attention = functools.partial(
+        _hard_attention,
         records=tuple(get_mechanism(name) for name in mechanisms),
         causal=causal, window=window, implementation=implementation,
     )
+    return by_rows(attention, (0,) * 7, split=True)(q, k, v, query, key, route, segment_ids)
 
 
 @functools.partial(

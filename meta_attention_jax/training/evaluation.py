@@ -15,6 +15,7 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import Sums, forward, loss_sums, token_nll
 from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import Axes, eval_step, sampled_eval_step
 from meta_attention_jax.types import Batch, RoutingHypers
@@ -91,6 +92,7 @@ class Evaluator:
         sums, accounting = self._total(step, params, hypers, split, max_batches)
         return sums, accounting.per_token()
 
+    @without_mesh
     def _total(
         self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]
     ) -> Any:
@@ -100,6 +102,7 @@ class Evaluator:
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         return jax.device_get(self.parallel.unreplicate(total))
 
+    @without_mesh
     def sampled(
         self,
         params: Any,
@@ -162,6 +165,7 @@ def accounted_eval_step(
     return totals if axis_name is None else jax.lax.psum(totals, axis_name)
 
 
+@without_mesh
 def token_arrays(
     model: LanguageModel,
     dataset: Dataset,

@@ -22,6 +22,7 @@ from meta_attention_jax import files
 from meta_attention_jax.console import say
 from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
@@ -215,6 +216,7 @@ def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
     write_manifest(dataset, path)
 
 
+@without_mesh
 def train(
     job: Job,
     *,

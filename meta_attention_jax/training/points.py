@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.training.build import data_seed
 from meta_attention_jax.training.config import config_to_dict
 
@@ -46,12 +47,12 @@ ARRAY_INPUTS = (
 
 def point(**overrides: Any) -> Sweep:
     """The sweep of one point; dotted fields as `**{"prior.strength": 2.0}`."""
-    return [overrides]
+    return [{field: plain(value) for field, value in overrides.items()}]
 
 
 def sweep(field: str, values: Iterable[Any]) -> Sweep:
     """One point per value of a dotted field."""
-    return [{field: value} for value in values]
+    return [{field: plain(value)} for value in values]
 
 
 def log_spaced(first: float, last: float, count: int) -> list[float]:
@@ -60,8 +61,10 @@ def log_spaced(first: float, last: float, count: int) -> list[float]:
     Rounded to 6 digits, so that they read well in names and tables.
 
     Raises:
-      ValueError: ends that are not positive, or fewer than 2 numbers.
+      ValueError: ends that are no positive numbers, or a count that is not at least 2.
     """
+    first, last = real("log_spaced", first), real("log_spaced", last)
+    count = whole("log_spaced", count)
     if not (0 < first < math.inf and 0 < last < math.inf):
         raise ValueError(f"log_spaced: expected ends > 0, got {first} and {last}.")
     if count < 2:

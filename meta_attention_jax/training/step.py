@@ -58,18 +58,20 @@ class Schedule:
 
     def temperature(self, step: Array, end: Array) -> Scalar:
         """Geometric fall to step `end`, the gate's, as a multiple of the last temperature."""
-        done = jnp.minimum(step.astype(jnp.float32) / jnp.maximum(end, 1), 1.0)
+        done = jnp.minimum(step.astype(jnp.float32) / jnp.maximum(end, 1).astype(jnp.float32), 1.0)
         return jnp.float32(self.temperature_ratio) ** (1.0 - done)
 
     def learning_rate(self, step: Array) -> Scalar:
         """Linear warm-up, then cosine, as a fraction of the peak."""
-        return optax.warmup_cosine_decay_schedule(
+        schedule = optax.warmup_cosine_decay_schedule(
             init_value=0.0 if self.warmup_steps else 1.0,
             peak_value=1.0,
             warmup_steps=self.warmup_steps,
             decay_steps=max(self.total_steps, self.warmup_steps + 1),
             end_value=self.final_fraction,
-        )(step)
+        )
+        with jax.numpy_dtype_promotion("standard"):  # optax divides the step by floats.
+            return schedule(step).astype(jnp.float32)
 
     def beta(self, step: Array) -> Scalar:
         """Linear warm-up of the KL weight, as a fraction of its final value."""
@@ -241,9 +243,10 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
 
     norm = global_norm(gradients, shard_axis)
-    direction, opt_state = spec.optimizer.update(
-        gradients, state.opt_state, state.params, norm=norm
-    )
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with floats.
+        direction, opt_state = spec.optimizer.update(
+            gradients, state.opt_state, state.params, norm=norm
+        )
     if spec.packed and not spec.dense_rows:
         # Without gradients, momentum and weight decay would still move the controller.
         direction = jax.tree_util.tree_map_with_path(
@@ -253,7 +256,7 @@ def train_step(
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
     threshold = routing_hypers(spec, state, hypers).threshold
     # As a fraction of log K, the largest entropy of K mechanisms.
-    entropy = jnp.mean(sums.entropy) / tokens / jnp.log(sums.mean.shape[-1])
+    entropy = jnp.mean(sums.entropy) / tokens / jnp.log(jnp.float32(sums.mean.shape[-1]))
     finite = finite_parts(sums, gradients, norm, params)
     if shard_axis is not None:
         bad = jax.lax.psum(jax.tree.map(lambda ok: (~ok).astype(jnp.int32), finite), shard_axis)

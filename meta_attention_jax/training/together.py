@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from meta_attention_jax.console import say
+from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.group import (
@@ -46,6 +47,7 @@ class Moved(RuntimeError):
     """The newest checkpoint of a job that can be read is not the one that was expected."""
 
 
+@without_mesh
 def train_together(
     jobs: Sequence[Job],
     *,
