@@ -32,9 +32,9 @@ from experiments import arms, common
 from experiments.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
 from experiments.scores import scores
 from meta_attention_jax import analysis
+from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
-from meta_attention_jax.training.config import config_to_dict
 from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, prepare, train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import json
@@ -15,22 +14,31 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Optional
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
-from configs import base
+from meta_attention_jax.config import (
+    SCHEMA,
+    check_fields,
+    completed,
+    config_difference,
+    help_table,
+    may_change,
+    near,
+    read_stored,
+)
 from meta_attention_jax.console import tolerant_streams
 from meta_attention_jax.files import local, partial, run_directory, write_whole
 from meta_attention_jax.training.checkpoint import Damaged
-from meta_attention_jax.training.config import config_difference, read_stored
-from meta_attention_jax.training.fields import LATER
 from meta_attention_jax.training.interrupt import Interrupted
-from meta_attention_jax.training.loop import may_change
+
+flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
+
+flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
 
 flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
 
@@ -59,11 +67,6 @@ def fail(message: object) -> None:
     """Ends the program with one sentence, on one line of stderr, and exit code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _near(field: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(field, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _flag_mistake(words: str) -> Optional[str]:
@@ -104,65 +107,23 @@ def sentence(error: Exception) -> str:
     while isinstance(words, (AttributeError, KeyError)) and words.args:
         words = words.args[0]
     if isinstance(error, flags.UnrecognizedFlagError):
-        near = re.search(r"Did you mean: (\S+) ", str(error))
-        hint = f"; did you mean --{near[1]}?" if near else "."
+        meant = re.search(r"Did you mean: (\S+) ", str(error))
+        hint = f"; did you mean --{meant[1]}?" if meant else "."
         return f"flags: expected one that this command has, got --{error.flagname}{hint}"
     unknown = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words))
     if unknown:
-        field, near = unknown.groups()
-        hint = f"; did you mean {near!r}?" if near else "."
+        field, meant = unknown.groups()
+        hint = f"; did you mean {meant!r}?" if meant else "."
         return f"config: expected a field of the config, got {field!r}{hint}"
     if said := _flag_mistake(str(words)):
         return said
-    fields = dict(_fields(base.get_config()))
     for flag in sys.argv:  # ml_collections has many words for a field of what has no fields.
         field = re.match(r"--?(?:no)?config\.([^=]*)", flag)
-        if field and field[1] not in fields and not isinstance(error, SyntaxError):
-            near = _near(field[1], fields)
-            return f"config: expected a field of the config, got {field[1]!r}{near}"
+        if field and field[1] not in SCHEMA and not isinstance(error, SyntaxError):
+            hint = near(field[1], SCHEMA)
+            return f"config: expected a field of the config, got {field[1]!r}{hint}"
     kind = "" if isinstance(error, (AttributeError, flags.Error)) else f"{type(error).__name__}: "
     return f"config: expected a Python file that runs and has get_config(), got {kind}{words}."
-
-
-def _fields(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def check_fields(config: Any) -> None:
-    """Checks that a config has the fields of `configs/base.py`, no others, and values of their
-    types: a config file may set what it likes, a misspelt field too.
-
-    Raises:
-      ValueError: the first field that is wrong.
-    """
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"config: expected a ConfigDict from get_config(), got {config!r}.")
-    known, given = dict(_fields(base.get_config())), dict(_fields(config))
-    for field, value in given.items():
-        if any(name.startswith(f"{field}.") for name in known):
-            raise ValueError(f"{field}: expected a section with its fields, got {value!r}.")
-        if field not in known:
-            raise ValueError(
-                f"config: expected a field of the config, got {field!r}{_near(field, known)}"
-            )
-        kind = type(known[field])
-        kinds = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-        fits = isinstance(value, kinds)
-        if not fits or isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"{field}: expected a value like {known[field]!r}, got {value!r}.")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{field}: expected text, got {value!r}.")
-    for field in known:
-        if field not in given and field in LATER:  # A file from before it.
-            with config.unlocked():
-                config.update_from_flattened_dict({field: LATER[field]})
-        elif field not in given:
-            raise ValueError(f"config: expected a value of the field {field!r}, got none.")
 
 
 @contextlib.contextmanager
@@ -237,6 +198,8 @@ def pin(
             )
         _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
+    if isinstance(stored.get("config"), dict):
+        stored["config"] = completed(stored["config"])
     for key in (key for key, value in mine.items() if isinstance(value, dict)):
         if not isinstance(stored.get(key), dict):
             raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
@@ -314,6 +277,12 @@ def quiet_threads() -> None:
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, then calls `main`."""
     tolerant_streams()
+    if "--help_config" in sys.argv[1:]:
+        print(help_table())
+        return
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
+        return
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         flags.FLAGS.validate_all_flags()

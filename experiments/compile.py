@@ -33,8 +33,8 @@ from jax.experimental import topologies  # noqa: E402
 
 from experiments.benchmarks import common as benchmarks  # noqa: E402
 from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
+from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.training import aot, build  # noqa: E402
-from meta_attention_jax.training.config import expect  # noqa: E402
 
 PROGRAMS = {
     "soft": "train step, soft",

@@ -19,11 +19,11 @@ from absl import flags
 from experiments import common
 from meta_attention_jax import analysis
 from meta_attention_jax.data.splits import RULES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import Run, load_run
-from meta_attention_jax.training.config import expect
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 

@@ -29,8 +29,8 @@ from absl import flags
 
 from experiments import common
 from experiments.benchmarks import common as benchmarks
+from meta_attention_jax.fields import expect
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.fields import expect
 
 KILLS = flags.DEFINE_integer("kills", 20, "kill -9 so often, over one run.", lower_bound=1)
 SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lower_bound=1)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from absl import flags
 
 from experiments import common, samples
+from meta_attention_jax.fields import expect
 from meta_attention_jax.generation import sampler_of
 from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training.config import expect
 
 WORKDIR = common.define_path("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")

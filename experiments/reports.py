@@ -15,10 +15,10 @@ from experiments import arms, comparison, sweeps
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
+from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import prior_concentration
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.runs import Run, load_run
-from meta_attention_jax.training.config import read_stored
 from meta_attention_jax.training.evaluation import token_arrays
 from meta_attention_jax.training.logs import read_metrics
 

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import html
 import pathlib
-import re
 from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
 
 import jax
@@ -28,6 +27,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.pipeline import Dataset, check_manifest
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local, run_directory
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
@@ -36,10 +36,9 @@ from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
-from meta_attention_jax.training.config import validate
-from meta_attention_jax.training.fields import SECTIONS, completed, expect
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.restore import check_params, read_run
+from meta_attention_jax.training.rules import validate
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
@@ -163,8 +162,7 @@ class Run:
         shape = self.config.copy_and_resolve_references()
         shape.data.sequence_length = self.sequence_length
         shape.data.batch_size = self.batch_size
-        with _complete(self.path):
-            dataset = build.build_dataset(shape, self.path)
+        dataset = build.build_dataset(shape, self.path)
         check_manifest(dataset, self.path)
         return dataset
 
@@ -391,38 +389,17 @@ def _forward(model, params, tokens, segment_ids, positions, hypers):
     return output.logits, output.routing
 
 
-class _complete:
-    """Turns a field that a stored config lacks into one sentence."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        words = error
-        while isinstance(words, (AttributeError, KeyError)) and words.args:
-            words = words.args[0]
-        # What a ConfigDict says, and nothing else that is an AttributeError.
-        missing = re.match(r"'\w+'(\n|$)", str(words))
-        if isinstance(error, (AttributeError, KeyError)) and missing:
-            raise ValueError(
-                f"workdir: expected a complete config in {str(self.path / 'config.json')!r}, got "
-                f"none of {missing.group().strip()}."
-            ) from None
-
-
 def _check_config(config: ConfigDict, path: pathlib.Path) -> None:
     """Checks a config as it is stored: somebody may have edited it."""
     try:
-        for section in SECTIONS:
-            ok = isinstance(config[section], ConfigDict)
-            expect(ok, section, "a section with its fields", config[section])
-        validate(completed(config))
+        validate(config)
         validate_prior(strength=config.prior.strength, preference=config.prior.preference)
     except ValueError as error:
-        raise ValueError(f"workdir: {str(path / 'config.json')!r}: {error}") from None
+        place = repr(str(path / "config.json"))
+        lacks = str(error).removeprefix("config: expected a value of the field ")
+        if lacks != str(error):
+            raise ValueError(f"workdir: expected a complete config in {place}, with {lacks}") from None
+        raise ValueError(f"workdir: {place}: {error}") from None
 
 
 @without_mesh
@@ -456,32 +433,31 @@ def load_run(
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
     config, found, steps, params = read_run(path, plain(step))
-    with _complete(path):
-        _check_config(config, path)
-        if corpus is not None:
-            config.data.corpus = corpus
-        if data_split is not None:
-            config.data.split = data_split
-        tokens = (sequence_length or config.data.sequence_length) * (
-            batch_size or config.data.batch_size
-        )
-        fewer = "fewer than 2^31 tokens in a batch"
-        expect(tokens < 2**31, "sequence_length", fewer, sequence_length)
-        tokenizer = load_tokenizer(path)
-        model = build.build_model(config, tokenizer.vocab_size)
-        run = Run(
-            path=path,
-            config=config,
-            step=found,
-            steps=steps,
-            params=params,
-            model=model,
-            tokenizer=tokenizer,
-            # Costs are those of the length as trained, whatever is evaluated.
-            hypers=build.build_hypers(config, path),
-            sequence_length=sequence_length or config.data.sequence_length,
-            batch_size=batch_size or config.data.batch_size,
-        )
+    _check_config(config, path)
+    if corpus is not None:
+        config.data.corpus = corpus
+    if data_split is not None:
+        config.data.split = data_split
+    tokens = (sequence_length or config.data.sequence_length) * (
+        batch_size or config.data.batch_size
+    )
+    fewer = "fewer than 2^31 tokens in a batch"
+    expect(tokens < 2**31, "sequence_length", fewer, sequence_length)
+    tokenizer = load_tokenizer(path)
+    model = build.build_model(config, tokenizer.vocab_size)
+    run = Run(
+        path=path,
+        config=config,
+        step=found,
+        steps=steps,
+        params=params,
+        model=model,
+        tokenizer=tokenizer,
+        # Costs are those of the length as trained, whatever is evaluated.
+        hypers=build.build_hypers(config, path),
+        sequence_length=sequence_length or config.data.sequence_length,
+        batch_size=batch_size or config.data.batch_size,
+    )
     try:
         check_params(params, model)
     except ValueError as error:

@@ -41,8 +41,6 @@ Scalar = Float[Array, ""]
 MECHANISMS = ("full", "linear", "local")
 """Default order of the mechanism axis."""
 
-UNCERTAINTIES = ("entropy", "mutual_information", "vacuity")
-
 
 @flax.struct.dataclass
 class Routing:

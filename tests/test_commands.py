@@ -14,9 +14,9 @@ import sys
 import numpy as np
 import pytest
 
+from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.generation import generate
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.types import UNCERTAINTIES
 from tests.close import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -186,7 +186,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     study = tmp_path / "study"
     shown = check_success(command("uncertainty", f"--runs={run}", f"--out={study}", "--batches=1"))
     studies = json.loads((study / "rows.json").read_text())["studies"]
-    assert {name.split(", ")[1] for name in studies} == set(UNCERTAINTIES)
+    assert {name.split(", ")[1] for name in studies} == set(MEASURES)
     for [found] in studies.values():
         ends = found["frontier"][0], found["frontier"][-1]
         assert [p["hard"] for p in ends] == [0.0, 1.0]

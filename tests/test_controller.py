@@ -10,8 +10,8 @@ from scipy import stats
 
 from meta_attention_jax import controller as room
 from meta_attention_jax.controller import make_controller
-from meta_attention_jax.controller.uncertainty import uncertainty
-from meta_attention_jax.types import UNCERTAINTIES, RoutingHypers
+from meta_attention_jax.controller.uncertainty import MEASURES, uncertainty
+from meta_attention_jax.types import RoutingHypers
 from tests.close import assert_close
 
 B, T, D, K = 2, 6, 8, 3
@@ -93,7 +93,7 @@ def test_uncertainties_are_their_definitions_by_monte_carlo():
         assert np.isclose(uncertainty("vacuity", mean, alpha), K / (K + alpha.sum()))
 
 
-@pytest.mark.parametrize("measure", UNCERTAINTIES)
+@pytest.mark.parametrize("measure", MEASURES)
 def test_uncertainty_is_in_the_unit_interval_with_finite_gradients(measure):
     alpha = jnp.float32(np.concatenate([alphas(), np.full((1, K), 1e3), np.full((1, K), 0.05)]))
 

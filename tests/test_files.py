@@ -17,11 +17,11 @@ from configs import smoke
 from experiments import common
 from experiments.benchmarks.common import write_json as write_benchmark
 from meta_attention_jax import analysis, load_run
+from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.files import local, run_directory, write_whole
 from meta_attention_jax.training import processes
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.config import config_to_dict
 from meta_attention_jax.training.loop import open_workdir, prepare
 from meta_attention_jax.training.restore import read_run
 from tests.test_commands import ROOT, check_mistake, command  # noqa: F401

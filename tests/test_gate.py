@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.routing import gate
 from meta_attention_jax.routing.gate import GateSchedule
 from tests.close import assert_close
-
-MEASURES = ("entropy", "mutual_information", "vacuity")
 
 
 def run(schedule, entropies, final=0.8):
@@ -45,7 +44,7 @@ def test_schedules_rise_from_closed_to_final(kind, measure):
     assert (thetas[:11] == 0.0).all() and (thetas[11:] > 0.0).all()
     assert (np.diff(thetas[10:51]) > 0.0).all()
     np.testing.assert_array_equal(thetas[50:], np.float32(0.8))
-    half = 0.8 * gate.PRACTICAL_RANGE[measure] / 2.0
+    half = 0.8 * MEASURES[measure].typical / 2.0
     np.testing.assert_allclose(thetas[30], half, rtol=1e-5)
 
 

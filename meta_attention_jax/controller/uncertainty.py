@@ -9,14 +9,18 @@ All of them are functions of the posterior of one token: never of the batch, nev
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax.types import UNCERTAINTIES
+
+def _unit(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return jnp.clip(x, 0.0, 1.0)
 
 
 def categorical_entropy(weights: Float[Array, "*batch mechanism"]) -> Float[Array, "*batch"]:
@@ -51,6 +55,30 @@ def vacuity(concentration: Float[Array, "*batch mechanism"]) -> Float[Array, "*b
     return num / (num + jnp.sum(concentration, axis=-1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One measure of uncertainty.
+
+    Attributes:
+      function: of the concentration, or of the mean where it is not `of_posterior`; in [0, 1].
+      typical: what u_t rarely exceeds in practice, under a prior of a few pseudo-counts: a schedule of
+        the threshold spreads hardening over that range.
+      of_posterior: whether it needs a Dirichlet posterior.
+    """
+
+    function: Callable[[Any], Float[Array, "*batch"]]
+    typical: float
+    of_posterior: bool = True
+
+
+MEASURES: dict[str, Measure] = {
+    "entropy": Measure(entropy, 1.0, of_posterior=False),
+    "mutual_information": Measure(mutual_information, 0.3),
+    "vacuity": Measure(vacuity, 0.6),
+}
+"""Measures by the name that a config uses."""
+
+
 def uncertainty(
     measure: str,
     mean: Float[Array, "*batch mechanism"],
@@ -61,19 +89,14 @@ def uncertainty(
     Raises:
       ValueError: `measure` is unknown, or needs a concentration that the controller does not have.
     """
-    if measure not in UNCERTAINTIES:
-        raise ValueError(f"uncertainty: expected one of {UNCERTAINTIES}, got {measure!r}.")
-    if measure == "entropy":
-        return entropy(mean)
+    if measure not in MEASURES:
+        raise ValueError(f"uncertainty: expected one of {tuple(MEASURES)}, got {measure!r}.")
+    found = MEASURES[measure]
+    if not found.of_posterior:
+        return found.function(mean)
     if concentration is None:
         raise ValueError(
             "uncertainty: expected 'entropy' for a controller without a Dirichlet posterior, "
             f"got {measure!r}."
         )
-    if measure == "mutual_information":
-        return mutual_information(concentration)
-    return vacuity(concentration)
-
-
-def _unit(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    return jnp.clip(x, 0.0, 1.0)
+    return found.function(concentration)

@@ -15,12 +15,10 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.types import UNCERTAINTIES, Scalar
+from meta_attention_jax.controller.uncertainty import MEASURES
+from meta_attention_jax.types import Scalar
 
 KINDS = ("none", "linear", "cosine", "settled")
-
-PRACTICAL_RANGE = {"entropy": 1.0, "mutual_information": 0.3, "vacuity": 0.6}
-"""What u_t rarely exceeds in practice, under a prior of a few pseudo-counts."""
 
 
 def hard_tokens(
@@ -86,9 +84,9 @@ class GateSchedule:
         """Checks the fields; raises ValueError naming the first that is wrong."""
         if self.kind not in KINDS:
             raise ValueError(f"gate.kind: expected one of {KINDS}, got {self.kind!r}.")
-        if self.measure not in UNCERTAINTIES:
+        if self.measure not in MEASURES:
             raise ValueError(
-                f"gate.measure: expected one of {UNCERTAINTIES}, got {self.measure!r}."
+                f"gate.measure: expected one of {tuple(MEASURES)}, got {self.measure!r}."
             )
         if self.kind == "none":
             return
@@ -156,7 +154,7 @@ def threshold(
         p = 0.5 - 0.5 * jnp.cos(math.pi * p)
     elif schedule.kind == "settled":
         p = jnp.where(state.opened >= 0, p, 0.0)
-    gamma = math.log2(2.0 / PRACTICAL_RANGE[schedule.measure])
+    gamma = math.log2(2.0 / MEASURES[schedule.measure].typical)
     return final * p**gamma
 
 

@@ -172,7 +172,7 @@ def gathered_bytes(config: ConfigDict, vocab_size: int) -> int:
     """Bytes of parameters that one training step has to gather on every device, and no more: each
     split matrix once per micro-batch, those of layers twice with remat, in the dtype that
     `sharding.gather` sends."""
-    if config.parallel.get("fsdp", 1) == 1:
+    if config.parallel.fsdp == 1:
         return 0
     width = jnp.dtype(config.model.dtype).itemsize
     total = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -16,19 +17,17 @@ from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.sharding import FSDP
-from meta_attention_jax.training.config import expect, validate
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.rules import validate
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
 from meta_attention_jax.types import RoutingHypers
-
-
-RECALL_FIELDS = ("query_rate", "num_marks", "mark_rate", "mark_bias", "aggregate_rate")
 
 
 def check(config: ConfigDict) -> None:
@@ -145,9 +144,7 @@ def build_schedule(config: ConfigDict) -> Schedule:
         final_fraction=config.optimizer.final_fraction,
         beta_warmup_steps=round(config.objective.beta_warmup * steps),
         gate=gate,
-        # Runs from before the gumbel controller have neither.
-        temperature_ratio=config.controller.get("temperature_start", 1.0)
-        / config.controller.get("temperature", 1.0),
+        temperature_ratio=config.controller.temperature_start / config.controller.temperature,
     )
 
 
@@ -178,7 +175,7 @@ def check_parallel(config: ConfigDict, devices: Sequence[jax.Device]) -> Paralle
     Raises:
       ValueError: as `build_parallel`.
     """
-    fsdp = config.parallel.get("fsdp", 1)  # Runs from before it have none.
+    fsdp = config.parallel.fsdp
     parallel = Parallel(config.parallel.mode, devices, fsdp)
     split = {
         "model.model_dim": config.model.model_dim,
@@ -193,8 +190,7 @@ def check_parallel(config: ConfigDict, devices: Sequence[jax.Device]) -> Paralle
 
 def data_seed(config: ConfigDict) -> int:
     """Seed of the order of the training data: `data.seed`, or the run's where that is -1."""
-    seed = config.data.get("seed", -1)
-    return config.seed if seed < 0 else seed
+    return config.seed if config.data.seed < 0 else config.data.seed
 
 
 def build_dataset(
@@ -208,14 +204,10 @@ def build_dataset(
     recall = None
     if config.data.corpus == "recall":
         data = config.data
-        recall = RecallConfig(
-            num_keys=data.num_keys,
-            num_values=data.num_values,
-            num_pairs=data.num_pairs,
-            min_distance=data.get("min_distance", 0) or max(config.model.window, 2),
-            # Runs from before these fields have none of them.
-            **{name: data[name] for name in RECALL_FIELDS if name in data},
-        )
+        own = {field.name: data[field.name] for field in dataclasses.fields(RecallConfig)
+               if field.name in data}
+        distance = data.min_distance or max(config.model.window, 2)
+        recall = RecallConfig(**{**own, "min_distance": distance})
     return make_dataset(
         corpus=config.data.corpus,
         tokenizer=config.data.tokenizer,
@@ -226,7 +218,7 @@ def build_dataset(
         recall=recall,
         tokenizer_dir=tokenizer_dir,
         rows=slice(None) if rows is None else rows,
-        split=config.data.get("split", "auto"),
+        split=config.data.split,
     )
 
 
@@ -268,8 +260,8 @@ def build_hypers(
             preference=jnp.float32(config.prior.preference),
             costs=jnp.asarray(build_costs(config, workdir, measure=measure)),
             threshold=jnp.float32(config.gate.threshold),
-            entropy_bonus=jnp.float32(config.controller.get("entropy_bonus", 0.0)),
-            temperature=jnp.float32(config.controller.get("temperature", 1.0)),
+            entropy_bonus=jnp.float32(config.controller.entropy_bonus),
+            temperature=jnp.float32(config.controller.temperature),
         ),
     )
 
@@ -282,7 +274,7 @@ def build_spec(config: ConfigDict, dataset: Dataset) -> StepSpec:
 def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     """`build_spec` without the data."""
     optimizer = config.optimizer
-    shard_axis = FSDP if config.parallel.get("fsdp", 1) > 1 else None
+    shard_axis = FSDP if config.parallel.fsdp > 1 else None
     return StepSpec(
         model=build_model(config, vocab_size).clone(shard_axis=shard_axis),
         optimizer=make_optimizer(

@@ -19,13 +19,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from meta_attention_jax import files
+from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
 from meta_attention_jax.console import say
 from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.config import config_difference, config_to_dict, read_stored
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.finite import Finite, not_finite
@@ -45,25 +45,6 @@ from meta_attention_jax.training.step import StepSpec, init_state, num_dense_row
 from meta_attention_jax.types import Batch
 
 PROFILED_STEPS = 3
-
-FREE_TO_CHANGE = (
-    "parallel.mode",
-    "parallel.devices",
-    "parallel.fsdp",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_latest",
-    "train.profile_step",
-)
-"""Fields that a resumed run may set anew, since they change no number of it; but for one: with
-`train.packed_dense_rows` the devices decide how many rows run dense."""
-
-
-def may_change(field: str, old: Any, new: Any) -> bool:
-    """Whether a run may go on with another value of a field: those of `FREE_TO_CHANGE`, and where
-    data of one's own lie and what says their split, for the manifest says what they are."""
-    moved = field == "data.corpus" and all(str(v).startswith("path:") for v in (old, new))
-    return field in FREE_TO_CHANGE or field == "data.split" or moved
 
 
 class Diverged(RuntimeError):
@@ -98,7 +79,7 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     if path.exists() and not path.is_dir():
         raise ValueError(f"workdir: expected a directory, got the file {str(workdir)!r}.")
     if stored_at.exists():
-        stored = read_stored(stored_at)
+        stored = read_config(stored_at)
         for field, old, new in config_difference(stored, given):
             of_data = field.startswith("data.") and not (path / MANIFEST).is_file()
             if of_data or not may_change(field, old, new):

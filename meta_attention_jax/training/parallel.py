@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from meta_attention_jax.config import SCHEMA
 from meta_attention_jax.sharding import AXES, DATA, FSDP, partition
 
-PARALLEL_MODES = ("jit", "pmap")
+PARALLEL_MODES = SCHEMA["parallel.mode"].choices
 
 
 class Parallel:

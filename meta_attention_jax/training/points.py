@@ -19,31 +19,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from meta_attention_jax.config import ARRAY_INPUTS, config_to_dict, flat
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.training.build import data_seed
-from meta_attention_jax.training.config import config_to_dict
 
 LONGEST = 200
 """Characters of a point's name: file systems take 255 bytes, and files beside a point say more."""
 
 Point = dict[str, Any]
 Sweep = list[Point]
-
-ARRAY_INPUTS = (
-    "name",
-    "seed",
-    "prior.strength",
-    "prior.preference",
-    "prior.costs",
-    "objective.beta",
-    "gate.threshold",
-    "gate.start",
-    "gate.end",
-    "optimizer.learning_rate",
-    "controller.entropy_bonus",
-)
-"""Fields that change no program: points that differ in these alone are trained together."""
-
 
 def point(**overrides: Any) -> Sweep:
     """The sweep of one point; dotted fields as `**{"prior.strength": 2.0}`."""
@@ -195,7 +179,7 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     config = base.copy_and_resolve_references()
     if config.data.seed < 0:
         config.data.seed = config.seed  # One order of the data for all seeds of the points.
-    known = _fields(config_to_dict(config))
+    known = dict(flat(config_to_dict(config)))
     for field, value in overrides.items():
         if field not in known:
             raise ValueError(f"sweep: expected a field of the config, got {field!r}.")
@@ -210,16 +194,6 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _fields(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _fields(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
 def program(config: ConfigDict) -> Hashable:
     """What is the same for all points that one vmapped program can train; None if the point has to be
     trained alone.
@@ -232,9 +206,9 @@ def program(config: ConfigDict) -> Hashable:
         or config.prior.costs == "measured"
         or config.train.profile_step >= 0
         or config.parallel.mode != "jit"
-        or config.parallel.get("fsdp", 1) > 1
+        or config.parallel.fsdp > 1
     ):
         return None
-    fields = _fields(config_to_dict(config))
+    fields = dict(flat(config_to_dict(config)))
     same = {name: _key(fields[name]) for name in sorted(fields) if name not in ARRAY_INPUTS}
     return tuple({**same, "data.seed": data_seed(config)}.items())

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from meta_attention_jax.config import dict_to_config, read_config
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.config import dict_to_config, read_stored
 from meta_attention_jax.types import RoutingHypers
 
 ATTEMPTS = 10
@@ -35,7 +35,7 @@ def read_run(
         raise ValueError(
             f"workdir: expected a run directory with config.json, got {str(workdir)!r}."
         )
-    config = dict_to_config(read_stored(stored))
+    config = dict_to_config(read_config(stored))
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"workdir: expected checkpoints in {str(workdir)!r}, got none.")
     return config, *_read(path / "checkpoints", step)
