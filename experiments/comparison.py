@@ -11,7 +11,7 @@ from typing import Any
 from experiments.arms import base_arm
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, paired_interval
-from meta_attention_jax.training.config import read_stored
+from meta_attention_jax.config import read_config, read_stored
 
 TOLERANCE = 0.005
 """Nats within which a cheaper setting counts as equal."""
@@ -45,6 +45,20 @@ MEANS = {
 are of the layer that does the recall, by the validation split."""
 
 
+UNCERTAINTY_COLUMNS = [
+    analysis.Column("name", "controller, measure"),
+    analysis.Column("seeds", "seeds", "d"),
+    analysis.Column("gain_validation", "gain over random, validation", ".1%"),
+    analysis.Column("gain", "gain over random, test"),
+    analysis.Column("harm", "mean harm", "+.4f", "hard - soft, nats per token"),
+    analysis.Column("best_nll", "nats at best theta", ".4f", "chosen on validation, run by run"),
+    analysis.Column("best_cost", "at cost", ".1%"),
+    analysis.Column("hard_nll", "all hard, nats", ".4f"),
+    analysis.Column("hard_cost", "at cost ", ".1%"),
+]
+"""Of the table of `experiments.uncertainty`."""
+
+
 def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
     """Of all settings tried, the cheapest within TOLERANCE of the best hard nats; of equals in cost
     the better one. Dicts of `settings`, `nll`, `cost`."""
@@ -66,7 +80,7 @@ def collect(root: pathlib.Path) -> list[dict[str, Any]]:
             for same in sorted((root / folder).glob(f"*/{SAME}")):
                 paths += sorted((root / "runs" / same.parent.name).glob("seed*/test.json"))
         for path in paths:
-            config = read_stored(path.parent / "config.json")
+            config = read_config(path.parent / "config.json")
             try:
                 rows.append({
                     "view": view,
@@ -148,6 +162,11 @@ def shown(
         chosen = root / "tune" / base_arm(line["arm"]) / "chosen.json"
         if chosen.exists():
             line["tried"] = len(json.loads(chosen.read_text(encoding="utf-8"))["tried"])
+    return lines, *written(lines)
+
+
+def written(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
+    """Lines of `table` as text, and the columns that they fill."""
     names = {**MEANS}
     for other in ("full-only", "prior-free"):
         names[f"nll_hard_vs_{other}"] = (f"hard nats - {other}'s", "+.4f")
@@ -157,26 +176,25 @@ def shown(
                analysis.Column("seeds", "seeds", "d"), analysis.Column("diverged", "diverged", "d"),
                analysis.Column("tried", "settings tried", "d")]
     columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
-    written = [
+    return [
         {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in used.items()}}
         for line in lines
-    ]
-    return lines, written, columns
+    ], columns
 
 
 def write_tables(root: pathlib.Path, order: list[str]) -> None:
     """rows.json, table.csv, table.md; prints the table."""
     rows = collect(root)
     analysis.write_json(root / "rows.json", rows)
-    lines, written, columns = shown(root, rows, order)
-    analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
+    lines, texts, columns = shown(root, rows, order)
+    analysis.write_text(root / "table.md", analysis.markdown_table(texts, columns))
     text = io.StringIO()
     fields = list(dict.fromkeys(field for line in lines for field in line))
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
     writer.writerows(lines)
     analysis.write_text(root / "table.csv", text.getvalue())
-    print(analysis.terminal_table(written, columns, width=160))
+    print(analysis.terminal_table(texts, columns, width=160))
     print(f"table: {root}/table.md   rows: {root}/rows.json")
 
 

@@ -28,10 +28,11 @@ from experiments import common, sweeps
 from experiments.comparison import parse_shard
 from experiments.scores import scores
 from meta_attention_jax import analysis
+from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training import build, points as algebra
+from meta_attention_jax.training import build
+from meta_attention_jax.training import points as algebra
 from meta_attention_jax.training.checkpoint import Damaged
-from meta_attention_jax.training.config import config_to_dict
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
 WORKDIR = common.define_path("workdir", None, "Where all points and the results go.")

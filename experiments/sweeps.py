@@ -18,11 +18,11 @@ from experiments.common import spared
 from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
+from meta_attention_jax.config import config_to_dict, read_config, read_stored
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.scalars import plain
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.config import config_to_dict, read_stored
 from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, Job, prepare, train
@@ -285,7 +285,7 @@ def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
 
 def _measured(path: pathlib.Path) -> Optional[dict[str, Any]]:
     """What a point has to show at its end; None before."""
-    steps = read_stored(path / "config.json")["train"]["steps"]
+    steps = read_config(path / "config.json")["train"]["steps"]
     # The last evaluation is logged before its checkpoint is complete.
     if not (path / "checkpoints" / str(steps)).is_dir():
         return None
@@ -411,8 +411,12 @@ class Result:
 def result(root: pathlib.Path, points: Points) -> Result:
     """From the directory alone. Scores on the test split are those of the pick: a sweep that has grown
     may have had another before."""
-    found = rows(root, points)
-    pick = chosen(lines(found)) if len(found) == len(points) else None
+    return concluded(rows(root, points), len(points))
+
+
+def concluded(found: list[dict[str, Any]], total: int) -> Result:
+    """What the rows of a sweep of `total` points say."""
+    pick = chosen(lines(found)) if len(found) == total else None
     found = [row if row["setting"] == pick else {**row, "test": None} for row in found]
     found = [{k: v for k, v in row.items() if k != "test" or v is not None} for row in found]
     made = lines(found)
@@ -420,7 +424,7 @@ def result(root: pathlib.Path, points: Points) -> Result:
     for line in made:
         line["front"] = "yes" if line["setting"] in best else ""
         line["chosen"] = "chosen" if line["setting"] == pick else ""
-    return Result(rows=found, lines=made, front=best, pick=pick, total=len(points))
+    return Result(rows=found, lines=made, front=best, pick=pick, total=total)
 
 
 def shown(found: Result) -> tuple[list[dict[str, Any]], list[analysis.Column]]:

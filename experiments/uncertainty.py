@@ -24,14 +24,15 @@ import numpy as np
 from absl import flags
 
 from experiments import common
+from experiments.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import token_arrays
-from meta_attention_jax.types import UNCERTAINTIES
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
 OUT = common.define_path("out", None, "Where table and pictures go.")
@@ -96,19 +97,6 @@ def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {"curve": curve, "frontier": points}
 
 
-COLUMNS = [
-    analysis.Column("name", "controller, measure"),
-    analysis.Column("seeds", "seeds", "d"),
-    analysis.Column("gain_validation", "gain over random, validation", ".1%"),
-    analysis.Column("gain", "gain over random, test"),
-    analysis.Column("harm", "mean harm", "+.4f", "hard - soft, nats per token"),
-    analysis.Column("best_nll", "nats at best theta", ".4f", "chosen on validation, run by run"),
-    analysis.Column("best_cost", "at cost", ".1%"),
-    analysis.Column("hard_nll", "all hard, nats", ".4f"),
-    analysis.Column("hard_cost", "at cost ", ".1%"),
-]
-
-
 def main() -> None:
     with common.user_mistakes():
         if not RUNS.value:
@@ -122,7 +110,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         posterior = run.config.controller.name in WITH_POSTERIOR
-        for measure in UNCERTAINTIES if posterior else ("entropy",):
+        for measure in MEASURES if posterior else ("entropy",):
             print(f"{run.path}: {measure}", flush=True)
             found.setdefault(f"{run.config.name}, {measure}", []).append(both_splits(run, measure))
     rows, means = [], {name: averaged(results) for name, results in found.items()}
@@ -142,8 +130,8 @@ def main() -> None:
             "hard_nll": points[-1]["nll"], "hard_cost": points[-1]["cost"],
         })
     out = pathlib.Path(OUT.value)
-    print(analysis.terminal_table(rows, COLUMNS))
-    analysis.write_text(out / "table.md", analysis.markdown_table(rows, COLUMNS))
+    print(analysis.terminal_table(rows, UNCERTAINTY_COLUMNS))
+    analysis.write_text(out / "table.md", analysis.markdown_table(rows, UNCERTAINTY_COLUMNS))
     analysis.write_json(out / "rows.json", {"rows": rows, "studies": found})
     with common.spared("pictures"):
         curves = {name: mean["curve"] for name, mean in means.items()}

@@ -1,0 +1,1 @@
+"""What a command needs and the package does not."""
