@@ -1,4 +1,4 @@
-"""Fully sharded parameters: which axis of which leaf is split, and how a module gets its whole leaves;
+"""Fully sharded parameters: which axis of which leaf is split, and how a module gets whole leaves;
 and what runs on every device's own rows when the caller has set a mesh.
 
 Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the
@@ -140,7 +140,7 @@ def global_norm(tree: Any, shard_axis: Optional[str]) -> Scalar:
 
 
 def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as if its caller had set no mesh: for what places its arrays itself. Not in `jit`."""
+    """`function` as if its caller had set no mesh, for what places its arrays itself; not in `jit`."""
 
     @functools.wraps(function)
     def alone(*arguments: Any, **named: Any) -> Any:
@@ -159,12 +159,13 @@ def by_rows(
     """`function`, on every device for its own rows where a mesh with explicit axes is set.
 
     There the type of an array says how it is split, and much of what is in here, loops and distrax
-    above all, has no rule for such types. The first argument with rows says over which mesh axes the
-    rows are split; the other axes of all arguments are made whole. Without a mesh, and inside
+    above all, has no rule for such types. The first argument with rows says over which mesh axes
+    the rows are split; the other axes of all arguments are made whole. Without a mesh, and inside
     `shard_map`, this is `function` itself.
 
     Args:
-      function: pure; a row of its results depends on this row of its arguments and on what all share.
+      function: pure; a row of its results depends on this row of its arguments, and on what all
+        share.
       in_axes: of every argument the axis of the rows; None where all rows share it.
       out_axes: of the results, as `vmap`'s; all have rows.
       split: for loops whose trip counts follow the data and which would communicate: on auto axes,

@@ -9,8 +9,8 @@ one buffer, so selecting costs nothing.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
 under `vmap` every example would wait for the longest, so map over the batch axis instead. Inside
-`shard_map`, as in the training step, and where `jax.set_mesh` has set a mesh, each device loops over
-its own rows; plain `jit` over rows that are split without either would communicate inside the loops.
+`shard_map`, as in the training step, and where `jax.set_mesh` has set a mesh, each device loops
+over its own rows; `jit` alone, over rows that are split, would communicate inside the loops.
 """
 
 from __future__ import annotations
