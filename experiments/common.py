@@ -198,17 +198,18 @@ def pin(
             )
         _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
-    if isinstance(stored.get("config"), dict):
-        stored["config"] = completed(stored["config"])
     for key in (key for key, value in mine.items() if isinstance(value, dict)):
         if not isinstance(stored.get(key), dict):
             raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
-    compared = dict(mine)
+    known, compared = dict(stored), dict(mine)
+    for plain in (known, compared):  # Of versions with fewer fields.
+        if isinstance(plain.get("config"), dict):
+            plain["config"] = completed(plain["config"])
     if grows:
         compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
         if lost := stored[grows].keys() - mine[grows].keys():
             raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
-    for field, old, new in config_difference(stored, compared):
+    for field, old, new in config_difference(known, compared):
         own = field.startswith("config.")
         if not own or not may_change(field.removeprefix("config."), old, new):
             raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")

@@ -8,8 +8,6 @@ import re
 import shutil
 import stat
 import sys
-import urllib.parse
-import urllib.request
 from typing import Optional
 
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/")
@@ -26,11 +24,11 @@ def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
     text = os.fspath(path)
     address = _ADDRESS.match(text)
     if address and address[1].lower() == "file":
-        parts = urllib.parse.urlsplit(text)
-        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        here = re.fullmatch(r"file:(?://(?:localhost)?(?=/)|(?!//))(/.*)", text, re.IGNORECASE | re.DOTALL)
+        if here is None:
             raise ValueError(f"{field}: expected file:///folder of this machine, got {text!r}.")
         # "#" and "?" are a part of the name: a file has no query.
-        text = urllib.request.url2pathname(re.sub(r"^file:(//(localhost)?)?", "", text, flags=re.I))
+        text = re.sub(r"(?:%[0-9A-Fa-f]{2})+", _decoded, here[1])
     elif address:
         raise ValueError(
             f"{field}: expected a path of this machine (~ and file:// are understood), got the address "
@@ -42,6 +40,10 @@ def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
         return pathlib.Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError(f"{field}: expected a path in a home that is known, got {text!r}.") from None
+
+
+def _decoded(escaped: re.Match[str]) -> str:
+    return bytes.fromhex(escaped[0].replace("%", "")).decode("utf-8", "surrogateescape")
 
 
 def run_directory(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
