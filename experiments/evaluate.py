@@ -21,8 +21,8 @@ from meta_attention_jax import analysis
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.routing.dispatch import resolve_dispatch
-from meta_attention_jax.routing.mixture import MODES
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
@@ -65,7 +65,7 @@ EXECUTED_COLUMNS = [
 def executed_table(row: dict[str, Any], run: Run) -> str:
     """FLOPs and bytes of attention per token, all layers, and which dispatch ran here."""
     used = resolve_dispatch(run.model.dispatch, time=run.dataset.sequence_length)
-    if run.model.controller == "fixed":
+    if run.model.config.router.is_fixed:
         used = "of one mechanism"
     rows = [{"unit": unit, **row[unit.lower()]} for unit in ("FLOPs", "bytes")]
     title = f"Attention of all layers, mode hard (dispatch here: {used})"

@@ -14,7 +14,7 @@ from absl import flags
 from experiments import common, samples
 from meta_attention_jax.fields import expect
 from meta_attention_jax.generation import sampler_of
-from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.runs import load_run
 
 WORKDIR = common.define_path("workdir", None, "The run directory.")

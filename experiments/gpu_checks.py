@@ -18,8 +18,7 @@ import numpy as np
 
 from configs import recall
 from experiments.benchmarks.common import Row, random_routes
-from meta_attention_jax.mechanisms import full
-from meta_attention_jax.mechanisms.registry import attend_with
+from meta_attention_jax.mechanisms import attend, full
 from meta_attention_jax.objective import Sums
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training import loop
@@ -28,7 +27,7 @@ from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import init_state
-from meta_attention_jax.types import MECHANISMS
+from meta_attention_jax.types import MECHANISMS, AttentionSpec
 from tests import oracles
 
 UNIT = 2.0**-8
@@ -85,7 +84,7 @@ def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
         return f"implementation: expected for gradients by 'cudnn' an even T, got {time}."
     try:
         full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, has_segments=False,
+            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one",
             backend=jax.default_backend(),
         )
     except ValueError as error:
@@ -105,8 +104,8 @@ def attend_form(form: str, q, k, v, ids, window: int):
     if form == "cudnn window":
         return cudnn_window(q, k, v, window)
     name, _, implementation = form.partition(" ")
-    return attend_with(name, q, k, v, segment_ids=ids, window=window,
-                       implementation=implementation or "auto")
+    spec = AttentionSpec(window=window, implementation=implementation or "auto")
+    return attend(name, q, k, v, spec=spec, segment_ids=ids)
 
 
 def pulled(function: Callable[..., Any], q, k, v, cotangent):
@@ -219,7 +218,8 @@ def causality_rows(time: int, dim: int, window: int) -> list[Row]:
         if form == "packed dispatch":
             run = jax.jit(
                 lambda q, k, v, g, _: pulled(
-                    lambda *x: hard_attention(*x, route, window=window), q, k, v, g
+                    lambda *x: hard_attention(*x, route, spec=AttentionSpec(window=window)),
+                    q, k, v, g
                 )
             )
         else:
@@ -260,15 +260,13 @@ def causality_rows(time: int, dim: int, window: int) -> list[Row]:
 
 def select(q, k, v, route, ids, window: int):
     """The definition: all mechanisms on all tokens, then the chosen one."""
-    outs = [
-        attend_with(name, q, k, v, segment_ids=ids, window=window, implementation="xla")
-        for name in MECHANISMS
-    ]
+    spec = AttentionSpec(window=window, implementation="xla")
+    outs = [attend(name, q, k, v, spec=spec, segment_ids=ids) for name in MECHANISMS]
     return jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)[0]
 
 
 def packed(q, k, v, route, ids, window: int):
-    return hard_attention(q, k, v, route, segment_ids=ids, window=window)
+    return hard_attention(q, k, v, route, spec=AttentionSpec(window=window), segment_ids=ids)
 
 
 def routed(function, window: int):

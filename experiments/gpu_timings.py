@@ -20,12 +20,12 @@ from configs import base
 from experiments.benchmarks import decoding
 from experiments.benchmarks.common import Row, interleave, random_routes, ratio_row
 from experiments.gpu_checks import cudnn_refusal, cudnn_window
-from meta_attention_jax.mechanisms import full
-from meta_attention_jax.mechanisms.registry import attend_with, get_mechanism, register_mechanism
+from meta_attention_jax.mechanisms import attend
 from meta_attention_jax.objective import forward
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training import build
 from meta_attention_jax.training.step import init_state, train_step
+from meta_attention_jax.types import AttentionSpec
 
 Call = Callable[[], Any]
 
@@ -77,15 +77,18 @@ def mechanism_rows(
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (1, time, heads, dim), dtype) for key in keys)
     route = jnp.asarray(random_routes([0.1], time))
+    spec = AttentionSpec(window=window, implementation="blockwise")
     forms = {
-        "blockwise full": functools.partial(full.attend, implementation="blockwise"),
-        "linear": functools.partial(attend_with, "linear"),
-        "local": functools.partial(attend_with, "local", window=window),
-        "packed hard, 10 % full": lambda q, k, v: hard_attention(q, k, v, route, window=window),
+        "blockwise full": functools.partial(attend, "full", spec=spec),
+        "linear": functools.partial(attend, "linear", spec=spec),
+        "local": functools.partial(attend, "local", spec=spec),
+        "packed hard, 10 % full": lambda q, k, v: hard_attention(q, k, v, route, spec=spec),
     }
     refusal = cudnn_refusal(dtype, dim, time)
     if not refusal:
-        forms["cuDNN full"] = functools.partial(full.attend, implementation="cudnn")
+        forms["cuDNN full"] = functools.partial(
+            attend, "full", spec=AttentionSpec(implementation="cudnn")
+        )
         forms["cuDNN window"] = functools.partial(cudnn_window, window=window)
 
     def timed(form):
@@ -107,27 +110,6 @@ def mechanism_rows(
         else without(f"{side} / {other}", f"not run: {refusal}", **sizes)
         for side, other in pairs
     ]
-
-
-CUDNN_MODEL = "full_cudnn"
-
-
-def _register_cudnn() -> None:
-    """Full attention that ignores segment ids, as cuDNN needs it. For timing alone: the model's own
-    full attention always has ids, and batches with more than one segment would be wrong."""
-
-    def attend(q, k, v, *, segment_ids, causal):
-        del segment_ids
-        return full.attend(q, k, v, causal=causal, implementation="cudnn")
-
-    mechanism = dataclasses.replace(
-        get_mechanism("full"), attend=attend, options=(), work=None, attend_packed=None,
-        packed_work=None,
-    )
-    try:
-        register_mechanism(CUDNN_MODEL, mechanism)
-    except ValueError:
-        pass  # Registered by an earlier call in this process.
 
 
 def train_step_config(model_dim: int, layers: int, time: int, window: int, batch: int):
@@ -177,7 +159,7 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
     """A whole step (loss, gradients, optimizer) on one device, against full attention only.
 
     bfloat16. The sides: Bayesian soft; Bayesian hard by packed dispatch, its controllers set so
-    that about 10 % of the tokens are full; full attention only, as the model runs it, and by cuDNN.
+    that about 10 % of the tokens are full; full attention only, by blocks and by cuDNN.
     """
     config = train_step_config(**sizes)
     head = config.model.model_dim // config.model.num_heads
@@ -199,16 +181,14 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
         "Bayesian soft": step_of(spec, hypers, state),
         "Bayesian packed hard": step_of(dataclasses.replace(spec, packed=True), hypers, hardened),
     }
-    config.controller.name = "fixed"
+    config.controller.name, config.model.implementation = "fixed", "blockwise"
     alone, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     state = init_state(alone, jax.random.key(0), batch, hypers)
     calls["full-only"] = step_of(alone, hypers, state)
     if not refusal:
-        _register_cudnn()
-        model = alone.model.clone(mechanisms=(CUDNN_MODEL,), fixed=(CUDNN_MODEL,))
-        fused = dataclasses.replace(alone, model=model)
-        one = hypers.replace(routing=hypers.routing.replace(costs=jnp.ones(1)))
-        calls["full-only by cuDNN"] = step_of(fused, one, state)
+        config.model.implementation = "cudnn"
+        fused = build.build_spec(config, dataset)
+        calls["full-only by cuDNN"] = step_of(fused, hypers, state)
     seconds = per_call(calls, rounds)
     routes = " / ".join(f"{share:.0%}" for share in shares)
 

@@ -16,7 +16,7 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.config import read_stored
-from meta_attention_jax.controller.prior import prior_concentration
+from meta_attention_jax.controller.prior import make_prior
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import token_arrays
@@ -102,7 +102,7 @@ def run_page(run: Run) -> str:
     if routing.concentration is not None:
         if len(run.mechanisms) == 3:
             hypers = run.hypers.routing
-            prior = np.asarray(prior_concentration(run.config.prior.family, hypers))
+            prior = np.asarray(make_prior(run.config.prior.family, hypers).concentration)
             prior = prior / prior.sum()
             figures.append((
                 "Posteriors",

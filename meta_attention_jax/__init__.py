@@ -3,9 +3,16 @@
 from meta_attention_jax.controller import sample_dirichlet
 from meta_attention_jax.generation import Sampler, generate, greedy
 from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.mechanisms.registry import Mechanism, get_mechanism, register_mechanism
+from meta_attention_jax.mechanisms import Mechanism, get_mechanism, register_mechanism
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.types import Batch, Routing, RoutingHypers
+from meta_attention_jax.types import (
+    AttentionSpec,
+    Batch,
+    ModelConfig,
+    Router,
+    Routing,
+    RoutingHypers,
+)
 
 
 def __getattr__(name: str):
@@ -18,10 +25,13 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "AttentionSpec",
     "Batch",
     "LanguageModel",
     "Mechanism",
     "MetaAttention",
+    "ModelConfig",
+    "Router",
     "Routing",
     "RoutingHypers",
     "Sampler",

@@ -25,8 +25,8 @@ from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Field
-from meta_attention_jax.mechanisms.full import IMPLEMENTATIONS
 from meta_attention_jax.routing.gate import KINDS
+from meta_attention_jax.types import IMPLEMENTATIONS
 
 SCHEMA: dict[str, Field] = {
     "name": Field("base", "Title of tables and pictures.", array=True),

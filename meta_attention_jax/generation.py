@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from meta_attention_jax.mechanisms.decode import Cache
+from meta_attention_jax.mechanisms.cache import Cache
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
@@ -295,7 +295,7 @@ def generate(
             model, params, prompts, steps=steps, hypers=hypers, keys=keys, sampler=sampler,
             mode=mode, capacity=capacity,
         )
-    tokens, lengths = pad_prompts(prompts, model.vocab_size)
+    tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     steps = whole("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
@@ -315,9 +315,7 @@ def generate(
         keys = jax.random.split(jax.random.key(0), batch)
     if keys.shape != (batch,):
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
-    # Static arguments are hashed: a list that the model accepts must not stop here.
-    lists = dict(mechanisms=tuple(model.mechanisms), fixed=tuple(model.fixed))
-    model = model.clone(**lists, mode=model.mode if mode is None else mode)
+    model = model.clone(mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
     _, _, seen = decode_loop(
         model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Optional
 
 import flax.linen as nn
 import flax.struct
-from flax.linen.dtypes import promote_dtype
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
 from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.mechanisms.decode import Cache, init_cache
+from meta_attention_jax.mechanisms.cache import Cache, init_cache
 from meta_attention_jax.mechanisms.registry import check_decodes
 from meta_attention_jax.sharding import by_rows, gather
 from meta_attention_jax.types import (
-    MECHANISMS,
+    ModelConfig,
     Positions,
+    Router,
     Routing,
     RoutingHypers,
     SegmentIds,
@@ -54,85 +55,57 @@ class Norm(nn.RMSNorm):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Scannable over layers."""
 
-    make_attention: Callable[..., MetaAttention]
-    mlp_dim: int
-    num_layers: int
-    dtype: Optional[Any]
-    param_dtype: Any
+    config: ModelConfig
+    router: Router
+    mode: str
+    dispatch: str
 
+    @nn.compact
     def __call__(self, carry, route, segment_ids, positions, hypers, keys):
-        x, index = carry
+        """carry = (x, cache or None, index of the layer) -> (carry, routing)."""
+        config = self.config
+        x, cache, index = carry
         if keys is not None:
             fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
             keys = by_rows(fold, (0, None))(keys, index)
-
-        def attend(attention, normed):
-            return None, *attention.routed(
-                normed,
-                segment_ids=segment_ids,
-                positions=positions,
-                residual=x,
-                route=route,
-                hypers=hypers,
-                keys=keys,
-            )
-
-        _, x, routing = self._around(x, attend)
-        return (x, index + 1), routing
-
-    def prefill(self, carry, route, segment_ids, hypers):
-        """`__call__` over right-padded prompts with the cache in the carry: (cache, x, layer)."""
-        cache, x, index = carry
-
-        def attend(attention, normed):
-            return attention.prefill(
-                cache,
-                index,
-                normed,
-                segment_ids=segment_ids,
-                residual=x,
-                route=route,
-                hypers=hypers,
-            )
-
-        cache, x, routing = self._around(x, attend)
-        return (cache, x, index + 1), routing
-
-    def decode(self, carry, route, hypers):
-        """One more token per row, x `[batch, 1, model]`, with the cache in the carry."""
-        cache, x, index = carry
-
-        def attend(attention, normed):
-            return attention.decode(cache, index, normed, residual=x, route=route, hypers=hypers)
-
-        cache, x, routing = self._around(x, attend)
-        return (cache, x, index + 1), routing
-
-    @nn.compact
-    def _around(self, x, attend):
-        """Norms, residuals, MLP around attend(attention, normed) -> (cache, attended, routing)."""
-        norm = lambda name: Norm(  # noqa: E731
-            dtype=self.dtype, param_dtype=self.param_dtype, name=name
+        kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        # Residual branches start small, so that the stream's variance does not grow with depth.
+        small = 0.5 / config.num_layers
+        init = lambda scale: nn.initializers.variance_scaling(scale, "fan_in", "normal")  # noqa: E731
+        attention = MetaAttention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            spec=config.attention,
+            router=self.router,
+            rotary=True,
+            mode=self.mode,
+            dispatch=self.dispatch,
+            out_kernel_init=init(small),
+            name="attention",
+            **kinds,
         )
-        cache, attended, routing = attend(
-            self.make_attention(name="attention"), norm("attention_norm")(x)
+        attended, routing, cache = attention.routed(
+            Norm(name="attention_norm", **kinds)(x),
+            segment_ids=segment_ids,
+            positions=positions,
+            residual=x,
+            route=route,
+            hypers=hypers,
+            keys=keys,
+            cache=cache,
+            layer=index,
         )
         x = x + attended
         dense = lambda width, name, scale: nn.Dense(  # noqa: E731
-            width,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.variance_scaling(scale, "fan_in", "normal"),
-            name=name,
+            width, use_bias=False, kernel_init=init(scale), name=name, **kinds
         )
-        h = norm("mlp_norm")(x)
-        h = nn.silu(dense(self.mlp_dim, "gate", 1.0)(h)) * dense(self.mlp_dim, "up", 1.0)(h)
-        # Residual branches start small, so that the stream's variance does not grow with depth.
-        return cache, x + dense(x.shape[-1], "down", 0.5 / self.num_layers)(h), routing
+        h = Norm(name="mlp_norm", **kinds)(x)
+        width = config.mlp_width
+        h = nn.silu(dense(width, "gate", 1.0)(h)) * dense(width, "up", 1.0)(h)
+        return (x + dense(x.shape[-1], "down", small)(h), cache, index + 1), routing
 
 
-class Table(nn.Embed):
+class TiedEmbedding(nn.Embed):
     """The embedding, for the input and for the logits."""
 
     def whole(self) -> Float[Array, "vocab model"]:
@@ -144,131 +117,64 @@ class LanguageModel(nn.Module):
     """Predicts token t + 1 from tokens <= t.
 
     Attributes:
-      vocab_size: V.
-      model_dim: D.
-      num_layers: L.
-      mlp_dim: F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
-      fixed: with `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g.
-        ("local", "local", "full").
-      scan_layers: compile one layer and loop over L of them.
-      remat: recompute each layer in the backward pass.
+      config: what the model is.
+      mode, dispatch: of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same
+        parameters.
       shard_axis: the mesh axis over which parameters are split by `sharding.RULES`, where the model
         runs inside `shard_map`: every layer gathers its own and lets go of them. None: they are whole.
-
-    The other attributes are those of `MetaAttention`.
     """
 
-    vocab_size: int
-    model_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: Optional[int] = None
-    mlp_dim: Optional[int] = None
-    mechanisms: Sequence[str] = MECHANISMS
-    window: int = 128
-    implementation: str = "auto"
+    config: ModelConfig
     mode: str = "soft"
     dispatch: str = "auto"
-    controller: str = "bayesian"
-    controller_hidden: int = 64
-    prior: str = "cost_aware"
-    posterior: str = "mean_strength"
-    uncertainty: str = "entropy"
-    fixed: Sequence[str] = ("full",)
-    scan_layers: bool = False
-    remat: bool = False
     shard_axis: Optional[str] = None
-    dtype: Optional[Any] = None
-    param_dtype: Any = jnp.float32
 
     def setup(self):
-        if self.num_layers <= 0:
-            raise ValueError(f"num_layers: expected a positive number, got {self.num_layers}.")
-        pattern = [self.fixed[i % len(self.fixed)] for i in range(self.num_layers)]
-        if self.scan_layers and self.controller == "fixed" and len(set(pattern)) > 1:
+        config = self.config
+        if config.num_layers <= 0:
+            raise ValueError(f"num_layers: expected a positive number, got {config.num_layers}.")
+        routers = [config.router.of_layer(i) for i in range(config.num_layers)]
+        if config.scan_layers and config.router.is_fixed and len(set(routers)) > 1:
             raise ValueError(
                 "scan_layers: expected False with a fixed pattern, since scanned layers are alike, "
-                f"got True with fixed = {tuple(self.fixed)}."
+                f"got True with fixed = {config.router.fixed}."
             )
-        table, block = Table, Block
+        table, block = TiedEmbedding, Block
         if self.shard_axis is not None:
-            whole = functools.partial(gather, axis_name=self.shard_axis, dtype=self.dtype)
+            whole = functools.partial(gather, axis_name=self.shard_axis, dtype=config.dtype)
             table = nn.map_variables(table, "params", trans_in_fn=whole, methods=["whole"])
             # Inside remat: the backward pass gathers anew, so that no layer stays whole meanwhile.
-            methods = ["__call__", "prefill", "decode"]
-            block = nn.map_variables(block, "params", trans_in_fn=whole, methods=methods)
+            block = nn.map_variables(block, "params", trans_in_fn=whole)
+        kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         self.embedding = table(
-            self.vocab_size,
-            self.model_dim,
-            embedding_init=nn.initializers.normal(self.model_dim**-0.5),
-            param_dtype=self.param_dtype,
-            dtype=self.dtype,
+            config.vocab_size,
+            config.model_dim,
+            embedding_init=nn.initializers.normal(config.model_dim**-0.5),
+            **kinds,
         )
-        if self.remat:
-            block = nn.remat(block, prevent_cse=not self.scan_layers)
-        if self.scan_layers:
+        if config.remat:
+            block = nn.remat(block, prevent_cse=not config.scan_layers)
+        if config.scan_layers:
             block = nn.scan(
                 block,
-                methods={
-                    # Of the arguments after the carry, the route alone differs by layer.
-                    method: dict(
-                        variable_axes={"params": 0, "intermediates": 0},
-                        split_rngs={"params": True},
-                        in_axes=(0, *[nn.broadcast] * shared),
-                        length=self.num_layers,
-                    )
-                    for method, shared in (("__call__", 4), ("prefill", 2), ("decode", 1))
-                },
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True},
+                # Of the arguments after the carry, the route alone differs by layer.
+                in_axes=(0, *[nn.broadcast] * 4),
+                length=config.num_layers,
             )
-            self.layers = self._block(block, pattern[0], "layers")
+        make = functools.partial(block, config=config, mode=self.mode, dispatch=self.dispatch)
+        if config.scan_layers:
+            self.layers = make(router=routers[0], name="layers")
         else:
-            self.blocks = [
-                self._block(block, name, f"layer_{i}") for i, name in enumerate(pattern)
-            ]
-        self.final_norm = Norm(dtype=self.dtype, param_dtype=self.param_dtype)
-
-    def _block(self, block: type[nn.Module], fixed: str, name: str) -> nn.Module:
-        make_attention = functools.partial(
-            MetaAttention,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            mechanisms=tuple(self.mechanisms),
-            window=self.window,
-            rotary=True,
-            implementation=self.implementation,
-            mode=self.mode,
-            dispatch=self.dispatch,
-            controller=self.controller,
-            controller_hidden=self.controller_hidden,
-            prior=self.prior,
-            posterior=self.posterior,
-            uncertainty=self.uncertainty,
-            fixed=fixed,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            out_kernel_init=nn.initializers.variance_scaling(
-                0.5 / self.num_layers, "fan_in", "normal"
-            ),
-        )
-        return block(
-            make_attention=make_attention,
-            mlp_dim=self.mlp_width,
-            num_layers=self.num_layers,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )
-
-    @property
-    def mlp_width(self) -> int:
-        """F, resolved."""
-        return self.mlp_dim or -(-self.model_dim * 8 // 3 // 32) * 32
+            self.blocks = [make(router=one, name=f"layer_{i}") for i, one in enumerate(routers)]
+        self.final_norm = Norm(**kinds)
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
         """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""
         take = by_rows(lambda tokens, table: jnp.take(table, tokens, axis=0), (0, None))
         x = take(tokens, self._table())
-        return x * jnp.asarray(self.model_dim**0.5, x.dtype)
+        return x * jnp.asarray(self.config.model_dim**0.5, x.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"], **kwargs: Any) -> Output:
         """Logits and routing of `tokens`; keyword arguments are those of `from_embeddings`."""
@@ -300,9 +206,7 @@ class LanguageModel(nn.Module):
         if positions is None:
             positions = by_rows(positions_in_segment, (0,))(segment_ids)
         route = self._layer_routes(route, (batch, time))
-        (x, _), routing = self._blocks(
-            "__call__", (x, jnp.int32(0)), route, segment_ids, positions, hypers, keys
-        )
+        x, routing, _ = self._blocks(x, None, route, segment_ids, positions, hypers, keys)
         return Output(logits=self._logits(x), routing=routing)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
@@ -311,14 +215,15 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: a size below 1; a mechanism that cannot decode.
         """
-        check_decodes(self.mechanisms)
+        config = self.config
+        check_decodes(config.router.mechanisms)
         return init_cache(
-            layers=self.num_layers,
+            layers=config.num_layers,
             batch=batch,
             capacity=capacity,
-            kv_heads=self.num_kv_heads or self.num_heads,
-            dim=self.model_dim // self.num_heads,
-            dtype=self.dtype or self.param_dtype,
+            kv_heads=config.kv_heads,
+            dim=config.head_dim,
+            dtype=config.dtype or config.param_dtype,
         )
 
     def prefill(
@@ -350,8 +255,9 @@ class LanguageModel(nn.Module):
             raise ValueError(f"lengths: expected shape {tokens.shape[:1]}, got {lengths.shape}.")
         segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         route = self._layer_routes(route, tokens.shape)
-        carry = (cache, self.embed(tokens), jnp.int32(0))
-        (cache, x, _), routing = self._blocks("prefill", carry, route, segment_ids, hypers)
+        x, routing, cache = self._blocks(
+            self.embed(tokens), cache, route, segment_ids, None, hypers, None
+        )
         # The head sees one token per row: logits of long prompts would outweigh the cache.
         last = by_rows(
             lambda x, lengths: jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1), (0, 0)
@@ -380,39 +286,43 @@ class LanguageModel(nn.Module):
         """
         route = None if route is None else route[..., None]
         route = self._layer_routes(route, (*token.shape, 1))
-        carry = (cache, self.embed(token[:, None]), jnp.int32(0))
-        (cache, x, _), routing = self._blocks("decode", carry, route, hypers)
+        x, routing, cache = self._blocks(
+            self.embed(token[:, None]), cache, route, None, None, hypers, None
+        )
         routing = jax.tree.map(lambda leaf: leaf[:, :, 0], routing)
         return cache, StepOutput(logits=self._logits(x)[:, 0], routing=routing)
 
-    def _blocks(self, method: str, carry: Any, route: Any, *shared: Any) -> tuple[Any, Routing]:
-        """Runs a method of all blocks in turn; the routing is stacked [layer ...]."""
-        if self.scan_layers:
-            return getattr(self.layers, method)(carry, route, *shared)
+    def _blocks(
+        self, x: Any, cache: Optional[Cache], route: Any, *shared: Any
+    ) -> tuple[Float[Array, "batch time model"], Routing, Optional[Cache]]:
+        """All blocks in turn; the routing is stacked [layer ...]."""
+        carry = (x, cache, jnp.int32(0))
+        if self.config.scan_layers:
+            (x, cache, _), routing = self.layers(carry, route, *shared)
+            return x, routing, cache
         routings = []
         for i, block in enumerate(self.blocks):
-            chosen = None if route is None else route[i]
-            carry, routing = getattr(block, method)(carry, chosen, *shared)
+            carry, routing = block(carry, None if route is None else route[i], *shared)
             routings.append(routing)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+        return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings), carry[1]
 
     def _layer_routes(
         self, route: Optional[Int[Array, "..."]], shape: tuple[int, int]
     ) -> Optional[Int[Array, "layer batch time"]]:
         """A forced route for every layer."""
         if route is not None and route.ndim == 2:
-            route = jnp.broadcast_to(route[None], (self.num_layers, *route.shape))
-        if route is not None and route.shape != (self.num_layers, *shape):
+            route = jnp.broadcast_to(route[None], (self.config.num_layers, *route.shape))
+        if route is not None and route.shape != (self.config.num_layers, *shape):
             raise ValueError(
-                f"route: expected shape {shape} or {(self.num_layers, *shape)}, got {route.shape}."
+                f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}."
             )
         return route
 
     def _table(self) -> Float[Array, "vocab model"]:
         """The embedding, in the dtype of the computation."""
-        return promote_dtype(self.embedding.whole(), dtype=self.dtype, inexact=False)[0]
+        return promote_dtype(self.embedding.whole(), dtype=self.config.dtype, inexact=False)[0]
 
     def _logits(self, x: Float[Array, "batch time model"]) -> Float[Array, "batch time vocab"]:
-        x, table = promote_dtype(self.final_norm(x), self._table(), dtype=self.dtype)
+        x, table = promote_dtype(self.final_norm(x), self._table(), dtype=self.config.dtype)
         # Accumulated and kept in float32: a cross-entropy of bfloat16 logits loses digits.
         return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

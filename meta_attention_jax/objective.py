@@ -97,7 +97,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
         nll=jnp.sum(nll),
         num_bytes=jnp.sum(batch.num_bytes.astype(jnp.float32) * mask),
         kl=per_layer(routing.kl),
-        penalty=per_layer(routing.kl if routing.penalty is None else routing.penalty),
+        penalty=per_layer(routing.penalty),
         entropy=per_layer(categorical_entropy(routing.mean)),
         uncertainty=per_layer(routing.uncertainty),
         hard=per_layer(routing.hard),

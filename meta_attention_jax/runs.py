@@ -32,7 +32,7 @@ from meta_attention_jax.files import local, run_directory
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import flatten_scalars
-from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build

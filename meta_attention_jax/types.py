@@ -20,7 +20,8 @@ change nothing.
 
 from __future__ import annotations
 
-from typing import Optional
+import dataclasses
+from typing import Any, NamedTuple, Optional
 
 import flax.struct
 import jax
@@ -42,6 +43,156 @@ MECHANISMS = ("full", "linear", "local")
 """Default order of the mechanism axis."""
 
 
+IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
+"""Of full attention; see `mechanisms.full`."""
+
+SEGMENTS = ("any", "padded", "one")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """Who may attend to whom, and by which program; static, and handed on whole.
+
+    Attributes:
+      causal: s <= t; False lets every token see both sides.
+      window: w of mechanisms that have one, in tokens, the token itself included.
+      sinks: first tokens of its segment that a windowed token sees besides its window.
+      implementation: of full attention on all tokens, one of IMPLEMENTATIONS.
+      segments: what the caller promises of `segment_ids`: nothing ("any"), one segment with padding
+        behind it alone ("padded"), or one segment without padding ("one"). Kernels without ids can
+        serve the last two; a promise that is broken gives wrong results.
+
+    Raises:
+      ValueError: a field that cannot be.
+    """
+
+    causal: bool = True
+    window: Optional[int] = None
+    sinks: int = 0
+    implementation: str = "auto"
+    segments: str = "any"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1, got {self.window}.")
+        if self.sinks < 0:
+            raise ValueError(f"sinks: expected a number >= 0, got {self.sinks}.")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
+                f"got {self.implementation!r}."
+            )
+        if self.segments not in SEGMENTS:
+            raise ValueError(f"segments: expected one of {SEGMENTS}, got {self.segments!r}.")
+
+    @property
+    def width(self) -> int:
+        """w, for what needs one; raises ValueError where there is none."""
+        if self.window is None:
+            raise ValueError("window: expected a positive integer for this mechanism, got None.")
+        return self.window
+
+
+class Reach(NamedTuple):
+    """Which keys a query of a mechanism may see, its segment and the direction aside.
+
+    Attributes:
+      window: keys to one side, the token itself included; None for no bound.
+      sinks: first tokens of its segment that it sees besides.
+    """
+
+    window: Optional[int] = None
+    sinks: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """Which mechanisms there are, and who chooses among them; static, and handed on whole.
+
+    Attributes:
+      mechanisms: names on the mechanism axis, in order.
+      controller: one of `controller.CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
+      hidden: width of the controller's hidden layer.
+      prior: form of the prior, one of `controller.PRIORS`.
+      posterior: "mean_strength" or "additive".
+      uncertainty: measure of u_t, one of `controller.MEASURES`.
+      fixed: with `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g.
+        ("local", "local", "full"); a layer alone takes the first. The others are not computed.
+    """
+
+    mechanisms: tuple[str, ...] = MECHANISMS
+    controller: str = "bayesian"
+    hidden: int = 64
+    prior: str = "cost_aware"
+    posterior: str = "mean_strength"
+    uncertainty: str = "entropy"
+    fixed: tuple[str, ...] = ("full",)
+
+    def __post_init__(self) -> None:
+        # Static arguments are hashed, and JSON has lists alone.
+        for name in ("mechanisms", "fixed"):
+            given = getattr(self, name)
+            given = (given,) if isinstance(given, str) else tuple(given)
+            object.__setattr__(self, name, given)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every token of a layer uses one mechanism, known before any data."""
+        return self.controller == "fixed"
+
+    def of_layer(self, index: int) -> Router:
+        """The router of layer `index`."""
+        return dataclasses.replace(self, fixed=(self.fixed[index % len(self.fixed)],))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What a language model is; static, and handed on whole.
+
+    Attributes:
+      vocab_size: V.
+      model_dim: D.
+      num_layers: L.
+      num_heads: H.
+      num_kv_heads: G, a divisor of H; None for H.
+      mlp_dim: F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
+      attention: who may attend to whom.
+      router: who chooses.
+      scan_layers: compile one layer and loop over L of them.
+      remat: recompute each layer in the backward pass.
+      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
+      param_dtype: of the parameters.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: Optional[int] = None
+    mlp_dim: Optional[int] = None
+    attention: AttentionSpec = AttentionSpec(window=128)
+    router: Router = Router()
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Optional[Any] = None
+    param_dtype: Any = jnp.float32
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """d = D / H."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F."""
+        return self.mlp_dim or -(-self.model_dim * 8 // 3 // 32) * 32
+
+
 @flax.struct.dataclass
 class Routing:
     """What a controller says about every token, and what the layer did with it.
@@ -51,7 +202,7 @@ class Routing:
       weights: the pi_t that mixes the soft output: a reparameterised sample in training, else `mean`.
       uncertainty: u_t in [0, 1], by the configured measure.
       kl: KL(q_t || p) in nats; zero for controllers without a prior.
-      penalty: what the objective adds of this token and layer, times beta; None is the KL.
+      penalty: what the objective adds of this token and layer, times beta; mostly the KL.
       concentration: alpha_t of the Dirichlet posterior; None for controllers without one.
       route: k*_t, the mechanism a hard token uses; argmax of `mean` unless forced. Set by the layer.
       hard: whether token t used one mechanism only. Set by the layer.
@@ -61,7 +212,7 @@ class Routing:
     weights: Weights
     uncertainty: Float[Array, "batch time"]
     kl: Float[Array, "batch time"]
-    penalty: Optional[Float[Array, "batch time"]] = None
+    penalty: Float[Array, "batch time"]
     concentration: Optional[Weights] = None
     route: Optional[Route] = None
     hard: Optional[Bool[Array, "batch time"]] = None

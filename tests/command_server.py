@@ -12,8 +12,8 @@ import sys
 
 import experiments.common  # noqa: F401
 import meta_attention_jax.analysis  # noqa: F401
-import meta_attention_jax.training.loop  # noqa: F401
 import meta_attention_jax.runs  # noqa: F401
+import meta_attention_jax.training.loop  # noqa: F401
 
 for line in sys.stdin:
     request = json.loads(line)

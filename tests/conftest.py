@@ -1,6 +1,9 @@
 """Strictness for every test: no silent rank promotion, no warnings, no progress bars."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,7 +11,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # (fusions, buffers, collectives) stays as it is.
 given = os.environ.get("XLA_FLAGS", "")
 if "--xla_backend_optimization_level" not in given:
-    os.environ["XLA_FLAGS"] = f"{given} --xla_backend_optimization_level=0".strip()
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{given} {quick}".strip()
+
+# Many tests train the same small runs: what one has compiled, the others read, in every worker and in
+# the commands that they start. The process that made the folder removes it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="meta-attention-compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import jax  # noqa: E402
 

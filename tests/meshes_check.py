@@ -18,10 +18,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from meta_attention_jax.analysis import hlo
 from meta_attention_jax.generation import generate
-from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.types import RoutingHypers
+from tests import making
 from tests.close import distance
 
 ROWS, TIME, WIDTH, VOCAB = 8, 40, 16, 32
@@ -45,17 +44,17 @@ def parameters(init, *arguments):
 
 def of_layer(**fields):
     """function(what all rows share, rows) and its arguments."""
-    module = MetaAttention(num_heads=4, num_kv_heads=2, window=8, rotary=True, **fields)
+    module = making.layer(num_heads=4, num_kv_heads=2, window=8, rotary=True, **fields)
 
     def function(params, rows):
-        out, routing = module.apply(params, rows["x"], segment_ids=rows.get("ids"), method="routed")
+        out, routing, _ = module.apply(params, rows["x"], segment_ids=rows.get("ids"), method="routed")
         return out, routing.kl
 
     return function, parameters(module.init, X), {"x": X}
 
 
 def of_model(**fields):
-    module = LanguageModel(vocab_size=VOCAB, model_dim=WIDTH, num_heads=2, window=8, **fields)
+    module = making.model(vocab_size=VOCAB, model_dim=WIDTH, num_heads=2, window=8, **fields)
 
     def function(shared, rows):
         output = module.apply(

@@ -9,26 +9,31 @@ from __future__ import annotations
 import numpy as np
 
 
-def allowed_pairs(segment_ids: np.ndarray, *, causal: bool, window: int | None) -> np.ndarray:
+def allowed_pairs(
+    segment_ids: np.ndarray, *, causal: bool, window: int | None, sinks: int = 0
+) -> np.ndarray:
     """[B, T, T] table; pair by pair, as in the definition."""
     batch, time = segment_ids.shape
     table = np.zeros((batch, time, time), bool)
     for t in range(time):
         for s in range(time):
             near = window is None or abs(t - s) < window
-            if near and (s <= t or not causal):
-                table[:, t, s] = (segment_ids[:, t] == segment_ids[:, s]) & (segment_ids[:, t] != 0)
+            if s <= t or not causal:
+                # A sink has fewer than `sinks` tokens of its segment before it.
+                sink = np.array([np.sum(row[:s] == row[s]) < sinks for row in segment_ids])
+                same = (segment_ids[:, t] == segment_ids[:, s]) & (segment_ids[:, t] != 0)
+                table[:, t, s] = same & (near | sink)
     return table
 
 
-def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None):
+def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None, sinks=0):
     """softmax(q . k / sqrt(d)) v over the allowed pairs.
 
     Returns:
       (out, dq, dk, dv), the gradients those of sum(out * cotangent); [B, T, heads, d] each.
     """
     q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
-    allowed = allowed_pairs(segment_ids, causal=causal, window=window)
+    allowed = allowed_pairs(segment_ids, causal=causal, window=window, sinks=sinks)
     group, scale = q.shape[2] // k.shape[2], 1 / np.sqrt(q.shape[3])
     out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b in range(q.shape[0]):

@@ -19,7 +19,7 @@ from tests.test_commands import SMOKE, check_mistake, check_success, command  # 
 def test_every_arm_is_a_config_that_builds(arm):
     config = arms.configured(smoke.get_config(), arm, **{"prior.strength": 3.0})
     build.check(config)
-    model = build.build_model(config, 10)
+    model = build.build_model(config, 10).config.router
     if arm.endswith("@soft"):
         assert config.gate.kind == "none" and model.controller in CONTROLLERS
     elif arm in arms.NAMED:

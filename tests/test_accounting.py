@@ -14,23 +14,34 @@ import pytest
 
 from configs import smoke
 from meta_attention_jax import cost
-from meta_attention_jax.cost import account, count_attention
+from meta_attention_jax.kernels import select
 from meta_attention_jax.mechanisms import full, linear, local, registry
+from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.loop import prepare
 from meta_attention_jax.training.step import init_state
+from meta_attention_jax.types import AttentionSpec, Reach
+from tests import making
 
 NAMES = ("full", "linear", "local")
 FULL, LINEAR, LOCAL = range(3)
 BATCH, TIME, HEADS, KV_HEADS, DIM, WINDOW = 3, 200, 4, 2, 8, 20
 SHAPE = dict(
-    mechanisms=NAMES, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, window=WINDOW
+    vocab_size=1, num_layers=1, model_dim=HEADS * DIM, mechanisms=NAMES, num_heads=HEADS,
+    num_kv_heads=KV_HEADS, window=WINDOW,
 )
-counted = jax.jit(functools.partial(count_attention, **SHAPE))
-bidirectional = jax.jit(functools.partial(count_attention, causal=False, **SHAPE))
+SPEC = AttentionSpec(window=WINDOW)
+
+
+def count(route, segment_ids=None, **fields):
+    return count_attention(jnp.asarray(route), making.config(**SHAPE | fields), segment_ids=segment_ids)
+
+
+counted = jax.jit(count)
+bidirectional = jax.jit(functools.partial(count, causal=False))
 
 
 def abstract(time=TIME, heads=HEADS, batch=BATCH):
@@ -70,15 +81,15 @@ def enumerate_tiles(chosen, segments, *, causal, window, block, tile):
 def enumerated(route, segments, causal):
     """(FLOPs, bytes) of packed dispatch, totals."""
     flops = traffic = 0
-    for index, window, module in ((FULL, None, full), (LOCAL, WINDOW, local)):
-        block, tile = module.PACKED_BLOCK, min(module.PACKED_TILE, TIME)
+    for index, window in ((FULL, None), (LOCAL, WINDOW)):
+        block, tile = select.portable_sizes(TIME, Reach(window))
         blocks, tiles, rows = enumerate_tiles(
             route == index, segments, causal=causal, window=window, block=block, tile=tile
         )
         flops += 4 * DIM * HEADS * tiles * block * tile
         traffic += 4 * DIM * (tiles * tile * 2 * KV_HEADS + (blocks * block + rows) * HEADS)
     if (route == LINEAR).any():
-        whole = linear.count_work(abstract(), abstract(heads=KV_HEADS), causal=causal)
+        whole = linear.count_work(abstract(), abstract(heads=KV_HEADS), AttentionSpec(causal=causal))
         flops, traffic = flops + whole.flops, traffic + whole.bytes
     return flops, traffic
 
@@ -86,11 +97,11 @@ def enumerated(route, segments, causal):
 @pytest.mark.smoke
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_counts_are_those_of_enumerated_tiles(causal):
-    count = counted if causal else bidirectional
+    counts = counted if causal else bidirectional
     for seed in range(5):
         rng = np.random.default_rng(seed)
         route, segments = random_route(rng), random_segments(rng)
-        got = count(route, segment_ids=segments)
+        got = counts(route, segment_ids=segments)
         flops, traffic = enumerated(route, segments, causal)
         assert float(got.flops.executed_packed) == pytest.approx(flops, rel=1e-5)
         assert float(got.bytes.executed_packed) == pytest.approx(traffic, rel=1e-5)
@@ -116,8 +127,9 @@ def products(jaxpr, times=1):
 @pytest.mark.parametrize("time, heads", [(200, 4), (64, 2), (10, 2), (1000, 6)])
 def test_linear_work_is_that_of_the_traced_program(time, heads, causal):
     q, k = abstract(time, heads), abstract(time, 2)
-    traced = jax.make_jaxpr(functools.partial(linear.attend, causal=causal))(q, k, k)
-    assert linear.count_work(q, k, causal=causal).flops == products(traced.jaxpr)
+    spec = AttentionSpec(causal=causal)
+    traced = jax.make_jaxpr(functools.partial(linear.attend, spec=spec))(q, k, k)
+    assert linear.count_work(q, k, spec).flops == products(traced.jaxpr)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -125,9 +137,10 @@ def test_linear_work_is_that_of_the_traced_program(time, heads, causal):
 def test_dense_tiles_are_those_of_a_walk_over_blocks(time, causal):
     """Edge e = ceil(T / ceil(T / block)); a tile is visited unless all its pairs are too far."""
     q, k = abstract(time), abstract(time, KV_HEADS)
-    spans = [(local.BLOCK, WINDOW, local.count_work(q, k, causal=causal, window=WINDOW))]
+    spec = AttentionSpec(causal=causal, window=WINDOW)
+    spans = [(local.BLOCK, WINDOW, local.count_work(q, k, spec))]
     if time >= full.BLOCKWISE_TIME:
-        spans.append((256, time, full.count_work(q, k, causal=causal)))
+        spans.append((256, time, full.count_work(q, k, spec)))
     for block, window, got in spans:
         count = -(-time // block)
         edge = -(-time // count)
@@ -142,8 +155,8 @@ def test_dense_tiles_are_those_of_a_walk_over_blocks(time, causal):
 
 def test_a_square_is_all_pairs():
     q, k = abstract(60), abstract(60, KV_HEADS)
-    assert full.count_work(q, k).flops == 4 * DIM * HEADS * BATCH * 60 * 60
-    assert full.count_work(q, k).bytes == 4 * DIM * BATCH * 60 * 2 * (HEADS + KV_HEADS)
+    assert full.count_work(q, k, SPEC).flops == 4 * DIM * HEADS * BATCH * 60 * 60
+    assert full.count_work(q, k, SPEC).bytes == 4 * DIM * BATCH * 60 * 2 * (HEADS + KV_HEADS)
 
 
 @pytest.mark.smoke
@@ -152,10 +165,9 @@ def test_what_nobody_asks_for_costs_nothing():
     q, k = abstract(), abstract(heads=KV_HEADS)
     for route in (LINEAR, LOCAL, FULL):
         got = counted(ones * route)
-        own = registry.get_mechanism(NAMES[route]).flops(TIME, DIM, window=WINDOW)
+        own = registry.get_mechanism(NAMES[route]).flops(TIME, DIM, SPEC)
         assert float(got.flops.projected) == pytest.approx(BATCH * HEADS * own)
-        whole = [m.count_work(q, k, **o) for m, o in
-                 ((full, {}), (linear, {}), (local, {"window": WINDOW}))]
+        whole = [m.count_work(q, k, SPEC) for m in (full, linear, local)]
         for kind, side in enumerate((got.flops, got.bytes)):
             assert float(side.full_only) == pytest.approx(whole[FULL][kind])
             assert float(side.executed_dense) == pytest.approx(sum(w[kind] for w in whole))
@@ -165,18 +177,19 @@ def test_what_nobody_asks_for_costs_nothing():
     assert padded.flops.executed_packed == padded.bytes.executed_packed == 0.0
     one = ones * LINEAR
     one[1, 150] = FULL
-    tiles = -(-151 // full.PACKED_TILE)
+    block, tile = select.portable_sizes(TIME, Reach())
+    tiles = -(-151 // tile)
     more = counted(one).flops.executed_packed - counted(ones * LINEAR).flops.executed_packed
-    assert float(more) == 4 * DIM * HEADS * full.PACKED_BLOCK * full.PACKED_TILE * tiles
+    assert float(more) == 4 * DIM * HEADS * block * tile * tiles
 
 
 @pytest.mark.parametrize("time", [64, 1000])
 def test_all_full_is_between_the_causal_floor_and_a_tile_and_a_block_more(time):
-    got = account(jnp.zeros((2, time), jnp.int32), **SHAPE).flops
+    got = count(jnp.zeros((2, time), jnp.int32)).per_token().flops
     unit = 4 * DIM * HEADS
     floor = unit * (time + 1) / 2
-    rim = full.PACKED_BLOCK + full.PACKED_TILE
-    filled = -(-time // full.PACKED_BLOCK) * full.PACKED_BLOCK
+    block, tile = select.portable_sizes(time, Reach())
+    rim, filled = block + tile, -(-time // block) * block
     assert floor * (1 - 1e-6) <= got.executed_packed <= (floor + unit * rim) * filled / time
     assert float(got.projected) == pytest.approx(floor)
 
@@ -199,14 +212,13 @@ def test_work_grows_with_the_tokens_that_ask_for_it():
 
 
 def test_a_mechanism_without_a_packed_form_runs_on_all_tokens_or_not_at_all(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    flops = lambda time, dim, *, causal=True, window=None: 6.0 * time * dim  # noqa: E731
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    flops = lambda time, dim, spec: 6.0 * time * dim  # noqa: E731
     registry.register_mechanism("mine", registry.Mechanism(full.attend, flops))
-    shape = {**SHAPE, "mechanisms": ("local", "mine")}
     route = np.zeros((BATCH, TIME), np.int32)
-    without = count_attention(jnp.asarray(route), **shape)
+    without = count(route, mechanisms=("local", "mine"))
     route[0, -1] = 1
-    used = count_attention(jnp.asarray(route), **shape)
+    used = count(route, mechanisms=("local", "mine"))
     whole = 6 * DIM * HEADS * BATCH * TIME
     # The last token but one reaches as far back and into the same tile: no packed work less.
     more = used.flops.executed_packed - without.flops.executed_packed
@@ -217,8 +229,8 @@ def test_a_mechanism_without_a_packed_form_runs_on_all_tokens_or_not_at_all(monk
 
 def test_a_fixed_layer_pays_for_its_own_mechanism_only():
     route = jnp.full((BATCH, TIME), LOCAL)
-    got = count_attention(route, fixed=True, **SHAPE).flops
-    own = local.count_work(abstract(), abstract(heads=KV_HEADS), window=WINDOW).flops
+    got = count(route, controller="fixed", fixed="local").flops
+    own = local.count_work(abstract(), abstract(heads=KV_HEADS), SPEC).flops
     assert got.executed_packed == got.executed_dense == own
 
 
@@ -233,7 +245,7 @@ def test_a_fixed_layer_pays_for_its_own_mechanism_only():
 )
 def test_arguments_that_do_not_fit_are_one_sentence(route, changes, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        count_attention(jnp.zeros(route, jnp.int32), **SHAPE | changes)
+        count(jnp.zeros(route, jnp.int32), **changes)
     assert "\n" not in str(error.value)
 
 
@@ -338,7 +350,7 @@ def test_measured_costs_need_a_run_directory_and_a_config_that_holds(timer, tmp_
         with pytest.raises(ValueError, match="^prior.costs: expected .* without a run directory"):
             call(config())
     with pytest.raises(ValueError, match="^costs: expected .* without a run directory"):
-        cost.resolve_costs("measured", NAMES, time=8, dim=8, window=2)
+        cost.resolve_costs("measured", NAMES, time=8, dim=8, spec=SPEC)
     for change in ({"prior.strength": 0.0}, {"model.window": 0}, {"data.batch_size": 0}):
         with pytest.raises(ValueError):
             prepare(config(**change), tmp_path / "run")

@@ -11,14 +11,14 @@ import pytest
 from scipy import stats
 
 from configs import smoke
-from meta_attention_jax.controller import CONTROLLERS, make_controller, preference_mean
+from meta_attention_jax.controller import CONTROLLERS, cost_aware, make_controller
 from meta_attention_jax.objective import apply_sums, objective
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import init_state, routing_hypers
-from meta_attention_jax.types import RoutingHypers
+from meta_attention_jax.types import Router, RoutingHypers
 from tests.close import assert_close
 
 B, T, D, K = 3, 8, 6, 3
@@ -37,7 +37,7 @@ SEGMENTS = jnp.asarray(np.arange(T)[None] < np.array([[8], [5], [3]]), jnp.int32
 
 def call(name, params=None, x=None, keys=None, hypers=HYPERS):
     """(routing, parameters); random parameters unless given."""
-    module = make_controller(name, num_mechanisms=K, hidden=8)
+    module = make_controller(Router(controller=name, hidden=8, posterior="additive"))
     x = jax.random.normal(jax.random.key(0), (B, T, D)) if x is None else x
     given = dict(
         residual=x, positions=jnp.tile(jnp.arange(T)[None], (B, 1)), segment_ids=SEGMENTS,
@@ -74,12 +74,12 @@ def test_routing_is_on_the_simplex_and_depends_on_its_own_token_alone(name):
 @pytest.mark.parametrize("name", LEARNED)
 def test_starts_from_what_it_knows(name):
     """W_2 = 0: the prior mean where there is a prior, else all alike."""
-    module = make_controller(name, num_mechanisms=K, hidden=8, posterior="mean_strength")
+    module = make_controller(Router(controller=name, hidden=8))
     x = jax.random.normal(jax.random.key(0), (B, T, D))
     given = dict(residual=x, positions=jnp.zeros((B, T), jnp.int32), segment_ids=SEGMENTS,
                  hypers=HYPERS)
     routing = module.apply(module.init(jax.random.key(1), x, **given), x, **given)
-    prior = preference_mean(HYPERS.costs, HYPERS.preference)
+    prior = cost_aware(HYPERS).mean
     expected = prior if name in ("bayesian", "bayesian_mean", "softmax_kl") else np.full(K, 1 / K)
     assert_close(routing.mean, np.broadcast_to(expected, (B, T, K)))
     assert np.max(np.abs(routing.kl)) < 1e-5
@@ -88,10 +88,11 @@ def test_starts_from_what_it_knows(name):
 def test_softmax_kl_is_the_categorical_kl_to_the_prior_mean():
     routing, _ = call("softmax_kl")
     mean = np.float64(routing.mean)
-    prior = np.float64(preference_mean(HYPERS.costs, HYPERS.preference))
+    prior = np.float64(cost_aware(HYPERS).mean)
     expected = stats.entropy(mean, np.broadcast_to(prior, mean.shape), axis=-1)
     assert_close(routing.kl, expected)
-    assert routing.penalty is None and routing.concentration is None
+    assert routing.concentration is None
+    np.testing.assert_array_equal(routing.penalty, routing.kl)
     stronger = call("softmax_kl", hypers=HYPERS.replace(strength=jnp.float32(50.0)))[0]
     assert_close(stronger.mean, routing.mean)
 
@@ -216,7 +217,7 @@ def test_the_objective_adds_the_penalty_times_beta(name):
     if name == "softmax":
         expected = 0.0 * mask
     elif name == "softmax_kl":
-        prior = np.float64(preference_mean(routing.costs, routing.preference))
+        prior = np.float64(cost_aware(routing).mean)
         expected = stats.entropy(mean, np.broadcast_to(prior, mean.shape), axis=-1)
     elif name == "cost_penalty":
         expected = mean @ COSTS - 0.1 * stats.entropy(mean, axis=-1)

@@ -11,7 +11,7 @@ from scipy import stats
 from meta_attention_jax import controller as room
 from meta_attention_jax.controller import make_controller
 from meta_attention_jax.controller.uncertainty import MEASURES, uncertainty
-from meta_attention_jax.types import RoutingHypers
+from meta_attention_jax.types import Router, RoutingHypers
 from tests.close import assert_close
 
 B, T, D, K = 2, 6, 8, 3
@@ -19,7 +19,7 @@ ARMS = {
     "additive": ("bayesian", {"posterior": "additive"}),
     "mean_strength": ("bayesian", {"posterior": "mean_strength"}),
     "softmax": ("softmax", {}),
-    "fixed": ("fixed", {"fixed": 2}),
+    "fixed": ("fixed", {"fixed": "local"}),
 }
 LEARNED = ("additive", "mean_strength", "softmax")
 
@@ -50,7 +50,8 @@ def inputs(seed=0):
 def build(arm, perturb=True, **fields):
     """(jitted apply, params) of an arm; `perturb` moves the zero-initialised output layer."""
     name, own = ARMS[arm]
-    module = make_controller(name, num_mechanisms=K, hidden=16, **own, **fields)
+    dtype = fields.pop("dtype", jnp.float32)
+    module = make_controller(Router(controller=name, hidden=16, **own, **fields), dtype=dtype)
 
     @jax.jit
     def apply(params, x, **kwargs):
@@ -123,7 +124,7 @@ def test_evidence_lowers_epistemic_uncertainty_and_not_the_total():
 
 @pytest.mark.parametrize("measure", ["mutual_information", "vacuity"])
 def test_prior_free_controllers_have_total_uncertainty_only(measure):
-    module = make_controller("softmax", num_mechanisms=K, uncertainty=measure)
+    module = make_controller(Router(controller="softmax", uncertainty=measure))
     with pytest.raises(ValueError, match=f"expected 'entropy' .* got '{measure}'"):
         jax.eval_shape(lambda: module.init(jax.random.key(0), hypers=hypers(), **inputs()))
 
@@ -232,7 +233,7 @@ def test_features_are_their_formula():
 def test_initial_controllers_know_what_they_know_without_evidence(prior):
     """mean_strength: q = p. additive: p plus softplus(0) each. softmax: uniform."""
     given = inputs() | {"keys": None}
-    alpha = np.asarray(room.prior_concentration(prior, hypers()))
+    alpha = np.asarray(room.make_prior(prior, hypers()).concentration)
     apply, params = build("mean_strength", perturb=False, prior=prior)
     out = apply(params, **given)
     assert_close(out.concentration, np.broadcast_to(alpha, (B, T, K)))
@@ -283,15 +284,14 @@ def test_bfloat16_leaves_the_statistics_in_float32(arm):
     "name, fields, message",
     [
         ("oracle", {}, "controller: expected one of .*'bayesian'.*'fixed'.* got 'oracle'"),
-        ("softmax", {"widht": 3}, r"controller: expected fields among .* got \['widht'\]"),
-        ("softmax", {"num_mechanisms": 1}, "num_mechanisms: expected at least 2"),
-        ("fixed", {"fixed": 3}, r"fixed: expected an index in \[0, 3\), got 3"),
+        ("softmax", {"mechanisms": ("full",)}, "mechanisms: expected 2 or more distinct names"),
+        ("fixed", {"fixed": "lokal"}, "fixed: expected one of the mechanisms .* got 'lokal'"),
         ("bayesian", {"posterior": "exact"}, "posterior: expected one of .* got 'exact'"),
         ("bayesian", {"prior": "flat"}, "prior: expected one of .* got 'flat'"),
-        ("bayesian", {"num_mechanisms": 4}, r"costs: expected 4 numbers, .* got shape \(3,\)"),
+        ("bayesian", {"mechanisms": ("full", "linear", "local", "x")}, r"costs: expected 4 numbers, .* got shape \(3,\)"),
     ],
 )
 def test_bad_fields_are_one_sentence(name, fields, message):
     with pytest.raises(ValueError, match=message):
-        module = make_controller(name, **({"num_mechanisms": K} | fields))
+        module = make_controller(Router(controller=name, **fields))
         jax.eval_shape(lambda: module.init(jax.random.key(0), hypers=hypers(), **inputs()))

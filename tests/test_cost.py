@@ -12,16 +12,19 @@ import oracles
 import pytest
 
 from configs import smoke
-from meta_attention_jax import LanguageModel, RoutingHypers
+from meta_attention_jax import AttentionSpec, RoutingHypers
 from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.cost import analytic_costs, count_flops, nominal_costs, resolve_costs
 from meta_attention_jax.mechanisms import full, registry
-from meta_attention_jax.mechanisms.modules import Projections
+from meta_attention_jax.mechanisms.projections import Projections
 from meta_attention_jax.training.build import build_flops
 from meta_attention_jax.training.loop import describe, prepare
+from meta_attention_jax.types import Router
+from tests import making
 
 NAMES = ("full", "linear", "local")
-SHAPE = dict(time=1024, dim=64, window=128)
+SPEC = AttentionSpec(window=128)
+SHAPE = dict(time=1024, dim=64, spec=SPEC)
 REST = 0.03
 """XLA counts softmax, norms and activations too: at these sizes at most this share more."""
 
@@ -62,11 +65,12 @@ def hypers():
 
 def counted(**fields):
     sizes = dict(
-        vocab_size=512, model_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-        mlp_dim=384, mechanisms=NAMES, window=16, time=64, controller_hidden=48,
-        controller_outputs=4,
+        vocab_size=512, model_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=384,
+        window=16, hidden=48,
     )
-    return count_flops(**{**sizes, **fields})
+    call = dict(time=64, controller_outputs=4)
+    call |= {name: fields.pop(name) for name in list(call) if name in fields}
+    return count_flops(making.config(**{**sizes, **fields}), **call)
 
 
 @pytest.mark.smoke
@@ -84,13 +88,13 @@ def test_analytic_costs_are_ratios_of_flops():
     full_, linear, local = 1024 * 1025 / 2, 1024 * 64 + 1024 / 2, 128 * 1024 - 128 * 127 / 2
     costs = analytic_costs(NAMES, **SHAPE)
     np.testing.assert_allclose(costs, np.array([full_, linear, local]) / full_, rtol=1e-6)
-    both = analytic_costs(NAMES, **SHAPE, causal=False)
+    both = analytic_costs(NAMES, time=1024, dim=64, spec=AttentionSpec(causal=False, window=128))
     np.testing.assert_allclose(both[1], (1024 * 64 + 512) / 1024**2, rtol=1e-6)
     assert both[1] < costs[1]
 
 
 def test_analytic_costs_make_linear_the_dearest_of_a_short_sequence():
-    costs = analytic_costs(("local", "full", "linear"), time=16, dim=64, window=4)
+    costs = analytic_costs(("local", "full", "linear"), time=16, dim=64, spec=AttentionSpec(window=4))
     assert costs[2] == 1.0 and costs[0] < costs[1] < 1.0
 
 
@@ -127,8 +131,8 @@ def test_a_bad_cost_is_one_sentence(costs, names, sentence):
 
 
 def test_a_custom_mechanism_has_analytic_costs_and_numbers_but_no_nominal_one(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    flops = lambda time, dim, *, causal=True, window=None: 2.0 * time  # noqa: E731
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    flops = lambda time, dim, spec: 2.0 * time  # noqa: E731
     registry.register_mechanism("mine", registry.Mechanism(full.attend, flops))
     with pytest.raises(ValueError, match="costs: expected numbers"):
         resolve_costs("nominal", ("full", "mine"), **SHAPE)
@@ -144,14 +148,15 @@ def test_softmax_flops_count_the_allowed_pairs(window, causal):
     ids = np.ones((1, time), np.int32)
     for name, width in (("full", None), ("local", window)):
         pairs = oracles.allowed_pairs(ids, causal=causal, window=width).sum()
-        flops = registry.get_mechanism(name).flops(time, dim, causal=causal, window=window)
+        flops = registry.get_mechanism(name).flops(time, dim, AttentionSpec(causal=causal, window=window))
         assert flops == 4 * dim * pairs
 
 
 def test_linear_flops_are_linear_in_time_and_blind_to_direction():
-    flops = registry.get_mechanism("linear").flops
-    assert flops(300, 8) == 3 * flops(100, 8) == 3 * flops(100, 8, causal=False)
-    assert flops(1, 8) == 2 * 8 * 8 + 2 * 8 * 8 + 2 * 8
+    of = registry.get_mechanism("linear").flops
+    flops = lambda time, causal=True: of(time, 8, AttentionSpec(causal=causal))  # noqa: E731
+    assert flops(300) == 3 * flops(100) == 3 * flops(100, False)
+    assert flops(1) == 2 * 8 * 8 + 2 * 8 * 8 + 2 * 8
 
 
 @pytest.mark.smoke
@@ -172,10 +177,11 @@ def test_full_attention_is_the_square_of_the_program():
     """Bidirectional: causal attention needs half of what the square computes."""
     batch, time, heads, dim = 2, 64, 3, 128
     q = abstract(batch, time, heads, dim)
-    per_head = registry.get_mechanism("full").flops(time, dim, causal=False)
-    forward = lambda q, k, v: full.attend(q, k, v, causal=False, implementation="xla")  # noqa: E731
+    both = AttentionSpec(causal=False, implementation="xla")
+    per_head = registry.get_mechanism("full").flops(time, dim, both)
+    forward = lambda q, k, v: full.attend(q, k, v, spec=both)  # noqa: E731
     hold(forward, q, q, q, expected=batch * heads * per_head)
-    causal = registry.get_mechanism("full").flops(time, dim)
+    causal = registry.get_mechanism("full").flops(time, dim, AttentionSpec())
     assert causal == per_head * (time + 1) / (2 * time)
 
 
@@ -185,11 +191,12 @@ def test_a_whole_model_is_that_of_the_program(scale):
     sizes = dict(vocab_size=512, model_dim=256, num_layers=1, num_heads=2, num_kv_heads=1,
                  mlp_dim=512) | scale
     batch, time, dim = 2, 64, 128
-    model = LanguageModel(**sizes, controller="fixed", implementation="xla", window=16)
+    model = making.model(**sizes, controller="fixed", implementation="xla", window=16)
     tokens = abstract(batch, time, dtype=jnp.int32)
     run = lambda params, tokens: model.apply(params, tokens, hypers=hypers()).logits  # noqa: E731
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, hypers=hypers()), tokens)
-    flops = counted(**sizes, head_dim=dim, time=time, controller_outputs=0)
+    flops = counted(**sizes, time=time, controller_outputs=0)
+    assert dim == sizes["model_dim"] // sizes["num_heads"]
     assert flops.controller == 0.0
     square = flops.mechanisms["full"] * 2 * time / (time + 1)
     hold(run, params, tokens, expected=round(batch * time * (flops.trunk + square)))
@@ -202,9 +209,9 @@ def test_the_controller_is_that_of_the_program(changes):
     config = smoke.get_config()
     config.update_from_flattened_dict({"model.model_dim": 512, "controller.hidden": 256} | changes)
     flops = build_flops(config, vocab_size=10)
-    module = make_controller(
-        config.controller.name, num_mechanisms=3, hidden=256, posterior=config.controller.posterior
-    )
+    module = make_controller(Router(
+        controller=config.controller.name, hidden=256, posterior=config.controller.posterior
+    ))
     x, ids = abstract(2, 16, 512), jnp.ones((2, 16), jnp.int32)
     call = dict(positions=ids, segment_ids=ids, hypers=hypers())
     params = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, residual=x, **call), x)

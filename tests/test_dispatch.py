@@ -10,18 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax.layer import MetaAttention
-from meta_attention_jax.mechanisms import full, packed, registry
-from meta_attention_jax.mechanisms.registry import (
-    Mechanism,
-    attend_with,
-    get_mechanism,
-    register_mechanism,
-)
+from meta_attention_jax.kernels import portable, select, worklist
+from meta_attention_jax.mechanisms import Mechanism, get_mechanism, register_mechanism, registry
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import MECHANISMS
-from tests import oracles
-from tests.close import assert_close
+from meta_attention_jax.types import MECHANISMS, Reach
+from tests import making, oracles
+from tests.close import assert_close, distance
 
 TOLERANCE = 2e-5
 FULL, LINEAR, LOCAL = range(3)
@@ -43,10 +37,10 @@ def strict_dtypes():
         yield
 
 
-def select(q, k, v, route, *, ids, causal, window):
+def select_after(q, k, v, route, *, ids, causal, window):
     """The definition: all mechanisms on all tokens, then the chosen one."""
     outs = [
-        attend_with(name, q, k, v, segment_ids=ids, causal=causal, window=window,
+        making.attended(name, q, k, v, segment_ids=ids, causal=causal, window=window,
                     implementation="xla")
         for name in MECHANISMS
     ]
@@ -63,8 +57,8 @@ def compiled(shape, which):
     def run(q, k, v, cotangent, route, ids):
         def function(q, k, v):
             if which == "select":
-                return select(q, k, v, route, ids=ids, causal=causal, window=window)
-            return dispatch.hard_attention(
+                return select_after(q, k, v, route, ids=ids, causal=causal, window=window)
+            return making.hard(
                 q, k, v, route, segment_ids=ids, causal=causal, window=window
             )
 
@@ -115,13 +109,13 @@ def test_equals_compute_all_and_select(shape):
     [(1, 1, 8192), (64, 1, 8192), (128, 2**31 - 1, 8192), (129, 130, 8192), (256, 256, 1), (300, 9, 1)],
 )
 def test_edges_of_blocks_and_windows_without_segments(monkeypatch, time, window, long_time):
-    monkeypatch.setattr(full, "LONG_TIME", long_time)
+    monkeypatch.setattr(select, "LONG_TIME", long_time)
     keys = jax.random.split(jax.random.key(time), 4)
     q, k, v, cotangent = (jax.random.normal(key, (1, time, 2, DIM)) for key in keys)
     route = jax.random.randint(jax.random.key(1), (1, time), 0, 3)
 
-    def select(q, k, v):
-        outs = [attend_with(name, q, k, v, window=window) for name in MECHANISMS]
+    def chosen(q, k, v):
+        outs = [making.attended(name, q, k, v, window=window) for name in MECHANISMS]
         return jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)[0]
 
     def pulled(function):
@@ -129,9 +123,9 @@ def test_edges_of_blocks_and_windows_without_segments(monkeypatch, time, window,
         return out, *pull(cotangent)
 
     got = jax.jit(
-        lambda: pulled(lambda *x: dispatch.hard_attention(*x, route, window=window))
+        lambda: pulled(lambda *x: making.hard(*x, route, window=window))
     )()
-    expected = jax.jit(lambda: pulled(select))()
+    expected = jax.jit(lambda: pulled(chosen))()
     if time == 1:  # As one vector: linear's dq and dk are 0 but for rounding, on both sides.
         got, expected = (np.concatenate([np.ravel(x) for x in tree]) for tree in (got, expected))
     assert_close(got, expected, TOLERANCE)
@@ -145,7 +139,7 @@ def test_nothing_of_what_a_token_may_not_see_is_multiplied():
     ids = jnp.where(jnp.arange(100) < 50, 1, 2)[None]
     v = jnp.where(ids[..., None, None] == 1, 1e38, v)
     for index in (0, LOCAL):
-        out = dispatch.hard_attention(
+        out = making.hard(
             q, k, v, jnp.full((1, 100), index), segment_ids=ids, window=9
         )
         assert np.all(np.isfinite(out[:, 50:]))
@@ -153,7 +147,7 @@ def test_nothing_of_what_a_token_may_not_see_is_multiplied():
 
 def test_padding_makes_no_mechanism_run(monkeypatch):
     """Whatever the controller says of padding. Here the other mechanism would answer NaN."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
     loud = dataclasses.replace(
         get_mechanism("linear"), attend=lambda q, k, v, **_: jnp.full_like(q, jnp.nan)
     )
@@ -161,7 +155,7 @@ def test_padding_makes_no_mechanism_run(monkeypatch):
     q = jax.random.normal(jax.random.key(0), (2, 20, 2, DIM))
     ids = jnp.asarray(np.arange(20) < 15, jnp.int32)[None].repeat(2, 0)
     run = functools.partial(
-        dispatch.hard_attention, q, q, q, mechanisms=("full", "loud"), segment_ids=ids
+        making.hard, q, q, q, mechanisms=("full", "loud"), segment_ids=ids
     )
     assert np.all(np.isfinite(run(1 - ids)))
     assert not np.all(np.isfinite(run(ids)))
@@ -173,7 +167,7 @@ def test_runs_inside_shard_map_with_its_checks():
     spec = jax.sharding.PartitionSpec("data")
     q = jax.random.normal(jax.random.key(0), (2, 70, 2, DIM))
     route = jax.random.randint(jax.random.key(1), (2, 70), 0, 3)
-    whole = functools.partial(dispatch.hard_attention, window=5)
+    whole = functools.partial(making.hard, window=5)
 
     def gradients(attend):
         return jax.grad(lambda q: jnp.sum(attend(q, q, q, route) ** 2))
@@ -186,42 +180,102 @@ def test_compiles_once_where_the_caller_does_not_compile():
     q = jax.random.normal(jax.random.key(0), (1, 33, 2, DIM))
     before = dispatch._hard_attention._cache_size()
     for index in range(3):
-        dispatch.hard_attention(q, q, q, jnp.full((1, 33), index), window=3)
+        making.hard(q, q, q, jnp.full((1, 33), index), window=3)
         assert dispatch._hard_attention._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_every_tile_that_is_counted_is_visited_once(monkeypatch, window):
-    """`count_pairs` is the work: the loops, run in Python, visit that many distinct tiles."""
-    batch, time, block, tile = 2, 150, 8, 16
-    chosen = jax.random.bernoulli(jax.random.key(0), 0.3, (batch, time))
-    ids = jnp.asarray(np.repeat([[1] * 90 + [2] * 60], batch, 0))
-    options = dict(segment_ids=ids, window=window, block=block, tile=tile)
-    visits, counted = [], packed.count_pairs(chosen, **options)
+@pytest.mark.parametrize("reach", [Reach(), Reach(40), Reach(40, 3)])
+def test_every_tile_that_is_counted_is_met_once_and_holds_a_visible_key(reach):
+    """The list against an enumeration, query by query and key by key."""
+    batch, time, size = 2, 150, worklist.Sizes(8, 16)
+    chosen = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.3, (batch, time)))
+    ids = np.repeat([[0] * 3 + [1] * 87 + [2] * 60], batch, 0)
+    work = worklist.build(
+        jnp.where(chosen, 0, -1), jnp.asarray(ids), causal=True, reaches=[reach], sizes=[size]
+    )
+    allowed = oracles.allowed_pairs(ids, causal=True, window=reach.window, sinks=reach.sinks)
+    blocks, order = work.blocks[0], np.asarray(work.order)
+    n, met = 0, 0
+    for row in range(batch):
+        queries = [t for t in range(time) if chosen[row, t] and ids[row, t]]
+        for start in range(0, len(queries), size.block):
+            mine = queries[start : start + size.block]
+            slot = int(blocks.slot[n])
+            assert int(blocks.row[n]) == row
+            assert order[row, slot : slot + len(mine)].tolist() == mine
+            assert (order[row, slot + len(mine) : slot + size.block] >= time).all()
+            tiles = [*range(int(blocks.low[n]), int(blocks.high[n])),
+                     *range(int(blocks.sink_low[n]), int(blocks.sink_high[n]))]
+            assert len(set(tiles)) == len(tiles)
+            needed = {s // size.tile for t in mine for s in range(time) if allowed[row, t, s]}
+            assert needed <= set(tiles)
+            for j in range(int(blocks.whole[n]), int(blocks.whole_end[n])):
+                keys = range(j * size.tile, (j + 1) * size.tile)
+                assert all(allowed[row, t, s] for t in mine for s in keys)
+            n, met = n + 1, met + len(tiles)
+    assert n == int(blocks.count)
+    assert float(worklist.count_tiles(work)[0]) == met
 
-    def record(j, size, length, start=packed._tile_start):
-        visits.append((blocks[-1], int(j)))
-        return start(j, size, length)
 
-    def next_block(plan, n, size, rows=packed._rows):
-        blocks.append(int(n))
-        return rows(plan, n, size)
+@pytest.mark.parametrize("shape", ["grouped heads", "both directions"])
+def test_sinks_are_seen_besides_the_window(shape):
+    """The first tokens of every segment: packed, dense and the oracle, values and gradients."""
+    *_, window, causal = SHAPES[shape]
+    q, k, v, cotangent, route, ids = random_case(shape, 2)
+    spec = dict(causal=causal, window=window, sinks=3)
 
-    monkeypatch.setattr(packed, "_tile_start", record)
-    monkeypatch.setattr(packed, "_rows", next_block)
-    q = jax.random.normal(jax.random.key(1), (batch, time, 2, 4))
-    for backward in (False, True):
-        blocks, visits[:] = [], []
-        with jax.disable_jit():
-            attend = functools.partial(packed.attend, chosen=chosen, base=q, **options)
-            if backward:
-                out, pull = jax.vjp(attend, q, q, q)
-                visits.clear()
-                pull(out)
-            else:
-                attend(q, q, q)
-        assert len(set(visits)) == len(visits)
-        assert len(visits) * block * tile == counted
+    def pulled(function):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(cotangent)
+
+    route = jnp.full_like(route, LOCAL)
+    packed = jax.jit(lambda: pulled(lambda *x: making.hard(*x, route, segment_ids=ids, **spec)))()
+    dense = jax.jit(
+        lambda: pulled(lambda *x: making.attended("local", *x, segment_ids=ids, **spec))
+    )()
+    expected = oracles.softmax_attention(
+        q, k, v, cotangent, np.asarray(ids), causal=causal, window=window, sinks=3
+    )
+    assert_close(packed, expected, TOLERANCE)
+    assert_close(dense, expected, TOLERANCE)
+    without = making.attended("local", q, k, v, segment_ids=ids, causal=causal, window=window)
+    assert distance(without, expected[0]) > 0.01
+
+
+def test_the_log_sum_exp_merges_two_softmaxes_into_one():
+    """Keys cut in two, attended to apart: values and gradients are those of all keys."""
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(1, 60, 2, DIM)), jnp.float32) for _ in range(4))
+    ones = jnp.zeros((1, 60), jnp.int32)
+
+    def part(q, k, v, low, high):
+        """Of all queries over the keys in [low, high), as a segment of their own."""
+        size = [worklist.Sizes(8, 16)]
+        work = worklist.build(ones, None, causal=False, reaches=[Reach()], sizes=size)
+        keep = high - low
+        moved = [jnp.concatenate([x[:, low:high], x[:, low:high]], 1)[:, :60] for x in (k, v)]
+        work = work.replace(
+            first=jnp.zeros_like(work.first), last=jnp.full_like(work.last, keep - 1),
+            blocks=(work.blocks[0]._replace(
+                high=work.blocks[0].low + -(-keep // 16), whole=work.blocks[0].low,
+                whole_end=work.blocks[0].low),),
+        )
+        out, lse = portable.attend(q, *moved, work)
+        return out[:, :60], lse[:, :60]
+
+    def merged(q, k, v):
+        (a, la), (b, lb) = part(q, k, v, 0, 35), part(q, k, v, 35, 60)
+        total = jnp.logaddexp(la, lb)
+        return a * jnp.exp(la - total)[..., None] + b * jnp.exp(lb - total)[..., None]
+
+    def whole(q, k, v):
+        return making.attended("full", q, k, v, causal=False)
+
+    for function in (merged, whole):
+        out, pull = jax.vjp(function, q, k, v)
+        got = out, *pull(cotangent)
+        expected = oracles.softmax_attention(q, k, v, cotangent, np.ones((1, 60), int), causal=False)
+        assert_close(got, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", ["grouped heads", "both directions"])
@@ -254,7 +308,7 @@ def test_one_route_for_all_is_that_mechanism(index):
     got = compiled("short", "packed")(q, k, v, cotangent, route, ids)
     window = SHAPES["short"][4]
     expected, pull = jax.vjp(
-        lambda q, k, v: attend_with(MECHANISMS[index], q, k, v, segment_ids=ids, window=window),
+        lambda q, k, v: making.attended(MECHANISMS[index], q, k, v, segment_ids=ids, window=window),
         q, k, v,
     )
     assert_close(got, (expected, *pull(cotangent)), TOLERANCE)
@@ -281,15 +335,15 @@ def test_nothing_flows_from_later_tokens():
 def test_rotated_queries_and_keys_go_to_full_and_local_alone():
     q, k, v, _, route, ids = random_case("short", 5)
     turned = -q, k * 2.0
-    out = dispatch.hard_attention(q, k, v, route, rotated=turned, segment_ids=ids, window=5)
-    plain = select(q, k, v, route, ids=ids, causal=True, window=5)
-    rotated = select(*turned, v, route, ids=ids, causal=True, window=5)
+    out = making.hard(q, k, v, route, rotated=turned, segment_ids=ids, window=5)
+    plain = select_after(q, k, v, route, ids=ids, causal=True, window=5)
+    rotated = select_after(*turned, v, route, ids=ids, causal=True, window=5)
     expected = jnp.where((route == LINEAR)[..., None, None], plain, rotated)
     assert_close(out, expected, TOLERANCE)
 
 
 def test_a_custom_mechanism_without_a_packed_form_runs_dense_and_is_selected():
-    def attend(q, k, v, *, segment_ids, causal):
+    def attend(q, k, v, *, spec, segment_ids):
         valid = 1.0 if segment_ids is None else (segment_ids != 0).astype(q.dtype)[..., None, None]
         return q * 3.0 * valid
 
@@ -299,9 +353,9 @@ def test_a_custom_mechanism_without_a_packed_form_runs_dense_and_is_selected():
         pass  # Registered by an earlier test of this process.
     q, k, v, _, route, ids = random_case("short", 7)
     names = ("local", "tripled", "linear")
-    out = dispatch.hard_attention(q, k, v, route, mechanisms=names, segment_ids=ids, window=5)
+    out = making.hard(q, k, v, route, mechanisms=names, segment_ids=ids, window=5)
     all_three = jnp.stack(
-        [attend_with(name, q, k, v, segment_ids=ids, window=5) for name in names]
+        [making.attended(name, q, k, v, segment_ids=ids, window=5) for name in names]
     )
     expected = jnp.take_along_axis(all_three, route[None, ..., None, None], axis=0)[0]
     assert_close(out, expected, TOLERANCE)
@@ -316,23 +370,31 @@ def test_bfloat16_stays_bfloat16():
     assert_close(got, expected, 3e-2)  # A unit in the last place is 2^-8 = 4e-3.
 
 
+def pairs_of(chosen, causal=True, window=None, block=64, tile=128):
+    """Query-key pairs that are met, the filling of blocks included."""
+    work = worklist.build(
+        jnp.where(chosen, 0, -1), None, causal=causal, reaches=[Reach(window)],
+        sizes=[worklist.Sizes(block, tile)],
+    )
+    return float(worklist.count_tiles(work)[0]) * block * tile
+
+
 def test_work_follows_the_routes():
     """Pairs computed: none for no choice, the sum over sequences for uneven ones, causal extent."""
     time, block, tile = 1024, 64, 128
-    pairs = functools.partial(packed.count_pairs, block=block, tile=tile)
     none = jnp.zeros((2, time), bool)
     everything = jnp.ones((2, time), bool)
     one = none.at[0].set(True)
-    assert float(pairs(none)) == 0.0
-    assert float(pairs(everything)) == 2 * float(pairs(one))
+    assert pairs_of(none) == 0.0
+    assert pairs_of(everything) == 2 * pairs_of(one)
     causal = time * (time + block) / 2
-    assert causal <= float(pairs(one)) <= causal + time * tile
+    assert causal <= pairs_of(one) <= causal + time * tile
     head = none.at[0, :block].set(True)
-    assert float(pairs(head)) == block * tile
+    assert pairs_of(head) == block * tile
     last = none.at[0, -1].set(True)
-    assert float(pairs(last)) == block * time
-    assert float(pairs(last, window=100)) == block * tile
-    assert float(pairs(everything, causal=False)) == 2 * time * time
+    assert pairs_of(last) == block * time
+    assert pairs_of(last, window=100) == block * tile
+    assert pairs_of(everything, causal=False) == 2 * time * time
 
 
 def test_memory_is_linear_in_time():
@@ -341,7 +403,7 @@ def test_memory_is_linear_in_time():
         route = jax.ShapeDtypeStruct((1, time), jnp.int32)
 
         def loss(q, k, v, route):
-            return jnp.sum(jnp.square(dispatch.hard_attention(q, k, v, route, window=64)))
+            return jnp.sum(jnp.square(making.hard(q, k, v, route, window=64)))
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, route).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -356,7 +418,7 @@ def test_lowers_for_accelerators(platform):
 
     def gradient(q, k, v, route):
         def loss(q, k, v):
-            return jnp.sum(dispatch.hard_attention(q, k, v, route, window=64))
+            return jnp.sum(making.hard(q, k, v, route, window=64))
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
@@ -367,9 +429,9 @@ def test_lowers_for_accelerators(platform):
 def test_bad_input_is_one_sentence():
     q, k, v, _, route, ids = random_case("short", 1)
     with pytest.raises(ValueError, match=r"route: expected integers of shape \(4, 37\), got int32 of shape \(4, 36\)\."):
-        dispatch.hard_attention(q, k, v, route[:, :-1], window=5)
+        making.hard(q, k, v, route[:, :-1], window=5)
     with pytest.raises(ValueError, match="window: expected a positive integer"):
-        dispatch.hard_attention(q, k, v, route)
+        making.hard(q, k, v, route)
     for fields, sentence in (
         (dict(route=route.astype(jnp.float32)), "route: expected integers"),
         (dict(route=route + 1), r"route: expected indices in \[0, 3\), got"),
@@ -378,14 +440,14 @@ def test_bad_input_is_one_sentence():
         (dict(mechanisms=("full", "full")), "mechanisms: expected distinct names"),
     ):
         with pytest.raises(ValueError, match=sentence) as error:
-            dispatch.hard_attention(q, k, v, **{"route": route, "window": 5, **fields})
+            making.hard(q, k, v, **{"route": route, "window": 5, **fields})
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="dispatch: expected one of .* got 'sparse'"):
         dispatch.resolve_dispatch("sparse", time=8)
 
 
 def layer_outputs(dispatch_name, **call):
-    layer = MetaAttention(num_heads=4, num_kv_heads=2, window=9, rotary=True, mode="hard",
+    layer = making.layer(num_heads=4, num_kv_heads=2, window=9, rotary=True, mode="hard",
                           dispatch=dispatch_name)
     x = jax.random.normal(jax.random.key(0), (3, 50, 32))
     params = layer.init(jax.random.key(1), x)["params"]
@@ -396,7 +458,7 @@ def layer_outputs(dispatch_name, **call):
     ids = jnp.asarray(np.repeat([[0] * 5 + [1] * 20 + [2] * 25], 3, axis=0), jnp.int32)
 
     def loss(params, x):
-        out, routing = layer.apply(
+        out, routing, _ = layer.apply(
             {"params": params}, x, segment_ids=ids, method="routed", **call
         )
         return jnp.sum(out**2), (out, routing.route)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax import LanguageModel, RoutingHypers, get_mechanism, register_mechanism
-from meta_attention_jax import generation
-from meta_attention_jax.mechanisms import decode, registry
-from meta_attention_jax.mechanisms.registry import attend_with
+from meta_attention_jax import RoutingHypers, generation, get_mechanism, register_mechanism
+from meta_attention_jax.mechanisms import cache as caches
+from meta_attention_jax.mechanisms import registry
+from meta_attention_jax.types import AttentionSpec
+from tests import making
 from tests.close import assert_close
 
 VOCAB, TIME, LAYERS = 13, 18, 2
@@ -33,9 +34,9 @@ HYPERS = RoutingHypers(
 def make(mode="hard", **fields):
     defaults = dict(
         vocab_size=VOCAB, model_dim=16, num_layers=LAYERS, num_heads=4, num_kv_heads=2, window=4,
-        mlp_dim=32, controller_hidden=8, mode=mode, fixed=("local", "full"),
+        mlp_dim=32, hidden=8, mode=mode, fixed=("local", "full"),
     )
-    return LanguageModel(**{**defaults, **fields})
+    return making.model(**{**defaults, **fields})
 
 
 @functools.lru_cache(maxsize=None)
@@ -217,7 +218,7 @@ def test_steps_fill_the_cache_as_prefill_does():
 @pytest.mark.parametrize("name", ["full", "linear", "local"])
 @pytest.mark.parametrize("window, block", [(5, 8), (64, 8), (1, 1024)])
 def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
-    monkeypatch.setattr(decode, "BLOCK", block)
+    monkeypatch.setattr(caches, "BLOCK", block)
     batch, time, heads, kv_heads, dim = 3, 20, 4, 2, 8
     q, k, v = (
         jax.random.normal(jax.random.key(i), (batch, time, h, dim))
@@ -225,16 +226,16 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     )
     lengths = jnp.array([1, 20, 9])
     ids = (jnp.arange(time)[None] < lengths[:, None]).astype(jnp.int32)
-    whole = attend_with(name, q, k, v, segment_ids=ids, window=window)
-    cache = decode.init_cache(
+    whole = making.attended(name, q, k, v, segment_ids=ids, window=window)
+    cache = caches.init_cache(
         layers=2, batch=batch, capacity=time, kv_heads=kv_heads, dim=dim
     )
-    cache = decode.fill(cache, 1, k, k, v, ids)
+    cache = caches.fill(cache, 1, k, k, v, ids)
     rows = jnp.arange(batch)
     needed = jnp.array([True, True, False])
     for need in (needed, jnp.ones(batch, bool)):
-        out = registry.decode_with(
-            name, q[rows, lengths - 1], cache, jnp.int32(1), needed=need, window=window
+        out = get_mechanism(name).step(
+            q[rows, lengths - 1], cache, jnp.int32(1), needed=need, spec=AttentionSpec(window=window)
         )
         expected = jnp.where(need[:, None, None], whole[rows, lengths - 1], 0.0)
         assert_close(out, expected)
@@ -242,7 +243,7 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
 
 def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
     """NaN spreads from whatever is read into a product, masked or not."""
-    monkeypatch.setattr(decode, "BLOCK", 4)
+    monkeypatch.setattr(caches, "BLOCK", 4)
     shape, window = (1, 3, 1, 16, 2), 3
     lengths = jnp.array([6, 11, 16])
     needed = jnp.array([True, True, False])
@@ -252,12 +253,12 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
         jnp.arange(16)[None] >= lengths[:, None] - window
     )
     q = jnp.ones((3, 1, 2))
-    for run, read in (
-        (decode.full_step, read_full),
-        (functools.partial(decode.local_step, window=window), read_local),
-    ):
+    for name, read in (("full", read_full), ("local", read_local)):
         poisoned = jnp.where((read & needed[:, None])[None, :, None, :, None], k, jnp.nan)
-        out = run(q, poisoned, poisoned, 0, length=lengths, needed=needed)
+        cache = caches.init_cache(layers=1, batch=3, capacity=16, kv_heads=1, dim=2)
+        cache = cache.replace(k=poisoned, v=poisoned, length=lengths[None])
+        spec = AttentionSpec(window=window)
+        out = get_mechanism(name).step(q, cache, 0, needed=needed, spec=spec)
         assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
 
 
@@ -448,9 +449,9 @@ def test_names_of_mechanisms_may_be_a_list():
 
 
 def test_a_mechanism_without_decode_is_refused(monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    register_mechanism("mute", dataclasses.replace(get_mechanism("local"), decode=None))
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    register_mechanism("mute", dataclasses.replace(get_mechanism("local"), step=None))
     model = make(mechanisms=("full", "linear", "mute"))
     params = parameters(make())
-    with pytest.raises(ValueError, match="expected one with a `decode` function .*, got 'mute'"):
+    with pytest.raises(ValueError, match="expected one with a `step` function .*, got 'mute'"):
         generation.generate(model, params, [[1]], steps=1, hypers=HYPERS)

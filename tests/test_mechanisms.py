@@ -11,7 +11,8 @@ import pytest
 
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.mechanisms.rotary import rotate
-from tests import oracles
+from meta_attention_jax.types import AttentionSpec
+from tests import making, oracles
 from tests.close import assert_close
 
 TOLERANCE = 2e-5
@@ -29,15 +30,10 @@ def strict_dtypes():
 
 def function(form, *, causal=True, window=None):
     """attend(q, k, v, segment_ids) of one form."""
-    if form == LOCAL:
-        options = dict(attend=local.attend, window=window)
-    elif form == LINEAR:
-        options = dict(attend=linear.attend)
-    else:
-        implementation = "xla" if form == SQUARE else "blockwise"
-        options = dict(attend=full.attend, implementation=implementation)
-    attend = options.pop("attend")
-    return lambda q, k, v, ids: attend(q, k, v, segment_ids=ids, causal=causal, **options)
+    attend = {LOCAL: local.attend, LINEAR: linear.attend}.get(form, full.attend)
+    implementation = "xla" if form == SQUARE else "blockwise"
+    spec = AttentionSpec(causal=causal, window=window, implementation=implementation)
+    return lambda q, k, v, ids: attend(q, k, v, spec=spec, segment_ids=ids)
 
 
 @functools.lru_cache(maxsize=None)
@@ -121,7 +117,7 @@ def test_a_window_of_the_whole_sequence_is_full_attention(window):
 
 def test_a_window_of_one_returns_the_values():
     q, k, v, _ = inputs(7)
-    out = local.attend(q, k, v, window=1, causal=False)
+    out = making.attended("local", q, k, v, window=1, causal=False)
     assert_close(out, jnp.repeat(v, HEADS // KV_HEADS, axis=2), 1e-6)
 
 
@@ -134,17 +130,38 @@ def test_large_logits_do_not_overflow():
     assert_close(got, expected, 1e-3)
 
 
+def recurrent(q, k, v, segments):
+    """S <- S + phi(k_t) v_t^T, z <- z + phi(k_t), token by token; both restart with a segment."""
+    phi = lambda x: jax.nn.elu(x) + 1.0  # noqa: E731
+    group = HEADS // KV_HEADS
+    tokens = [jnp.moveaxis(x, 1, 0) for x in (phi(q), phi(k), v, segments)]
+    before = jnp.concatenate([tokens[3][:1], tokens[3][:-1]])
+
+    def step(state, token):
+        s, z = state
+        query, key, value, ids, previous = token
+        keep = jnp.float32(ids == previous)[:, None, None]
+        s = s * keep[..., None] + key[..., :, None] * value[..., None, :]
+        z = z * keep + key
+        top = jnp.einsum("bhd,bhde->bhe", query, jnp.repeat(s, group, axis=1))
+        bottom = jnp.einsum("bhd,bhd->bh", query, jnp.repeat(z, group, axis=1)) + 1e-6
+        return (s, z), jnp.where(ids[:, None, None] != 0, top / bottom[..., None], 0.0)
+
+    start = jnp.zeros((BATCH, KV_HEADS, DIM, DIM)), jnp.zeros((BATCH, KV_HEADS, DIM))
+    return jnp.moveaxis(jax.lax.scan(step, start, (*tokens, before))[1], 0, 1)
+
+
 @pytest.mark.smoke
 def test_chunked_linear_attention_is_the_recurrence():
     q, k, v, cotangent = inputs(LONG, seed=4)
     ids = jnp.asarray(ragged_segments(LONG))
 
     @jax.jit
-    def recurrent(q, k, v):
-        out, pull = jax.vjp(lambda *x: linear.recurrent(*x, ids), q, k, v)
+    def recurred(q, k, v):
+        out, pull = jax.vjp(lambda *x: recurrent(*x, ids), q, k, v)
         return out, *pull(cotangent)
 
-    assert_close(compiled(LINEAR, True, 70)(q, k, v, cotangent, ids), recurrent(q, k, v), TOLERANCE)
+    assert_close(compiled(LINEAR, True, 70)(q, k, v, cotangent, ids), recurred(q, k, v), TOLERANCE)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -327,29 +344,41 @@ X = jnp.zeros((2, 4, 6, 8))
         (dict(segment_ids=jnp.ones((2, 4))), r"segment_ids: expected integers, got float32"),
     ],
 )
-@pytest.mark.parametrize(
-    "attend", [full.attend, linear.attend, functools.partial(local.attend, window=2)]
-)
+@pytest.mark.parametrize("attend", [full.attend, linear.attend, local.attend])
 def test_bad_shapes_are_refused_in_one_sentence(attend, arguments, sentence):
     given = dict(q=X, k=X, v=X) | arguments
     with pytest.raises(ValueError, match=sentence):
-        attend(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+        attend(given.pop("q"), given.pop("k"), given.pop("v"), spec=AttentionSpec(window=2), **given)
 
 
-def test_a_window_below_one_is_refused():
-    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
-        local.attend(X, X, X, window=0)
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (dict(window=0), "window: expected at least 1, got 0"),
+        (dict(sinks=-1), "sinks: expected a number >= 0, got -1"),
+        (dict(implementation="fast"), "implementation: expected one of auto, .* got 'fast'"),
+        (dict(segments="two"), "segments: expected one of .* got 'two'"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AttentionSpec(**fields)
+
+
+def test_local_attention_without_a_window_is_refused():
+    with pytest.raises(ValueError, match="window: expected a positive integer"):
+        local.attend(X, X, X, spec=AttentionSpec())
 
 
 def test_cudnn_serves_where_its_backward_pass_does():
     def chosen(implementation="auto", **changes):
-        setting = dict(time=4096, dtype=jnp.bfloat16, head_dim=64, has_segments=False,
+        setting = dict(time=4096, dtype=jnp.bfloat16, head_dim=64, segments="one",
                        backend="gpu", compute_capability=9.0)
         return full.resolve_implementation(implementation, **{**setting, **changes})
 
-    assert chosen() == "cudnn"
+    assert chosen() == chosen(segments="padded") == "cudnn"
     for refused in (dict(time=4095), dict(dtype=jnp.float32), dict(head_dim=256),
-                    dict(head_dim=20), dict(has_segments=True), dict(backend="tpu"),
+                    dict(head_dim=20), dict(segments="any"), dict(backend="tpu"),
                     dict(compute_capability=7.5)):
         assert chosen(**refused) == "blockwise", refused
         with pytest.raises(ValueError, match="implementation: expected for 'cudnn' .* an even length"):

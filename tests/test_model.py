@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax import LanguageModel, MetaAttention, RoutingHypers
+from meta_attention_jax import RoutingHypers
+from tests import making
 from tests.close import assert_close, distance
 
 BATCH, TIME, VOCAB = 2, 21, 13
@@ -29,9 +30,9 @@ def hypers(threshold=THETA):
 
 
 def make(controller="bayesian", mode="soft", **fields):
-    return LanguageModel(
+    return making.model(
         vocab_size=VOCAB, model_dim=16, num_layers=2, num_heads=2, window=4, mlp_dim=32,
-        controller=controller, controller_hidden=8, mode=mode, fixed=("local", "full"), **fields
+        controller=controller, hidden=8, mode=mode, fixed=("local", "full"), **fields
     )
 
 
@@ -131,12 +132,12 @@ def test_routes_ignore_cutting_padding_and_batching(sampled):
 
 def test_forced_dense_one_hot_is_each_mechanism_alone():
     x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
-    layer = lambda **kw: MetaAttention(num_heads=2, window=4, rotary=True, **kw)  # noqa: E731
+    layer = lambda **kw: making.layer(num_heads=2, window=4, rotary=True, **kw)  # noqa: E731
     variables = layer().init(jax.random.key(1), x)
 
     def run(module, route):
         def loss(params, x):
-            out, _ = module.apply({"params": params}, x, route=route, method="routed")
+            out, *_ = module.apply({"params": params}, x, route=route, method="routed")
             return jnp.sum(jnp.sin(out)), out
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
@@ -204,7 +205,7 @@ def test_layer_stands_in_for_self_attention():
     class User(nn.Module):
         @nn.compact
         def __call__(self, x, deterministic):
-            return MetaAttention(num_heads=2, window=4)(x, deterministic=deterministic)
+            return making.layer(num_heads=2, window=4)(x, deterministic=deterministic)
 
     x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
     variables = User().init(jax.random.key(1), x, True)
@@ -221,7 +222,7 @@ def test_layer_stands_in_for_self_attention():
     [
         (dict(num_heads=3), {}, "num_heads: expected a positive divisor"),
         (dict(num_kv_heads=3), {}, "num_kv_heads: expected a positive divisor"),
-        (dict(window=0), {}, "window: expected a positive"),
+        (dict(window=0), {}, "window: expected at least 1"),
         (dict(mode="sof"), {}, "mode: expected one of"),
         (dict(mechanisms=("full", "lokal")), {}, "got 'lokal'; did you mean 'local'"),
         (dict(mechanisms=("full", "full")), {}, "mechanisms: expected 2 or more distinct"),
@@ -239,13 +240,13 @@ def test_layer_stands_in_for_self_attention():
 def test_bad_input_is_one_sentence(fields, call, sentence):
     x = jnp.ones((BATCH, TIME, 16))
     with pytest.raises(ValueError, match=sentence) as error:
-        MetaAttention(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
+        making.layer(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
     assert "\n" not in str(error.value)
 
 
 def test_a_numpy_false_draws_samples_as_a_python_false_does():
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
-    layer = MetaAttention(num_heads=2, window=4)
+    layer = making.layer(num_heads=2, window=4)
     variables = layer.init(jax.random.key(1), x)
     rngs = {"routing": jax.random.key(2)}
     mean = layer.apply(variables, x)
@@ -258,7 +259,7 @@ def test_a_numpy_false_draws_samples_as_a_python_false_does():
 def test_long_hard_sequences_by_packed_dispatch_are_those_of_dense_and_of_the_cut():
     """The whole model, T above the length where packed dispatch begins, cut to one below it."""
     time, cut = 600, 350
-    model = LanguageModel(vocab_size=11, model_dim=16, num_layers=2, num_heads=2, window=9, mode="hard")
+    model = making.model(vocab_size=11, model_dim=16, num_layers=2, num_heads=2, window=9, mode="hard")
     tokens = jax.random.randint(jax.random.key(0), (1, time), 0, 11)
     hypers = RoutingHypers(
         strength=jnp.float32(2.0), preference=jnp.float32(0.5),

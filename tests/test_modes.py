@@ -18,21 +18,29 @@ import pytest
 from jax import export
 
 from configs import smoke
-from meta_attention_jax import cost, generation
-from meta_attention_jax.layer import MetaAttention
+from meta_attention_jax import generation
 from meta_attention_jax.mechanisms import full, linear, local
-from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.routing.dispatch import hard_attention
+from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.loop import prepare, train
 from meta_attention_jax.training.points import (
-    chain, configured, labels, log_spaced, point, product, sweep,
+    chain,
+    configured,
+    labels,
+    log_spaced,
+    point,
+    product,
+    sweep,
 )
 from meta_attention_jax.training.step import (
-    eval_step, init_state, sampled_eval_step, train_step,
+    eval_step,
+    init_state,
+    sampled_eval_step,
+    train_step,
 )
 from meta_attention_jax.types import RoutingHypers
+from tests import making
 from tests.close import assert_close
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,11 +62,11 @@ MODES = {
 
 
 def layer(**fields):
-    return MetaAttention(num_heads=2, window=8, rotary=True, **fields)
+    return making.layer(num_heads=2, window=8, rotary=True, **fields)
 
 
 def model(**fields):
-    return LanguageModel(
+    return making.model(
         vocab_size=32, model_dim=16, num_layers=2, num_heads=2, window=8, **fields
     )
 
@@ -126,7 +134,7 @@ def test_the_layer_keeps_float32(mode, controller):
             module = layer(controller=controller, **fields)
 
             def total(params, x):
-                out, routing = module.apply(params, x, keys=keys, method="routed")
+                out, routing, _ = module.apply(params, x, keys=keys, method="routed")
                 return out.sum(), (out, routing)
 
             params = at_random(module.init, x)
@@ -168,9 +176,10 @@ def test_counting_and_decoding_keep_float32(mode):
     route = RANDOM.integers(0, 3, (2, 20))
     mechanisms = ("full", "linear", "local")
     with MODES[mode]():
-        found = cost.account(
-            route, mechanisms=mechanisms, num_heads=2, num_kv_heads=1, head_dim=8, window=8
-        )
+        found = count_attention(
+            route, making.config(vocab_size=1, model_dim=16, num_layers=1, num_heads=2,
+                                 num_kv_heads=1, window=8, mechanisms=mechanisms),
+        ).per_token()
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
         for fields in (dict(scan_layers=True), dict(dtype=jnp.bfloat16)):
             module = model(**fields)
@@ -209,7 +218,7 @@ def test_nothing_in_is_nothing_out(way, shape):
     for attend in (full.attend, linear.attend, functools.partial(local.attend, window=3)):
         assert attend(q, q, q).shape == q.shape
         assert attend(q, q, q, causal=False).shape == q.shape
-    assert hard_attention(q, q, q, jnp.zeros(shape, jnp.int32), window=3).shape == q.shape
+    assert making.hard(q, q, q, jnp.zeros(shape, jnp.int32), window=3).shape == q.shape
     lm = model(**{name: WAYS[way][name] for name in ("mode", "dispatch") if name in WAYS[way]})
     params = at_random(functools.partial(lm.init, hypers=HYPERS), jnp.zeros((1, 4), jnp.int32))
     output = jax.eval_shape(

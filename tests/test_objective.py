@@ -39,7 +39,8 @@ def made_up(seed=0):
         mean=np.float32(mean),
         weights=np.float32(rng.dirichlet(np.ones(K), tokens)),
         uncertainty=np.float32(rng.uniform(size=tokens)),
-        kl=np.float32(rng.gamma(1.0, size=tokens)),
+        kl=(kl := np.float32(rng.gamma(1.0, size=tokens))),
+        penalty=kl,
         concentration=np.float32(concentration),
         route=rng.integers(0, K, tokens).astype(np.int32),
         hard=rng.uniform(size=tokens) < 0.4,
@@ -184,7 +185,7 @@ def test_a_layer_has_collapsed_when_one_mechanism_takes_it():
         """Layers collapsed when so many of 200 tokens in layer 1 take another mechanism."""
         changed = route.copy()
         changed[1].flat[:others] = 2
-        routing = Routing(mean=mean, weights=mean, uncertainty=grid, kl=grid, route=changed,
+        routing = Routing(mean=mean, weights=mean, uncertainty=grid, kl=grid, penalty=grid, route=changed,
                           hard=grid > 0)
         logits = np.zeros((rows, time, VOCAB), np.float32)
         return metrics(Output(logits=logits, routing=routing), batch)["collapsed_layers"]

@@ -30,19 +30,19 @@ def test_cost_aware_prior_is_its_formula(seed):
     strength, preference = rng.uniform(0.5, 50.0), rng.uniform(0.01, 1.0)
     gain = (1.0 - costs) + preference
     expected = strength * gain / gain.sum()
-    got = prior.prior_concentration("cost_aware", hypers(strength, preference, costs))
+    got = prior.make_prior("cost_aware", hypers(strength, preference, costs)).concentration
     assert got.dtype == jnp.float32
     assert_close((got, np.sum(got)), (expected, strength), 2e-6)
 
 
 def test_strength_scales_counts_and_leaves_the_mean_alone():
-    weak, strong = (prior.prior_concentration("cost_aware", hypers(k)) for k in (1.0, 64.0))
+    weak, strong = (prior.make_prior("cost_aware", hypers(k)).concentration for k in (1.0, 64.0))
     assert_close(strong, 64.0 * weak, 1e-6)
 
 
 def test_preference_keeps_the_costliest_possible_and_flattens():
     means = [
-        np.asarray(prior.preference_mean(jnp.asarray(COSTS), jnp.float32(eta)))
+        np.asarray(prior.cost_aware(hypers(preference=eta)).mean)
         for eta in (1e-3, 0.1, 1e4)
     ]
     assert means[0][0] < means[1][0] < means[2][0]
@@ -53,12 +53,12 @@ def test_preference_keeps_the_costliest_possible_and_flattens():
 @pytest.mark.parametrize("num", [2, 3, 5])
 def test_uniform_prior_ignores_costs(num):
     costs = np.linspace(0.2, 1.0, num)
-    got = prior.prior_concentration("uniform", hypers(6.0, 0.1, costs))
+    got = prior.make_prior("uniform", hypers(6.0, 0.1, costs)).concentration
     assert_close(got, np.full(num, 6.0 / num), 1e-6)
 
 
 def test_a_sweep_is_one_program():
-    sweep = jax.vmap(lambda k: prior.prior_concentration("cost_aware", hypers(k)))
+    sweep = jax.vmap(lambda k: prior.make_prior("cost_aware", hypers(k)).concentration)
     strengths = jnp.asarray([0.5, 2.0, 30.0])
     assert_close(jnp.sum(sweep(strengths), axis=-1), strengths, 1e-6)
 
@@ -88,4 +88,4 @@ def test_costs_are_checked_only_where_known():
 
 def test_unknown_family_names_the_known():
     with pytest.raises(ValueError, match="cost_aware.*uniform.*got 'flat'"):
-        prior.prior_concentration("flat", hypers())
+        prior.make_prior("flat", hypers())

@@ -17,8 +17,7 @@ from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import train
 from tests.close import assert_close
-from tests.test_commands import ROOT, check_mistake, check_success, command  # noqa: F401
-from tests.test_commands import environment
+from tests.test_commands import ROOT, check_mistake, check_success, command, environment  # noqa: F401
 
 CONFIG = '''
 from configs import smoke

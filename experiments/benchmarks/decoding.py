@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meta_attention_jax import LanguageModel, RoutingHypers, get_mechanism, register_mechanism
+from meta_attention_jax import (
+    AttentionSpec,
+    LanguageModel,
+    ModelConfig,
+    Router,
+    RoutingHypers,
+    get_mechanism,
+    register_mechanism,
+)
 from meta_attention_jax.generation import decode_loop
 from meta_attention_jax.mechanisms.masks import MASKED
 
@@ -35,21 +43,22 @@ class Sizes:
     vocab: int = 256
 
 
-def decode_dense(q, cache, layer, *, needed):
+def decode_dense(q, cache, layer, *, needed, spec):
     """Full attention of all rows at once over the whole capacity; float32, as many kv heads."""
-    del needed
+    del needed, spec
     logits = jnp.einsum("bhd,bhkd->bhk", q, cache.k[layer]) * q.shape[-1] ** -0.5
     visible = jnp.arange(cache.capacity)[None] < cache.length[layer][:, None]
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, MASKED), axis=-1)
     return jnp.einsum("bhk,bhkd->bhd", weights, cache.v[layer])
 
 
-def make(sizes: Sizes, **fields: Any) -> LanguageModel:
-    return LanguageModel(
+def make(sizes: Sizes, **router: Any) -> LanguageModel:
+    config = ModelConfig(
         vocab_size=sizes.vocab, model_dim=sizes.model_dim, num_layers=sizes.layers,
-        num_heads=sizes.heads, mlp_dim=4 * sizes.model_dim, window=sizes.window, mode="hard",
-        **fields,
+        num_heads=sizes.heads, mlp_dim=4 * sizes.model_dim,
+        attention=AttentionSpec(window=sizes.window), router=Router(**router),
     )
+    return LanguageModel(config, mode="hard")
 
 
 def draw_routes(sizes: Sizes) -> np.ndarray:
@@ -69,7 +78,7 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
     """
     try:
         register_mechanism(
-            "full_dense", dataclasses.replace(get_mechanism("full"), decode=decode_dense)
+            "full_dense", dataclasses.replace(get_mechanism("full"), step=decode_dense)
         )
     except ValueError:
         pass  # Registered by an earlier call in this process.

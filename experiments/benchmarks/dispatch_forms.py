@@ -5,7 +5,7 @@ python -m experiments.benchmarks.dispatch_forms [--json=FILE] [--times=2048,8192
 
 float32, H 4, d 64, full attention of the chosen queries alone, at random positions. The sides:
 
-* `loops`: what the project uses (`mechanisms/packed.py`): trip counts follow the data; blocks of a
+* `loops`: what the project uses (`kernels/portable.py`): trip counts follow the data; blocks of a
   batch are counted in sum, keys stop at the last query of a block; backward by hand.
 * `buckets`: `lax.switch` over static capacities (T / 32, T / 16, ... T; the least that holds the
   fullest sequence), each branch a scan over query blocks with rematerialisation, backward by
@@ -28,6 +28,8 @@ from absl import flags
 from experiments import common as commands
 from experiments.benchmarks import common
 from meta_attention_jax.mechanisms import full
+from meta_attention_jax.routing.dispatch import hard_attention
+from meta_attention_jax.types import AttentionSpec
 
 JSON = commands.define_path("json", None, "Write the rows here.")
 TIMES = flags.DEFINE_list("times", ["2048", "8192"], "T, multiples of 2048.")
@@ -67,11 +69,12 @@ def bucketed(q, k, v, chosen):
 
 
 def looped(q, k, v, chosen):
-    return full.attend_packed(q, k, v, chosen, jnp.zeros_like(q))
+    route = jnp.where(chosen, 0, -1)  # No mechanism: zeros.
+    return hard_attention(q, k, v, route, mechanisms=("full",), spec=AttentionSpec())
 
 
 def dense(q, k, v, chosen):
-    out = full.attend(q, k, v, implementation="blockwise")
+    out = full.attend(q, k, v, spec=AttentionSpec(implementation="blockwise"))
     return jnp.where(chosen[..., None, None], out, 0.0)
 
 

@@ -23,6 +23,7 @@ from experiments import common as commands
 from experiments.benchmarks import common
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.routing.dispatch import hard_attention
+from meta_attention_jax.types import AttentionSpec
 
 JSON = commands.define_path("json", None, "Write the rows here.")
 TIMES = flags.DEFINE_list("times", ["2048", "8192", "32768"], "T.")
@@ -52,16 +53,19 @@ def sides(time: int, batch: int, fractions, direction: str):
                 return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
         return functools.partial(jax.jit(call), q, k, v, *routes)
 
-    hard = functools.partial(hard_attention, window=WINDOW)
+    spec = AttentionSpec(window=WINDOW, implementation="blockwise")
+    hard = functools.partial(hard_attention, spec=spec)
     calls = {
-        "full blockwise": timed(functools.partial(full.attend, implementation="blockwise")),
-        "linear": timed(linear.attend),
-        "local": timed(functools.partial(local.attend, window=WINDOW)),
+        "full blockwise": timed(functools.partial(full.attend, spec=spec)),
+        "linear": timed(functools.partial(linear.attend, spec=spec)),
+        "local": timed(functools.partial(local.attend, spec=spec)),
     }
     if batch * time <= PACKED_TOKENS:
         calls["full packed"] = timed(hard, everything)
     if time <= SQUARE_TIME:
-        calls["full xla"] = timed(functools.partial(full.attend, implementation="xla"))
+        calls["full xla"] = timed(
+            functools.partial(full.attend, spec=AttentionSpec(implementation="xla"))
+        )
     for label, rows in fractions.items():
         calls[label] = timed(hard, jnp.asarray(common.random_routes(rows, time)))
     return calls

@@ -13,7 +13,8 @@ from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common
-from meta_attention_jax.mechanisms.registry import attend_with
+from meta_attention_jax.mechanisms import attend
+from meta_attention_jax.types import AttentionSpec
 
 JSON = commands.define_path("json", None, "Write the rows here.")
 TIME = flags.DEFINE_integer("time", 8192, "T.", 1)
@@ -27,7 +28,7 @@ def functions(direction: str, time: int):
     q, k, v = (jax.random.normal(key, (1, time, HEADS, DIM)) for key in keys)
 
     def forward(name, q, k, v):
-        return attend_with(name, q, k, v, window=WINDOW, implementation="blockwise")
+        return attend(name, q, k, v, spec=AttentionSpec(window=WINDOW, implementation="blockwise"))
 
     def backward(name, q, k, v):
         return jax.grad(lambda *x: jnp.sum(jnp.square(forward(name, *x))), argnums=(0, 1, 2))(q, k, v)

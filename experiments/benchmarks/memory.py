@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments import common as commands
 from experiments.benchmarks import common
-from meta_attention_jax import MetaAttention
+from meta_attention_jax import AttentionSpec, MetaAttention
 
 JSON = commands.define_path("json", None, "Write the rows here.")
 HEADS, DIM, WINDOW = 4, 64, 256
@@ -22,8 +22,8 @@ SHORT, LONG, LONGEST = 4096, 16384, 32768
 def peak_bytes(time: int, mode: str = "soft") -> int:
     """Temporaries and outputs of the compiled gradient, bytes; "hard" is by packed dispatch."""
     layer = MetaAttention(
-        num_heads=HEADS, window=WINDOW, rotary=True, implementation="blockwise", mode=mode,
-        dispatch="packed",
+        num_heads=HEADS, spec=AttentionSpec(window=WINDOW, implementation="blockwise"), rotary=True,
+        mode=mode, dispatch="packed",
     )
     x = jax.ShapeDtypeStruct((1, time, HEADS * DIM), jnp.float32)
     key = jax.random.key(0)

@@ -56,9 +56,9 @@ soft, hard = arrays("soft"), arrays("hard")
 # %%
 import numpy as np
 
-from meta_attention_jax.controller.prior import prior_concentration
+from meta_attention_jax.controller.prior import make_prior
 
-prior = np.asarray(prior_concentration(run.config.prior.family, run.hypers.routing))
+prior = np.asarray(make_prior(run.config.prior.family, run.hypers.routing).concentration)
 analysis.simplex_figure(soft["mean"], run.mechanisms, prior=prior / prior.sum())
 
 # %% [markdown]

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from meta_attention_jax import MetaAttention
+from meta_attention_jax import AttentionSpec, MetaAttention
 
 
 class TinyModel(nn.Module):
@@ -41,7 +41,7 @@ class TinyModel(nn.Module):
     def __call__(self, tokens, deterministic=True):
         x = nn.Embed(self.vocab, 32)(tokens)
         for _ in range(2):
-            attention = MetaAttention(num_heads=2, window=4, rotary=True)
+            attention = MetaAttention(num_heads=2, spec=AttentionSpec(window=4), rotary=True)
             x = x + attention(nn.LayerNorm()(x), deterministic=deterministic)
             x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
         return nn.Dense(self.vocab)(nn.LayerNorm()(x))

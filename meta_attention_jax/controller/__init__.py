@@ -17,9 +17,9 @@ from meta_attention_jax.controller.posterior import (
 )
 from meta_attention_jax.controller.prior import (
     PRIORS,
+    Prior,
     cost_aware,
-    preference_mean,
-    prior_concentration,
+    make_prior,
     uniform,
     validate_prior,
 )
@@ -41,6 +41,7 @@ __all__ = [
     "CONTROLLERS",
     "POSTERIORS",
     "PRIORS",
+    "Prior",
     "ControllerMLP",
     "Dirichlet",
     "DirichletController",
@@ -56,10 +57,9 @@ __all__ = [
     "kl_divergence",
     "log_gamma",
     "make_controller",
+    "make_prior",
     "mean_strength",
     "mutual_information",
-    "preference_mean",
-    "prior_concentration",
     "sample_dirichlet",
     "sample_log_dirichlet",
     "token_keys",

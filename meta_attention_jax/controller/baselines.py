@@ -18,7 +18,14 @@ from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
 from meta_attention_jax.controller.uncertainty import categorical_entropy, uncertainty
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds, Weights
+from meta_attention_jax.types import (
+    Positions,
+    Router,
+    Routing,
+    RoutingHypers,
+    SegmentIds,
+    Weights,
+)
 
 
 class SoftmaxController(nn.Module):
@@ -92,9 +99,10 @@ class SoftmaxController(nn.Module):
 
     def penalty(
         self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
-    ) -> Optional[Float[Array, "batch time"]]:
-        """What the objective adds, times beta, where it is not the KL."""
-        return None
+    ) -> Float[Array, "batch time"]:
+        """What the objective adds, times beta."""
+        del segment_ids
+        return self.kl(mean, hypers)
 
     def training_weights(
         self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
@@ -115,7 +123,7 @@ class SoftmaxKLController(SoftmaxController):
     prior: str = "cost_aware"
 
     def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
-        return jnp.log(prior.prior_concentration(self.prior, hypers) / hypers.strength)
+        return jnp.log(prior.make_prior(self.prior, hypers).mean)
 
     def kl(self, mean: Weights, hypers: RoutingHypers) -> Float[Array, "batch time"]:
         return -categorical_entropy(mean) - mean @ self.offset(hypers)
@@ -188,7 +196,7 @@ def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Rou
     row = jax.nn.one_hot(fixed, num_mechanisms, dtype=jnp.float32)
     mean = jnp.broadcast_to(row, (batch, time, num_mechanisms))
     zeros = jnp.zeros((batch, time), jnp.float32)
-    return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros)
+    return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros, penalty=zeros)
 
 
 class FixedController(nn.Module):
@@ -236,33 +244,31 @@ WITH_POSTERIOR = ("bayesian", "bayesian_mean")
 """Those with a Dirichlet posterior, and so with every measure of uncertainty."""
 
 
-def make_controller(controller: str, **fields: Any) -> nn.Module:
-    """The named controller, built from one set of fields that serves all of them.
-
-    A caller can pass every field it has: a controller takes those it knows. A field that no
-    controller knows is a mistake.
+def make_controller(router: Router, **fields: Any) -> nn.Module:
+    """The router's controller; `fields` are those that all have: `dtype`, `name`.
 
     Raises:
-      ValueError: unknown controller, a field unknown to every controller, or fewer than two
+      ValueError: unknown controller, a fixed mechanism that there is not, or fewer than two
         mechanisms to choose from.
     """
-    if controller not in CONTROLLERS:
-        raise ValueError(f"controller: expected one of {tuple(CONTROLLERS)}, got {controller!r}.")
-    known = {name: _field_names(module) for name, module in CONTROLLERS.items()}
-    unknown = set(fields).difference(*known.values())
-    if unknown:
+    names = router.mechanisms
+    if router.controller not in CONTROLLERS:
         raise ValueError(
-            f"controller: expected fields among {sorted(set().union(*known.values()))}, "
-            f"got {sorted(unknown)}."
+            f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}."
         )
-    if controller != "fixed" and fields.get("num_mechanisms", 2) < 2:
+    least = 1 if router.is_fixed else 2
+    if len(set(names)) != len(names) or len(names) < least:
+        raise ValueError(f"mechanisms: expected {least} or more distinct names, got {names}.")
+    if router.is_fixed and router.fixed[0] not in names:
         raise ValueError(
-            "num_mechanisms: expected at least 2 for a controller that chooses, "
-            f"got {fields['num_mechanisms']}."
+            f"fixed: expected one of the mechanisms {names}, got {router.fixed[0]!r}."
         )
-    chosen = {field: value for field, value in fields.items() if field in known[controller]}
-    return CONTROLLERS[controller](**chosen)
-
-
-def _field_names(module: type[nn.Module]) -> set[str]:
-    return {field.name for field in dataclasses.fields(module) if field.init}
+    module = CONTROLLERS[router.controller]
+    known = {field.name for field in dataclasses.fields(module)}
+    own = {
+        "num_mechanisms": len(names),
+        "fixed": names.index(router.fixed[0]) if router.is_fixed else 0,
+        **{name: getattr(router, name) for name in ("hidden", "prior", "posterior", "uncertainty")},
+        **fields,
+    }
+    return module(**{field: value for field, value in own.items() if field in known})

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from meta_attention_jax.controller import posterior, prior, sampling
 from meta_attention_jax.controller.uncertainty import uncertainty
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import Positions, Routing, RoutingHypers, Scalar, SegmentIds
+from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
 
 
 def features(
@@ -126,13 +126,13 @@ class DirichletController(nn.Module):
                 f"costs: expected {self.num_mechanisms} numbers, one per mechanism, "
                 f"got shape {hypers.costs.shape}."
             )
-        prior_concentration = prior.prior_concentration(self.prior, hypers)
+        preferred = prior.make_prior(self.prior, hypers)
         num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
         outputs = ControllerMLP(self.hidden, num_outputs, self.dtype, name="mlp")(
             x, residual, positions
         )
-        return by_rows(self._routing, (0, 0, 0, 0, None, None))(
-            outputs, positions, segment_ids, keys, prior_concentration, hypers.strength
+        return by_rows(self._routing, (0, 0, 0, 0, None))(
+            outputs, positions, segment_ids, keys, preferred
         )
 
     def _routing(
@@ -141,26 +141,25 @@ class DirichletController(nn.Module):
         positions: Positions,
         segment_ids: SegmentIds,
         keys: Optional[Key[Array, "batch"]],
-        prior_concentration: Float[Array, "mechanism"],
-        strength: Scalar,
+        preferred: prior.Prior,
     ) -> Routing:
         """What follows from the network's outputs."""
         if self.posterior == "additive":
-            concentration = posterior.additive(prior_concentration, outputs)
+            concentration = posterior.additive(preferred, outputs)
         else:
-            concentration = posterior.mean_strength(
-                prior_concentration / strength, strength, outputs[..., :-1], outputs[..., -1]
-            )
+            concentration = posterior.mean_strength(preferred, outputs[..., :-1], outputs[..., -1])
         mean = posterior.Dirichlet(concentration).mean()
         weights = mean
         if keys is not None and self.samples:
             weights = sampling.sample_dirichlet(
                 sampling.token_keys(keys, positions, segment_ids), concentration
             )
+        kl = posterior.kl_divergence(concentration, preferred)
         return Routing(
             mean=mean,
             weights=weights,
             uncertainty=uncertainty(self.uncertainty, mean, concentration),
-            kl=posterior.kl_divergence(concentration, prior_concentration),
+            kl=kl,
+            penalty=kl,
             concentration=concentration,
         )

@@ -11,28 +11,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from meta_attention_jax.controller.prior import Prior
 from meta_attention_jax.controller.sampling import log_gamma
-from meta_attention_jax.types import Scalar
 
 POSTERIORS = ("additive", "mean_strength")
 MIN_CONCENTRATION = 0.05
 MAX_CONCENTRATION = 1e3
 
 
-def additive(
-    prior_concentration: Float[Array, "mechanism"], features: Float[Array, "*batch mechanism"]
-) -> Float[Array, "*batch mechanism"]:
+def additive(prior: Prior, features: Float[Array, "*batch mechanism"]) -> Float[Array, "*batch mechanism"]:
     """alpha_t = alpha0 + softplus(f_t): evidence counted on top of the prior.
 
     It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats)
     to overrule a strong prior.
     """
-    return _clamp(_expand(prior_concentration, features) + jax.nn.softplus(_float32(features)))
+    return _clamp(_expand(prior.concentration, features) + jax.nn.softplus(_float32(features)))
 
 
 def mean_strength(
-    prior_mean: Float[Array, "mechanism"],
-    strength: Scalar,
+    prior: Prior,
     features: Float[Array, "*batch mechanism"],
     strength_features: Float[Array, "*batch"],
 ) -> Float[Array, "*batch mechanism"]:
@@ -41,9 +38,9 @@ def mean_strength(
     Mean and confidence move apart from each other and in both directions. Zero features give the
     prior itself, q = p.
     """
-    mean = jax.nn.softmax(_expand(jnp.log(prior_mean), features) + _float32(features), axis=-1)
+    mean = jax.nn.softmax(_expand(jnp.log(prior.mean), features) + _float32(features), axis=-1)
     ratio = jax.nn.softplus(_float32(strength_features)) / jnp.log(jnp.float32(2.0))
-    return _clamp(strength * ratio[..., None] * mean)
+    return _clamp(prior.strength * ratio[..., None] * mean)
 
 
 class Dirichlet(distrax.Dirichlet):
@@ -56,8 +53,7 @@ class Dirichlet(distrax.Dirichlet):
 
 
 def kl_divergence(
-    concentration: Float[Array, "*batch mechanism"],
-    prior_concentration: Float[Array, "mechanism"],
+    concentration: Float[Array, "*batch mechanism"], prior: Prior
 ) -> Float[Array, "*batch"]:
     """KL(Dir(alpha_t) || Dir(alpha0)) in nats, closed form, float32.
 
@@ -65,7 +61,7 @@ def kl_divergence(
     be that much below 0.
     """
     posterior = Dirichlet(_float32(concentration))
-    return posterior.kl_divergence(Dirichlet(_expand(prior_concentration, concentration)))
+    return posterior.kl_divergence(Dirichlet(_expand(prior.concentration, concentration)))
 
 
 def _float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -73,10 +69,10 @@ def _float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _expand(
-    prior: Float[Array, "mechanism"], like: Float[Array, "*batch mechanism"]
+    x: Float[Array, "mechanism"], like: Float[Array, "*batch mechanism"]
 ) -> Float[Array, "*ones mechanism"]:
-    """The prior with the leading axes of `like`, each of length 1."""
-    return _float32(prior).reshape((1,) * (like.ndim - 1) + prior.shape)
+    """x with the leading axes of `like`, each of length 1."""
+    return _float32(x).reshape((1,) * (like.ndim - 1) + x.shape)
 
 
 def _clamp(concentration: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

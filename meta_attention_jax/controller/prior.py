@@ -9,51 +9,59 @@ kappa readable: it moves the prior's confidence and leaves its mean alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
+import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax.types import Costs, RoutingHypers, Scalar
-
-PRIORS = ("cost_aware", "uniform")
-
-Concentration = Float[Array, "mechanism"]
+from meta_attention_jax.types import RoutingHypers, Scalar
 
 
-def preference_mean(costs: Costs, preference: Scalar) -> Concentration:
-    """Mean of the cost-aware prior, m_k = ((1 - c_k) + eta) / sum_j ((1 - c_j) + eta).
+@flax.struct.dataclass
+class Prior:
+    """p(pi) = Dir(kappa m), as a value.
 
-    Args:
-      costs: c in (0, 1]^K, divided by the largest.
-      preference: eta > 0.
+    Attributes:
+      mean: m, on the simplex.
+      strength: kappa > 0, pseudo-counts in all.
     """
-    gain = 1.0 - costs + preference
-    return gain / jnp.sum(gain)
+
+    mean: Float[Array, "mechanism"]
+    strength: Scalar
+
+    @property
+    def concentration(self) -> Float[Array, "mechanism"]:
+        """alpha0 = kappa m, pseudo-counts."""
+        return self.strength * self.mean
 
 
-def cost_aware(strength: Scalar, preference: Scalar, costs: Costs) -> Concentration:
-    """Cost-aware concentration alpha0 = kappa m, in pseudo-counts that sum to kappa."""
-    return strength * preference_mean(costs, preference)
+def cost_aware(hypers: RoutingHypers) -> Prior:
+    """m_k = ((1 - c_k) + eta) / sum_j ((1 - c_j) + eta): cheap mechanisms are preferred."""
+    gain = 1.0 - hypers.costs + hypers.preference
+    return Prior(gain / jnp.sum(gain), hypers.strength)
 
 
-def uniform(strength: Scalar, num: int) -> Concentration:
-    """Uninformed concentration alpha0_k = kappa / K, in pseudo-counts that sum to kappa."""
-    return strength * jnp.full((num,), 1.0 / num, jnp.float32)
+def uniform(hypers: RoutingHypers) -> Prior:
+    """m_k = 1 / K: uninformed."""
+    num = hypers.costs.shape[0]
+    return Prior(jnp.full((num,), 1.0 / num, jnp.float32), hypers.strength)
 
 
-def prior_concentration(family: str, hypers: RoutingHypers) -> Concentration:
-    """alpha0 of the named family at the given (possibly traced) hyper-parameters.
+PRIORS: dict[str, Callable[[RoutingHypers], Prior]] = {"cost_aware": cost_aware, "uniform": uniform}
+"""Priors by the name that a config uses."""
+
+
+def make_prior(family: str, hypers: RoutingHypers) -> Prior:
+    """The named prior at the given (possibly traced) hyper-parameters.
 
     Raises:
       ValueError: `family` is unknown.
     """
-    if family == "cost_aware":
-        return cost_aware(hypers.strength, hypers.preference, hypers.costs)
-    if family == "uniform":
-        return uniform(hypers.strength, hypers.costs.shape[0])
-    raise ValueError(f"prior: expected one of {PRIORS}, got {family!r}.")
+    if family not in PRIORS:
+        raise ValueError(f"prior: expected one of {tuple(PRIORS)}, got {family!r}.")
+    return PRIORS[family](hypers)
 
 
 def validate_prior(

@@ -13,13 +13,12 @@ def validate_qkv(
     k: Keys,
     v: Values,
     segment_ids: SegmentIds | None = None,
-    window: int | None = None,
 ) -> None:
     """Checks the arguments of every `attend` once, at the edge.
 
     Raises:
       ValueError: rank other than 4, batch/time/dim that differ, heads not a multiple of kv_heads,
-        segment_ids that are not integers of shape [batch, time], window below 1.
+        segment_ids that are not integers of shape [batch, time].
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -44,8 +43,6 @@ def validate_qkv(
             )
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected integers, got {segment_ids.dtype}.")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}.")
 
 
 def is_empty(q: Queries) -> bool:
@@ -87,3 +84,8 @@ def default_segments(q: Queries, segment_ids: SegmentIds | None) -> Int[Array, "
     if segment_ids is None:
         return jnp.ones(q.shape[:2], jnp.int32)
     return segment_ids
+
+
+def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
+    """Product in the dtype of the inputs y, accumulated in float32."""
+    return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)

@@ -2,148 +2,156 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from meta_attention_jax.mechanisms import blocks, blockwise, masks, packed, work
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
-
-IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
+from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms.blocks import dot
+from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.types import AttentionSpec, Keys, Queries, Reach, SegmentIds, Values
 
 BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
-
-PACKED_BLOCK, PACKED_TILE = 64, 128
-"""Queries of a packed block, and keys that it meets at once, at T below LONG_TIME; twice these from
-there on. Larger blocks are faster per pair, but their queries span more positions, so they meet more
-keys in vain. Forward+backward at 10 % full, twice / once, on two CPU cores (4 heads, d 64), one trial
-that was not recorded: 1.09 at T 4096, 0.88 at 8192, 0.87 at 32768."""
-
-LONG_TIME = 8192
 
 CUDNN_DIM = 128
 CUDNN_CAPABILITY = 8.0
 
 
 def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    implementation: str = "auto",
+    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
 ) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
 
-    Bidirectional (`causal` False): over the whole segment. Softmax in float32.
+    Bidirectional: over the whole segment. Softmax in float32.
 
     Args:
       q: `[B, T, H, d]`.
       k, v: `[B, T, G, d]`, G a divisor of H.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-      causal: False attends to both sides.
-      implementation: "xla" builds the T x T square; "blockwise" an online softmax whose memory is
-        linear in T, gradients included; "cudnn" the fused kernel of NVIDIA GPUs; "auto" is
+      spec: `implementation`: "xla" builds the T x T square; "blockwise" an online softmax whose
+        memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA GPUs; "auto" is
         `resolve_implementation`.
+      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
 
     Returns:
       `[B, T, H, d]` in the dtype of q.
 
     Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`); an implementation that is unknown or
-        cannot serve these arguments on this backend.
+      ValueError: shapes that do not fit (see `validate_qkv`); an implementation that cannot serve
+        these arguments on this backend.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     chosen = resolve_implementation(
-        implementation,
+        spec.implementation,
         time=q.shape[1],
         dtype=q.dtype,
         head_dim=q.shape[3],
-        has_segments=segment_ids is not None,
+        segments="one" if segment_ids is None else spec.segments,
         backend=jax.default_backend(),
     )
     if blocks.is_empty(q):
         return jnp.zeros_like(q)
     if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return fused(q, k, v, segment_ids if spec.segments == "padded" else None, spec.causal)
     if chosen == "xla":
-        return _square(q, k, v, segment_ids, causal)
-    return blockwise.attend(
-        q, k, v, segment_ids=segment_ids, causal=causal, window=None, block=_dense_block(q)
+        return _square(q, k, v, segment_ids, spec.causal)
+    return flash.attend(
+        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q)
+    )[0]
+
+
+def fused(
+    q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool
+) -> Queries:
+    """cuDNN's kernel, for rows of one segment whose padding, if any, stands behind it."""
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    valid = segment_ids != 0
+    lengths = valid.sum(axis=1, dtype=jnp.int32)
+    # A row of nothing but padding must have a key, or its softmax is over none.
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, implementation="cudnn",
+        query_seq_lengths=jnp.maximum(lengths, 1), key_value_seq_lengths=jnp.maximum(lengths, 1),
     )
+    return jnp.where(valid[..., None, None], out, 0)
 
 
-def count_work(
-    q: Queries, k: Keys, *, causal: bool = True, implementation: str = "auto"
-) -> work.Work:
+def step(
+    q: cache.StepQuery,
+    held: cache.Cache,
+    layer: cache.Layer,
+    *,
+    needed: Bool[Array, "batch"],
+    spec: AttentionSpec,
+) -> cache.StepQuery:
+    """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
+
+    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the
+    other rows: an online softmax over blocks, row by row. Softmax in float32.
+
+    Args:
+      q: query of the newest token of each row.
+      held: the cache, which has the newest token.
+      layer: which layer.
+      needed: rows whose output will be used.
+      spec: of no consequence here.
+    """
+    del spec
+    length = held.length[layer]
+    block = min(cache.BLOCK, held.capacity)
+    index = jnp.arange(block, dtype=jnp.int32)
+
+    def attend(query, row):
+        def visit(i, carry):
+            m, total, acc = carry
+            key, value = (cache.read(x, layer, row, i * block, block) for x in (held.k, held.v))
+            logits = cache.logits_of(query, key, i * block + index < length[row])
+            new = jnp.maximum(m, logits.max(-1))
+            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
+            acc = acc * decay[..., None] + dot("grk,gkd->grd", weights, value)
+            return new, total * decay + weights.sum(-1), acc
+
+        empty = jnp.full(query.shape[:2], masks.MASKED, jnp.float32)
+        start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
+        _, total, acc = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
+        return acc / total[..., None]
+
+    return cache.by_row(attend, q, held.k.shape[2], needed)
+
+
+def flops(time: int, dim: int, spec: AttentionSpec) -> float:
+    """Logits and weighted sum, 4 d per pair: 2 d T (T + 1) causal, 4 d T^2 bidirectional."""
+    pairs = time * (time + 1) // 2 if spec.causal else time * time
+    return 4.0 * dim * pairs
+
+
+def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` with segment ids spends on all tokens, forward.
 
-    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits. q and k
-    are asked for shape and dtype only.
+    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as
+    many are counted for "cudnn". q and k are asked for shape and dtype only.
 
     Raises:
-      ValueError: an implementation that is unknown or cannot serve with segment ids ("cudnn").
+      ValueError: an implementation that cannot serve.
     """
     batch, time, _, dim = q.shape
     chosen = resolve_implementation(
-        implementation, time=time, dtype=q.dtype, head_dim=dim, has_segments=True,
+        spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments,
         backend=jax.default_backend(),
     )
     if chosen == "xla":
-        return work.of_tiles(
+        return spent.of_tiles(
             q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time
         )
-    return blockwise.count_work(q, k, causal=causal, window=None, block=_dense_block(q))
+    return flash.count_work(q, k, causal=spec.causal, window=None, block=_dense_block(q))
 
 
-def attend_packed(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    chosen: Bool[Array, "batch time"],
-    base: Queries,
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    implementation: str = "auto",
-) -> Queries:
-    """`attend` at the chosen rows, `base` at the others, in work proportional to the choice.
-
-    See `packed.attend`; `implementation` is of no consequence here.
-
-    Raises:
-      ValueError: as `packed.attend`; an unknown implementation.
-    """
-    _check_name(implementation)
-    return packed.attend(
-        q, k, v, chosen, base,
-        segment_ids=segment_ids, causal=causal,
-        **packed_sizes(q.shape[1]),
-    )
-
-
-def packed_sizes(time: int) -> dict[str, int]:
-    """block and tile of packed queries at T tokens."""
-    factor = 2 if time >= LONG_TIME else 1
-    return {"block": factor * PACKED_BLOCK, "tile": factor * PACKED_TILE}
-
-
-def count_packed_work(
-    q: Queries,
-    k: Keys,
-    chosen: Bool[Array, "batch time"],
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    implementation: str = "auto",
-) -> work.Work:
-    """What `attend_packed` spends on these choices, forward; see `packed.count_work`."""
-    del implementation
-    return packed.count_work(
-        q, k, chosen, segment_ids=segment_ids, causal=causal, **packed_sizes(q.shape[1])
-    )
+def reach(spec: AttentionSpec) -> Reach:
+    """No bound."""
+    del spec
+    return Reach()
 
 
 def _dense_block(q: Queries) -> int:
@@ -160,7 +168,7 @@ def resolve_implementation(
     time: int,
     dtype: jnp.dtype,
     head_dim: int,
-    has_segments: bool,
+    segments: str,
     backend: str,
     compute_capability: float | None = None,
 ) -> str:
@@ -169,11 +177,12 @@ def resolve_implementation(
     "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`.
 
     Args:
-      implementation: one of IMPLEMENTATIONS.
+      implementation: one of `IMPLEMENTATIONS`.
       time: T.
       dtype: of q, k and v.
       head_dim: d.
-      has_segments: whether segment ids are given (cuDNN has no ids without a T x T mask).
+      segments: what is known of segment ids, as `AttentionSpec.segments`; "one" where none are given.
+        cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
       backend: `jax.default_backend()`.
       compute_capability: of the GPU; None asks the first device. cuDNN's kernel needs 8.0.
 
@@ -181,9 +190,8 @@ def resolve_implementation(
       "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
 
     Raises:
-      ValueError: unknown implementation, or "cudnn" where it cannot serve.
+      ValueError: "cudnn" where it cannot serve.
     """
-    _check_name(implementation)
     dtype = jnp.dtype(dtype)
     fused = (
         backend == "gpu"
@@ -191,7 +199,7 @@ def resolve_implementation(
         and head_dim <= CUDNN_DIM
         and head_dim % 8 == 0
         and time % 2 == 0  # Its backward pass refuses an odd length.
-        and not has_segments
+        and segments != "any"
     )
     if fused and compute_capability is None:
         compute_capability = _compute_capability()
@@ -200,22 +208,15 @@ def resolve_implementation(
         raise ValueError(
             f"implementation: expected for 'cudnn' an NVIDIA GPU of compute capability "
             f"{CUDNN_CAPABILITY}, bfloat16 or float16, an even length, a head dim that is a multiple "
-            f"of 8 up to {CUDNN_DIM} and no segment_ids, got {backend}, {dtype.name}, length {time}, "
+            f"of 8 up to {CUDNN_DIM} and one segment a row, got {backend}, {dtype.name}, length {time}, "
             f"head dim {head_dim} and "
-            f"{'segment_ids' if has_segments else 'no segment_ids'}."
+            f"{'any segments' if segments == 'any' else 'one segment'}."
         )
     if implementation != "auto":
         return implementation
     if fused:
         return "cudnn"
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
-
-
-def _check_name(implementation: str) -> None:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
-        )
 
 
 def _compute_capability() -> float:
@@ -235,8 +236,13 @@ def _square(
     allowed = masks.band(index, index, causal=causal)[None] & masks.same_segment(segments, segments)
     queries = blocks.group_queries(q, k.shape[2])
     keys, values = blocks.head_major(k), blocks.head_major(v)
-    logits = blockwise.dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
+    logits = dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, masks.MASKED), axis=-1)
-    out = blockwise.dot("bgrqk,bgkd->bgrqd", weights, values)
+    out = dot("bgrqk,bgkd->bgrqd", weights, values)
     out = jnp.where(segments[:, None, None, :, None] != 0, out, 0.0)
     return blocks.ungroup_queries(out).astype(q.dtype)
+
+
+MECHANISM = Mechanism(
+    attend, flops, cost=1.0, rotary=True, step=step, work=count_work, reach=reach
+)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, masks, work
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+from meta_attention_jax.mechanisms import blocks, cache, masks, spent
+from meta_attention_jax.mechanisms.features import feature_map
+from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
 CHUNK = 64
@@ -18,31 +21,25 @@ BATCHED = 16
 differ by less than the noise."""
 
 
-def feature_map(x: Array) -> Array:
-    """phi(x) = ELU(x) + 1 > 0, in float32."""
-    x = x.astype(jnp.float32)
-    return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
-
-
 def attend(
     q: Queries,
     k: Keys,
     v: Values,
     *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
+    spec: AttentionSpec,
+    segment_ids: Optional[SegmentIds] = None,
 ) -> Queries:
     """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s).
 
-    Sums run over s <= t of the segment of t, or over the whole segment when `causal` is False.
+    Sums run over s <= t of the segment of t, or over the whole segment when not causal.
     State and products are float32. Time and memory, gradients included, are linear in T: chunks of
     tokens attend within themselves, and carry (S, z) from chunk to chunk.
 
     Args:
       q: `[B, T, H, d]`.
       k, v: `[B, T, G, d]`, G a divisor of H.
+      spec: its direction counts.
       segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-      causal: False sums over both directions.
 
     Returns:
       `[B, T, H, d]` in the dtype of q.
@@ -55,7 +52,7 @@ def attend(
         return jnp.zeros_like(q)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)
-    if not causal:
+    if not spec.causal:
         # The future of a token is the strict past of the reversed sequence.
         flipped = (jnp.flip(x, 1) for x in (q, k, v, segments))
         future = (jnp.flip(x, 1) for x in _sums(*flipped, False))
@@ -64,21 +61,47 @@ def attend(
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
 
 
-def count_work(q: Queries, k: Keys, *, causal: bool = True) -> work.Work:
+def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
 
     A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the
     state, 2 c d^2 per key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many
-    chunks as the loop visits, the filling of its last step included; twice as many when `causal` is
-    False. Bytes: each array once per direction.
+    chunks as the loop visits, the filling of its last step included; twice as many when not
+    causal. Bytes: each array once per direction.
     """
     batch, _, heads, dim = q.shape
     steps, m, chunk = _steps(q)
     per_head = 4.0 * chunk**2 * dim + 2.0 * chunk * dim * (dim + 1)
     state = 2.0 * chunk * dim**2
-    once = work.of_arrays(q, k, batch * steps * m * (heads * per_head + k.shape[2] * state))
-    directions = 1 if causal else 2
-    return work.Work(*(directions * x for x in once))
+    once = spent.of_arrays(q, k, batch * steps * m * (heads * per_head + k.shape[2] * state))
+    directions = 1 if spec.causal else 2
+    return spent.AttentionCost(*(directions * x for x in once))
+
+
+def step(
+    q: cache.StepQuery,
+    held: cache.Cache,
+    layer: cache.Layer,
+    *,
+    needed: Bool[Array, "batch"],
+    spec: AttentionSpec,
+) -> cache.StepQuery:
+    """phi(q)^T S / (phi(q)^T z + 1e-6) in float32, in the rows that are needed; 0 elsewhere.
+
+    All rows at once: their states have just been written, and are small.
+    """
+    del spec
+    query = feature_map(cache.grouped(q, held.s.shape[2]))
+    numerator = jnp.einsum("bgrd,bgde->bgre", query, held.s[layer])
+    denominator = jnp.einsum("bgrd,bgd->bgr", query, held.z[layer]) + EPSILON
+    out = (numerator / denominator[..., None]).reshape(q.shape).astype(q.dtype)
+    return jnp.where(needed[:, None, None], out, 0)
+
+
+def flops(time: int, dim: int, spec: AttentionSpec) -> float:
+    """Per token: state update 2 d^2, read 2 d^2, normaliser 2 d; independent of direction."""
+    del spec
+    return float(time) * (4.0 * dim * dim + 2.0 * dim)
 
 
 Numerator = Float[Array, "batch time heads dim"]
@@ -274,33 +297,5 @@ def _zero_state(k: Keys, v: Values) -> State:
     return jnp.zeros_like(z[..., :, None] * v[:, 0, :, None, :].astype(jnp.float32)), z
 
 
-def recurrent(
-    q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None
-) -> Queries:
-    """The causal form token by token: S <- S + phi(k_t) v_t^T, z <- z + phi(k_t), read, repeat.
-
-    S and z restart where the segment id changes. The reference of what `attend` computes by chunks.
-    """
-    blocks.validate_qkv(q, k, v, segment_ids)
-    segments = blocks.default_segments(q, segment_ids)
-    queries = jnp.moveaxis(feature_map(blocks.group_queries(q, k.shape[2])), 3, 0)
-    keys = jnp.moveaxis(feature_map(k), 1, 0)
-    values = jnp.moveaxis(v.astype(jnp.float32), 1, 0)
-    ids = segments.T
-    previous = jnp.concatenate([ids[:1], ids[:-1]])
-
-    def step(state, token):
-        s, z = state
-        query, key, value, same, valid = token
-        keep = same.astype(jnp.float32)[:, None, None]
-        s = s * keep[..., None] + key[..., :, None] * value[..., None, :]
-        z = z * keep + key
-        numerator = jnp.einsum("bgrd,bgde->bgre", query, s)
-        denominator = jnp.einsum("bgrd,bgd->bgr", query, z) + EPSILON
-        out = numerator / denominator[..., None]
-        return (s, z), jnp.where(valid[:, None, None, None], out, 0.0)
-
-    z = jnp.zeros_like(keys[0])
-    s = jnp.zeros_like(keys[0][..., :, None] * values[0][..., None, :])
-    _, out = jax.lax.scan(step, (s, z), (queries, keys, values, ids == previous, ids != 0))
-    return blocks.ungroup_queries(jnp.moveaxis(out, 0, 3)).astype(q.dtype)
+# Rotation would break the positivity of the kernel.
+MECHANISM = Mechanism(attend, flops, cost=0.15, step=step, work=count_work)

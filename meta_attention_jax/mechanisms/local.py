@@ -2,91 +2,155 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool
+from typing import Optional
 
-from meta_attention_jax.mechanisms import blocks, blockwise, packed, work
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms.blocks import dot
+from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.types import (
+    AttentionSpec,
+    Keys,
+    Queries,
+    Reach,
+    SegmentIds,
+    Values,
+    positions_in_segment,
+)
 
 BLOCK = 64
 """Edge of a tile of all tokens."""
 
-PACKED_BLOCK, PACKED_TILE = 64, 64
-"""Queries of a packed block, and keys that it meets at once."""
-
 
 def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    window: int,
+    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
 ) -> Queries:
-    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment.
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment,
+    and over its first `sinks` tokens.
 
-    Bidirectional (`causal` False): |s - t| < window. Distances are by index in the array. Softmax
-    in float32. Time and memory, gradients included, are O(T window); a window of T or more gives
-    full attention.
+    Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and
+    memory, gradients included, are O(T (window + sinks)); a window of T or more gives full attention.
 
     Args:
       q: `[B, T, H, d]`.
       k, v: `[B, T, G, d]`, G a divisor of H.
+      spec: with a `window`.
       segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-      causal: False attends to both sides.
-      window: tokens seen to one side, the token itself included; at least 1.
 
     Returns:
       `[B, T, H, d]` in the dtype of q.
 
     Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`), window below 1.
+      ValueError: shapes that do not fit (see `validate_qkv`), or no window.
     """
-    blocks.validate_qkv(q, k, v, segment_ids, window)
-    return blockwise.attend(
-        q, k, v, segment_ids=segment_ids, causal=causal, window=window, block=BLOCK
+    blocks.validate_qkv(q, k, v, segment_ids)
+    out, lse = flash.attend(
+        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK
     )
+    if not spec.sinks or blocks.is_empty(q):
+        return out
+    segments = blocks.default_segments(q, segment_ids)
+    sink_out, sink_lse = _sinks(q, k, v, segments, spec)
+    # Two softmaxes over disjoint keys, as one.
+    lse = jnp.where(segments[..., None] != 0, lse, 0.0)
+    total = jnp.logaddexp(lse, sink_lse)
+    merged = (
+        out.astype(jnp.float32) * jnp.exp(lse - total)[..., None]
+        + sink_out * jnp.exp(sink_lse - total)[..., None]
+    )
+    return jnp.where(segments[..., None, None] != 0, merged, 0.0).astype(q.dtype)
 
 
-def count_work(q: Queries, k: Keys, *, causal: bool = True, window: int) -> work.Work:
+def _sinks(
+    q: Queries, k: Keys, v: Values, segments: SegmentIds, spec: AttentionSpec
+) -> tuple[Float[Array, "batch time heads dim"], Float[Array, "batch time heads"]]:
+    """Attention to the sinks outside of the window, and its log-sum-exp; float32."""
+    batch, time, heads, dim = q.shape
+    index = jnp.arange(time, dtype=jnp.int32)[None]
+    start = index - positions_in_segment(segments)
+    place = start[..., None] + jnp.arange(min(spec.sinks, time), dtype=jnp.int32)[None, None]
+    key_at = jnp.minimum(place, time - 1)
+    distance = index[..., None] - place
+    outside = distance >= spec.width if spec.causal else jnp.abs(distance) >= spec.width
+    pick = jax.vmap(lambda x, at: x[at])  # [T, ...] at [T, sinks]
+    seen = outside & (place < time) & (pick(segments, key_at) == segments[..., None])
+    keys, values = pick(k, key_at), pick(v, key_at)
+    query = q.reshape(batch, time, k.shape[2], -1, dim)
+    logits = dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5
+    logits = jnp.where(seen[:, :, None, None], logits, masks.MASKED)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    out = dot("btgrs,btsgd->btgrd", jnp.exp(logits - lse[..., None]), values)
+    return out.reshape(batch, time, heads, dim), lse.reshape(batch, time, heads)
+
+
+def step(
+    q: cache.StepQuery,
+    held: cache.Cache,
+    layer: cache.Layer,
+    *,
+    needed: Bool[Array, "batch"],
+    spec: AttentionSpec,
+) -> cache.StepQuery:
+    """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many.
+
+    Raises:
+      ValueError: no window.
+    """
+    length, capacity = held.length[layer], held.capacity
+    width, sinks = min(spec.width, capacity), min(spec.sinks, capacity)
+    offset = jnp.arange(width, dtype=jnp.int32)
+
+    def attend(query, row):
+        first = jnp.clip(length[row] - width, 0, capacity - width)
+        key, value = (cache.read(x, layer, row, first, width) for x in (held.k, held.v))
+        seen = first + offset < length[row]
+        if sinks:
+            early = [cache.read(x, layer, row, 0, sinks) for x in (held.k, held.v)]
+            key, value = (jnp.concatenate(pair, 1) for pair in zip(early, (key, value)))
+            seen = jnp.concatenate([jnp.arange(sinks, dtype=jnp.int32) < first, seen])
+        logits = cache.logits_of(query, key, seen)
+        return dot("grk,gkd->grd", jax.nn.softmax(logits, axis=-1), value)
+
+    return cache.by_row(attend, q, held.k.shape[2], needed)
+
+
+def flops(time: int, dim: int, spec: AttentionSpec) -> float:
+    """4 d per pair: w T - w (w - 1) / 2 pairs causal, w = min(window, T), and the sinks outside."""
+    width = min(spec.width, time)
+    causal_pairs = width * time - width * (width - 1) // 2
+    pairs = causal_pairs if spec.causal else 2 * causal_pairs - time
+    return 4.0 * dim * (pairs + _outside(time, width, spec))
+
+
+def _outside(time: int, width: int, spec: AttentionSpec) -> int:
+    """Pairs of a token and a sink that is not in its window."""
+    pairs = 0
+    for sink in range(min(spec.sinks, time)):
+        pairs += max(time - sink - width, 0)
+        if not spec.causal:
+            pairs += max(sink - width + 1, 0)
+    return pairs
+
+
+def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only."""
-    return blockwise.count_work(q, k, causal=causal, window=window, block=BLOCK)
+    tiles = flash.count_work(q, k, causal=spec.causal, window=spec.width, block=BLOCK)
+    if not spec.sinks:
+        return tiles
+    batch, time, heads, dim = q.shape
+    pairs = float(batch * time * min(spec.sinks, time))
+    row = 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize
+    return spent.AttentionCost(tiles.flops + 4.0 * heads * dim * pairs, tiles.bytes + row * pairs)
 
 
-def attend_packed(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    chosen: Bool[Array, "batch time"],
-    base: Queries,
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    window: int,
-) -> Queries:
-    """`attend` at the chosen rows, `base` at the others; see `packed.attend`.
-
-    A packed block sees the windows of all its rows, which lie further apart than neighbours do: with
-    every second token chosen the work halves no longer, but falls to about two thirds.
-    """
-    return packed.attend(
-        q, k, v, chosen, base,
-        segment_ids=segment_ids, causal=causal, window=window,
-        block=PACKED_BLOCK, tile=PACKED_TILE,
-    )
+def reach(spec: AttentionSpec) -> Reach:
+    """The window and the sinks."""
+    return Reach(spec.width, spec.sinks)
 
 
-def count_packed_work(
-    q: Queries,
-    k: Keys,
-    chosen: Bool[Array, "batch time"],
-    *,
-    segment_ids: SegmentIds | None = None,
-    causal: bool = True,
-    window: int,
-) -> work.Work:
-    """What `attend_packed` spends on these choices, forward; see `packed.count_work`."""
-    return packed.count_work(
-        q, k, chosen, segment_ids=segment_ids, causal=causal, window=window,
-        block=PACKED_BLOCK, tile=PACKED_TILE,
-    )
+MECHANISM = Mechanism(
+    attend, flops, cost=0.30, rotary=True, step=step, work=count_work, reach=reach
+)

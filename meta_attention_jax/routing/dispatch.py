@@ -1,11 +1,11 @@
-"""Hard routing that only does the work its routes ask for: exact, causal, differentiable.
+"""Attention by routes: the mixture of all mechanisms, or hard routing that only does what is asked for.
 
-    o_t = o^{k*_t}_t,    k* = route
+    soft   o_t = sum_k w_tk o^k_t          hard   o_t = o^{k*_t}_t
 
-Mechanisms with a packed form (full, local) serve their own queries alone, so a batch pays for the
-sum of its rows. The others run on all tokens of the batch, if any token but padding asks for them:
-linear attention's state needs every key whoever reads it. The rows are written over one another in
-one buffer, so selecting costs nothing.
+In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed
+kernel and one work list, so a batch pays for the sum of its rows. The others run on all tokens of the
+batch, if any token but padding asks for them: linear attention's state needs every key whoever reads
+it.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
 under `vmap` every example would wait for the longest, so map over the batch axis instead. Inside
@@ -17,21 +17,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from meta_attention_jax.kernels import select, worklist
+from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
-from meta_attention_jax.mechanisms.registry import (
-    Mechanism,
-    attend_with,
-    get_mechanism,
-    select_options,
-)
-from meta_attention_jax.routing import mixture
+from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.mechanisms.registry import attend, get_mechanism
+from meta_attention_jax.routing.decide import checked_route
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import MECHANISMS, Keys, Queries, Route, SegmentIds, Values
+from meta_attention_jax.types import (
+    MECHANISMS,
+    AttentionSpec,
+    Keys,
+    Queries,
+    Route,
+    SegmentIds,
+    Values,
+)
 
 DISPATCHES = ("auto", "dense", "packed")
 
@@ -39,6 +46,22 @@ PACKED_TIME = 512
 """Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on
 two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller
 than what other shares and devices may change; less than 256 was not measured."""
+
+
+class Heads(NamedTuple):
+    """Projected tokens; the rotated ones equal the plain ones where the layer is not rotary."""
+
+    q: Queries
+    k: Keys
+    v: Values
+    rotated_q: Queries
+    rotated_k: Keys
+
+    def of(self, mechanism: Mechanism) -> tuple[Queries, Keys, Values]:
+        """q, k, v as the mechanism wants them."""
+        if mechanism.rotary:
+            return self.rotated_q, self.rotated_k, self.v
+        return self.q, self.k, self.v
 
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
@@ -54,6 +77,16 @@ def resolve_dispatch(dispatch: str, *, time: int) -> str:
     return "packed" if time >= PACKED_TIME else "dense"
 
 
+def all_outputs(
+    names: Sequence[str], heads: Heads, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds]
+) -> list[Queries]:
+    """o^k of every mechanism on all tokens."""
+    records = [get_mechanism(name) for name in names]
+    return [
+        attend(record, *heads.of(record), spec=spec, segment_ids=segment_ids) for record in records
+    ]
+
+
 def hard_attention(
     q: Queries,
     k: Keys,
@@ -61,11 +94,9 @@ def hard_attention(
     route: Route,
     *,
     mechanisms: Sequence[str] = MECHANISMS,
+    spec: AttentionSpec,
     rotated: Optional[tuple[Queries, Keys]] = None,
     segment_ids: Optional[SegmentIds] = None,
-    causal: bool = True,
-    window: Optional[int] = None,
-    implementation: str = "auto",
 ) -> Queries:
     """Every token by the mechanism of its route; equal to "compute all, select".
 
@@ -75,11 +106,9 @@ def hard_attention(
       route: `[B, T]`, integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the
         output of a token outside means nothing); it has no gradient.
       mechanisms: names, in order.
+      spec: who may attend to whom.
       rotated: (q, k) after rotary positions, for the mechanisms that want them; None means q, k.
       segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-      causal: False attends to both sides.
-      window: of mechanisms that have one, in tokens, the token itself included.
-      implementation: of mechanisms that have several, where they run on all tokens.
 
     Returns:
       `[B, T, H, d]` in the dtype of q.
@@ -89,71 +118,86 @@ def hard_attention(
     """
     if not mechanisms or len(set(mechanisms)) != len(mechanisms):
         raise ValueError(f"mechanisms: expected distinct names, got {tuple(mechanisms)}.")
-    blocks.validate_qkv(q, k, v, segment_ids, window)
-    route = mixture.checked_route(route, q.shape[:2], len(mechanisms))
-    query, key = rotated if rotated is not None else (q, k)
-    attention = functools.partial(
-        _hard_attention,
-        records=tuple(get_mechanism(name) for name in mechanisms),
-        causal=causal, window=window, implementation=implementation,
-    )
-    return by_rows(attention, (0,) * 7, split=True)(q, k, v, query, key, route, segment_ids)
+    blocks.validate_qkv(q, k, v, segment_ids)
+    route = checked_route(route, q.shape[:2], len(mechanisms))
+    heads = Heads(q, k, v, *(rotated if rotated is not None else (q, k)))
+    records = tuple(get_mechanism(name) for name in mechanisms)
+    attention = functools.partial(_hard_attention, records=records, spec=spec)
+    return by_rows(attention, (0, 0, 0), split=True)(heads, route, segment_ids)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("records", "causal", "window", "implementation"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("records", "spec"), inline=True)
 def _hard_attention(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    rotated_q: Queries,
-    rotated_k: Keys,
+    heads: Heads,
     route: Route,
     segment_ids: Optional[SegmentIds],
     *,
     records: tuple[Mechanism, ...],
-    causal: bool,
-    window: Optional[int],
-    implementation: str,
+    spec: AttentionSpec,
 ) -> Queries:
     """Compiled once also where the caller does not compile: its loops are new functions every time."""
+    q = heads.q
+    if blocks.is_empty(q):
+        return jnp.zeros_like(q)
     if segment_ids is not None:
         route = jnp.where(segment_ids != 0, route, -1)
     out = jnp.zeros_like(q)
-    # Packed rows go over dense ones, so the dense ones come first, and the first of them as it is.
-    first = True
-    for index, mechanism in enumerate(records):
-        if mechanism.attend_packed is not None:
+    work = plan(route, segment_ids, records=records, spec=spec, dtype=q.dtype, dim=q.shape[-1])
+    if work is not None:
+        kernel = select.packed(jax.default_backend(), dtype=q.dtype, dim=q.shape[-1])
+        out = _unpack(kernel.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
+    for index, record in enumerate(records):
+        if record.reach is not None:
             continue
-        query, key = (rotated_q, rotated_k) if mechanism.rotary else (q, k)
         chosen = route == index
 
-        def attend(query, key, value, mechanism=mechanism):
-            return attend_with(
-                mechanism,
-                query,
-                key,
-                value,
-                segment_ids=segment_ids,
-                causal=causal,
-                window=window,
-                implementation=implementation,
-            )
+        def everywhere(*qkv, record=record):
+            return attend(record, *qkv, spec=spec, segment_ids=segment_ids)
 
-        def nothing(query, key, value):
+        def nothing(*qkv):
             return jnp.zeros_like(q)
 
-        dense = jax.lax.cond(jnp.any(chosen), attend, nothing, query, key, v)
-        out = dense if first else jnp.where(chosen[..., None, None], dense, out)
-        first = False
-    for index, mechanism in enumerate(records):
-        if mechanism.attend_packed is None:
-            continue
-        query, key = (rotated_q, rotated_k) if mechanism.rotary else (q, k)
-        options = select_options(mechanism, window=window, implementation=implementation)
-        out = mechanism.attend_packed(
-            query, key, v, route == index, out,
-            segment_ids=segment_ids, causal=causal, **options,
-        )
+        dense = jax.lax.cond(jnp.any(chosen), everywhere, nothing, *heads.of(record))
+        out = jnp.where(chosen[..., None, None], dense, out)
     return out
+
+
+def plan(
+    route: Route,
+    segment_ids: Optional[SegmentIds],
+    *,
+    records: Sequence[Mechanism],
+    spec: AttentionSpec,
+    dtype: jnp.dtype,
+    dim: int,
+) -> Optional[WorkList]:
+    """What the packed kernel of this platform has to do for these routes; None where no mechanism has
+    a reach. Routes outside the axis, padding's among them, ask for nothing."""
+    packed = [index for index, record in enumerate(records) if record.reach is not None]
+    if not packed:
+        return None
+    reaches = [records[index].reach(spec) for index in packed]
+    kernel = select.packed(jax.default_backend(), dtype=dtype, dim=dim)
+    sizes = [kernel.sizes(route.shape[1], reach) for reach in reaches]
+    group = jnp.full_like(route, -1)
+    for m, index in enumerate(packed):
+        group = jnp.where(route == index, m, group)
+    return worklist.build(group, segment_ids, causal=spec.causal, reaches=reaches, sizes=sizes)
+
+
+@jax.custom_vjp
+def _unpack(packed: Float[Array, "batch slots heads dim"], work: WorkList) -> Queries:
+    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is
+    another gather, and not a sum."""
+    return _rows_at(packed, work.slot)
+
+
+def _rows_at(x: Array, place: Array) -> Array:
+    """`x[b, place[b, i]]`, 0 where there is no such place."""
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, place)
+
+
+_unpack.defvjp(
+    lambda packed, work: (_unpack(packed, work), work),
+    lambda work, gradient: (_rows_at(gradient, work.order), None),
+)

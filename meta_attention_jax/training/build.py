@@ -27,7 +27,10 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import validate
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
-from meta_attention_jax.types import RoutingHypers
+from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
+
+SEGMENTS = "padded"
+"""Of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
 
 
 def check(config: ConfigDict) -> None:
@@ -70,7 +73,7 @@ def full_attention(config: ConfigDict) -> str:
         time=config.data.sequence_length,
         dtype=config.model.dtype,
         head_dim=config.model.model_dim // config.model.num_heads,
-        has_segments=True,  # The model always gives ids.
+        segments=SEGMENTS,
         backend=jax.default_backend(),
     )
 
@@ -103,7 +106,7 @@ def build_costs(
             tuple(config.model.mechanisms),
             time=config.data.sequence_length,
             dim=config.model.model_dim // config.model.num_heads,
-            window=config.model.window,
+            spec=build_attention(config),
         )
     except ValueError as error:
         if "expected" in str(error):
@@ -222,28 +225,42 @@ def build_dataset(
     )
 
 
-def build_model(config: ConfigDict, vocab_size: int) -> LanguageModel:
-    """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard."""
+def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
+    """Who may attend to whom."""
     model = config.model
+    return AttentionSpec(
+        window=model.window, implementation=model.implementation, segments=segments
+    )
+
+
+def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> LanguageModel:
+    """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard.
+
+    `segments`: what is known of the batches that it will see, as `AttentionSpec.segments`.
+    """
+    model, controller = config.model, config.controller
     return LanguageModel(
-        vocab_size=vocab_size,
-        model_dim=model.model_dim,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        mlp_dim=model.mlp_dim or None,
-        mechanisms=tuple(model.mechanisms),
-        window=model.window,
-        implementation=model.implementation,
-        controller=config.controller.name,
-        controller_hidden=config.controller.hidden,
-        prior=config.prior.family,
-        posterior=config.controller.posterior,
-        uncertainty=config.controller.uncertainty,
-        fixed=tuple(config.controller.fixed),
-        scan_layers=model.scan_layers,
-        remat=model.remat,
-        dtype=jnp.dtype(model.dtype),
+        ModelConfig(
+            vocab_size=vocab_size,
+            model_dim=model.model_dim,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            mlp_dim=model.mlp_dim or None,
+            attention=build_attention(config, segments),
+            router=Router(
+                mechanisms=model.mechanisms,
+                controller=controller.name,
+                hidden=controller.hidden,
+                prior=config.prior.family,
+                posterior=controller.posterior,
+                uncertainty=controller.uncertainty,
+                fixed=controller.fixed,
+            ),
+            scan_layers=model.scan_layers,
+            remat=model.remat,
+            dtype=jnp.dtype(model.dtype),
+        )
     )
 
 
@@ -276,7 +293,7 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     optimizer = config.optimizer
     shard_axis = FSDP if config.parallel.fsdp > 1 else None
     return StepSpec(
-        model=build_model(config, vocab_size).clone(shard_axis=shard_axis),
+        model=build_model(config, vocab_size, SEGMENTS).clone(shard_axis=shard_axis),
         optimizer=make_optimizer(
             optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip
         ),
@@ -288,23 +305,12 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
 
 def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
     """Forward FLOPs per token of this config's model at its sequence length."""
-    model = config.model
-    lm = build_model(config, vocab_size)
-    outputs = 0 if config.controller.name == "fixed" else len(model.mechanisms)
+    outputs = 0 if config.controller.name == "fixed" else len(config.model.mechanisms)
     if config.controller.name in WITH_POSTERIOR:
         outputs += config.controller.posterior == "mean_strength"
     return count_flops(
-        vocab_size=vocab_size,
-        model_dim=model.model_dim,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.model_dim // model.num_heads,
-        mlp_dim=lm.mlp_width,
-        mechanisms=tuple(model.mechanisms),
-        window=model.window,
+        build_model(config, vocab_size).config,
         time=config.data.sequence_length,
-        controller_hidden=config.controller.hidden,
         controller_outputs=outputs,
     )
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meta_attention_jax.cost import Accounting, count_attention
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import Sums, forward, loss_sums, token_nll
-from meta_attention_jax.routing.mixture import MODES
+from meta_attention_jax.routing.accounting import Accounting, count_attention
+from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import Axes, eval_step, sampled_eval_step
@@ -146,18 +146,9 @@ def accounted_eval_step(
 ) -> tuple[Sums, Accounting]:
     """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
     output = forward(model, params, batch, hypers)
-    count = functools.partial(
-        count_attention,
-        mechanisms=model.mechanisms,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.model_dim // model.num_heads,
-        segment_ids=batch.segment_ids,
-        window=model.window,
-        implementation=model.implementation,
-        dtype=model.dtype or jnp.float32,
-        fixed=model.controller == "fixed",
-    )
+    def count(route):
+        return count_attention(route, model.config, segment_ids=batch.segment_ids)
+
     layers = jax.lax.map(count, output.routing.route)
     accounting = jax.tree.map(lambda x: x.sum(0), layers)
     accounting = accounting.replace(tokens=layers.tokens[0])  # The same tokens in every layer.

@@ -118,7 +118,7 @@ def check_params(params: Any, model: LanguageModel) -> None:
     """Raises ValueError of one sentence unless these are parameters of the model."""
     tokens, one = jnp.zeros((1, 2), jnp.int32), jnp.float32(1.0)
     hypers = RoutingHypers(
-        strength=one, preference=one, costs=jnp.ones(len(model.mechanisms)), threshold=one
+        strength=one, preference=one, costs=jnp.ones(len(model.config.router.mechanisms)), threshold=one
     )
     wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, hypers=hypers)["params"])
 

@@ -1,14 +1,10 @@
-"""One new token per row: the stepwise forms of full, local and linear attention, and their cache.
+"""What all layers remember of every row while text is generated, for all mechanisms.
 
-One cache serves all mechanisms: whatever a token's own route is, its key, value and linear state
-enter, and the routes of later tokens decide what is read. Rows have lengths of their own.
+Whatever a token's own route is, its key, value and linear state enter, and the routes of later tokens
+decide what is read; how is said by the mechanisms' `step`. Rows have lengths of their own.
 
-    full    softmax over the s < n keys of a row, n its length        reads n keys and values
-    local   the same over its last w keys                              reads min(w, C)
-    linear  phi(q)^T S / (phi(q)^T z + 1e-6)                            reads (S, z)
-
-Keys and values are read where they lie: the loops below take slices of the whole stack of layers,
-so that a compiled decode loop updates its cache in place.
+Keys and values are read where they lie: loops take slices of the whole stack of layers, so that a
+compiled decode loop updates its cache in place.
 """
 
 from __future__ import annotations
@@ -20,13 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from meta_attention_jax.mechanisms import masks
-from meta_attention_jax.mechanisms.linear import EPSILON, feature_map
+from meta_attention_jax.mechanisms.blocks import dot
+from meta_attention_jax.mechanisms.features import feature_map
+from meta_attention_jax.mechanisms.masks import MASKED
 from meta_attention_jax.types import Keys, SegmentIds, Values
 
 BLOCK = 1024
-"""Keys that full attention reads at a time. Measured on one CPU core (d 64, 4 heads), against one
-product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach 0.9."""
+"""Keys that full attention reads at a time, so of what capacities are multiples. Measured on one CPU
+core (d 64, 4 heads), against one product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach
+0.9."""
 
 StepQuery = Float[Array, "batch heads dim"]
 StepKey = Float[Array, "batch kv_heads dim"]
@@ -165,112 +163,9 @@ def append(cache: Cache, layer: Layer, rotated: StepKey, k: StepKey, v: StepKey)
     )
 
 
-def full_step(
-    q: StepQuery,
-    k: Stack,
-    v: Stack,
-    layer: Layer,
-    *,
-    length: Int[Array, "batch"],
-    needed: Bool[Array, "batch"],
-) -> StepQuery:
-    """sum_s softmax_s(q . k_s / sqrt(d)) v_s over s < length in the needed rows; 0 elsewhere.
-
-    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the
-    other rows: an online softmax over blocks, row by row. Softmax in float32.
-
-    Args:
-      q: query of the newest token of each row.
-      k, v: of all layers; their capacity is at most BLOCK or a multiple of it.
-      layer: which layer.
-      length: keys of each row, the newest token included; at least 1.
-      needed: rows whose output will be used.
-    """
-    block = min(BLOCK, k.shape[3])
-    index = jnp.arange(block, dtype=jnp.int32)
-
-    def attend(query, row):
-        def visit(i, carry):
-            top, total, out = carry
-            key, value = (_slice(x, layer, row, i * block, block) for x in (k, v))
-            logits = _logits(query, key, i * block + index < length[row])
-            higher = jnp.maximum(top, logits.max(-1))
-            weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
-            out = out * decay[..., None] + _dot("grk,gkd->grd", weights, value)
-            return higher, total * decay + weights.sum(-1), out
-
-        empty = jnp.full(query.shape[:2], masks.MASKED, jnp.float32)
-        start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
-        _, total, out = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
-        return out / total[..., None]
-
-    return _rows(attend, q, k.shape[2], needed)
-
-
-def local_step(
-    q: StepQuery,
-    k: Stack,
-    v: Stack,
-    layer: Layer,
-    *,
-    length: Int[Array, "batch"],
-    needed: Bool[Array, "batch"],
-    window: int,
-) -> StepQuery:
-    """`full_step` over the last min(window, length) keys; reads one slice of min(window, C) keys.
-
-    Raises:
-      ValueError: window below 1.
-    """
-    if window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}.")
-    width = min(window, k.shape[3])
-
-    def attend(query, row):
-        first = jnp.clip(length[row] - width, 0, k.shape[3] - width)
-        key, value = (_slice(x, layer, row, first, width) for x in (k, v))
-        logits = _logits(query, key, first + jnp.arange(width, dtype=jnp.int32) < length[row])
-        return _dot("grk,gkd->grd", jax.nn.softmax(logits, axis=-1), value)
-
-    return _rows(attend, q, k.shape[2], needed)
-
-
-def linear_step(
-    q: StepQuery, s: State, z: Normaliser, layer: Layer, *, needed: Bool[Array, "batch"]
-) -> StepQuery:
-    """phi(q)^T S / (phi(q)^T z + 1e-6) in float32, in the rows that are needed; 0 elsewhere.
-
-    All rows at once: their states have just been written, and are small.
-    """
-    query = feature_map(_grouped(q, s.shape[2]))
-    numerator = jnp.einsum("bgrd,bgde->bgre", query, s[layer])
-    denominator = jnp.einsum("bgrd,bgd->bgr", query, z[layer]) + EPSILON
-    out = (numerator / denominator[..., None]).reshape(q.shape).astype(q.dtype)
-    return jnp.where(needed[:, None, None], out, 0)
-
-
-def decode_full(q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"]):
-    """`full_step` from a cache that has the newest token."""
-    length = cache.length[layer]
-    return full_step(q, cache.k, cache.v, layer, length=length, needed=needed)
-
-
-def decode_local(
-    q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"], window: int
-):
-    """`local_step` from a cache that has the newest token."""
-    length = cache.length[layer]
-    return local_step(q, cache.k, cache.v, layer, length=length, needed=needed, window=window)
-
-
-def decode_linear(q: StepQuery, cache: Cache, layer: Layer, *, needed: Bool[Array, "batch"]):
-    """`linear_step` from a cache that has the newest token."""
-    return linear_step(q, cache.s, cache.z, layer, needed=needed)
-
-
-def _rows(attend, q: StepQuery, kv_heads: int, needed: Bool[Array, "batch"]) -> StepQuery:
+def by_row(attend, q: StepQuery, kv_heads: int, needed: Bool[Array, "batch"]) -> StepQuery:
     """attend(query [G, r, d], row) in the needed rows, one after the other; 0 in the others."""
-    query = _grouped(q, kv_heads)
+    query = grouped(q, kv_heads)
     order = jnp.argsort(~needed, stable=True).astype(jnp.int32)
 
     def visit(i, out):
@@ -282,12 +177,14 @@ def _rows(attend, q: StepQuery, kv_heads: int, needed: Bool[Array, "batch"]) -> 
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _grouped(q: StepQuery, kv_heads: int) -> Float[Array, "batch kv_heads group dim"]:
+def grouped(q: StepQuery, kv_heads: int) -> Float[Array, "batch kv_heads group dim"]:
+    """Queries that share a key side by side."""
     batch, heads, dim = q.shape
     return q.reshape(batch, kv_heads, heads // kv_heads, dim)
 
 
-def _slice(stack: Stack, layer: Layer, row, first, size: int) -> Float[Array, "kv_heads size dim"]:
+def read(stack: Stack, layer: Layer, row, first, size: int) -> Float[Array, "kv_heads size dim"]:
+    """`size` keys or values of a row from `first` on."""
     _, _, kv_heads, _, dim = stack.shape
     start = _index(layer, row, 0, first, 0)
     return loaded(jax.lax.dynamic_slice(stack, start, (1, 1, kv_heads, size, dim))[0, 0])
@@ -298,11 +195,7 @@ def _index(*places: Layer) -> tuple[Int[Array, ""], ...]:
     return tuple(jnp.asarray(place, jnp.int32) for place in places)
 
 
-def _logits(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:
-    logits = _dot("grd,gkd->grk", query, key) * query.shape[-1] ** -0.5
-    return jnp.where(allowed[None, None], logits, masks.MASKED)
-
-
-def _dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
-    """Product in the dtype of the cached y, accumulated in float32."""
-    return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
+def logits_of(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:
+    """Scaled logits of one row's queries; those of other keys are masked."""
+    logits = dot("grd,gkd->grk", query, key) * query.shape[-1] ** -0.5
+    return jnp.where(allowed[None, None], logits, MASKED)

@@ -1,4 +1,4 @@
-"""Soft and hard mixtures of the mechanisms' outputs.
+"""The decision: which mechanism a token uses, whether it uses that one alone, and the weights.
 
     soft   sum_k pi_k o^k
     hard   o^{k*},  k* = argmax_k E[pi_k]
@@ -9,7 +9,7 @@ Both are one weighted sum; hard tokens have one-hot weights, exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +22,29 @@ from meta_attention_jax.types import Route, Routing, Scalar, Weights
 MODES = ("soft", "hard", "gated")
 
 
-def soft(
-    outputs: Sequence[Float[Array, "batch time heads dim"]], weights: Weights
-) -> Float[Array, "batch time heads dim"]:
-    """sum_k pi_k o^k, summed in float32, in the outputs' dtype.
+class Decision(NamedTuple):
+    """What every token uses.
 
-    Raises:
-      ValueError: the number of outputs is not the number of weights.
+    Attributes:
+      weights: of the mechanisms' outputs; one-hot at hard tokens.
+      route: k*.
+      hard: whether the token uses k* alone.
     """
-    if len(outputs) != weights.shape[-1]:
-        raise ValueError(
-            f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}."
-        )
-    weights = weights.astype(jnp.float32)[..., None, None, :]
-    mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
-    return mixed.astype(outputs[0].dtype)
+
+    weights: Weights
+    route: Route
+    hard: Bool[Array, "batch time"]
 
 
-def token_weights(
+def decide(
     routing: Routing,
     *,
     mode: str,
     threshold: Scalar,
     route: Optional[Route] = None,
     training: bool,
-) -> tuple[Weights, Route, Bool[Array, "batch time"]]:
-    """Weights, mechanism k* and hardness of every token.
+) -> Decision:
+    """Weights, mechanism and hardness of every token.
 
     Mode `soft` keeps every token soft in evaluation; `hard` makes every token hard; `gated` makes a
     token hard iff theta > 0 and u_t <= theta. Training in mode `soft` is gated too: that is how the
@@ -65,9 +62,6 @@ def token_weights(
       route: forced mechanism of every token, or None.
       training: whether gradients will be taken for learning.
 
-    Returns:
-      weights [batch time mechanism], route k* [batch time], hard [batch time].
-
     Raises:
       ValueError: unknown mode, or a forced route of the wrong shape, dtype or (when its values are
         known outside a trace) range.
@@ -78,7 +72,8 @@ def token_weights(
     num = mean.shape[-1]
     if route is not None:
         route = checked_route(route, mean.shape[:-1], num)
-        return jax.nn.one_hot(route, num, dtype=mean.dtype), route, jnp.ones(route.shape, bool)
+        one_hot = jax.nn.one_hot(route, num, dtype=mean.dtype)
+        return Decision(one_hot, route, jnp.ones(route.shape, bool))
 
     route = jnp.argmax(mean, axis=-1).astype(jnp.int32)
     if mode == "hard":
@@ -91,7 +86,7 @@ def token_weights(
     if training:
         # The difference is exactly 0; (one_hot + mean) - mean would not be exactly one_hot.
         one_hot = one_hot + (mean - jax.lax.stop_gradient(mean))
-    return jnp.where(hard[..., None], one_hot, routing.weights), route, hard
+    return Decision(jnp.where(hard[..., None], one_hot, routing.weights), route, hard)
 
 
 def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
@@ -105,3 +100,20 @@ def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
         if low < 0 or high >= num:
             raise ValueError(f"route: expected indices in [0, {num}), got {low} to {high}.")
     return jnp.asarray(route, jnp.int32)
+
+
+def mix(
+    outputs: Sequence[Float[Array, "batch time heads dim"]], weights: Weights
+) -> Float[Array, "batch time heads dim"]:
+    """sum_k pi_k o^k, summed in float32, in the outputs' dtype.
+
+    Raises:
+      ValueError: the number of outputs is not the number of weights.
+    """
+    if len(outputs) != weights.shape[-1]:
+        raise ValueError(
+            f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}."
+        )
+    weights = weights.astype(jnp.float32)[..., None, None, :]
+    mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
+    return mixed.astype(outputs[0].dtype)

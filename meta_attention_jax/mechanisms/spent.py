@@ -21,7 +21,7 @@ from meta_attention_jax.types import Keys, Queries
 Number = float | Float[Array, ""]
 
 
-class Work(NamedTuple):
+class AttentionCost(NamedTuple):
     """Of one call, whole batch, all heads, forward."""
 
     flops: Number
@@ -30,7 +30,7 @@ class Work(NamedTuple):
 
 def of_tiles(
     q: Queries, k: Keys, *, blocks: Number, tiles: Number, rows: Number, block: int, tile: int
-) -> Work:
+) -> AttentionCost:
     """Softmax attention by tiles: 4 d H per query-key pair, block x tile pairs a tile.
 
     Args:
@@ -48,15 +48,15 @@ def of_tiles(
     lines = blocks * block + rows
     if isinstance(lines, jax.Array):
         lines = lines.astype(jnp.float32)
-    return Work(
+    return AttentionCost(
         flops=tiles * (4.0 * heads * dim * block * tile),
         bytes=tiles * float(tile * kv_row) + lines * float(q_row),
     )
 
 
-def of_arrays(q: Queries, k: Keys, flops: Number) -> Work:
+def of_arrays(q: Queries, k: Keys, flops: Number) -> AttentionCost:
     """These FLOPs, and every array read or written once."""
     batch, time, heads, dim = q.shape
     row = 2 * heads * dim * jnp.dtype(q.dtype).itemsize
     row += 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize
-    return Work(flops=flops, bytes=float(batch * time * row))
+    return AttentionCost(flops=flops, bytes=float(batch * time * row))

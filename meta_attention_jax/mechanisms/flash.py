@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meta_attention_jax.mechanisms import blocks, masks, work
-from meta_attention_jax.mechanisms.work import Work
+from meta_attention_jax.mechanisms import blocks, masks, spent
+from meta_attention_jax.mechanisms.blocks import dot
+from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 GroupedQueries = Float[Array, "batch kv_heads group time dim"]
@@ -35,8 +36,9 @@ def attend(
     causal: bool,
     window: int | None,
     block: int,
-) -> Queries:
-    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments.
+) -> tuple[Queries, Float[Array, "batch time heads"]]:
+    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the
+    log-sum-exp of their logits, float32: infinite at padding. Both have gradients.
 
     Args:
       q, k, v, segment_ids: validated arguments of a mechanism's `attend`.
@@ -45,7 +47,7 @@ def attend(
       block: edge of a tile; lowered so that the padding of T stays below the number of blocks.
     """
     if blocks.is_empty(q):
-        return jnp.zeros_like(q)
+        return jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32)
     time = q.shape[1]
     count, block = _edges(time, block)
     tail = count * block - time
@@ -54,7 +56,7 @@ def attend(
         segment_ids = blocks.default_segments(q, segment_ids)
     if segment_ids is not None:
         segment_ids = blocks.pad_time(segment_ids, 1, after=tail)
-    out = _attend(
+    out, lse = _attend(
         blocks.pad_time(blocks.group_queries(q, k.shape[2]), _QUERY_TIME, after=tail),
         blocks.pad_time(blocks.head_major(k), _KEY_TIME, after=tail),
         blocks.pad_time(blocks.head_major(v), _KEY_TIME, after=tail),
@@ -63,10 +65,11 @@ def attend(
         window,
         block,
     )
-    return blocks.ungroup_queries(out[:, :, :, :time])
+    out, lse = (blocks.ungroup_queries(x[:, :, :, :time]) for x in (out, lse[..., None]))
+    return out, lse[..., 0]
 
 
-def count_work(q: Queries, k: Keys, *, causal: bool, window: int | None, block: int) -> Work:
+def count_work(q: Queries, k: Keys, *, causal: bool, window: int | None, block: int) -> AttentionCost:
     """What `attend` spends, forward: every tile it visits, padding and all; blind to segments."""
     batch, time = q.shape[:2]
     count, block = _edges(time, block)
@@ -74,7 +77,7 @@ def count_work(q: Queries, k: Keys, *, causal: bool, window: int | None, block: 
     tiles = sum(
         1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count)
     )
-    return work.of_tiles(
+    return spent.of_tiles(
         q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block,
         block=block, tile=block,
     )
@@ -95,8 +98,8 @@ def _attend(
     causal: bool,
     window: int | None,
     block: int,
-) -> GroupedQueries:
-    return _forward(q, k, v, segments, causal, window, block)[0]
+) -> tuple[GroupedQueries, LogSumExp]:
+    return _forward(q, k, v, segments, causal, window, block)
 
 
 def _forward(
@@ -119,22 +122,21 @@ def _forward(
             return _logits(query, key, segments, i, j, causal, window, diagonal), value
 
         logits, value = tile(i, diagonal=True)
-        top = logits.max(-1)
-        weights = jnp.exp(logits - top[..., None])
-        start = top, weights.sum(-1), dot("bgrqk,bgkd->bgrqd", weights, value)
+        m = logits.max(-1)
+        weights = jnp.exp(logits - m[..., None])
+        start = m, weights.sum(-1), dot("bgrqk,bgkd->bgrqd", weights, value)
 
         def visit(step, carry):
-            top, total, out = carry
+            m, total, acc = carry
             logits, value = tile(_neighbour(i, first, step), diagonal=False)
-            higher = jnp.maximum(top, logits.max(-1))
-            weights, decay = jnp.exp(logits - higher[..., None]), jnp.exp(top - higher)
-            total = total * decay + weights.sum(-1)
-            out = out * decay[..., None] + dot("bgrqk,bgkd->bgrqd", weights, value)
-            return higher, total, out
+            new = jnp.maximum(m, logits.max(-1))
+            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
+            acc = acc * decay[..., None] + dot("bgrqk,bgkd->bgrqd", weights, value)
+            return new, total * decay + weights.sum(-1), acc
 
         first, steps = _neighbours(i, count, reach, 0 if causal else reach)
-        top, total, out = jax.lax.fori_loop(0, steps, visit, start)
-        out, lse = out / total[..., None], top + jnp.log(total)
+        m, total, acc = jax.lax.fori_loop(0, steps, visit, start)
+        out, lse = acc / total[..., None], m + jnp.log(total)
         if segments is not None:
             valid = (_block(segments, i, block, 1) != 0)[:, None, None]
             # An infinite log-sum-exp makes every weight of a padded row 0 in the backward pass.
@@ -147,15 +149,17 @@ def _forward(
 
 def _attend_forward(q, k, v, segments, causal, window, block):
     out, lse = _forward(q, k, v, segments, causal, window, block)
-    return out, (q, k, v, segments, out, lse)
+    return (out, lse), (q, k, v, segments, out, lse)
 
 
-def _attend_backward(causal, window, block, saved, gradient):
-    """With P = softmax: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O), dQ = dS K, dK = dS^T Q."""
+def _attend_backward(causal, window, block, saved, cotangents):
+    """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL),
+    dQ = dS K, dK = dS^T Q."""
+    gradient, d_lse = cotangents
     q, k, v, segments, out, lse = saved
     count = q.shape[_QUERY_TIME] // block
     reach = _reach(count, window, block)
-    shift = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    shift = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
 
     def column(dq, j):
         key, value = _block(k, j, block, _KEY_TIME), _block(v, j, block, _KEY_TIME)
@@ -213,11 +217,6 @@ def _join(x: Array, axis: int) -> Array:
     """Blocks stacked by a loop, `[count, ...]`, back on their time axis."""
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
-    """Product in the dtype of the inputs y, accumulated in float32."""
-    return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
 def _scale(q: GroupedQueries) -> float:
