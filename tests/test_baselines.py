@@ -145,7 +145,7 @@ def test_switch_moves_weight_from_the_busy_mechanism_to_the_idle_ones():
 def test_gumbel_trains_with_hard_samples_of_the_softmax():
     """One-hot exactly, with the frequencies of softmax(f) at every temperature."""
     draws = 4000
-    module = make_controller("gumbel", num_mechanisms=K, hidden=8)
+    module = make_controller(Router(controller="gumbel", hidden=8))
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     keys = jax.random.split(jax.random.key(0), (1, draws))
     for temperature in (0.2, 3.0):
@@ -157,7 +157,7 @@ def test_gumbel_trains_with_hard_samples_of_the_softmax():
 
 
 def test_gumbel_gradient_is_that_of_the_relaxed_sample():
-    module = make_controller("gumbel", num_mechanisms=K, hidden=8)
+    module = make_controller(Router(controller="gumbel", hidden=8))
     logits = jax.random.normal(jax.random.key(1), (1, 5, K))
     keys = jax.random.split(jax.random.key(2), (1, 5))
     target = jax.random.normal(jax.random.key(3), (1, 5, K))
