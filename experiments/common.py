@@ -38,10 +38,6 @@ from meta_attention_jax.training.interrupt import Interrupted
 
 flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
 
-flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
-
-flags.disclaim_key_flags()  # What `define_path` defines is the calling command's.
-
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 logging.set_verbosity(logging.FATAL)  # What Orbax logs as an error it raises as well.
@@ -55,7 +51,7 @@ class _PathParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str:
         found = str(local("path", argument))
-        return found if argument.startswith(("~", "file:")) else argument
+        return found if argument.lower().startswith(("~", "file:")) else argument
 
 
 def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolder[str]:
@@ -164,6 +160,8 @@ def check_output(field: str, path: str | pathlib.Path) -> None:
             raise ValueError(f"{field}: expected what can be written to, got {str(path)!r}.")
         return
     path = pathlib.Path(os.path.realpath(path))
+    if path.is_file() and os.access(path, os.W_OK):  # In place, if it cannot be replaced.
+        return
     above = next(parent for parent in path.parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(

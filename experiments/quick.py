@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, Optional
 
 from configs import quick
+from meta_attention_jax.files import local
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.loop import prepare, train
 
@@ -25,7 +26,7 @@ def quick_run(
     Raises:
       ValueError: any mistake in the overrides, or a directory with something else.
     """
-    if existing is not None and (pathlib.Path(existing) / "checkpoints").is_dir():
+    if existing is not None and (local("existing", existing) / "checkpoints").is_dir():
         return load_run(existing)
     config = quick.get_config()
     config.update_from_flattened_dict(overrides)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
 import re
@@ -12,6 +14,12 @@ from typing import Optional
 
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/")
 """`pathlib` folds the two slashes of an address into one. A scheme of one letter is a drive."""
+
+_DESCRIPTOR = re.compile(r"/dev/fd/|/proc/[^/]+(/task/[^/]+)?/fd/")
+"""Names of what a process holds open."""
+
+_NOT_REPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+"""Of a folder that takes no new file, and of a file that is a mount of its own."""
 
 
 def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -65,13 +73,14 @@ def run_directory(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file whole or not at all: to a temporary file beside it, then renamed. Missing folders
-    are made.
+    are made; `path` is resolved as by `local`.
 
     What is no regular file (a terminal, a pipe, /dev/null) is written through, as is a standard stream
-    by its name in /dev; of a symbolic link the target is written.
+    by any of its names; of a symbolic link the target is written. A file that cannot be replaced, but
+    written (it is mounted by itself, or nothing new may be made in its folder), is written in place.
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
-    path = pathlib.Path(path)
+    path = local("path", path)
     if _through(path):
         with open(_stream(path) or path, "ab", buffering=0) as file:
             rest = memoryview(content)
@@ -84,10 +93,16 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     try:
         temporary.write_bytes(content)
         if path.exists():
-            shutil.copymode(path, temporary)
+            with contextlib.suppress(OSError):  # A file system without modes.
+                shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _NOT_REPLACED or not path.is_file():
+            raise
+        path.write_bytes(content)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def partial(path: pathlib.Path) -> pathlib.Path:
@@ -103,13 +118,18 @@ def is_partial(path: pathlib.Path, name: str) -> bool:
 def _stream(path: pathlib.Path) -> Optional[int]:
     """The standard stream that a path is, for a file that is opened anew has a place of its own."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        try:
-            if os.path.samestat(os.stat(path), os.fstat(number)):
+        if _is_open_as(path, number):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # It is closed, or none.
                 stream.flush()
-                return os.dup(number)
-        except (OSError, AttributeError):  # It is closed.
-            continue
+            return os.dup(number)
     return None
+
+
+def _is_open_as(path: pathlib.Path, number: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(number))
+    except OSError:  # It is closed.
+        return False
 
 
 def _through(path: pathlib.Path) -> bool:
@@ -117,5 +137,7 @@ def _through(path: pathlib.Path) -> bool:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return False
-    # /dev/stdout may be a regular file that the shell holds open: another in its place is lost.
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.parts[:2] in (("/", "dev"), ("/", "proc"))
+    if not stat.S_ISREG(mode):
+        return not stat.S_ISDIR(mode)
+    # What somebody holds open may be a regular file: another in its place is lost.
+    return any(_is_open_as(path, number) for number in (1, 2)) or bool(_DESCRIPTOR.match(str(path)))

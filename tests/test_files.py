@@ -8,13 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import threading
 
 import jax.numpy as jnp
 import pytest
 
 from configs import smoke
-from experiments import common
+from experiments import common, quick
 from experiments.benchmarks.common import write_json as write_benchmark
 from meta_attention_jax import analysis, load_run
 from meta_attention_jax.config import config_to_dict
@@ -144,6 +145,101 @@ def test_standard_output_by_its_name_keeps_what_was_printed(place, tmp_path):
     said = done.stdout if place == "pipe" else out.read_bytes()
     assert said == b"before\nwords\nafter\n"
     assert pathlib.Path("/dev/stdout").is_symlink()
+
+
+def test_a_device_folder_has_ordinary_files(tmp_path):
+    """A regular file is replaced wherever it lies; one that somebody holds open is written into."""
+    folder = pathlib.Path("/dev/shm")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        pytest.skip("no /dev/shm")
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        for words in ("first", "second"):
+            write_whole(f"{root}/words", words)
+        assert [path.name for path in pathlib.Path(root).iterdir()] == ["words"]
+        assert pathlib.Path(root, "words").read_text() == "second"
+    out = tmp_path / "out"
+    with open(out, "wb") as file:
+        write_whole(f"/dev/fd/{file.fileno()}", "words")
+        assert os.path.samestat(out.stat(), os.fstat(file.fileno())) and out.read_text() == "words"
+
+
+def test_standard_output_by_the_name_of_its_file_keeps_what_was_printed(tmp_path):
+    script = ("import sys; from meta_attention_jax.files import write_whole; print('before');"
+              "write_whole(sys.argv[1], 'words\\n'); print('after')")
+    out = tmp_path / "out"
+    with open(out, "wb") as file:
+        subprocess.run([sys.executable, "-c", script, out], cwd=ROOT, check=True, stdout=file)
+    assert out.read_bytes() == b"before\nwords\nafter\n"
+
+
+def failing(number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_modes_takes_a_file(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "chmod", failing(number))
+    for words in ("first", "second"):
+        write_whole(tmp_path / "x", words)
+    assert (tmp_path / "x").read_text() == "second" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch, number):
+    (tmp_path / "x").write_text("before, and longer")
+    monkeypatch.setattr(os, "replace", failing(number))
+    write_whole(tmp_path / "x", "words")
+    assert (tmp_path / "x").read_text() == "words" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "new", "words")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_in_a_folder_that_takes_none_is_written_in_place(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("before, and longer")
+    write, access = pathlib.Path.write_bytes, os.access
+
+    def no_new(self, data):
+        if not self.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return write(self, data)
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", no_new)
+    monkeypatch.setattr(os, "access", lambda path, mode: not os.path.isdir(path) and access(path, mode))
+    common.check_output("json", tmp_path / "x")
+    write_whole(tmp_path / "x", "words")
+    assert (tmp_path / "x").read_text() == "words"
+    with pytest.raises(ValueError, match="json: expected a file in a folder that can be written"):
+        common.check_output("json", tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writers_know_a_home_and_no_address(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    suffix = ".png" if name == "picture" else ".json"
+    for place in ("~/a", f"file://{tmp_path}/b", f"FILE://{tmp_path}/c"):
+        WRITERS[name](place + suffix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{x}{suffix}" for x in "abc"]
+    with pytest.raises(ValueError, match="path: expected a path of this machine"):
+        WRITERS[name](f"s3://bucket/x{suffix}")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_flags_and_notebooks_know_a_home_and_no_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parse = common._PathParser().parse
+    for given in ("FILE:///tmp/q.json", "File:/tmp/q.json", "file:///tmp/q.json"):
+        assert parse(given) == "/tmp/q.json"
+    assert parse("~/q.json") == f"{tmp_path}/q.json" and parse("q.json") == "q.json"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(quick, "load_run", lambda path: path)
+    assert quick.quick_run(tmp_path / "new", existing="~/run") == "~/run"
+    with pytest.raises(ValueError, match="existing: expected a path of this machine"):
+        quick.quick_run(tmp_path / "new", existing="s3://bucket/run")
 
 
 def test_outputs_that_cannot_be_written_are_refused_first(tmp_path):
