@@ -6,8 +6,11 @@ import errno
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -71,6 +74,94 @@ def test_nothing_is_raised_by_a_stream_that_takes_nothing(kind, monkeypatch):
     assert not tolerant.isatty()
     if kind == "closed pipe":
         stream.close()
+
+
+def no_waiting_pipe():
+    """A pipe that is full after its 64 KiB or so, its reading end, and a stream that writes into it."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    return read, open(write, "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", [10, 5_000, 400_000])
+def test_a_pipe_that_does_not_block_gets_all_of_it(size):
+    read, stream = no_waiting_pipe()
+    words = "".join(f"{i} é\n" for i in range(size))
+    got = []
+
+    def slow():
+        time.sleep(0.2)
+        while piece := os.read(read, 30_000):
+            got.append(piece)
+
+    reader = threading.Thread(target=slow)
+    reader.start()
+    tolerant = Tolerant(stream)
+    print(words, file=tolerant, end="")
+    print("and this", file=tolerant, end="", flush=True)
+    stream.close()
+    reader.join(30)
+    os.close(read)
+    assert b"".join(got).decode() == f"{words}and this" and tolerant.lost is None
+
+
+def test_a_pipe_whose_reader_sleeps_is_waited_for_once_and_heard_again(monkeypatch):
+    monkeypatch.setattr(console, "PATIENCE", 0.3)
+    read, stream = no_waiting_pipe()
+    tolerant = Tolerant(stream)
+    began = time.monotonic()
+    for _ in range(50):
+        print("x" * 10_000, file=tolerant, flush=True)
+    assert 0.3 <= time.monotonic() - began < 5
+    assert tolerant.lost.errno == errno.EAGAIN
+    os.set_blocking(read, False)
+    while select.select([read], [], [], 0.1)[0] and os.read(read, 1 << 20):
+        pass
+    print("here again", file=tolerant, flush=True)
+    assert os.read(read, 1 << 20).endswith(b"here again\n")
+    stream.close()
+    os.close(read)
+
+
+@pytest.mark.parametrize("number, for_good, remembered", [
+    (errno.EAGAIN, False, True), (errno.EINTR, False, False), (errno.ENOSPC, False, True),
+    (errno.EDQUOT, False, True), (errno.EPIPE, True, False), (errno.EIO, True, True),
+    (errno.EBADF, True, True),
+])
+def test_what_ends_a_stream_for_good(number, for_good, remembered):
+    stream = Failing(number)
+    tolerant = Tolerant(stream)
+    tolerant.write("lost")
+    monkeypatched = io.StringIO.write
+    stream.write = lambda text: monkeypatched(stream, text)
+    if number == errno.EAGAIN:
+        def full():
+            stream.flush = lambda: None
+            raise BlockingIOError(errno.EAGAIN, "")
+
+        stream.flush = full
+        tolerant.flush()
+    tolerant.write("words")
+    assert stream.getvalue() == ("" if for_good else "words")
+    assert (tolerant.lost is not None) == remembered
+
+
+def test_another_thread_may_let_go_of_a_stream_at_any_moment():
+    tolerant = Tolerant(None)
+
+    class Leaving(io.StringIO):
+        def fileno(self):
+            tolerant._stream = None  # Between the look and the write.
+            raise io.UnsupportedOperation
+
+        def isatty(self):
+            tolerant._stream = None
+            return False
+
+    for use in (lambda: tolerant.write("words"), tolerant.flush, tolerant.isatty):
+        tolerant._stream = Leaving()
+        use()
+    assert tolerant.lost is None
 
 
 @pytest.mark.parametrize("encoding, said", [("ascii", "a ? b\n"), ("latin-1", "a ? b\n"),
