@@ -132,7 +132,8 @@ def user_mistakes() -> Iterator[None]:
         words = re.sub(r"^\[Errno \d+\] ", "", str(error))
         fail(f"file: expected one that can be read or written, got {words}.")
     except UnicodeError as error:
-        fail(f"text: expected text of Unicode, got {error.object!r:.80}.")
+        got = repr(getattr(error, "object", str(error)))  # One of no place has no text.
+        fail(f"text: expected text of Unicode, got {got:.80}.")
     except ValueError as error:
         fail(error)
 
@@ -246,14 +247,16 @@ def no_room(error: BaseException) -> bool:
 
 
 def missing_platform() -> Optional[str]:
-    """JAX_PLATFORMS where it asks for devices that jax cannot find. Asked after a failure only: the
-    processes of a run meet before the first of them looks for its devices."""
+    """What is wrong with JAX_PLATFORMS where it asks for devices that jax cannot have, a sentence. Asked
+    after a failure only: the processes of a run meet before the first of them looks for its devices."""
     asked = os.environ.get("JAX_PLATFORMS")
     try:
         if asked:
             jax.devices()
-    except Exception:  # Of an unknown platform another kind than of one without devices.
-        return asked
+    except Exception as error:  # Of an unknown platform another kind than of one without devices.
+        # They may be there, and another process have them.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
+        return f"JAX_PLATFORMS: expected platforms that this machine has, got {asked!r} ({reason})."
     return None
 
 
@@ -273,14 +276,29 @@ def quiet_threads() -> None:
     sys.unraisablehook = unraisable
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags, then calls `main`."""
+def check_printed() -> None:
+    """Fails if words that a command has printed are lost, but for those that nobody wanted to read."""
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "lost", None)
+    if lost is not None:
+        words = getattr(lost, "strerror", None) or str(lost)
+        fail(f"stdout: expected room for what this command prints, got {words!r}.")
+
+
+def run(main: Callable[[], None], *, prints: bool = False) -> None:
+    """Parses the flags, then calls `main`.
+
+    `prints`: the result is what is printed, unless --json says where else it goes; if that cannot be
+    written, the command has failed. Elsewhere printing costs nothing but the words.
+    """
     tolerant_streams()
     if "--help_config" in sys.argv[1:]:
         print(help_table())
+        check_printed()
         return
     if {"--help", "-h"} & set(sys.argv[1:]):
         print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
+        check_printed()
         return
     try:
         rest = flags.FLAGS(sys.argv)[1:]
@@ -295,7 +313,8 @@ def run(main: Callable[[], None]) -> None:
             check_fields(flags.FLAGS.config)
     if rest:
         fail(f"arguments: expected flags only, got {rest[0]!r}.")
-    if "json" in flags.FLAGS and flags.FLAGS.json is not None:
+    kept = "json" in flags.FLAGS and flags.FLAGS.json is not None
+    if kept:
         with user_mistakes():
             check_output("json", flags.FLAGS.json)
     quiet_threads()
@@ -305,8 +324,8 @@ def run(main: Callable[[], None]) -> None:
         fail(error)
     except Exception as error:
         if not no_room(error):
-            if asked := missing_platform():
-                fail(f"JAX_PLATFORMS: expected platforms that this machine has, got {asked!r}.")
+            if missing := missing_platform():
+                fail(missing)
             raise
         print(f"error: disk: {getattr(error, 'strerror', None) or 'expected room to write, got none'}; "
               "what is complete stays, and the same command goes on from it.",
@@ -318,3 +337,5 @@ def run(main: Callable[[], None]) -> None:
         number = stop.signal if isinstance(stop, Interrupted) else signal.SIGINT
         print(f"\n{str(stop) or 'SIGINT: stopped.'}", file=sys.stderr)
         raise SystemExit(128 + number) from None
+    if prints and not kept:
+        check_printed()

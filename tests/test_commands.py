@@ -28,8 +28,8 @@ SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.
 def environment(cache=None):
     """One CPU; code is compiled quickly rather than well, and once for all commands."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-                        "--xla_llvm_disable_expensive_passes=true"}
+           "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+                        "--xla_llvm_disable_expensive_passes=true".strip()}
     if cache:
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -65,6 +65,13 @@ def command(tmp_path_factory):
     server.stdin.close()
     assert server.wait(timeout=30) == 0
     server.stdout.close()
+
+
+def test_flags_of_the_compiler_reach_the_commands(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2")
+    assert environment()["XLA_FLAGS"].startswith("--xla_cpu_max_isa=SSE4_2 --xla_backend_opt")
+    monkeypatch.delenv("XLA_FLAGS")
+    assert environment()["XLA_FLAGS"].startswith("--xla_backend_opt")
 
 
 def check_success(result):

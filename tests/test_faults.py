@@ -133,6 +133,27 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_handler_of_the_host_program_stays_but_for_the_two_that_end_it(name, several, monkeypatch):
+    number = getattr(signal, name)
+    assert number in interrupt.SIGNALS
+    block = interrupt._agreed if several else interruptible
+    assert signal.getsignal(number) is signal.SIG_DFL
+    with block():
+        assert signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN)
+    got = []
+    for handler in (lambda *_: got.append(number), signal.SIG_IGN):
+        before = signal.signal(number, handler)
+        try:
+            with block():
+                assert signal.getsignal(number) is handler
+                signal.raise_signal(number)
+        finally:
+            signal.signal(number, before)
+    assert got == [number]
+
+
 def test_a_thread_trains_without_signals():
     told = []
 
@@ -297,8 +318,6 @@ def test_a_damaged_point_of_a_group_goes_on_from_the_step_before(tmp_path):
     gc.collect()
 
 
-
-
 def flags(layers=2, scan=False):
     """All finite, of three steps."""
     def modules():
@@ -427,3 +446,30 @@ def test_debug_nans_stops_at_the_operation(tmp_path, mode):
     assert done.returncode == 1
     assert "FloatingPointError: Invalid value (nan)" in done.stderr
     assert "meta_attention_jax/model.py" in done.stderr, "the traceback must lead into the model"
+
+
+@pytest.mark.parametrize("words, said", [
+    ("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 7.\n"
+     "More lines.", "(Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process "
+                    "with pid 7)."),
+    ("", "(RuntimeError)."),
+])
+def test_a_platform_that_cannot_be_had_says_why(monkeypatch, words, said):
+    def taken():
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(jax, "devices", taken)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    told = common.missing_platform()
+    assert told == f"JAX_PLATFORMS: expected platforms that this machine has, got 'tpu' {said}"
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert common.missing_platform() is None
+
+
+@pytest.mark.parametrize("error", [UnicodeError("no text"), UnicodeError(), UnicodeDecodeError(
+    "utf-8", b"\xff", 0, 1, "invalid start byte")])
+def test_every_unicode_error_is_one_sentence(error, capsys):
+    with pytest.raises(SystemExit), common.user_mistakes():
+        raise error
+    told = capsys.readouterr().err
+    assert told.startswith("error: text: expected text of Unicode, got ") and told.count("\n") == 1

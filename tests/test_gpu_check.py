@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 import pytest
 
 from experiments import gpu_check, gpu_checks
+from tests.test_commands import environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADER = {"device": "Some GPU 80GB/x", "date": "2026-01-02T03:04:05+00:00"}
@@ -67,10 +67,7 @@ def test_a_record_is_never_overwritten(tmp_path):
 
 @pytest.mark.slow
 def test_all_of_it_runs_at_tiny_sizes_without_a_gpu(tmp_path):
-    env = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    }
+    env = {**environment(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "experiments.gpu_check", "--platform=cpu", f"--out={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -250,6 +250,44 @@ def test_a_run_trains_on_without_a_reader(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / str(config.train.steps)).is_dir()
 
 
+FULL = """
+import os, sys
+from experiments import common
+
+
+def ended(place, prints, *argv):
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if place is None:
+        read, place = os.pipe()
+        os.close(read)
+    else:
+        place = os.open(place, os.O_WRONLY)
+    os.dup2(place, 1)
+    sys.argv = ["name", *argv]
+    common.run(lambda: print("words"), prints=prints)
+    raise SystemExit
+
+
+common.define_path("json", None, "")
+codes = [
+    ended("/dev/full", True), ended("/dev/full", True, "--help_config"), ended("/dev/full", False),
+    ended("/dev/full", True, "--json=/dev/null"), ended(None, True), ended("/dev/null", True),
+]
+print(*codes)
+"""
+
+
+def test_a_command_whose_result_is_printed_says_that_it_is_lost():
+    """On a full disk; a reader that has had enough, and training, are another matter."""
+    done = subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, env=environment(), capture_output=True,
+                          text=True, timeout=120, check=True)
+    assert done.stdout == "2 2 0 0 0 0\n", done.stderr
+    sentence = "error: stdout: expected room for what this command prints, got 'No space left on device'."
+    assert done.stderr.splitlines() == [sentence] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["| head -n 1", ">&-", ">&- 2>&-", "> /dev/full", "ascii", "terminal"])
 def test_the_command_trains_to_its_end(way, tmp_path):

@@ -19,7 +19,12 @@ from jax.experimental import multihost_utils
 
 from meta_attention_jax.training import processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_HINTS = tuple(
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)
+)
+"""What schedulers and lost terminals send. A host program may mean something else by them."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *_HINTS)
 REPEAT = 1.0
 """Seconds in which a second signal is the first one's echo: a terminal and the program that started this
 one often send one each."""
@@ -49,7 +54,8 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def interruptible() -> Iterator[Asked]:
     """Inside the block the first of `SIGNALS` does nothing but be told by the function that it
-    yields. A second one, not at once, does what it did before. One that is ignored stays so.
+    yields. A second one, not at once, does what it did before. One that is ignored stays so, and so
+    does, but for SIGTERM and SIGINT, one for which the program has a handler of its own.
 
     Threads other than the main one get no signals; there the function always says None.
 
@@ -83,7 +89,7 @@ def interruptible() -> Iterator[Asked]:
             signal.raise_signal(number)
 
     for number in SIGNALS:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        if _ours(number):
             before[number] = signal.signal(number, catch)
     try:
         yield lambda done: caught[0] if caught else None
@@ -91,6 +97,12 @@ def interruptible() -> Iterator[Asked]:
         restore()
     if caught:
         raise Interrupted(caught[0])
+
+
+def _ours(number: signal.Signals) -> bool:
+    """Whether a signal may be taken over."""
+    handler = signal.getsignal(number)
+    return handler is signal.SIG_DFL if number in _HINTS else handler not in (signal.SIG_IGN, None)
 
 
 @contextlib.contextmanager
@@ -114,7 +126,7 @@ def _agreed() -> Iterator[Asked]:
             signal.signal(number, handler)
 
     for number in SIGNALS[1:]:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        if _ours(number):
             before[number] = signal.signal(number, forward)
     try:
         yield lambda done: (
