@@ -33,6 +33,7 @@ from experiments.comparison import SAME, TOLERANCE, choose, parse_shard, write_t
 from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
+from meta_attention_jax.data.pipeline import MANIFEST
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.lock import Busy
@@ -162,7 +163,7 @@ def main() -> None:
         configs = {arm: arms.configured(CONFIG.value, arm) for arm in ARMS.value}
         for config in configs.values():
             build.check(config)
-        vocab_size = build.build_dataset(configs[ARMS.value[0]]).vocab_size
+        dataset = build.build_dataset(configs[ARMS.value[0]])
         shared = {
             "config": config_to_dict(CONFIG.value),
             "tune": TUNE.value,
@@ -170,9 +171,11 @@ def main() -> None:
             "reference": ARMS.value[0],
             "tolerance": TOLERANCE,
         }
-        common.pin(root / "ablation.json", shared, "a comparison")
+        begun = [path.parent for path in sorted(root.glob(f"*/*/*/{MANIFEST}"))]
+        data = {"all": common.Data(dataset, begun)}
+        common.pin(root / "ablation.json", shared, "a comparison", data=data)
     flops = {
-        arm: build.soft_flops(config, build.build_flops(config, vocab_size))
+        arm: build.soft_flops(config, build.build_flops(config, dataset.vocab_size))
         for arm, config in configs.items()
     }
     # Arms that share their settings stay together, or two processes would choose them at once.

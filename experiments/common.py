@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Optional
 
 import jax
@@ -32,6 +33,7 @@ from meta_attention_jax.config import (
     read_stored,
 )
 from meta_attention_jax.console import tolerant_streams
+from meta_attention_jax.data.pipeline import Dataset, check_manifest, digest
 from meta_attention_jax.files import local, partial, run_directory, write_whole
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
@@ -170,8 +172,34 @@ def check_output(field: str, path: str | pathlib.Path) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What runs of a comparison read.
+
+    Attributes:
+      dataset: opened now.
+      runs: directories of such runs, those that are not there yet too.
+    """
+
+    dataset: Dataset
+    runs: Iterable[pathlib.Path]
+
+    def check(self) -> None:
+        """Raises ValueError if one of the runs has read other data."""
+        for path in self.runs:
+            check_manifest(self.dataset, path)
+
+
+DATA = "data_digests.json"
+"""Beside a pinned file: the digest of the data of every run, by name."""
+
+
 def pin(
-    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Optional[str] = None
+    path: pathlib.Path,
+    shared: Mapping[str, Any],
+    what: str,
+    grows: Optional[str] = None,
+    data: Optional[Mapping[str, Data]] = None,
 ) -> None:
     """Writes what all runs below the folder of `path` share, or checks that it is the same.
 
@@ -183,9 +211,10 @@ def pin(
       shared: a dict for JSON.
       what: it is, for the error.
       grows: key of a dict that may gain entries, but lose and change none.
+      data: of the runs by name, in `DATA`: it may move and gain names, but has to stay the same.
 
     Raises:
-      ValueError: a folder of something else, or the first field that differs.
+      ValueError: a folder of something else, the first field that differs, or other data.
     """
     run_directory("workdir", path.parent)
     mine = json.loads(json.dumps(shared))
@@ -212,8 +241,30 @@ def pin(
         own = field.startswith("config.")
         if not own or not may_change(field.removeprefix("config."), old, new):
             raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
+    if data:
+        _pin_data(path.with_name(DATA), data)
     if grows and mine[grows].keys() != stored[grows].keys():
         write_whole(path, json.dumps({**stored, grows: mine[grows]}, indent=1) + "\n")
+
+
+def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
+    manifests = {id(one.dataset): one.dataset for one in data.values()}
+    digests = {key: digest(dataset.manifest()) for key, dataset in manifests.items()}
+    given = {name: digests[id(one.dataset)] for name, one in data.items()}
+    if not path.exists():
+        for one in data.values():  # Of a version that did not write it: what is trained says more.
+            one.check()
+        _create(path, json.dumps(given, indent=1) + "\n")
+    stored = read_stored(path, "digests of data")
+    for name, found in given.items():
+        if stored.get(name, found) != found:
+            data[name].check()  # Knows in what they differ.
+            raise ValueError(
+                f"data: expected the data that {str(path.parent)!r} was begun with, got other data; "
+                "use another workdir."
+            )
+    if given.keys() - stored.keys():
+        write_whole(path, json.dumps({**stored, **given}, indent=1) + "\n")
 
 
 def _create(path: pathlib.Path, text: str) -> None:

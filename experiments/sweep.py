@@ -58,7 +58,8 @@ def main() -> None:
         datasets = sweeps.open_datasets(configs.values())
         sweeps.check_starts(root, configs, datasets)
         shared = {"config": config_to_dict(base), "points": {n: stored.get(n, p) for n, p in points.items()}}
-        common.pin(root / "sweep.json", shared, "this sweep", grows="points")
+        data = sweeps.data_of(root, configs, datasets)
+        common.pin(root / "sweep.json", shared, "this sweep", grows="points", data=data)
         # Points of one program lie side by side, so that every shard has some of each.
         order = sorted(points, key=lambda n: repr(algebra.program(configs[n])))
         mine = [name for name in points if name in order[index::number]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments.common import spared
+from experiments.common import Data, spared
 from experiments.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
@@ -117,6 +117,16 @@ def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
     """
     distinct = {_data(config): config for config in configs}
     return {key: build.build_dataset(config) for key, config in distinct.items()}
+
+
+def data_of(
+    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
+) -> dict[str, Data]:
+    """What the points read, by label, for `common.pin`."""
+    return {
+        label: Data(datasets[_data(config)], [root / "points" / label])
+        for label, config in configs.items()
+    }
 
 
 def check_starts(

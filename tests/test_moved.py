@@ -192,7 +192,7 @@ def test_a_run_that_was_split_otherwise_says_how_to_go_on(started, tmp_path):
     _before(tmp_path / "run")
     sentence = (
         r"data: expected the data of .*: the same files, but split by names: 'data/train', "
-        r"'data/valid', 'data/test'; data.split=hash may be what it was; use another workdir"
+        r"'data/valid', 'data/test'; data.split=hash is what it was; use another workdir"
     )
     with pytest.raises(ValueError, match=sentence):
         load_run(tmp_path / "run").dataset
@@ -204,3 +204,75 @@ def test_a_run_that_was_split_otherwise_says_how_to_go_on(started, tmp_path):
     assert job.dataset.about()["test"]["files"] == wanted
     with nothing_works(), pytest.raises(Accepted):
         call("evaluate", f"--workdir={tmp_path}/run", "--data_split=hash")
+
+
+def test_a_split_that_no_rule_makes_any_more_is_not_promised(tmp_path):
+    """As before `data.split`, when one of the validation files beside a train file was read."""
+    files = {f"{part}.txt": f"{part}: some text\n" * 99 for part in ("train", "valid", "dev", "test")}
+    place = write(tmp_path / "corpus", files) / "train.txt"
+
+    def made(split="auto"):
+        return make_dataset(corpus=f"path:{place}", sequence_length=8, batch_size=2, seed=0, split=split)
+
+    manifest = made().manifest()
+    manifest["documents"] = [one for one in manifest["documents"] if one["name"] != "valid.txt"]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    for split in ("auto", "hash"):
+        with pytest.raises(ValueError, match="data: expected the data of .* got other data") as told:
+            check_manifest(made(split), tmp_path)
+        assert "data.split" not in str(told.value)
+        assert ("without 'valid.txt' it is what it was; use" in str(told.value)) == (split == "auto")
+    (tmp_path / "corpus" / "valid.txt").unlink()
+    assert check_manifest(made(), tmp_path)
+    with pytest.raises(ValueError, match="; data.split=auto is what it was; use another workdir"):
+        check_manifest(made("hash"), tmp_path)
+
+
+def comparison(kind, root, corpus, number, *more):
+    """One process of two of a sweep or an ablation, up to the moment when it would train."""
+    (root / "s.py").write_text(
+        "from tests.test_moved import config\n\n\ndef get_config():\n    return config('x')\n\n\n"
+        "def get_sweep():\n    return [{'seed': 0}, {'seed': 1}]\n"
+    )
+    own = ["--notogether"] if kind == "sweep" else ["--arms=local,full-only", "--views=tokens", "--notune"]
+    with nothing_works():
+        return call(kind, f"--config={root}/s.py", f"--workdir={root}/work", f"--shard={number}/2",
+                    f"--config.data.corpus=path:{corpus}", *own, *more)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["sweep", "ablation"])
+def test_all_runs_of_a_comparison_read_the_same_data(kind, started, tmp_path):
+    first = started[0] / "first"
+    shutil.copytree(first, tmp_path / "moved")
+    other = write(tmp_path / "other", {**FILES, "data/train/0.txt": "another text\n"})
+    with pytest.raises(Accepted):
+        comparison(kind, tmp_path, first, 0)
+    work = tmp_path / "work"
+    [begun] = [path.parent for path in work.glob(f"*/**/{MANIFEST}")]
+
+    def goes_on(corpus):
+        """And is forgotten again."""
+        with pytest.raises(Accepted):
+            comparison(kind, tmp_path, corpus, 1)
+        for path in {path.parent for path in work.glob(f"*/**/{MANIFEST}")} - {begun}:
+            shutil.rmtree(path)
+
+    goes_on(tmp_path / "moved")
+
+    def refused(*flags):
+        before = sorted(work.rglob("*"))
+        told = comparison(kind, tmp_path, *flags)
+        assert told.code == 2 and told.err.count("\n") == 1, told
+        assert told.err.startswith("error: data: expected the data ") and "got other data" in told.err
+        assert sorted(work.rglob("*")) == before
+
+    refused(other, 1)
+    refused(first, 1, "--config.data.split=hash")
+    (work / common.DATA).unlink()  # Of a version without the file, with a run that has begun.
+    refused(other, 1)
+    goes_on(tmp_path / "moved")
+    shutil.rmtree(begun)  # With none that has.
+    refused(other, 1)
+    (work / common.DATA).unlink()
+    goes_on(other)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from jaxtyping import Int
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.types import Batch
 
@@ -316,6 +319,14 @@ def same_data(stored: Any, given: dict[str, Any]) -> bool:
     return _documents(stored) == _documents(given) and stored["tokenizer"] == given["tokenizer"]
 
 
+def digest(manifest: dict[str, Any]) -> str:
+    """A text that is the same for manifests of the same data; see `same_data`."""
+    known = json.loads(json.dumps(manifest))
+    if _of_files(known):
+        known = [_documents(known), known["tokenizer"]]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def _of_files(manifest: Any) -> bool:
     """Whether this is the manifest of a `path:` corpus, with all that `same_data` looks at."""
     if not isinstance(manifest, dict) or not str(manifest.get("corpus")).startswith("path:"):
@@ -359,10 +370,26 @@ def _difference(stored: Any, given: dict[str, Any], dataset: Dataset) -> str:
     if stored["tokenizer"] != given["tokenizer"]:
         return " or another tokenizer"
     mine, theirs = (sorted({str(one[1:]) for one in _documents(m)}) for m in (stored, given))
-    by = dataset.about()["split"]
-    other = "hash" if by.startswith("by names") else "names"
-    same = ": the same files, but" if mine == theirs else ","
-    return f"{same} split {by}; data.split={other} may be what it was"
+    by = f"split {dataset.about()['split']}"
+    same = f": the same files, but {by}" if mine == theirs else f", {by}"
+    for rule in RULES:
+        if _read_by(given["corpus"], rule) == _documents(stored):
+            return f"{same}; data.split={rule} is what it was"
+    known = _documents(stored)
+    more = [one for one in given["documents"] if _documents({"documents": [one]})[0] not in known]
+    if known == [one for one in _documents(given) if one in known]:
+        return f"{same}; without {more[0]['name']!r}{' and others' * (len(more) > 1)} it is what it was"
+    return same
+
+
+def _read_by(corpus: str, rule: str) -> list[tuple[Any, ...]]:
+    """The documents of a corpus by another `data.split`; none where there is no such split."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _documents(load_corpus(corpus, rule).manifest())
+    except (ValueError, OSError):
+        return []
 
 
 def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
