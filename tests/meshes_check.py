@@ -73,9 +73,13 @@ def cases():
     found = {
         # Without the special functions of the Dirichlet, whose gradients are long to compile.
         "packed": of_layer(mode="hard", dispatch="packed", controller="softmax_kl"),
+        "dense": of_layer(mode="hard", dispatch="dense", controller="softmax_kl"),
+        "soft": of_layer(mode="soft", controller="softmax_kl"),
+        "bayesian": of_layer(mode="hard", dispatch="packed", controller="bayesian"),
         "sampled": of_model(num_layers=2, scan_layers=True),
     }
-    found["packed"][2]["ids"] = SEGMENTS
+    for name in ("packed", "dense", "soft", "bayesian"):
+        found[name][2]["ids"] = SEGMENTS
     found["sampled"][2]["keys"] = jax.random.split(jax.random.key(0), ROWS)
     return found
 
@@ -101,8 +105,8 @@ def main():
     run = load_run(sys.argv[1])
     text = np.array([1, 2, 3])
     logits, ids = run.logits(text), run.generate(text, steps=3).ids
-    # Of auto axes only packed dispatch takes notice.
-    for kind, names in ((AxisType.Explicit, found), (AxisType.Auto, ("packed",))):
+    of_layers = [name for name in found if name != "sampled"]
+    for kind, names in ((AxisType.Explicit, found), (AxisType.Auto, of_layers)):
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
         with jax.set_mesh(mesh):
             for name in names:

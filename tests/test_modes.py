@@ -109,16 +109,18 @@ def test_under_a_mesh_all_is_as_on_one_device(run):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
+    layers = ("packed", "dense", "soft", "bayesian")
     assert set(result) == {
-        "Explicit packed", "Explicit sampled", "Explicit run", "Auto packed", "Auto run",
+        *(f"{kind} {name}" for kind in ("Explicit", "Auto") for name in (*layers, "run")),
+        "Explicit sampled",
     }
     for name, found in result.items():
         if name.endswith("run"):
             assert found == [0.0, True, True, 1], result
             continue
         assert found["outputs"] <= 1e-6 and found["gradients"] <= 1e-6, result
-        # Types of auto axes do not say which rows are split: there they are over all axes.
-        place = "data" if "Explicit" in name else "('data', 'model')"
+        # Types of auto axes do not say which rows are split: packed dispatch has them over all axes.
+        place = "('data', 'model')" if name in ("Auto packed", "Auto bayesian") else "data"
         assert found["split"] == [place, place] and found["talks"] == 0, result
 
 
