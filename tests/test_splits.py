@@ -92,8 +92,14 @@ def test_layouts_of_data(layout, tmp_path):
 
 
 CODE = {
-    "tests and train.py": (["train.py", "model.py", "tests/test_a.py", "tests/test_b.py"], None),
-    "only tests and train.py": (["train.py", "tests/test_a.py", "tests/test_b.py"], None),
+    "tests and train.py": (["train.py", "model.py", "tests/test_a.py", "tests/test_b.py"],
+                           "'tests' is trained on like the rest, though 'train.py' stands beside it"),
+    "only tests and train.py": (["train.py", "tests/test_a.py", "tests/test_b.py"], "though 'train.py'"),
+    "a text among programs": (["train.txt", "test.py", "main.py"], "a program like 'main.py'"),
+    "a package and a script": ([*(f"p/train/{i}.py" for i in range(30)), "p/test.py",
+                                "model.py"], "programs like 'model.py'"),
+    "a page among pages": (["train.txt", "test.md", "README.md"], "a page like 'README.md'"),
+    "a folder beside a page": (["docs/training.md", "docs/tests/a.txt", "docs/x.txt"], "though 'training"),
     "test and train.py": (["train.py", "test/a.txt", "README.md"], "'test' is trained on"),
     "scripts": (["src/train.py", "src/test.py", "src/model.py"], "programs like 'src/model.py'"),
     "scripts elsewhere": (["bin/train.sh", "bin/eval.sh", "src/model.py"], "for programs like"),
@@ -117,6 +123,48 @@ def test_layouts_of_programs_and_of_no_splits(name):
     else:
         assert note in got.notes[0]
     assert got.splits == {n: splits.split_of(n) for n in names}
+
+
+JOINED = {
+    "train.txt test.md": "test.md", "train.txt test.rst": "test.rst", "train.txt test.m": "test.m",
+    "train.txt eval.yaml": "eval.yaml", "train/a.md train/b.md test.md": "test.md",
+    "train/a.txt test.md": "test.md", "train.md test.txt": "test.txt",
+    "train.txt valid.txt test.md": "valid.txt test.md", "a/train.txt a/test.md b/train.txt b/test.md":
+    "a/test.md b/test.md", "train.en train.r test.en test.r": "test.en test.r",
+    "train.en train.cs dev.en dev.cs test.en test.cs": "dev.en dev.cs test.en test.cs",
+    "train.en-de.txt newstest2014.txt newsdev2013.txt": "newstest2014.txt newsdev2013.txt",
+    "train/x newsdiscussdev2015/x newsdiscusstest2015/x": "newsdiscussdev2015/x newsdiscusstest2015/x",
+    "trainval/a trainval/b test/c": "test/c", "trainval2007.txt test2007.txt": "test2007.txt",
+}
+
+
+@pytest.mark.parametrize("names", JOINED)
+def test_what_is_held_out_by_its_name_is_not_trained_on(names):
+    got = splits.assign(sorted(names.split()), "auto")
+    held = {name: split for name, split in got.splits.items() if split != "train"}
+    assert got.named and not got.notes and held.keys() == set(JOINED[names].split())
+    for name, split in held.items():
+        of_validation = any(word in name for word in ("dev", "valid", "eval"))
+        assert split == ("validation" if of_validation else "test"), name
+
+
+@pytest.mark.parametrize("names, other", [
+    ("train/a test/b eval.py", "eval.py"), ("train/a test/b bin/train.sh bin/eval.sh", "bin/train.sh"),
+    ("train.txt test.txt train.py test.py", "train.py"), ("train/a test/b test.md", "test.md"),
+])
+def test_scripts_beside_data_are_no_data(names, other, tmp_path):
+    folder(tmp_path, *names.split())
+    with pytest.raises(ValueError, match="data.split=hash ignores names"):
+        load_corpus(f"path:{tmp_path}")
+    got = splits.assign(sorted(names.split()), "auto")
+    assert got.splits[other] is None
+
+
+def test_validation_is_cut_out_of_trainval(tmp_path):
+    folder(tmp_path, "trainval/a", "trainval/b", "test/c")
+    got, by = found(tmp_path)
+    assert by == "by names: 'trainval', 'test'; validation off the end of every train file"
+    assert got["test"] == ["test/c"] and len(got["validation"]) == 2
 
 
 def test_a_few_programs_beside_folders_of_programs_are_no_reason_to_train_on_test(tmp_path):
@@ -185,11 +233,15 @@ def test_what_names_leave_out_is_taken_out_of_train(tmp_path):
 @pytest.mark.parametrize(
     "train, held, rest",
     [
-        ("train.txt", {"validation": ["valid.txt"]}, ["valid.csv", "other.txt", "test.jsonl"]),
+        ("train.txt", {"validation": ["valid.txt"]}, ["valid.csv", "valid.tokens", "other.txt"]),
         ("wiki.train.tokens", {"test": ["wiki.Test.tokens"]}, ["book.test.tokens", "test.tokens"]),
         ("train-00000-of-00009.txt", {"validation": ["dev-00000-of-00001.txt"]}, ["dev-1.txt"]),
         ("train.py", {"test": ["test.py"]}, ["README"]),
-        ("en_train_set.txt", {"validation": ["en_dev_set.txt", "en_valid_set.txt"]}, []),
+        ("en_train_set.txt", {"validation": ["en_dev_set.txt", "en_valid_set.txt"]}, ["en_dev.txt"]),
+        ("train_data.txt", {"test": ["test.txt"]}, ["data.txt"]),
+        ("train.txt", {"validation": ["valid.tokens"]}, []),
+        ("train_set.txt", {"validation": ["valid.txt"]}, []),
+        ("train", {"validation": ["VALID.TXT"]}, []),
     ],
 )
 def test_the_held_out_files_beside_a_train_file_are_read(train, held, rest, tmp_path):
@@ -205,6 +257,19 @@ def test_the_held_out_files_beside_a_train_file_are_read(train, held, rest, tmp_
     assert all(part[0].startswith(f"{train}[") for part in got.values()) and "by place" in by
 
 
+@pytest.mark.parametrize("train, other", [
+    ("train.txt", "test.jsonl"), ("train.en", "test.de"), ("train.txt", "test/a.txt"),
+    ("train.en-de.txt", "newstest2014.txt"), ("wiki.train.tokens", "test.tokens"),
+])
+def test_a_held_out_name_beside_a_train_file_that_is_not_read_is_said(train, other, tmp_path):
+    folder(tmp_path, train, other)
+    name = other.partition("/")[0]
+    with pytest.warns(UserWarning, match=f"'{name}' beside '{train}' is not read, for their names"):
+        assert "by place" in found(tmp_path / train)[1]
+    folder(tmp_path, train.replace("train", "test"))
+    assert "by names" in found(tmp_path / train)[1]
+
+
 def test_a_file_alone_has_no_names(tmp_path):
     folder(tmp_path, "train.py", "test.py", "model.py", "book.txt", "test.txt", "train/x.txt",
            "valid/y.txt")
@@ -216,6 +281,9 @@ def test_a_file_alone_has_no_names(tmp_path):
     folder(tmp_path, *many("train", 200))
     with pytest.warns(UserWarning, match="'valid' beside the folder 'train' is not read"):
         found(tmp_path / "train")
+    folder(tmp_path / "one", *many("train", 200), "test.md")
+    with pytest.warns(UserWarning, match="'test.md' beside the folder 'train' is not read"):
+        found(tmp_path / "one" / "train")
 
 
 @pytest.mark.smoke

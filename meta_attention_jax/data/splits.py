@@ -10,15 +10,17 @@
 Names say it where a train word and a held-out word stand side by side in one folder, at any depth:
 ``data/train`` and ``data/test``, ``en.train.txt`` and ``en.dev.txt``. A word is a whole part of the
 name, between signs, digits or a change to capitals, in any case, also with "set", "data" or "split"
-behind it: train, training; valid, validation, val, dev, devel, development, eval, evaluation; test,
-testing, tests, heldout, held-out, holdout. Train with a held-out word in one name says nothing; of
-two held-out words it is test. What lies below is of the same split; within train, names side by
-side may say more. Every text has to lie under one of the names. A split that they leave out is
-taken out of train (`fill`).
+behind it: train, training, trainval; valid, validation, val, dev, devel, development, eval,
+evaluation, newsdev; test, testing, tests, heldout, held-out, holdout, newstest. Train with a
+held-out word in one name says nothing; of two held-out words it is test. What lies below is of the
+same split; within train, names side by side may say more. Every text has to lie under one of the
+names. A split that they leave out is taken out of train (`fill`).
 
 In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and
 ``test.py`` count only if no other program lies outside of such pairs, folders of programs only if
-most programs lie in them, and a folder ``tests`` never goes with a file ``train.py``.
+most programs lie in them, and a folder ``tests`` never goes with a file ``train.py``. Beside text that
+says train, ``test.md`` or ``eval.yaml`` counts where nothing else is held out and no other page or
+program lies outside; so does text beside ``train.md``. What is not used is said in a note.
 """
 
 from __future__ import annotations
@@ -48,13 +50,22 @@ TOPICAL = {
 }
 
 _WORDS = {
-    "train": re.compile(r"train(ing)?(set|data|split)?"),
+    "train": re.compile(r"train(ing|val|valid)?(set|data|split)?"),
     "validation": re.compile(
-        r"(val(id(ate|ation)?)?|dev(el|elop|elopment)?|eval(s|uation)?)(set|data|split)?"
+        r"(val(id(ate|ation)?)?|dev(el|elop|elopment)?|eval(s|uation)?|news(discuss)?dev)"
+        r"(set|data|split)?"
     ),
-    "test": re.compile(r"(dev)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"),
+    "test": re.compile(
+        r"(dev|news(discuss)?)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"
+    ),
 }
 _PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # a camelCase word, a number
+_BARE = ("set", "data", "split")
+"""Parts of a name that say no more than that it is one of a split."""
+
+_TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")
+"""Endings of text without a form of its own."""
+
 _SHARD = re.compile(r"\d+-of-\d+")
 
 Text = tuple[str, bytes]
@@ -95,9 +106,17 @@ def _word(part: str) -> str | None:
     return next((split for split, words in _WORDS.items() if words.fullmatch(part)), None)
 
 
-def same_but_split(a: str, b: str) -> bool:
-    """Whether names are the same but for the words of their splits and the numbers of shards."""
-    rests = [[part for part in _parts(name) if _word(part) is None] for name in (a, b)]
+def same_but_split(a: str, b: str, *, loosely: bool = False) -> bool:
+    """Whether names are the same but for the words of their splits and the numbers of shards.
+
+    `loosely`: and for `_BARE` parts and the endings of plain text.
+    """
+    rests = []
+    for name in (a, b):
+        stem, ending = os.path.splitext(name)
+        parts = _parts(stem if loosely and ending.lower() in _TEXTS and stem else name)
+        bare = _BARE if loosely else ()
+        rests.append([part for part in parts if _word(part) is None and part not in bare])
     return rests[0] == rests[1]
 
 
@@ -109,7 +128,7 @@ class _Group:
       folder: its path below the corpus with "/" at the end; "" is the corpus itself.
       said: split by entry.
       files: all that are or lie below the entries.
-      kind: in `TOPICAL`, of most of the files; None of text.
+      kind: in `TOPICAL`, of most of the files that are or lie below text and folders; None of text.
       folders: whether folders are among the entries.
     """
 
@@ -168,6 +187,12 @@ def _topic(name: str) -> str | None:
     return TOPICAL.get(os.path.splitext(name)[1].lower())
 
 
+def _spoken(name: str) -> bool:
+    """Whether a file ends in the code of a language, like train.en."""
+    ending = os.path.splitext(name)[1].lower()
+    return bool(re.fullmatch(r"\.[a-z]{2,3}", ending)) and ending not in (*_TEXTS, ".csv", ".tsv", ".log")
+
+
 def _below(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
     """Files by folder and entry of the folder: what is or lies below it."""
     entries: dict[str, dict[str, list[str]]] = {}
@@ -194,44 +219,85 @@ def _groups(names: Iterable[str], *, mixed: bool) -> list[_Group]:
     found = []
     for folder, below in entries.items():
         alike: dict[str | None, dict[str, str]] = {}
+        folders = {entry for entry in below if f"{folder}{entry}/" in entries}
         for entry in below:
             if word := split_word(entry):
-                text = mixed or f"{folder}{entry}/" in entries
+                text = mixed or entry in folders
                 alike.setdefault(None if text else _topic(entry), {})[entry] = word
-        for said in alike.values():
+        _join(alike, folders)
+        for kind, said in alike.items():
             if "train" in said.values() and len(set(said.values())) > 1:
                 files = tuple(file for entry in said for file in below[entry])
-                folders = any(f"{folder}{entry}/" in entries for entry in said)
-                found.append(_Group(folder, said, files, _kind(files), folders))
+                if kind is None:
+                    own = [e for e in said if mixed or e in folders or _topic(e) is None]
+                    kind = _kind(file for entry in own for file in below[entry])
+                found.append(_Group(folder, said, files, kind, bool(folders.intersection(said))))
     return found
+
+
+def _join(alike: dict[str | None, dict[str, str]], folders: Iterable[str]) -> None:
+    """Puts held-out pages and programs with the text that says train, and held-out text files with
+    pages that do, where these have nothing that is held out themselves; in place."""
+    text, pages = alike.get(None, {}), alike.get("page", {})
+    lone = set(text.values()) == {"train"}
+    for kind in ("page", "program") if "train" in text.values() else ():
+        said = alike.get(kind, {})
+        guests = set(said.values()) - set(text.values())
+        if "train" not in said.values() and (lone or (kind == "page" and guests)):
+            text |= {entry: word for entry, word in said.items() if word in guests}
+    if set(pages.values()) == {"train"} and "train" not in text.values():
+        pages |= {entry: word for entry, word in text.items() if entry not in folders}
 
 
 def _data(groups: list[_Group], names: Sequence[str]) -> tuple[list[_Group], list[str]]:
     """The groups whose words are splits, not topics, and a note of one that is left out."""
-    if texts := [group for group in groups if group.kind is None]:
-        return texts, []
     above = {f"{group.folder}{entry}/" for group in groups for entry in group.said}
     outer = [group for group in groups if not above.intersection(_folders(group.folder))]
     covered = {file for group in outer for file in group.files}
     inside = collections.Counter(map(_topic, covered))
-    outside: dict[str | None, list[str]] = {kind: [] for kind in inside}
+    outside: dict[str | None, list[str]] = {}
     for name in names:
         if name not in covered:
             outside.setdefault(_topic(name), []).append(name)
-    kept, notes = [], []
-    for group in outer:
-        others = outside[group.kind]
-        if others and (not group.folders or len(others) >= inside[group.kind]):
-            like = f"{group.kind}s like {others[0]!r}"
-            notes = notes or [f"{_listed([group])} are taken for {like}, not for splits"]
-        else:
-            kept.append(group)
-    return ([], notes) if notes else (kept, [])
+    kept, notes, outermost = [], [], set(map(id, outer))
+    for group in groups:
+        others = outside.get(group.kind, []) if group.kind else []
+        if id(group) not in outermost and group.kind:
+            continue
+        held = [entry for entry, word in group.said.items() if word != "train"]
+        script = group.kind == "program" and all(_topic(entry) == "program" for entry in held)
+        if others and (not group.folders or script or len(others) >= inside[group.kind]):
+            notes.append(f"{_listed([group])} are taken for {group.kind}s like {others[0]!r}, not for splits")
+            continue
+        # Pages and programs among text.
+        guests = {
+            entry: _topic(entry) for entry in group.said
+            if _topic(entry) not in (None, group.kind) and f"{group.folder}{entry}" in group.files
+        }
+        bad = {entry: kind for entry, kind in guests.items() if outside.get(kind)}
+        for entry, kind in bad.items():
+            like = outside[kind][0]
+            notes.append(f"{group.folder + entry!r} is taken for a {kind} like {like!r}, not for a split")
+        said = {entry: word for entry, word in group.said.items() if entry not in bad}
+        if len(set(said.values())) > 1:
+            kept.append(dataclasses.replace(group, said=said))
+    if texts := [group for group in kept if group.kind is None]:
+        # Beside train.en and test.en, train.cs and test.cs are Czech; what else there is, is refused.
+        spoken = {group.folder for group in texts if all(map(_spoken, group.said))}
+        return [group for group in kept if group.kind is None or group.folder in spoken], []
+    return ([], notes[:1]) if notes else (kept, [])
 
 
 def _lonely(splits: Mapping[str, str]) -> list[str]:
-    """A note of what is trained on though held out by all of its name, with no train beside it."""
+    """A note of what is trained on though its name says that it is held out: with a train name beside
+    it, or by all of its own."""
     for folder, below in _below(splits).items():
+        words = {entry: split_word(entry) for entry in below}
+        train = [entry for entry, word in words.items() if word == "train"]
+        for entry, word in words.items() if train else ():
+            if word in SPLITS[1:] and any(splits[file] == "train" for file in below[entry]):
+                name = folder + entry
+                return [f"{name!r} is trained on like the rest, though {train[0]!r} stands beside it"]
         for entry, files in below.items():
             words = [part for part in _parts(entry.partition(".")[0]) if not part.isdigit()]
             held = len(words) == 1 and _word(words[0]) in SPLITS[1:] and _kind(files) is None
@@ -266,7 +332,8 @@ def _listed(groups: Iterable[_Group]) -> str:
 
 
 def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:
-    """Held-out files by split in the folder of a train file, named like it but for that word.
+    """Held-out files by split in the folder of a train file, named like it but for that word, and notes
+    of one that is not; where there is none of a split, `loosely`.
 
     None for the rule "hash", and, with a note, for "auto" where the train file is a program or page
     and others are in its folder.
@@ -277,17 +344,25 @@ def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]]
     held: dict[str, list[pathlib.Path]] = {}
     notes: list[str] = []
     if rule != "hash" and split_word(path.name) == "train":
-        files = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p.name[0] != "."]
-        for file in files:
-            word = split_word(file.name)
-            if word not in ("train", None) and same_but_split(path.name, file.name):
-                held.setdefault(word, []).append(file)
+        around = [p for p in sorted(path.parent.iterdir()) if p.name[0] != "."]
+        files = [p for p in around if p.is_file()]
+        for loosely in (False, True):
+            found: dict[str, list[pathlib.Path]] = {}
+            for file in files:
+                word = split_word(file.name)
+                if word not in ("train", None) and same_but_split(path.name, file.name, loosely=loosely):
+                    found.setdefault(word, []).append(file)
+            held = found | held
         kind = _topic(path.name) if rule == "auto" else None
         mine = {path.name, *(file.name for found in held.values() for file in found)}
         outside = [f.name for f in files if kind and _topic(f.name) == kind and f.name not in mine]
         if held and outside:
             held = {}
             notes = [f"{path.name!r} is taken for a {kind} like {outside[0]!r}, not for a split"]
+        unread = [p.name for p in around if split_word(p.name) in set(SPLITS[1:]) - held.keys()]
+        if unread and not notes:
+            notes = [f"{unread[0]!r} beside {path.name!r} is not read, for their names differ in more "
+                     "than the split"]
     if rule == "names" and not held:
         raise ValueError(
             f"data.split: expected a train file with a held-out file beside it for 'names', got "

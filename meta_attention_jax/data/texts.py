@@ -86,12 +86,12 @@ def read_folder(root: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
 
 
 def _held_beside(root: pathlib.Path, rule: str) -> list[str]:
-    """A note of held-out folders beside a train folder that was given alone."""
+    """A note of what is held out beside a train folder that was given alone."""
     root = root.resolve()
     if rule != "auto" or split_word(root.name) != "train" or not os.access(root.parent, os.R_OK):
         return []
-    held = [p.name for p in sorted(root.parent.iterdir()) if p.is_dir() and p.name[0] != "."]
-    held = [name for name in held if split_word(name) in SPLITS[1:]]
+    around = sorted(root.parent.iterdir(), key=lambda p: (not p.is_dir(), p.name))
+    held = [p.name for p in around if p.name[0] != "." and split_word(p.name) in SPLITS[1:]]
     if not held:
         return []
     return [f"{held[0]!r} beside the folder {root.name!r} is not read; the folder above has both"]
