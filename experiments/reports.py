@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import arms, comparison, sweeps
+from experiments.common import spared
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
@@ -91,13 +93,13 @@ def run_page(run: Run) -> str:
     batch, routing = run.routed_batch()
     real = np.asarray(batch.segment_ids) > 0
     figures = [
-        ("Training", analysis.dynamics_figure(records, run.mechanisms)),
-        ("Layers", analysis.routing_by_layer([{
+        ("Training", lambda: analysis.dynamics_figure(records, run.mechanisms)),
+        ("Layers", lambda: analysis.routing_by_layer([{
             "corpus": run.config.data.corpus, "arm": run.config.name, "mechanisms": run.mechanisms,
             "fractions": held_out[-1]["hard"]["layers"]["fractions"],
             "mean_weights": held_out[-1]["soft"]["layers"]["mean"],
         }])),
-        ("Positions", analysis.routing_by_position(routing.route, real, run.mechanisms)),
+        ("Positions", lambda: analysis.routing_by_position(routing.route, real, run.mechanisms)),
     ]
     if routing.concentration is not None:
         if len(run.mechanisms) == 3:
@@ -106,17 +108,18 @@ def run_page(run: Run) -> str:
             prior = prior / prior.sum()
             figures.append((
                 "Posteriors",
-                analysis.simplex_figure(routing.mean[:, real], run.mechanisms, prior=prior),
+                lambda: analysis.simplex_figure(routing.mean[:, real], run.mechanisms, prior=prior),
             ))
         figures.append((
-            "Entropy", analysis.entropy_split_figure(routing.concentration[:, real], run.mechanisms)
+            "Entropy",
+            lambda: analysis.entropy_split_figure(routing.concentration[:, real], run.mechanisms),
         ))
     if run.config.controller.name != "fixed":
-        figures.append(("Uncertainty", risk_figure(run)))
+        figures.append(("Uncertainty", lambda: risk_figure(run)))
     sections = [Section(f"Validation at step {held_out[-1]['step']}", analysis.table_html(rows, columns))]
     sections += [
-        Section(name, analysis.figure_html(figure, f"{run.config.name}: {name.lower()}"))
-        for name, figure in figures
+        Section(name, drawn) for name, figure in figures
+        if (drawn := _drawn(f"{run.config.name}: {name.lower()}", figure))
     ]
     keep = real[:SHOWN_ROWS]
     pieces = run.pieces(np.asarray(batch.tokens)[:SHOWN_ROWS][keep])
@@ -134,6 +137,13 @@ def run_page(run: Run) -> str:
     config = json.dumps(json.loads((run.path / "config.json").read_text(encoding="utf-8")), indent=1)
     sections.append(Section("Config", f"<pre>{html.escape(config)}</pre>"))
     return analysis.html_page(f"{run.config.name}, step {run.step}", sections)
+
+
+def _drawn(description: str, figure: Callable[[], Figure]) -> str:
+    """The HTML of a figure; "" with a warning where it cannot be drawn."""
+    with spared(description):
+        return analysis.figure_html(figure(), description)
+    return ""
 
 
 def risk_figure(run: Run) -> Any:
@@ -161,11 +171,11 @@ def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
     for view in dict.fromkeys(line["view"] for line in lines):
         made = [{**line, "setting": line["arm"], "point": {"name": line["arm"]}}
                 for line in lines if line["view"] == view and not line["arm"].endswith(arms.SOFT)]
-        figure = analysis.pareto_figure(
-            made, sweeps.front(made), None, title=config["name"], split="test"
+        figure = functools.partial(
+            analysis.pareto_figure, made, sweeps.front(made), None, title=config["name"], split="test"
         )
         table = analysis.table_html([line for line in written if line["view"] == view], columns)
-        body = table + analysis.figure_html(figure, f"Hard nats against cost, equal {view}")
+        body = table + _drawn(f"Hard nats against cost, equal {view}", figure)
         sections.append(Section(f"Equal {view}, test split", body))
     return analysis.html_page(f"Ablation: {config['name']}", sections)
 
@@ -177,7 +187,8 @@ def sweep_page(result: sweeps.Result, title: str) -> str:
     heading = "Settings: validation split, unless a column says test"
     sections = [Section(heading, analysis.table_html(shown, columns))]
     said = {"pareto": "Hard nats against cost", "against": "What the swept number does"}
-    for name, figure in sweeps.figures(result, title).items():
-        sections.append(Section(said[name], analysis.figure_html(figure, f"{said[name]}: {title}")))
+    for name, figure in sweeps.drawers(result, title).items():
+        if drawn := _drawn(f"{said[name]}: {title}", figure):
+            sections.append(Section(said[name], drawn))
     text = f"Chosen: {result.pick}, {sweeps.RULE}." if result.pick else ""
     return analysis.html_page(f"Sweep: {title}", sections, text)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from matplotlib.figure import Figure
@@ -453,13 +453,18 @@ def shown(found: Result) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
     return written, columns
 
 
-def figures(found: Result, title: str) -> dict[str, Figure]:
-    """`pareto`, and `against` where a number was swept."""
+def drawers(found: Result, title: str) -> dict[str, Callable[[], Figure]]:
+    """What draws `pareto`, and `against` where a number was swept."""
     field = swept(found.lines)
-    made = {"pareto": analysis.pareto_figure(found.done, found.front, found.pick, field, title)}
+    made = {"pareto": lambda: analysis.pareto_figure(found.done, found.front, found.pick, field, title)}
     if field and any(field in line["point"] for line in found.done):
-        made["against"] = analysis.against_figure(found.done, field, found.pick, title)
+        made["against"] = lambda: analysis.against_figure(found.done, field, found.pick, title)
     return made
+
+
+def figures(found: Result, title: str) -> dict[str, Figure]:
+    """The figures of `drawers`."""
+    return {name: draw() for name, draw in drawers(found, title).items()}
 
 
 def write_results(root: pathlib.Path, points: Points, title: str) -> None:
@@ -474,9 +479,9 @@ def write_results(root: pathlib.Path, points: Points, title: str) -> None:
     analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
     print(analysis.terminal_table(written, columns, width=160))
     told = []
-    with spared("pictures"):
-        for name, figure in figures(found, title + found.title).items():
-            analysis.save(figure, root / f"{name}.png")
+    for name, draw in drawers(found, title + found.title).items():
+        with spared(f"{name}.png"):
+            analysis.save(draw(), root / f"{name}.png")
             told.append(f"{root}/{name}.png")
     print(f"table: {root}/table.md   rows: {root}/rows.json   pictures: {', '.join(told)}")
     if found.title:

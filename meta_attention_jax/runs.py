@@ -430,8 +430,10 @@ def load_run(
     path = run_directory("workdir", path)
     if sequence_length is not None:
         sequence_length = whole("sequence_length", sequence_length)
+        expect(sequence_length > 0, "sequence_length", "a number > 0", sequence_length)
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
+        expect(batch_size > 0, "batch_size", "a number > 0", batch_size)
     config, found, steps, params = read_run(path, plain(step))
     _check_config(config, path)
     if corpus is not None:

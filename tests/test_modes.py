@@ -283,6 +283,13 @@ def test_what_is_no_number_is_one_sentence(run, given, sentence):
         load_run(run).generate([1, 2], **given)
 
 
+@pytest.mark.parametrize("field", ["batch_size", "sequence_length"])
+@pytest.mark.parametrize("value", [0, -1, np.int64(0)])
+def test_nothing_is_no_size_of_a_batch(run, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected a number > 0, got {value}.$"):
+        load_run(run, **{field: value})
+
+
 def test_points_of_a_sweep_are_plain():
     seeds = sweep("seed", np.arange(2))
     costs = sweep("prior.costs", [jnp.ones(3), (np.float32(1.0), 1)])

@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 
-from experiments import common, sweeps
+from experiments import common, reports, sweeps
 from meta_attention_jax import analysis, console
 from meta_attention_jax.analysis import canvas
 from meta_attention_jax.console import Tolerant, say
@@ -236,10 +236,32 @@ def test_a_picture_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
            "gap": 0.0, "cost": 0.3, "routing_entropy": 0.1, "usage_entropy": 0.1, "full": 0.1, "kl": 0.0}
     monkeypatch.setattr(sweeps, "rows", lambda *_: [row])
     monkeypatch.setattr(analysis, "pareto_figure", fails)
-    with pytest.warns(UserWarning, match="pictures: left out, ValueError: no such glyph"):
+    with pytest.warns(UserWarning, match="pareto.png: left out, ValueError: no such glyph"):
         sweeps.write_results(tmp_path, [{}], "name")
     assert (tmp_path / "table.md").is_file() and (tmp_path / "rows.json").is_file()
     assert "chosen: a" in capsys.readouterr().out
+
+
+def test_a_picture_that_fails_costs_no_page(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr(analysis, "pareto_figure", fails)
+    monkeypatch.setattr(analysis, "routing_by_position", fails)
+    row = {"label": "a", "setting": "a", "point": {"seed": 1}, "seed": 1, "nll_hard": 1.0, "nll_soft": 1.0,
+           "gap": 0.0, "cost": 0.3, "routing_entropy": 0.1, "usage_entropy": 0.1, "full": 0.1, "kl": 0.0}
+    with pytest.warns(UserWarning, match="Hard nats against cost: .* left out, ValueError: no such glyph"):
+        page = reports.sweep_page(sweeps.concluded([row], 1), "name")
+    assert "Settings: validation split" in page and "<img" not in page
+    (tmp_path / "ablation.json").write_text('{"config": {"name": "name"}}')
+    with pytest.warns(UserWarning, match="equal tokens: left out, ValueError: no such glyph"):
+        page = reports.ablation_page(tmp_path, [{**row, "view": "tokens", "arm": "bayesian"}])
+    assert "Equal tokens, test split" in page
+    train(prepare(light(), tmp_path / "run"), progress=False)
+    kind, page = reports.report(tmp_path / "run")
+    with pytest.warns(UserWarning, match="smoke: positions: left out, ValueError: no such glyph"):
+        page = page()
+    assert "Held-out text" in page and page.count("<img") == 2 and "Positions" not in page
 
 
 def test_a_run_trains_on_without_a_reader(tmp_path, monkeypatch):
