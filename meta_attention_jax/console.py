@@ -11,7 +11,6 @@ import sys
 import time
 from typing import Any, Optional, TextIO
 
-
 PATIENCE = 5.0
 """Seconds for which a pipe that does not block may be full before words are lost."""
 

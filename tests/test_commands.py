@@ -25,15 +25,12 @@ SMOKE = ("--config=configs/smoke.py", "--config.train.steps=4", "--config.train.
          "--config.model.num_layers=1", "--config.parallel.devices=1")
 
 
-def environment(cache=None):
-    """One CPU; code is compiled quickly rather than well, and once for all commands."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
-                        "--xla_llvm_disable_expensive_passes=true".strip()}
-    if cache:
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return env
+def environment():
+    """That of the tests themselves: compiled quickly rather than well, and once for all of them."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    for flag in ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"):
+        flags = flags if flag in flags else f"{flags} {flag}".strip()
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "command_server.py")], cwd=ROOT, text=True,
-        env=environment(folder / "cache"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )
 
     def call(name, *flags):

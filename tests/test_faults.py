@@ -178,9 +178,9 @@ LONG = 60
 """Steps of the runs that are stopped, with a save every fourth."""
 
 
-def start(path, cache):
+def start(path):
     return subprocess.Popen(
-        train_command(path, f"--config.train.steps={LONG}"), cwd=ROOT, env=environment(cache), text=True,
+        train_command(path, f"--config.train.steps={LONG}"), cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
 
@@ -201,8 +201,8 @@ def lines(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number):
-    run, cache = tmp_path / "run", tmp_path / "cache"
-    process = start(run, cache)
+    run = tmp_path / "run"
+    process = start(run)
     wait(process, lambda: lines(run) > 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -214,15 +214,15 @@ def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number):
     saved = Checkpoints(run / "checkpoints", read_only=True)
     assert saved.latest == step
     saved.close()
-    process = start(run, cache)
+    process = start(run)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    same(params(run, LONG), reference(tmp_path / "reference", cache))
+    same(params(run, LONG), reference(tmp_path / "reference"))
 
 
-def reference(path, cache):
+def reference(path):
     """The parameters of an uninterrupted run of the same command."""
-    process = start(path, cache)
+    process = start(path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return params(path, LONG)
@@ -230,12 +230,12 @@ def reference(path, cache):
 
 @pytest.mark.slow
 def test_kill_at_any_moment_changes_nothing(tmp_path):
-    run, cache = tmp_path / "run", tmp_path / "cache"
-    wanted = reference(tmp_path / "reference", cache)
+    run = tmp_path / "run"
+    wanted = reference(tmp_path / "reference")
     draw, killed = random.Random(0), 0
     for moment in ("step", "save", "save", "step"):
         known, before = set((run / "checkpoints").glob("*")), lines(run)
-        process = start(run, cache)
+        process = start(run)
         if moment == "save":
             wait(process, lambda: any(p.name.endswith("tmp") for p in
                                       set((run / "checkpoints").glob("*")) - known))
@@ -246,7 +246,7 @@ def test_kill_at_any_moment_changes_nothing(tmp_path):
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
     assert killed >= 3
-    process = start(run, cache)
+    process = start(run)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     same(params(run, LONG), wanted)
@@ -441,7 +441,7 @@ def test_debug_nans_stops_at_the_operation(tmp_path, mode):
                 "--config.optimizer.warmup=0", f"--config.parallel.mode={mode}")
     done = subprocess.run(
         train_command(tmp_path / "run", "--debug_nans", *diverges), cwd=ROOT,
-        env=environment(tmp_path / "cache"), capture_output=True, text=True, timeout=120,
+        env=environment(), capture_output=True, text=True, timeout=120,
     )
     assert done.returncode == 1
     assert "FloatingPointError: Invalid value (nan)" in done.stderr
