@@ -7,7 +7,7 @@ Recorded (two CPU cores, jax 0.10.2, commit 9a3f822, `experiments/results/sweep_
 """
 
 from configs import recall
-from meta_attention_jax.training.points import chain, log_spaced, point, product, sweep
+from meta_attention_jax.sweeps.space import chain, log_spaced, point, product, sweep
 
 SEEDS = range(3)
 

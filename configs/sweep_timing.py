@@ -4,7 +4,7 @@ python -m experiments.benchmarks.sweep --json=experiments/results/sweep_timing.j
 """
 
 from configs import recall
-from meta_attention_jax.training.points import log_spaced, sweep
+from meta_attention_jax.sweeps.space import log_spaced, sweep
 
 
 def get_config():

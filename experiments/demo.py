@@ -25,8 +25,9 @@ from meta_attention_jax.data import recall
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import Diverged, prepare, train
+from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.parallel import Parallel
 
 WORKDIR = common.define_path("workdir", "runs/demo", "Where the arms and the report go.")

@@ -24,6 +24,7 @@ from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training import loop
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import init_state
@@ -369,7 +370,7 @@ def training_rows(sizes: Any, dtype: str, folder: pathlib.Path) -> list[Row]:
     config = training_config(sizes, dtype)
     cut, name = round(0.8 * sizes.steps), f"recall, {dtype}"
     path = folder / dtype
-    job = loop.prepare(config, path)
+    job = prepare(config, path)
     before = loop.train(job, stop_after=cut, progress=False)
     state = restored_state(job, cut)
     evaluator = Evaluator(job.spec.model, job.dataset, job.parallel)
@@ -402,7 +403,7 @@ def training_rows(sizes: Any, dtype: str, folder: pathlib.Path) -> list[Row]:
                       abs(nats(sparse) - nats(dense)) / nats(dense), near,
                       "routes " + ", ".join(f"{x:.0%} {m}" for x, m in zip(shares, MECHANISMS))))
 
-    after = loop.train(loop.prepare(config, path, job.dataset), progress=False)
+    after = loop.train(prepare(config, path, job.dataset), progress=False)
     records = list(read_metrics(path))
     resumed = [r["step"] for r in records if r["event"] == "resume"]
     logged = [r["nll"] for r in records if r["event"] == "train"]
@@ -427,16 +428,16 @@ def opened(directory: pathlib.Path, **options: Any) -> Iterator[Checkpoints]:
         checkpoints.close()
 
 
-def restored_state(job: loop.Job, step: int):
+def restored_state(job: Job, step: int):
     with opened(job.path / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore(_template(job), step)
 
 
-def _template(job: loop.Job):
+def _template(job: Job):
     return init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
 
 
-def changed_entries(job: loop.Job, state: Any, directory: pathlib.Path) -> int:
+def changed_entries(job: Job, state: Any, directory: pathlib.Path) -> int:
     """Numbers of the state that are others once it was written from the device and read again."""
     with opened(directory) as checkpoints:
         checkpoints.save(1, state, config={}, nll=0.0)

@@ -16,7 +16,7 @@ from meta_attention_jax.data import recall
 from meta_attention_jax.data.pipeline import same_data
 from meta_attention_jax.objective import forward, summarise
 from meta_attention_jax.runs import Run, load_run
-from meta_attention_jax.training.step import eval_step
+from meta_attention_jax.training.evaluation import eval_step
 
 COLUMNS = [
     analysis.Column("evaluation", "evaluation"),

@@ -4,7 +4,7 @@ python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=ru
     [--shard=0/4] [--points_at_once=8] [--notogether] [--test_batches=32]
 
 The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`,
-`zipped`, `chain`, `sweep`, `point` and `log_spaced` (`meta_attention_jax.training.points`). The order
+`zipped`, `chain`, `sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order
 of the data is that of the config's own seed for all points; `seed` of a point is that of parameters
 and samples.
 
@@ -30,8 +30,8 @@ from experiments.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build
-from meta_attention_jax.training import points as algebra
 from meta_attention_jax.training.checkpoint import Damaged
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)

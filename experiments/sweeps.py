@@ -21,14 +21,15 @@ from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.config import config_to_dict, read_config, read_stored
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.scalars import plain
+from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
+from meta_attention_jax.sweeps.together import Lost, Moved, train_together
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
+from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import Diverged, Job, prepare, train
-from meta_attention_jax.training.points import Point, Sweep, labels, program
+from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.restore import initial_params
-from meta_attention_jax.training.together import Lost, Moved, train_together
 
 if TYPE_CHECKING:
     import pandas
@@ -152,7 +153,7 @@ def prepared(
     """Jobs of the points by label, but for those that diverged.
 
     Raises:
-      ValueError: as `loop.prepare`.
+      ValueError: as `job.prepare`.
     """
     return {
         label: prepare(config, root / "points" / label, datasets[_data(config)])

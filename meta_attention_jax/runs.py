@@ -2,6 +2,7 @@
 
     run = load_run("runs/recall")
     run.metrics                     what training logged, a pandas frame
+    run.evaluate("test")            what is reported of a split
     run.logits("k1=v2 c0 ?k1")      of the token after each
     run.routes("k1=v2 c0 ?k1")      concentration, mean, uncertainty and mechanism per layer and token
     run.generate("k1=v2 c0 ?k1", steps=8)
@@ -31,12 +32,14 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local, run_directory
 from meta_attention_jax.generation import Trace, generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import flatten_scalars
+from meta_attention_jax.objective import flatten_scalars, summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
+from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.rules import validate
 from meta_attention_jax.training.state import Hypers
@@ -240,6 +243,30 @@ class Run:
             route=routing.route,
             hard=routing.hard,
         )
+
+    def evaluate(
+        self,
+        split: str = "validation",
+        *,
+        mode: Optional[str] = None,
+        max_batches: Optional[int] = None,
+    ) -> dict[str, Any]:
+        """Everything that is reported of a split (see `objective.summarise`), at the posterior mean.
+
+        Args:
+          split: "train", "validation" or "test".
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          max_batches: at most so many, spread evenly over the split; None is all of it.
+
+        Raises:
+          ValueError: unknown split or mode, or data that are not there any more.
+        """
+        parallel = Parallel("jit", jax.local_devices()[:1])
+        params, hypers = parallel.place((self.params, self.hypers.routing))
+        sums = Evaluator(self.model, self.dataset, parallel).sums(
+            params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches
+        )
+        return summarise(sums, mechanisms=self.mechanisms, costs=hypers.costs)
 
     @without_mesh
     def routed_batch(

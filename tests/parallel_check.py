@@ -17,13 +17,15 @@ import numpy as np
 
 from configs import smoke
 from meta_attention_jax.analysis import hlo
+from meta_attention_jax.sweeps.group import Group, point_of
+from meta_attention_jax.sweeps.space import configured, sweep
 from meta_attention_jax.training import build, loop
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.group import Group, point_of
+from meta_attention_jax.training.evaluation import eval_step
+from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.points import configured, sweep
 from meta_attention_jax.training.state import in_controller
-from meta_attention_jax.training.step import eval_step, gradient_sums, init_state, train_step
+from meta_attention_jax.training.step import gradient_sums, init_state, train_step
 from tests.close import distance
 
 
@@ -123,7 +125,7 @@ def left_run(folder, mode):
     config.controller.name = "softmax"
     config.parallel.mode = mode
     config.train.steps = config.train.eval_every = config.train.checkpoint_every = 2
-    job = loop.prepare(config, folder / mode)
+    job = prepare(config, folder / mode)
     loop.train(job, progress=False)
     checkpoints = Checkpoints(job.path / "checkpoints", read_only=True)
     template = init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
@@ -146,7 +148,7 @@ def points_on_devices():
         for point in points:
             values = configured(config, point)
             dataset = build.build_dataset(values)
-            jobs.append(loop.Job(
+            jobs.append(Job(
                 config=values, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
                 spec=build.build_spec(values, dataset), hypers=build.build_hypers(values),
             ))

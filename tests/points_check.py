@@ -8,8 +8,9 @@ import sys
 import jax
 
 from configs import smoke
-from meta_attention_jax.training import loop, together
-from meta_attention_jax.training.points import configured, sweep
+from meta_attention_jax.sweeps import together
+from meta_attention_jax.sweeps.space import configured, sweep
+from meta_attention_jax.training import job
 
 
 def trained(root, devices, start=0, stop_after=None):
@@ -22,7 +23,7 @@ def trained(root, devices, start=0, stop_after=None):
     config.parallel.devices = devices
     points = sweep("optimizer.learning_rate", (0.01, 0.02, 0.03))
     jobs = [
-        loop.prepare(configured(config, point), root / str(index))
+        job.prepare(configured(config, point), root / str(index))
         for index, point in enumerate(points)
     ]
     assert together.train_together(

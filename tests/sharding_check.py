@@ -13,11 +13,11 @@ import numpy as np
 
 from configs import smoke
 from meta_attention_jax.analysis import hlo
-from meta_attention_jax.training import loop
+from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import init_state
+from meta_attention_jax.training.step import init_state, train_step
 from tests.close import distance
 from tests.parallel_check import setting, train, uneven
 
@@ -37,11 +37,11 @@ def adam_state(parallel):
     _, dataset, spec, hypers = setting(fsdp=8)
     config = smoke.get_config()
     config.parallel.fsdp = 8
-    spec = loop.build.build_spec(config, dataset)
+    spec = build.build_spec(config, dataset)
     batch = dataset.train_batch(0)
     state = parallel.make(lambda: init_state(spec, jax.random.key(0), batch, hypers))
     step = parallel.compile(
-        functools.partial(loop.train_step, spec), batch_argument=1, state_argument=0
+        functools.partial(train_step, spec), batch_argument=1, state_argument=0
     )
     for number in range(2):
         state, metrics = step(

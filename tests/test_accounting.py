@@ -9,7 +9,6 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from configs import smoke
@@ -21,10 +20,10 @@ from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.loop import prepare
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.step import init_state
 from meta_attention_jax.types import AttentionSpec, Reach
-from tests import making
+from tests import making, oracles
 
 NAMES = ("full", "linear", "local")
 FULL, LINEAR, LOCAL = range(3)

@@ -8,7 +8,6 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 
 from configs import smoke
@@ -18,9 +17,10 @@ from meta_attention_jax.cost import analytic_costs, count_flops, nominal_costs, 
 from meta_attention_jax.mechanisms import full, registry
 from meta_attention_jax.mechanisms.projections import Projections
 from meta_attention_jax.training.build import build_flops
-from meta_attention_jax.training.loop import describe, prepare
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import describe
 from meta_attention_jax.types import Router
-from tests import making
+from tests import making, oracles
 
 NAMES = ("full", "linear", "local")
 SPEC = AttentionSpec(window=128)

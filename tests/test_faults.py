@@ -20,14 +20,15 @@ import pytest
 
 from configs import smoke
 from experiments import common, sweeps
+from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build, interrupt
-from meta_attention_jax.training import points as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import drive
 from meta_attention_jax.training.finite import not_finite
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.step import init_state, train_step
 from tests.test_commands import ROOT, environment
 
@@ -388,7 +389,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     run = tmp_path / "run"
     prepare(light(**{"train.steps": LONG}), run)
     (run / "metrics.jsonl").symlink_to("/dev/full")
-    process = start(run, tmp_path / "cache")
+    process = start(run)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert err.splitlines()[-1].startswith("error: disk: No space left on device; what is complete stays")

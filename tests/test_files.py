@@ -23,7 +23,7 @@ from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.files import local, run_directory, write_whole
 from meta_attention_jax.training import processes
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.loop import open_workdir, prepare
+from meta_attention_jax.training.job import open_workdir, prepare
 from meta_attention_jax.training.restore import read_run
 from tests.test_commands import ROOT, check_mistake, command  # noqa: F401
 

@@ -15,10 +15,11 @@ import pytest
 
 from configs import smoke
 from experiments import sweeps
-from meta_attention_jax.training import points as algebra
+from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps.together import Lost
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.loop import prepare, train
-from meta_attention_jax.training.together import Lost
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
 from tests import fuzz_cases, fuzz_runs, fuzz_sweeps
 from tests.fuzz_harness import Accepted, call, nothing_works, snapshot, wrong
 

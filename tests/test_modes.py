@@ -21,9 +21,7 @@ from meta_attention_jax import generation
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training import build
-from meta_attention_jax.training.loop import prepare, train
-from meta_attention_jax.training.points import (
+from meta_attention_jax.sweeps.space import (
     chain,
     configured,
     labels,
@@ -32,12 +30,11 @@ from meta_attention_jax.training.points import (
     product,
     sweep,
 )
-from meta_attention_jax.training.step import (
-    eval_step,
-    init_state,
-    sampled_eval_step,
-    train_step,
-)
+from meta_attention_jax.training import build
+from meta_attention_jax.training.evaluation import eval_step, sampled_eval_step
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.step import init_state, train_step
 from meta_attention_jax.types import RoutingHypers
 from tests import making
 from tests import test_commands as commands

@@ -15,8 +15,9 @@ from meta_attention_jax.config import completed, config_difference, config_to_di
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
 from meta_attention_jax.data.pipeline import MANIFEST, check_manifest, make_dataset, same_data
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import train
 from tests.fuzz_harness import Accepted, call, nothing_works
 from tests.test_corpora import write
 

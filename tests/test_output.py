@@ -19,8 +19,9 @@ from experiments import common, reports, sweeps
 from meta_attention_jax import analysis, console
 from meta_attention_jax.analysis import canvas
 from meta_attention_jax.console import Tolerant, say
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import Progress
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import train
 from tests.test_commands import ROOT, SMOKE, environment
 from tests.test_faults import light
 

@@ -10,7 +10,8 @@ import pytest
 
 from configs import smoke
 from meta_attention_jax import load_run
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}

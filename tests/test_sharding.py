@@ -22,8 +22,9 @@ from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.sharding import split_axis
 from meta_attention_jax.training import aot, build
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import train
 from tests.close import assert_close
 from tests.fuzz_harness import call
 

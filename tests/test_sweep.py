@@ -11,7 +11,7 @@ import pytest
 
 from configs import smoke
 from experiments import common, sweeps
-from meta_attention_jax.training import points as algebra
+from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import read_metrics
@@ -21,7 +21,7 @@ from tests.test_commands import ROOT, check_mistake, check_success, command, env
 
 CONFIG = '''
 from configs import smoke
-from meta_attention_jax.training.points import chain, point, product, sweep
+from meta_attention_jax.sweeps.space import chain, point, product, sweep
 
 
 def get_config():
@@ -133,7 +133,7 @@ def test_two_processes_at_once_train_no_point_twice(command, tmp_path):  # noqa:
     path = tmp_path / "shared.py"
     path.write_text(f"""
 from configs import smoke
-from meta_attention_jax.training.points import sweep
+from meta_attention_jax.sweeps.space import sweep
 
 def get_config():
     config = smoke.get_config()
@@ -252,7 +252,7 @@ def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811
 
 GROWING = '''
 from configs import smoke
-from meta_attention_jax.training.points import product, sweep
+from meta_attention_jax.sweeps.space import product, sweep
 
 
 def get_config():

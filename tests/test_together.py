@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from meta_attention_jax.training import points as algebra
-from meta_attention_jax.training import together
+from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps import together
+from meta_attention_jax.sweeps.group import Group, bytes_needed, point_of, points_that_fit
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.group import Group, bytes_needed, point_of, points_that_fit
+from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import prepare, train
+from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
 from tests.close import assert_close, distance
 

@@ -30,11 +30,11 @@ from absl import flags
 from configs import sweep_timing
 from experiments import common as commands
 from experiments.benchmarks import common
+from meta_attention_jax.sweeps.group import Group
+from meta_attention_jax.sweeps.space import configured
 from meta_attention_jax.training import build
-from meta_attention_jax.training.group import Group
-from meta_attention_jax.training.loop import Job
+from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.points import configured
 from meta_attention_jax.training.step import init_state, train_step
 
 JSON = commands.define_path("json", None, "Write the rows here.")

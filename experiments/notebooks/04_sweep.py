@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 # %%
 from configs import quick
 from experiments import sweeps
-from meta_attention_jax.training.points import configured, labels, product, sweep
+from meta_attention_jax.sweeps.space import configured, labels, product, sweep
 
 points = product(sweep("prior.strength", STRENGTHS), sweep("seed", SEEDS))
 names = labels(points)

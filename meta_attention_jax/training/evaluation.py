@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import Sums, forward, loss_sums, token_nll
+from meta_attention_jax.objective import (
+    Sums,
+    apply_sums,
+    forward,
+    loss_sums,
+    predictive_nll,
+    token_nll,
+)
 from meta_attention_jax.routing.accounting import Accounting, count_attention
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import Axes, eval_step, sampled_eval_step
+from meta_attention_jax.training.state import row_keys
+from meta_attention_jax.training.step import Axes
 from meta_attention_jax.types import Batch, RoutingHypers
 
 
@@ -96,10 +106,10 @@ class Evaluator:
     def _total(
         self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]
     ) -> Any:
-        total = None
-        for batch in self.dataset.eval_batches(split, max_batches=max_batches):
-            sums = step(params, self.parallel.shard(batch), hypers)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        total = sum_batches(
+            lambda batch: step(params, self.parallel.shard(batch), hypers), self.dataset,
+            split=split, max_batches=max_batches,
+        )
         return jax.device_get(self.parallel.unreplicate(total))
 
     @without_mesh
@@ -133,6 +143,77 @@ class Evaluator:
             sums = jax.device_get(self.parallel.unreplicate(sums))
             total = {name: total[name] + float(sums[name]) for name in total}
         return {name: total[name] / total["tokens"] for name in ("predictive", "elbo")}
+
+
+def sum_batches(
+    step: Callable[[Batch], Any], dataset: Dataset, *, split: str, max_batches: Optional[int]
+) -> Any:
+    """The sum of `step` over the batches of a split, on the devices."""
+    total = None
+    for batch in dataset.eval_batches(split, max_batches=max_batches):
+        sums = step(batch)
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return total
+
+
+def in_both_modes(
+    fixed: bool, metrics_of: Callable[[str], Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has.
+
+    Args:
+      fixed: whether the route is; both are then the same thing, and measured once.
+      metrics_of: of a mode.
+    """
+    soft = metrics_of("soft")
+    hard = soft if fixed else metrics_of("hard")
+    gap = {"hard_minus_soft": hard["nll"] - soft["nll"]}
+    return {"soft": {**soft, **gap}, "hard": {**hard, **gap}}
+
+
+def eval_step(
+    model: nn.Module,
+    num_kinds: int,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    axis_name: Optional[Axes] = None,
+) -> Sums:
+    """Sums at the posterior mean, in the model's mode."""
+    sums = apply_sums(model, params, batch, hypers, num_kinds=num_kinds)
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def sampled_eval_step(
+    model: nn.Module,
+    num_samples: int,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    key: Array,
+    *,
+    axis_name: Optional[Axes] = None,
+) -> dict[str, Array]:
+    """Sums over S samples of pi per token and layer: the predictive and the ELBO.
+
+    Returns:
+      "tokens"; "predictive": -log (1/S) sum_s p(target | pi_s); "elbo": mean_s NLL_s + KL, beta = 1.
+    """
+
+    def once(sample: Array):
+        keys = row_keys(key, sample, batch.row)
+        output = forward(model, params, batch, hypers, keys=keys)
+        return -token_nll(output.logits, batch.targets), jnp.sum(output.routing.kl, axis=0)
+
+    log_likelihoods, kl = jax.lax.map(once, jnp.arange(num_samples))
+    mask = batch.loss_mask.astype(jnp.float32)
+    sums = {
+        "tokens": jnp.sum(mask),
+        "predictive": jnp.sum(predictive_nll(log_likelihoods) * mask),
+        "elbo": jnp.sum((jnp.mean(-log_likelihoods, axis=0) + kl[0]) * mask),
+    }
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
 def accounted_eval_step(

@@ -1,15 +1,10 @@
-"""One training run in one directory, resumable at any checkpoint.
-
-A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`,
-`tensorboard/`, `checkpoints/`, and `costs.json` when costs are measured.
-"""
+"""One training run in one directory, resumable at any checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any, Mapping, Optional
@@ -18,18 +13,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from meta_attention_jax import files
-from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
+from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.console import say
-from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
+from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.drive import Tally, drive
-from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
 from meta_attention_jax.training.finite import Finite, not_finite
 from meta_attention_jax.training.interrupt import interruptible
+from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import (
     MetricsLog,
@@ -38,9 +33,7 @@ from meta_attention_jax.training.logs import (
     read_metrics,
     status_line,
 )
-from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.restore import initial_params
-from meta_attention_jax.training.state import Hypers, TrainState, count_parameters
+from meta_attention_jax.training.state import TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
 from meta_attention_jax.types import Batch
 
@@ -49,54 +42,6 @@ PROFILED_STEPS = 3
 
 class Diverged(RuntimeError):
     """NaN or infinity in the loss, the gradients or the parameters."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that is ready to start: checked, and with its directory made.
-
-    `initial`: parameters to start from, of `train.init_from`, on the host; None to draw them.
-    """
-
-    config: ConfigDict
-    path: pathlib.Path
-    dataset: Dataset
-    parallel: Parallel
-    spec: StepSpec
-    hypers: Hypers
-    initial: Optional[Any] = None
-
-
-def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    """Makes or checks the run directory; writes `config.json` when it is new.
-
-    Raises:
-      ValueError: a directory with a run of another config, or with files that are no run's.
-    """
-    path = files.run_directory("workdir", workdir)
-    stored_at = path / "config.json"
-    given = config_to_dict(config)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"workdir: expected a directory, got the file {str(workdir)!r}.")
-    if stored_at.exists():
-        stored = read_config(stored_at)
-        for field, old, new in config_difference(stored, given):
-            of_data = field.startswith("data.") and not (path / MANIFEST).is_file()
-            if of_data or not may_change(field, old, new):
-                raise ValueError(
-                    f"{field}: expected {old!r}, as in {str(workdir)}/config.json, got {new!r}; "
-                    "use another workdir or the same config."
-                )
-        return path
-    left = ("config.tmp",)  # Of a process that was killed while it wrote the very first file.
-    held = path.iterdir() if path.exists() else ()
-    if any(not files.is_partial(p, "config.json") and p.name not in left for p in held):
-        raise ValueError(
-            f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds "
-            "other files."
-        )
-    files.write_whole(stored_at, json.dumps(given, indent=2) + "\n")
-    return path
 
 
 def describe(job: Job, params: Any) -> dict[str, Any]:
@@ -112,6 +57,31 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
         "flops_per_token": build.soft_flops(config, flops),
         "controller_flop_share": flops.controller_share,
     }
+
+
+def headline(
+    label: str, about: Mapping[str, Any], where: str, *, job: Job, start: int, runs: int = 1
+) -> str:
+    """The first line of a log: of one run, or of several that are one program."""
+    what = f"{about['parameters']:,} parameters ({about['controller_parameter_share']:.1%} controller)"
+    if runs > 1:
+        what = f"{runs} runs of {what} as one program"
+    state = "finished" if start >= job.config.train.steps else "resumed"
+    return (
+        f"{label}: {what}, full attention {about['full_attention']}, {where}"
+        + (f", {state} at step {start}" if start else "")
+        + (f", from {job.config.train.init_from}" if job.initial is not None else "")
+    )
+
+
+def _where(job: Job) -> str:
+    parallel = job.parallel
+    devices = f"{len(parallel.devices)} x {jax.default_backend()} by {parallel.mode}"
+    if processes.several():
+        devices += f" in {jax.process_count()} processes"
+    if parallel.shard_axis is not None:
+        devices += f", parameters over {parallel.mesh.shape[parallel.shard_axis]}"
+    return devices
 
 
 def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]:
@@ -131,70 +101,6 @@ def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]
         f"step {first + index}: expected finite numbers, got NaN or infinity in {words}; {kept}; "
         "--debug_nans of experiments.train finds the operation that makes a NaN."
     )
-
-
-def prepare(
-    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None
-) -> Job:
-    """Checks the config, the data and the directory, in this order; only then writes anything.
-
-    Of several processes the first is ahead of the others in each part, and what is wrong in one is said
-    by all.
-
-    `dataset`: of another run with the same data; None opens it.
-
-    Raises:
-      ValueError: any mistake of the user's, as one sentence.
-    """
-    workdir = files.run_directory("workdir", workdir)
-    processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
-    parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
-    # Here they go together: reading a checkpoint and measuring, processes wait for each other.
-    initial = processes.together(lambda: _initial(config, workdir, spec, dataset))
-    path = processes.in_turn(lambda: _opened(workdir, config))
-    # Once trained upon, measured costs may only be read.
-    trained = (path / "checkpoints").exists()
-    hypers = processes.together(lambda: build.build_hypers(config, path, measure=not trained))
-    processes.in_turn(lambda: _describe_data(dataset, path))
-    return Job(config, path, dataset, parallel, spec, hypers, initial)
-
-
-def _built(
-    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset]
-) -> tuple[Parallel, Dataset, StepSpec]:
-    build.check(config)
-    parallel = build.build_parallel(config)
-    rows = parallel.rows(config.data.batch_size)
-    dataset = dataset or build.build_dataset(config, workdir, rows)
-    check_manifest(dataset, workdir)
-    return parallel, dataset, build.build_spec(config, dataset)
-
-
-def _initial(
-    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset
-) -> Optional[Any]:
-    # The folder alone says nothing: a run killed before its first save has one too.
-    saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
-    if not config.train.init_from or saved:
-        return None
-    model = spec.model.clone(shard_axis=None)
-    return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer))
-
-
-def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    if not processes.leads() and not (pathlib.Path(workdir) / "config.json").exists():
-        raise ValueError(
-            f"workdir: expected a directory that all processes see, got {str(workdir)!r}, which process "
-            f"{jax.process_index()} does not."
-        )
-    return open_workdir(workdir, config)
-
-
-def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
-    check_manifest(dataset, path)  # Before anything is written over.
-    if processes.leads():
-        dataset.tokenizer.save(path)
-    write_manifest(dataset, path)
 
 
 @without_mesh
@@ -249,7 +155,7 @@ def train(
                 state = state.replace(params=parallel.place(job.initial))
             log.write("start", 0, about)
         if progress:
-            say(_headline(label, about, job, start))
+            say(headline(label, about, _where(job), start=start, job=job))
             say(str(job.dataset))
         stop = min(stop_after or config.train.steps, config.train.steps)
         if start >= stop:
@@ -280,23 +186,6 @@ def _hold(path: pathlib.Path, stack: contextlib.ExitStack) -> None:
             stack.enter_context(hold(path))
 
     processes.together(taken)
-
-
-def _headline(label: str, about: Mapping[str, Any], job: Job, start: int) -> str:
-    parallel = job.parallel
-    devices = f"{len(parallel.devices)} x {jax.default_backend()} by {parallel.mode}"
-    if processes.several():
-        devices += f" in {jax.process_count()} processes"
-    if parallel.shard_axis is not None:
-        devices += f", parameters over {parallel.mesh.shape[parallel.shard_axis]}"
-    state = "finished" if start >= job.config.train.steps else "resumed"
-    return (
-        f"{label}: {about['parameters']:,} parameters "
-        f"({about['controller_parameter_share']:.1%} controller), "
-        f"full attention {about['full_attention']}, {devices}"
-        + (f", {state} at step {start}" if start else "")
-        + (f", from {job.config.train.init_from}" if job.initial is not None else "")
-    )
 
 
 def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
@@ -366,9 +255,15 @@ class _Run:
         return True
 
     def evaluate(self, done: int) -> None:
-        self.evaluation = _evaluate(
-            self.job.config, self.evaluator, self.state.params, self.hypers, self.report
-        )
+        config = self.job.config
+
+        def metrics_of(mode: str) -> dict[str, Any]:
+            return self.report(self.evaluator.sums(
+                self.state.params, self.hypers.routing, split="validation", mode=mode,
+                max_batches=config.train.eval_batches,
+            ))
+
+        self.evaluation = in_both_modes(config.controller.name == "fixed", metrics_of)
         self.records.write("eval", done, self.evaluation)
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
@@ -390,12 +285,6 @@ def save(
     mode = "soft" if config.gate.kind == "none" else "hard"
     nll = math.inf if evaluation is None else evaluation[mode]["nll"]
     checkpoints.save(step, state, config=config_to_dict(config), nll=nll)
-
-
-def with_gap(results: dict[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats."""
-    gap = results["hard"]["nll"] - results["soft"]["nll"]
-    return {mode: {**metrics, "hard_minus_soft": gap} for mode, metrics in results.items()}
 
 
 def packed_spec(job: Job) -> StepSpec:
@@ -422,23 +311,3 @@ def _packed_note(step: int, dense_rows: float) -> str:
         else "the controller is frozen, for a weight that is always 1 gives it no gradient"
     )
     return f"step {step}: packed dispatch from here on; {learns}"
-
-
-def _evaluate(
-    config: ConfigDict, evaluator: Evaluator, params: Any, hypers: Any, report: Any
-) -> dict[str, Mapping[str, Any]]:
-    """Validation metrics soft and hard; they are the same thing for a fixed route."""
-    results = {}
-    for mode in ("soft", "hard"):
-        if mode == "hard" and config.controller.name == "fixed":
-            results[mode] = results["soft"]
-            continue
-        sums = evaluator.sums(
-            params,
-            hypers.routing,
-            split="validation",
-            mode=mode,
-            max_batches=config.train.eval_batches,
-        )
-        results[mode] = report(sums)
-    return with_gap(results)

@@ -1,6 +1,6 @@
-"""The training step and the evaluation step, as pure functions of arrays.
+"""The training step, a pure function of arrays.
 
-Inside a mesh or pmap both run per device on that device's rows: every device sums over its own
+Inside a mesh or pmap it runs per device on that device's rows: every device sums over its own
 tokens, one psum at the end adds the sums, and only then is anything divided by the global number of
 tokens. Gradients are therefore those of the whole batch however uneven its shards are, and no
 collective stands inside a loop, but for the parameters of scanned layers where a model's `shard_axis`
@@ -19,14 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from meta_attention_jax.objective import (
-    Sums,
-    apply_sums,
-    forward,
-    objective,
-    predictive_nll,
-    token_nll,
-)
+from meta_attention_jax.objective import Sums, apply_sums, objective
 from meta_attention_jax.routing import gate
 from meta_attention_jax.sharding import global_norm, sum_gradients
 from meta_attention_jax.training.finite import finite_parts
@@ -275,48 +268,3 @@ def train_step(
         "learning_rate": learning_rate,
         "finite": finite,
     }
-
-
-def eval_step(
-    model: nn.Module,
-    num_kinds: int,
-    params: Any,
-    batch: Batch,
-    hypers: RoutingHypers,
-    *,
-    axis_name: Optional[Axes] = None,
-) -> Sums:
-    """Sums at the posterior mean, in the model's mode."""
-    sums = apply_sums(model, params, batch, hypers, num_kinds=num_kinds)
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
-
-
-def sampled_eval_step(
-    model: nn.Module,
-    num_samples: int,
-    params: Any,
-    batch: Batch,
-    hypers: RoutingHypers,
-    key: Array,
-    *,
-    axis_name: Optional[Axes] = None,
-) -> dict[str, Array]:
-    """Sums over S samples of pi per token and layer: the predictive and the ELBO.
-
-    Returns:
-      "tokens"; "predictive": -log (1/S) sum_s p(target | pi_s); "elbo": mean_s NLL_s + KL, beta = 1.
-    """
-
-    def once(sample: Array):
-        keys = row_keys(key, sample, batch.row)
-        output = forward(model, params, batch, hypers, keys=keys)
-        return -token_nll(output.logits, batch.targets), jnp.sum(output.routing.kl, axis=0)
-
-    log_likelihoods, kl = jax.lax.map(once, jnp.arange(num_samples))
-    mask = batch.loss_mask.astype(jnp.float32)
-    sums = {
-        "tokens": jnp.sum(mask),
-        "predictive": jnp.sum(predictive_nll(log_likelihoods) * mask),
-        "elbo": jnp.sum((jnp.mean(-log_likelihoods, axis=0) + kl[0]) * mask),
-    }
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)

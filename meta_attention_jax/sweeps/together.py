@@ -16,19 +16,20 @@ import numpy as np
 
 from meta_attention_jax.console import say
 from meta_attention_jax.sharding import without_mesh
-from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.drive import Tally, drive
-from meta_attention_jax.training.group import (
+from meta_attention_jax.sweeps.group import (
     Group,
     device_bytes,
     point_of,
     points_that_fit,
     to_host,
 )
+from meta_attention_jax.sweeps.space import program
+from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
+from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.interrupt import interruptible
+from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.logs import MetricsLog, Progress
-from meta_attention_jax.training.loop import Job, describe, divergence, save
-from meta_attention_jax.training.points import program
+from meta_attention_jax.training.loop import describe, divergence, headline, save
 from meta_attention_jax.training.state import TrainState
 
 MEMORY_SHARE = 0.8
@@ -62,7 +63,7 @@ def train_together(
     """Trains all to `train.steps`; every job's directory is that of an ordinary run.
 
     Args:
-      jobs: of `loop.prepare`, of one `points.program`, all with a checkpoint at step `start` and, if
+      jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if
         other processes may train them too, each held by this one (`lock.hold`) since that was seen.
       label: of the live line.
       names: of the points, for what is said of them.
@@ -121,7 +122,8 @@ def train_together(
         for run in runs:
             run.log.write("resume" if start else "start", start, {} if start else about)
         if progress:
-            say(_headline(label, about, group, start))
+            where = f"{group.mesh.size} x {devices[0].platform}"
+            say(headline(label, about, where, job=jobs[0], start=start, runs=len(jobs)))
             say(str(jobs[0].dataset))
         config = jobs[0].config
         line = Progress(
@@ -161,15 +163,6 @@ class _Point:
         if found != self.good:
             raise Moved(found)
         return state
-
-
-def _headline(label: str, about: dict[str, Any], group: Group, start: int) -> str:
-    device = group.mesh.devices.flat[0].platform
-    return (
-        f"{label}: {len(group.jobs)} runs of {about['parameters']:,} parameters as one program, "
-        f"full attention {about['full_attention']}, {group.mesh.size} x {device}"
-        + (f", resumed at step {start}" if start else "")
-    )
 
 
 class _Many:

@@ -6,9 +6,9 @@ import pytest
 
 from configs import smoke, sweep_concentration, sweep_concentration_sotu
 from experiments import sweeps
+from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps.space import chain, log_spaced, point, product, sweep, zipped
 from meta_attention_jax.training import build
-from meta_attention_jax.training import points as algebra
-from meta_attention_jax.training.points import chain, log_spaced, point, product, sweep, zipped
 
 
 def test_product_zip_and_chain():

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from meta_attention_jax.objective import summarise
-from meta_attention_jax.training.loop import Job, with_gap
+from meta_attention_jax.training.evaluation import eval_step, in_both_modes, sum_batches
+from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.state import TrainState
-from meta_attention_jax.training.step import eval_step, init_state, train_step
+from meta_attention_jax.training.step import init_state, train_step
 
 POINTS = "points"
 
@@ -202,9 +203,14 @@ class Group:
         return self._evaluations[mode]
 
     @property
+    def fixed(self) -> bool:
+        """Whether the routes are."""
+        return self.jobs[0].config.controller.name == "fixed"
+
+    @property
     def modes(self) -> tuple[str, ...]:
         """Modes to evaluate: of a fixed route one is enough."""
-        return ("soft",) if self.jobs[0].config.controller.name == "fixed" else ("soft", "hard")
+        return ("soft",) if self.fixed else ("soft", "hard")
 
     def needed(self) -> int:
         """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""
@@ -220,18 +226,13 @@ class Group:
         config, dataset = self.jobs[0].config, self.jobs[0].dataset
         sums: dict[str, Any] = {}
         for mode in self.modes:
-            total = None
-            for batch in dataset.eval_batches(
-                "validation", max_batches=config.train.eval_batches
-            ):
-                new = self.evaluation(mode)(
-                    states.params, self.replicate(batch), self.hypers.routing
-                )
-                total = new if total is None else jax.tree.map(jnp.add, total, new)
-            sums[mode] = jax.device_get(total)
-        sums.setdefault("hard", sums["soft"])
+            step = self.evaluation(mode)
+            sums[mode] = jax.device_get(sum_batches(
+                lambda batch: step(states.params, self.replicate(batch), self.hypers.routing),
+                dataset, split="validation", max_batches=config.train.eval_batches,
+            ))
         return [
-            with_gap({mode: self.report(index, total) for mode, total in sums.items()})
+            in_both_modes(self.fixed, lambda mode: self.report(index, sums[mode]))
             for index in range(len(self.jobs))
         ]
 

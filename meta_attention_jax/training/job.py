@@ -1,0 +1,136 @@
+"""A run that is ready to start: its config and data checked, its directory made.
+
+A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`,
+`tensorboard/`, `checkpoints/`, and `costs.json` when costs are measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Optional
+
+import jax
+from ml_collections import ConfigDict
+
+from meta_attention_jax import files
+from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
+from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
+from meta_attention_jax.training import build, processes
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.restore import initial_params
+from meta_attention_jax.training.state import Hypers
+from meta_attention_jax.training.step import StepSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: checked, and with its directory made.
+
+    `initial`: parameters to start from, of `train.init_from`, on the host; None to draw them.
+    """
+
+    config: ConfigDict
+    path: pathlib.Path
+    dataset: Dataset
+    parallel: Parallel
+    spec: StepSpec
+    hypers: Hypers
+    initial: Optional[Any] = None
+
+
+def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    """Makes or checks the run directory; writes `config.json` when it is new.
+
+    Raises:
+      ValueError: a directory with a run of another config, or with files that are no run's.
+    """
+    path = files.run_directory("workdir", workdir)
+    stored_at = path / "config.json"
+    given = config_to_dict(config)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"workdir: expected a directory, got the file {str(workdir)!r}.")
+    if stored_at.exists():
+        stored = read_config(stored_at)
+        for field, old, new in config_difference(stored, given):
+            of_data = field.startswith("data.") and not (path / MANIFEST).is_file()
+            if of_data or not may_change(field, old, new):
+                raise ValueError(
+                    f"{field}: expected {old!r}, as in {str(workdir)}/config.json, got {new!r}; "
+                    "use another workdir or the same config."
+                )
+        return path
+    left = ("config.tmp",)  # Of a process that was killed while it wrote the very first file.
+    held = path.iterdir() if path.exists() else ()
+    if any(not files.is_partial(p, "config.json") and p.name not in left for p in held):
+        raise ValueError(
+            f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds "
+            "other files."
+        )
+    files.write_whole(stored_at, json.dumps(given, indent=2) + "\n")
+    return path
+
+
+def prepare(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None
+) -> Job:
+    """Checks the config, the data and the directory, in this order; only then writes anything.
+
+    Of several processes the first is ahead of the others in each part, and what is wrong in one is said
+    by all.
+
+    `dataset`: of another run with the same data; None opens it.
+
+    Raises:
+      ValueError: any mistake of the user's, as one sentence.
+    """
+    workdir = files.run_directory("workdir", workdir)
+    processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
+    parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
+    # Here they go together: reading a checkpoint and measuring, processes wait for each other.
+    initial = processes.together(lambda: _initial(config, workdir, spec, dataset))
+    path = processes.in_turn(lambda: _opened(workdir, config))
+    # Once trained upon, measured costs may only be read.
+    trained = (path / "checkpoints").exists()
+    hypers = processes.together(lambda: build.build_hypers(config, path, measure=not trained))
+    processes.in_turn(lambda: _describe_data(dataset, path))
+    return Job(config, path, dataset, parallel, spec, hypers, initial)
+
+
+def _built(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset]
+) -> tuple[Parallel, Dataset, StepSpec]:
+    build.check(config)
+    parallel = build.build_parallel(config)
+    rows = parallel.rows(config.data.batch_size)
+    dataset = dataset or build.build_dataset(config, workdir, rows)
+    check_manifest(dataset, workdir)
+    return parallel, dataset, build.build_spec(config, dataset)
+
+
+def _initial(
+    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset
+) -> Optional[Any]:
+    # The folder alone says nothing: a run killed before its first save has one too.
+    saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
+    if not config.train.init_from or saved:
+        return None
+    model = spec.model.clone(shard_axis=None)
+    return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer))
+
+
+def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+    if not processes.leads() and not (pathlib.Path(workdir) / "config.json").exists():
+        raise ValueError(
+            f"workdir: expected a directory that all processes see, got {str(workdir)!r}, which process "
+            f"{jax.process_index()} does not."
+        )
+    return open_workdir(workdir, config)
+
+
+def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
+    check_manifest(dataset, path)  # Before anything is written over.
+    if processes.leads():
+        dataset.tokenizer.save(path)
+    write_manifest(dataset, path)
