@@ -22,9 +22,12 @@ slow: $(READY)
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke
 
-# With a Python that has jax for CUDA already: python -m experiments.gpu_check
+# The properties of tests/test_gpu.py, the timings, and a record of both. With a Python that has jax for
+# CUDA already: the same two commands.
 gpu-check: $(READY_CUDA)
-	$(BIN)/python -m experiments.gpu_check
+	@mkdir -p runs
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest tests/test_gpu.py --junitxml=runs/gpu_check.xml; \
+	  $(BIN)/python -m experiments.benchmarks.gpu --checks=runs/gpu_check.xml
 
 # The extra `cuda` of pyproject.toml, at the version of jax that the pins have installed.
 $(READY_CUDA): $(READY)

@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile much and compute little. This is the last stage alone: what XLA makes of a program
 # (fusions, buffers, collectives) stays as it is.
 given = os.environ.get("XLA_FLAGS", "")
-if "--xla_backend_optimization_level" not in given:
+if os.environ["JAX_PLATFORMS"] == "cpu" and "--xla_backend_optimization_level" not in given:
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{given} {quick}".strip()
 

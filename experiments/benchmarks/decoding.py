@@ -1,6 +1,6 @@
 """A hard-routed model and the same with full attention only, both decoding from a filled cache.
 
-Shared by `experiments.benchmarks.decode` and `experiments.gpu_check`; no flags.
+Shared by `experiments.benchmarks.decode` and `experiments.benchmarks.gpu`; no flags.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `experiments.gpu_check` compares: rows {check, value, tolerance, passed}.
+"""What test_gpu.py compares of attention: rows {check, value, tolerance, passed}.
 
 `passed` is None for what was not run; `note` then says why.
 """
@@ -8,26 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import recall
 from experiments.benchmarks.common import Row, random_routes
 from meta_attention_jax.mechanisms import attend, full
-from meta_attention_jax.objective import Sums
 from meta_attention_jax.routing.dispatch import hard_attention
-from meta_attention_jax.training import loop
-from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.evaluation import Evaluator
-from meta_attention_jax.training.job import Job, prepare
-from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import init_state
 from meta_attention_jax.types import MECHANISMS, AttentionSpec
 from tests import oracles
 
@@ -62,21 +53,6 @@ def check(name: str, value: float, tolerance: float, note: str = "") -> Row:
 
 def not_run(name: str, why: str) -> Row:
     return dict(check=name, value=None, tolerance=None, passed=None, note=f"not run: {why}")
-
-
-def failed(name: str, error: Exception) -> Row:
-    """The row of a check that raised: its error on one line."""
-    words = " ".join(str(error).split())[:300]
-    return dict(check=name, value=None, tolerance=None, passed=False,
-                note=f"{type(error).__name__}: {words}")
-
-
-def attempt(name: str, make: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of `make`, or one row that failed: no check stops the others."""
-    try:
-        return make()
-    except Exception as error:
-        return [failed(name, error)]
 
 
 def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
@@ -201,9 +177,7 @@ def mechanism_rows(time: int, dim: int, window: int, *, segments: bool) -> list[
         refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
         if "cudnn" in form and segments:
             continue  # It has no ids; `full.attend` refuses them.
-        rows += [not_run(f"{form}, {setting}", refusal)] if refusal else attempt(
-            f"{form}, {setting}", functools.partial(rows_of, form)
-        )
+        rows += [not_run(f"{form}, {setting}", refusal)] if refusal else rows_of(form)
     return rows
 
 
@@ -253,9 +227,7 @@ def causality_rows(time: int, dim: int, window: int) -> list[Row]:
     rows = []
     for form in (*FORMS, "packed dispatch"):
         refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
-        rows += [not_run(f"{form}, causality", refusal)] if refusal else attempt(
-            f"{form}, causality", functools.partial(rows_of, form)
-        )
+        rows += [not_run(f"{form}, causality", refusal)] if refusal else rows_of(form)
     return rows
 
 
@@ -320,7 +292,7 @@ def packed_rows(time: int, dim: int, window: int, label: str) -> list[Row]:
 
     rows = []
     for name, route in routes.items():
-        rows += attempt(f"packed = select, {label}, {name}", lambda: rows_of(name, route))
+        rows += rows_of(name, route)
     return rows
 
 
@@ -347,109 +319,3 @@ def mesh_rows(time: int, dim: int, window: int) -> list[Row]:
               math.sqrt(float(wrong) / float(scale)), EXACT)
         for part, (wrong, scale) in zip(PARTS, sums, strict=True)
     ]
-
-
-def training_config(sizes: Any, dtype: str):
-    """`recall`, shortened, Bayesian; packed dispatch from 70 % of the steps on."""
-    config = recall.get_config()
-    config.update_from_flattened_dict({
-        **dict(sizes.training), "model.dtype": dtype, "gate.start": 0.4, "gate.end": 0.7,
-        "train.steps": sizes.steps, "train.eval_every": sizes.steps,
-        "train.checkpoint_every": sizes.steps, "train.log_every": max(sizes.steps // 10, 1),
-        "train.packed": True,
-    })
-    batch = config.data.batch_size
-    config.parallel.devices = max(
-        n for n in range(1, len(jax.devices()) + 1) if batch % n == 0
-    )
-    return config
-
-
-def training_rows(sizes: Any, dtype: str, folder: pathlib.Path) -> list[Row]:
-    """A run that is cut off after the gate and goes on; its nats; what its checkpoint gives."""
-    config = training_config(sizes, dtype)
-    cut, name = round(0.8 * sizes.steps), f"recall, {dtype}"
-    path = folder / dtype
-    job = prepare(config, path)
-    before = loop.train(job, stop_after=cut, progress=False)
-    state = restored_state(job, cut)
-    evaluator = Evaluator(job.spec.model, job.dataset, job.parallel)
-
-    def sums_of(evaluator: Evaluator, mode: str) -> Sums:
-        return evaluator.sums(
-            *job.parallel.place((state.params, job.hypers.routing)), split="validation",
-            mode=mode, max_batches=config.train.eval_batches,
-        )
-
-    def nats(sums: Sums) -> float:
-        return float(sums.nll) / float(sums.tokens)
-
-    rows = [
-        check(f"{name}, entries that a second save and restore changes",
-              changed_entries(job, state, folder / f"{dtype}-again"), 0.0),
-    ]
-    for mode in ("soft", "hard"):
-        # The same program on the same numbers; 1e-5 for sums that atomics make in any order.
-        rows.append(check(f"{name}, restored less logged nats {mode}, size",
-                          abs(nats(sums_of(evaluator, mode)) - before[mode]["nll"]), 1e-5))
-    dense, sparse = (
-        sums_of(Evaluator(job.spec.model.clone(dispatch=name), job.dataset, job.parallel), "hard")
-        for name in ("dense", "packed")
-    )
-    shares = sparse.routes.sum(axis=(0, 1)) / sparse.routes.sum()
-    # Rounding may turn the routes of later layers where two mechanisms tie, so more than an output.
-    near = UNIT if dtype == "bfloat16" else TENSOR_FLOAT
-    rows.append(check(f"{name}, nats hard by packed less by dense, relative",
-                      abs(nats(sparse) - nats(dense)) / nats(dense), near,
-                      "routes " + ", ".join(f"{x:.0%} {m}" for x, m in zip(shares, MECHANISMS))))
-
-    after = loop.train(prepare(config, path, job.dataset), progress=False)
-    records = list(read_metrics(path))
-    resumed = [r["step"] for r in records if r["event"] == "resume"]
-    logged = [r["nll"] for r in records if r["event"] == "train"]
-    rows += [
-        check(f"{name}, resumed at another step than {cut}", float(resumed != [cut]), 0.0),
-        check(f"{name}, logged losses that are not finite",
-              sum(x is None or not math.isfinite(x) for x in logged), 0.0),
-        check(f"{name}, last / first logged nats", logged[-1] / logged[0], sizes.fall),
-    ]
-    for mode in ("soft", "hard"):
-        rows.append(check(f"{name}, validation nats {mode} after {sizes.steps} steps",
-                          after[mode]["nll"], sizes.bound))
-    return rows
-
-
-@contextlib.contextmanager
-def opened(directory: pathlib.Path, **options: Any) -> Iterator[Checkpoints]:
-    checkpoints = Checkpoints(directory, **options)
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
-
-
-def restored_state(job: Job, step: int):
-    with opened(job.path / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore(_template(job), step)
-
-
-def _template(job: Job):
-    return init_state(job.spec, jax.random.key(1), job.dataset.train_batch(0), job.hypers)
-
-
-def changed_entries(job: Job, state: Any, directory: pathlib.Path) -> int:
-    """Numbers of the state that are others once it was written from the device and read again."""
-    with opened(directory) as checkpoints:
-        checkpoints.save(1, state, config={}, nll=0.0)
-        checkpoints.wait()
-        again = checkpoints.restore(_template(job), 1)
-
-    def bits(x):
-        return np.asarray(
-            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        )
-
-    return sum(
-        int((bits(x) != bits(y)).sum())
-        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True)
-    )

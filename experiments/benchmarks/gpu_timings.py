@@ -1,4 +1,4 @@
-"""What `experiments.gpu_check` times: rows {what, ratio, spread, rounds, ...} of interleaved sides.
+"""What `experiments.benchmarks.gpu` times: rows {what, ratio, spread, rounds, ...} of interleaved sides.
 
 A side that cannot run here has a row without a ratio; `note` says why. Nothing stands in for it.
 """
@@ -10,7 +10,7 @@ import functools
 import math
 import time as clock
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ import numpy as np
 from configs import base
 from experiments.benchmarks import decoding
 from experiments.benchmarks.common import Row, interleave, random_routes, ratio_row
-from experiments.gpu_checks import cudnn_refusal, cudnn_window
-from meta_attention_jax.mechanisms import attend
+from meta_attention_jax.mechanisms import attend, full
 from meta_attention_jax.objective import forward
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training import build
@@ -67,6 +66,25 @@ def ratio(what: str, seconds: Mapping[str, np.ndarray], side: str, baseline: str
 def without(what: str, note: str, **sizes: Any) -> Row:
     """The row of what was not timed."""
     return dict(what=what, ratio=None, spread=None, rounds=0, **sizes, note=note)
+
+
+def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
+    """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
+    try:
+        full.resolve_implementation(
+            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one",
+            backend=jax.default_backend(),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def cudnn_window(q, k, v, window: int):
+    """The local mechanism by cuDNN: (L, 0) keeps L + 1 keys, and a window needs `is_causal`."""
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="cudnn"
+    )
 
 
 def mechanism_rows(

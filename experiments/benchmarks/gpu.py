@@ -1,12 +1,11 @@
-"""Everything that only a GPU can show, in one command of under eight minutes, with a record.
+"""Timings on a GPU against full attention by cuDNN, and a dated record of them and of the checks.
 
-python -m experiments.gpu_check [--budget_minutes=8] [--out=experiments/results]
-python -m experiments.gpu_check --platform=cpu --out=FOLDER   tries the script itself, tiny
+make gpu-check                              the checks of tests/test_gpu.py, then this, in 8 minutes
+python -m experiments.benchmarks.gpu [--budget_minutes=5] [--checks=FILE.xml] [--out=FOLDER]
+python -m experiments.benchmarks.gpu --platform=cpu --out=FOLDER    tries the script itself, tiny
 
-First the checks: mechanisms in bfloat16 against float64 oracles, causality by gradients, packed
-dispatch against "compute all, select", 200 steps of `recall` soft and hard with a restart. Then
-timings against full attention by cuDNN, while the budget lasts. Exit code 1 if a check failed or
-something raised, 2 where there is no GPU. Writes gpu_check_<date>_<device>.json and .md.
+`--checks` is what pytest's --junitxml wrote. Exit code 1 if a check failed or something raised, 2
+where there is no GPU. Writes gpu_check_<date>_<device>.json and .md.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as xml
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -30,16 +30,16 @@ import jax
 from absl import flags
 
 from experiments import common as commands
-from experiments import gpu_checks as checks
-from experiments import gpu_timings as timings
 from experiments.benchmarks import decoding
+from experiments.benchmarks import gpu_timings as timings
 from experiments.benchmarks.common import Row, environment, markdown
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
 OUT = commands.define_path("out", None, "Folder of the record; experiments/results on a GPU.")
-BUDGET = flags.DEFINE_float("budget_minutes", 8.0, "No timing starts that would end later.", 0.0)
+CHECKS = commands.define_path("checks", None, "What pytest --junitxml wrote of tests/test_gpu.py.")
+BUDGET = flags.DEFINE_float("budget_minutes", 5.0, "No timing starts that would end later.", 0.0)
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +47,12 @@ class Sizes:
     """Of everything.
 
     Attributes:
-      mechanisms: (T, d, window, with segment ids) of each comparison with the oracles; cuDNN has
-        gradients at even T alone, and no ids.
-      causality, packed: (T, d, window).
-      arithmetic: of `checks.ARITHMETIC`. On a CPU the products by default are those in float32.
-      training: changes to configs/recall.py. With the prior by cost, no token is full by then.
-      dtypes: of the training runs.
-      steps: of the training runs.
-      fall: largest last / first logged nats. On CPU 200 steps gave 0.47.
-      bound: largest nats at the end; on CPU 200 steps gave 1.83 soft, 1.82 hard.
       tables: (T, d, window) of each pair of timing tables, the most important first.
       train_step: of `timings.train_step_rows`.
       decode: of `timings.decode_rows`.
       rounds: interleaved.
     """
 
-    mechanisms: tuple[tuple[int, int, int, bool], ...] = (
-        (1024, 64, 256, False), (510, 128, 100, False), (509, 64, 100, True),
-    )
-    causality: tuple[int, int, int] = (334, 64, 70)
-    packed: tuple[int, int, int] = (1001, 64, 100)
-    arithmetic: tuple[str, ...] = tuple(checks.ARITHMETIC)
-    training: tuple[tuple[str, Any], ...] = (("prior.family", "uniform"),)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    steps: int = 200
-    fall: float = 0.6
-    bound: float = 1.9
     tables: tuple[tuple[int, int, int], ...] = (
         (8192, 64, 256), (2048, 64, 256), (8192, 128, 256), (16384, 64, 256),
     )
@@ -84,19 +64,6 @@ class Sizes:
 
 
 TINY = Sizes(
-    mechanisms=((64, 16, 20, False), (37, 8, 9, True)),
-    causality=(70, 8, 20),
-    packed=(130, 8, 20),
-    arithmetic=("float32", "bfloat16"),
-    training=(
-        ("prior.family", "uniform"), ("model.model_dim", 32), ("data.batch_size", 8),
-        ("data.sequence_length", 32), ("data.num_pairs", 4), ("model.num_layers", 1),
-        ("train.eval_batches", 1),
-    ),
-    dtypes=("bfloat16",),
-    steps=20,
-    fall=1.0,
-    bound=4.0,
     tables=((128, 16, 20),),
     train_step=(("model_dim", 32), ("layers", 1), ("time", 64), ("window", 8), ("batch", 2)),
     decode=decoding.Sizes(context=32, batch=2, steps=2, model_dim=32, layers=1, window=8),
@@ -109,53 +76,55 @@ class Task:
     """One line of progress.
 
     Attributes:
-      kind: "check" or "timing"; timings are left out when the budget is used up.
       seconds: what it may take on a data-center GPU, compilation included; a guess, by which the
         time left is told.
       rows: does it.
     """
 
     name: str
-    kind: str
     seconds: float
     rows: Callable[[], list[Row]]
 
 
-def tasks_of(sizes: Sizes, folder: pathlib.Path) -> list[Task]:
-    """Checks first; `folder` is for runs."""
+def tasks_of(sizes: Sizes) -> list[Task]:
+    """The most important first."""
     part = functools.partial
-    tasks = [
-        Task(f"mechanisms against oracles, T {length}, d {dim}" + ", segments" * segments, "check",
-             18, part(checks.mechanism_rows, length, dim, window, segments=segments))
-        for length, dim, window, segments in sizes.mechanisms
-    ]
-    tasks.append(Task("causality by gradients", "check", 21,
-                      part(checks.causality_rows, *sizes.causality)))
-    tasks += [
-        Task(f"packed dispatch, {label}", "check", 12,
-             part(checks.packed_rows, *sizes.packed, label))
-        for label in sizes.arithmetic
-    ]
-    tasks.append(Task("packed dispatch on a mesh", "check", 10,
-                      part(checks.mesh_rows, *sizes.packed)))
-    tasks += [
-        Task(f"{sizes.steps} steps of recall, {dtype}", "check", 40,
-             part(checks.training_rows, sizes, dtype, folder))
-        for dtype in sizes.dtypes
-    ]
     tables = [
-        Task(f"timings, T {length}, d {dim}, {direction}", "timing", 14,
+        Task(f"timings, T {length}, d {dim}, {direction}", 14,
              part(timings.mechanism_rows, length, dim, window, direction, sizes.rounds))
         for length, dim, window in sizes.tables
         for direction in ("forward", "forward+backward")
     ]
     models = [
-        Task("timings, train step", "timing", 45,
+        Task("timings, train step", 45,
              part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
-        Task("timings, decoding", "timing", 25,
-             part(timings.decode_rows, sizes.decode, sizes.rounds)),
+        Task("timings, decoding", 25, part(timings.decode_rows, sizes.decode, sizes.rounds)),
     ]
-    return tasks + tables[:4] + models + tables[4:]
+    return tables[:4] + models + tables[4:]
+
+
+def checked(path: str) -> list[dict[str, Any]]:
+    """Sections of the record from pytest's report: a row per comparison, or one per test without.
+
+    Raises:
+      ValueError: no such file, or no report.
+    """
+    try:
+        cases = list(xml.parse(path).iter("testcase"))
+    except (OSError, xml.ParseError) as error:
+        raise ValueError(f"checks: expected a report of pytest, got {path!r} ({error}).") from None
+    sections = []
+    for case in cases:
+        rows = [json.loads(p.get("value")) for p in case.iter("property") if p.get("name") == "row"]
+        broken = case.find("failure") is not None or case.find("error") is not None
+        if not rows or broken and all(row["passed"] is not False for row in rows):
+            told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+            note = "" if told is None else sentence(told.get("message") or "")
+            passed = False if broken else None if told is not None else True
+            rows.append(dict(check=case.get("name"), value=None, tolerance=None, passed=passed, note=note))
+        seconds = round(float(case.get("time", 0)), 1)
+        sections.append(dict(name=case.get("name"), kind="check", seconds=seconds, rows=rows))
+    return sections
 
 
 def run_tasks(
@@ -174,7 +143,7 @@ def run_tasks(
         # How much slower or faster than the guesses this machine is.
         pace = spent / guessed if guessed else 1.0
         start = time.monotonic()
-        if task.kind == "timing" and start - began + pace * task.seconds > budget:
+        if start - began + pace * task.seconds > budget:
             why = f"not run: budget of {budget / 60:.3g} minutes"
             rows = [timings.without(task.name, why)]
         else:
@@ -182,7 +151,7 @@ def run_tasks(
             guessed += task.seconds
             spent += time.monotonic() - start
         took = time.monotonic() - start
-        sections.append(dict(name=task.name, kind=task.kind, seconds=round(took, 1), rows=rows))
+        sections.append(dict(name=task.name, kind="timing", seconds=round(took, 1), rows=rows))
         left = (spent / guessed if guessed else 1.0) * sum(t.seconds for t in tasks[number:])
         left = min(left, max(budget - (time.monotonic() - began), 0.0))
         say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), "
@@ -191,14 +160,12 @@ def run_tasks(
 
 
 def attempt(task: Task) -> list[Row]:
-    """Its rows, or one that failed."""
+    """Its rows, or one that failed: no table stops the others."""
     try:
         return task.rows()
     except Exception as error:
-        row = checks.failed(task.name, error)
-        if task.kind == "check":
-            return [row]
-        return [timings.without(task.name, row["note"]) | {"passed": False}]
+        note = f"{type(error).__name__}: {sentence(error)}"
+        return [timings.without(task.name, note) | {"passed": False}]
 
 
 def count(rows: Sequence[Row]) -> dict[str, int]:
@@ -233,8 +200,8 @@ def device_or_fail(platform: str) -> jax.Device:
     return device
 
 
-def sentence(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+def sentence(error: Exception | str) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def about(device: jax.Device, sections: Sequence[Any], began: float) -> dict[str, Any]:
@@ -249,7 +216,7 @@ def about(device: jax.Device, sections: Sequence[Any], began: float) -> dict[str
     return {
         "record": "GPU" if on_gpu else f"no GPU record: {found['backend']}, to try the script",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m experiments.gpu_check", *sys.argv[1:]]),
+        "command": " ".join(["python -m experiments.benchmarks.gpu", *sys.argv[1:]]),
         "commit": commit and commit.removesuffix("-dirty"),
         "dirty": commit and commit.endswith("-dirty"),
         **found,
@@ -322,6 +289,8 @@ def main() -> None:
     began = time.monotonic()
     if PLATFORM.value == "cpu" and OUT.value is None:
         commands.fail("out: expected a folder with --platform=cpu, whose record is none, got none.")
+    with commands.user_mistakes():
+        sections = checked(CHECKS.value) if CHECKS.value else []
     device = device_or_fail(PLATFORM.value)
     sizes = Sizes() if PLATFORM.value == "gpu" else TINY
     print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}",
@@ -329,8 +298,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not jax.config.jax_compilation_cache_dir:  # Some programs are compiled twice.
             jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
-        tasks = tasks_of(sizes, pathlib.Path(folder))
-        sections = run_tasks(tasks, 60 * BUDGET.value, began, functools.partial(print, flush=True))
+        say = functools.partial(print, flush=True)
+        sections += run_tasks(tasks_of(sizes), 60 * BUDGET.value, began, say)
     header = about(device, sections, began)
     path = write(pathlib.Path(OUT.value or RESULTS), header, sections)
     rows = [row for section in sections for row in section["rows"]]
