@@ -1,6 +1,6 @@
 """About 1 B parameters at 8,192 tokens of context on 256 TPU v5e. Compiled, not trained.
 
-python -m experiments.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
+python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
 Of 15.75 GiB a chip: soft step 4.56, packed step 4.47, decode step 6.34 (jax 0.10.2, libtpu 0.0.42.1, commit
 50ee26d; experiments/results/compile_pod_v5e_256.json).
 

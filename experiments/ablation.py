@@ -28,9 +28,10 @@ from typing import Any, Optional
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import arms, common
-from experiments.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
-from experiments.scores import scores
+from experiments import common
+from experiments.studies import arms
+from experiments.studies.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
+from experiments.studies.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.data.pipeline import MANIFEST

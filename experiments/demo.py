@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import arms, common, long, samples
+from experiments import common
+from experiments.studies import arms, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.objective import summarise

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments import common, samples
+from experiments import common
+from experiments.studies import samples
 from meta_attention_jax.fields import expect
 from meta_attention_jax.generation import sampler_of
 from meta_attention_jax.routing.decide import MODES

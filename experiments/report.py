@@ -12,7 +12,8 @@ import pathlib
 
 from absl import flags
 
-from experiments import common, reports
+from experiments import common
+from experiments.studies import reports
 from meta_attention_jax import analysis
 from meta_attention_jax.data.splits import RULES
 

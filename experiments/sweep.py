@@ -24,9 +24,10 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import common, sweeps
-from experiments.comparison import parse_shard
-from experiments.scores import scores
+from experiments import common
+from experiments.studies import sweeps
+from experiments.studies.comparison import parse_shard
+from experiments.studies.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.runs import load_run

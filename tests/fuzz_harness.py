@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from experiments import common, reports, sweeps
+from experiments import common
+from experiments.studies import reports, sweeps
 from meta_attention_jax.runs import Run
 from meta_attention_jax.training import evaluation, loop
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from configs import smoke
-from experiments import arms, comparison
+from experiments.studies import arms, comparison
 from meta_attention_jax import analysis
 from meta_attention_jax.controller import CONTROLLERS
 from meta_attention_jax.training import build

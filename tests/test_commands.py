@@ -188,7 +188,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     assert not (tmp_path / "new").exists()
 
     study = tmp_path / "study"
-    shown = check_success(command("uncertainty", f"--runs={run}", f"--out={study}", "--batches=1"))
+    shown = check_success(command("studies.uncertainty", f"--runs={run}", f"--out={study}", "--batches=1"))
     studies = json.loads((study / "rows.json").read_text())["studies"]
     assert {name.split(", ")[1] for name in studies} == set(MEASURES)
     for [found] in studies.values():
@@ -197,7 +197,7 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
         assert ends[0]["cost"] == pytest.approx(1.45) and ends[1]["cost"] <= 1.0
         assert found["curve"]["random"] == pytest.approx(ends[1]["nll"] - ends[0]["nll"], abs=1e-5)
     assert (study / "risk.png").stat().st_size > 10_000 and "risk.png" in shown
-    check_mistake(command("uncertainty", "--runs=", f"--out={study}"), "runs: expected at least one")
+    check_mistake(command("studies.uncertainty", "--runs=", f"--out={study}"), "runs: expected at least one")
 
     prompt = "k3=v1 k1=v2 c0 ?k1"
     text = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",

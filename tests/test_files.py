@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import smoke
-from experiments import common, quick
+from experiments import common
 from experiments.benchmarks.common import write_json as write_benchmark
+from experiments.studies import quick
 from meta_attention_jax import analysis, load_run
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.data.corpora import load_corpus

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments import sweeps
+from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.together import Lost
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged

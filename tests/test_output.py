@@ -15,7 +15,8 @@ import warnings
 
 import pytest
 
-from experiments import common, reports, sweeps
+from experiments import common
+from experiments.studies import reports, sweeps
 from meta_attention_jax import analysis, console
 from meta_attention_jax.analysis import canvas
 from meta_attention_jax.console import Tolerant, say

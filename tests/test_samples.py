@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments import samples
+from experiments.studies import samples
 from meta_attention_jax.data.tokenizer import ByteTokenizer
 from meta_attention_jax.generation import Trace
 

@@ -289,7 +289,7 @@ def test_what_cannot_be_compiled_is_one_sentence(monkeypatch, arguments, sentenc
 
 def compile_command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.compile", "--config=configs/smoke.py", *arguments],
+        [sys.executable, "-m", "experiments.checks.compile", "--config=configs/smoke.py", *arguments],
         env={**environment(1), "TF_CPP_MIN_LOG_LEVEL": "3"}, cwd=ROOT, capture_output=True, text=True,
         timeout=300,
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import smoke, sweep_concentration, sweep_concentration_sotu
-from experiments import sweeps
+from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.space import chain, log_spaced, point, product, sweep, zipped
 from meta_attention_jax.training import build

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments import common, sweeps
+from experiments import common
+from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.lock import hold

@@ -11,8 +11,8 @@ from __future__ import annotations
 from absl import flags
 
 from experiments import common as commands
-from experiments import long
 from experiments.benchmarks import common
+from experiments.studies import long
 from meta_attention_jax import analysis
 
 JSON = commands.define_path("json", None, "Write the rows here.")

@@ -30,7 +30,7 @@ ROOT = next(p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p /
 sys.path.insert(0, str(ROOT))
 
 # %%
-from experiments.quick import quick_run
+from experiments.studies.quick import quick_run
 
 run = quick_run(ROOT / WORKDIR, ROOT / EXISTING, **{"train.steps": STEPS})
 run

@@ -27,7 +27,7 @@ ROOT = next(p for p in (pathlib.Path.cwd(), *pathlib.Path.cwd().parents) if (p /
 sys.path.insert(0, str(ROOT))
 
 # %%
-from experiments.quick import quick_run
+from experiments.studies.quick import quick_run
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.training.logs import read_metrics

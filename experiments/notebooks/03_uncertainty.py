@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 # in training.
 
 # %%
-from experiments.quick import quick_run
+from experiments.studies.quick import quick_run
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.training.evaluation import token_arrays

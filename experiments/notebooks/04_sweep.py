@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 # %%
 from configs import quick
-from experiments import sweeps
+from experiments.studies import sweeps
 from meta_attention_jax.sweeps.space import configured, labels, product, sweep
 
 points = product(sweep("prior.strength", STRENGTHS), sweep("seed", SEEDS))

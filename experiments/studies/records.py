@@ -14,8 +14,9 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
-from experiments import arms, common, comparison, long, sweeps
-from experiments.comparison import UNCERTAINTY_COLUMNS
+from experiments import common
+from experiments.studies import arms, comparison, long, sweeps
+from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
 
@@ -134,7 +135,7 @@ RECORDS = (
            "--seeds=3 --views=tokens --arms=bayesian,prior-free,full-only,local+full,local",
            ablation_table, "e820864"),
     Record("What uncertainty finds", "uncertainty",
-           "python -m experiments.uncertainty --runs=... --out=... --batches=8", uncertainty_table,
+           "python -m experiments.studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table,
            "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",
            "python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep",
@@ -160,15 +161,15 @@ RECORDS = (
     Record("Memory", "memory.json", "python -m experiments.benchmarks.memory", rows_table),
     Record("One program for many runs", "sweep_timing.json",
            "python -m experiments.benchmarks.sweep", rows_table),
-    Record("What a run survives", "faults.json", "python -m experiments.faults", rows_table),
+    Record("What a run survives", "faults.json", "python -m experiments.checks.faults", rows_table),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
-           "python -m experiments.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
+           "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
            lambda stored: programs_table(stored["rows"][0])),
 )
 
 
 def programs_table(report: Mapping[str, Any]) -> str:
-    """Memory and collectives of the programs of `experiments.compile`."""
+    """Memory and collectives of the programs of `experiments.checks.compile`."""
     said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
     rows = []
     for name, program in report["programs"].items():

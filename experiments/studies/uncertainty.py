@@ -1,6 +1,6 @@
 """Does uncertainty mean anything? Risk-coverage of each measure, and the frontier of gated mode.
 
-python -m experiments.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty
+python -m experiments.studies.uncertainty --runs=runs/a,runs/b --out=runs/uncertainty
     [--corpus=path:WHERE_THE_DATA_ARE_NOW]
 
 Harm of a token: its nats with all tokens hard less its nats with all tokens soft, so it contains what
@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from experiments.comparison import UNCERTAINTY_COLUMNS
+from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure

@@ -1,6 +1,6 @@
 """Compiles a config's programs for TPUs that need not be there: do they fit, and what do they send?
 
-python -m experiments.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
+python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
     [--programs=soft,packed,decode] [--json=FILE] [--config.data.batch_size=512] ...
 
 Needs the TPU compiler, `pip install 'jax[tpu]'`, and no TPU. Exit code 1, after one sentence, when a

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from experiments.arms import base_arm
+from experiments.studies.arms import base_arm
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, paired_interval
 from meta_attention_jax.config import read_config, read_stored
@@ -56,7 +56,7 @@ UNCERTAINTY_COLUMNS = [
     analysis.Column("hard_nll", "all hard, nats", ".4f"),
     analysis.Column("hard_cost", "at cost ", ".1%"),
 ]
-"""Of the table of `experiments.uncertainty`."""
+"""Of the table of `experiments.studies.uncertainty`."""
 
 
 def choose(tried: list[dict[str, Any]]) -> dict[str, float]:

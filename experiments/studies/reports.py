@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import arms, comparison, sweeps
 from experiments.common import spared
+from experiments.studies import arms, comparison, sweeps
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage

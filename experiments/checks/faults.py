@@ -1,6 +1,6 @@
 """What a training run survives, tried out: kills, signals, damaged files, a full disk.
 
-python -m experiments.faults [--kills=20] [--signals=5] [--parts=one,two] [--json=FILE]
+python -m experiments.checks.faults [--kills=20] [--signals=5] [--parts=one,two] [--json=FILE]
 
 Every fault strikes the training command itself, in processes of their own on the CPU; the parameters in
 the end are compared with those of a run that nothing happened to. About a quarter of an hour on two cores.
@@ -37,7 +37,7 @@ SIGNALS = flags.DEFINE_integer("signals", 5, "Of each kind, over one run.", lowe
 PARTS = flags.DEFINE_list("parts", ["one", "two"], "Runs of one process, of two, or both.")
 JSON = common.define_path("json", None, "Write the rows here.")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SAVE_EVERY = 20
 RUN = ("--config=configs/smoke.py", "--config.train.log_every=1", "--config.train.eval_every=500",
        f"--config.train.checkpoint_every={SAVE_EVERY}", "--config.train.eval_batches=1")

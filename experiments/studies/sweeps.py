@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.common import Data, spared
-from experiments.comparison import TOLERANCE, choose
+from experiments.studies.comparison import TOLERANCE, choose
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.config import config_to_dict, read_config, read_stored
