@@ -61,8 +61,7 @@ def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
         return f"implementation: expected for gradients by 'cudnn' an even T, got {time}."
     try:
         full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one",
-            backend=jax.default_backend(),
+            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one"
         )
     except ValueError as error:
         return str(error)

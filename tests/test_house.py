@@ -20,7 +20,7 @@ from meta_attention_jax.training.loop import train
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "meta_attention_jax"
 FLOORS = (
-    ("types", "scalars", "files", "fields", "console"),
+    ("types", "targets", "scalars", "files", "fields", "console"),
     ("sharding",),
     ("mechanisms", "controller", "data"),
     ("cost", "kernels"),

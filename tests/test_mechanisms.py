@@ -11,6 +11,7 @@ import pytest
 
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.mechanisms.rotary import rotate
+from meta_attention_jax.targets import Target
 from meta_attention_jax.types import AttentionSpec
 from tests import making, oracles
 from tests.close import assert_close
@@ -373,13 +374,13 @@ def test_local_attention_without_a_window_is_refused():
 def test_cudnn_serves_where_its_backward_pass_does():
     def chosen(implementation="auto", **changes):
         setting = dict(time=4096, dtype=jnp.bfloat16, head_dim=64, segments="one",
-                       backend="gpu", compute_capability=9.0)
+                       target=Target("gpu", 9.0))
         return full.resolve_implementation(implementation, **{**setting, **changes})
 
     assert chosen() == chosen(segments="padded") == "cudnn"
     for refused in (dict(time=4095), dict(dtype=jnp.float32), dict(head_dim=256),
-                    dict(head_dim=20), dict(segments="any"), dict(backend="tpu"),
-                    dict(compute_capability=7.5)):
+                    dict(head_dim=20), dict(segments="any"), dict(target=Target("tpu", 0.0)),
+                    dict(target=Target("gpu", 7.5))):
         assert chosen(**refused) == "blockwise", refused
         with pytest.raises(ValueError, match="implementation: expected for 'cudnn' .* an even length"):
             chosen("cudnn", **refused)

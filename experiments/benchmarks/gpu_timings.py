@@ -72,8 +72,7 @@ def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
     """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
     try:
         full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one",
-            backend=jax.default_backend(),
+            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one"
         )
     except ValueError as error:
         return str(error)

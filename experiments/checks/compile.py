@@ -1,9 +1,12 @@
-"""Compiles a config's programs for TPUs that need not be there: do they fit, and what do they send?
+"""Compiles a config's programs for devices that need not be there: do they fit, and what do they send?
 
 python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16
     [--programs=soft,packed,decode] [--json=FILE] [--config.data.batch_size=512] ...
 
-Needs the TPU compiler, `pip install 'jax[tpu]'`, and no TPU. Exit code 1, after one sentence, when a
+python -m experiments.checks.compile --config=configs/recall.py --topology=h100
+    --config.model.dtype=bfloat16
+
+Needs the compiler, `pip install 'jax[tpu]'` or `'jax[cuda13]'`, and no device. Exit code 1, after one sentence, when a
 program does not fit into a chip's memory, or devices wait for each other where they should not.
 """
 
@@ -34,6 +37,7 @@ from jax.experimental import topologies  # noqa: E402
 from experiments.benchmarks import common as benchmarks  # noqa: E402
 from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
 from meta_attention_jax.fields import expect  # noqa: E402
+from meta_attention_jax.targets import compiling_for  # noqa: E402
 from meta_attention_jax.training import aot, build  # noqa: E402
 
 PROGRAMS = {
@@ -41,7 +45,7 @@ PROGRAMS = {
     "packed": "train step, packed hard",
     "decode": "decode step, hard",
 }
-HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
+HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "NVIDIA H100 80GB HBM3": 80}
 """GiB per chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
 RESERVED = 0.25
 """GiB of it that programs cannot have; the compiler calls a v5e's memory 15.75G."""
@@ -51,10 +55,23 @@ that of the whole program."""
 GIB = 2**30
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v5e:2x2, v4:2x2x4.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Chips, e.g. v5e:16x16, v4:2x2x4; or h100, one.")
 PROGRAM = flags.DEFINE_list("programs", list(PROGRAMS), f"Some of {', '.join(PROGRAMS)}.")
 JSON = common.define_path("json", None, "Write the report here.")
 flags.mark_flags_as_required(["config", "topology"])
+
+
+H100 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+} platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What the CUDA compiler asks of a device, in its own text form; figures of NVIDIA's data sheet."""
 
 
 class DoesNotFit(Exception):
@@ -68,9 +85,18 @@ def devices_of(topology: str) -> list[jax.Device]:
       ValueError: no compiler, or no such topology.
     """
     try:
+        if topology == "h100":
+            return list(topologies.get_topology_desc(
+                platform="cuda", target_config=H100, topology="1x1x1"
+            ).devices)
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # The plugin's errors have no common class.
         reason = (str(error).splitlines() or [""])[0][:200]
+        if topology == "h100":
+            raise ValueError(
+                "topology: expected the CUDA compiler (pip install 'jax[cuda13]', JAX_PLATFORMS=cpu, "
+                f"CUDA_VISIBLE_DEVICES=-1), got: {reason}"
+            ) from None
         if "not installed" in reason or importlib.util.find_spec("libtpu") is None:
             raise ValueError(
                 f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}"
@@ -212,6 +238,15 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
         expect(program in PROGRAMS, "programs", f"some of {tuple(PROGRAMS)}", program)
     devices = devices_of(topology)
     build.validate_without_devices(config)
+    target = ("gpu", 9.0) if topology == "h100" else ("tpu", 0.0)
+    with compiling_for(*target):
+        return _report(config, topology, programs, devices)
+
+
+def _report(
+    config: ConfigDict, topology: str, programs: list[str], devices: list[jax.Device]
+) -> dict[str, Any]:
+    """`report`, once it is known for which devices."""
     if "packed" in programs and config.controller.name == "fixed":
         programs = [program for program in programs if program != "packed"]
     vocab = vocabulary(config)
@@ -222,7 +257,8 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
     state = aot.abstract_state(config, vocab)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
-    print(f"{config.name}: {parameters:,} parameters, {config.data.batch_size} x "
+    form = build.full_attention(config)
+    print(f"{config.name}: {parameters:,} parameters, full attention {form}, {config.data.batch_size} x "
           f"{config.data.sequence_length:,} tokens a step, {len(devices)} x {kind} ({mesh}), "
           f"{limit} each\n", flush=True)
     flops = flop_rows(config, vocab)
@@ -270,7 +306,11 @@ def _told(
         parts = ", ".join(f"{name} {amount(size)}" for name, size in model.items())
         print(f"memory model: {amount(sum(model.values()))}, "
               f"{sum(model.values()) / memory['total']:.2f} of the compiler's ({parts})")
-    found = collectives(executable.as_text())
+    text = executable.as_text()
+    if calls := re.findall(r'custom_call_target="(__cudnn[^"]*)"', text):
+        result["cudnn"] = {name: calls.count(name) for name in sorted(set(calls))}
+        print("calls of cuDNN: " + ", ".join(f"{name} {n}" for name, n in result["cudnn"].items()))
+    found = collectives(text)
     result["collectives"] = sent_rows(found)
     print(benchmarks.markdown(result["collectives"]) if found else "collectives: none")
     if program != "decode" and (needed := aot.gathered_bytes(config, vocab)):

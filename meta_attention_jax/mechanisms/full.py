@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from meta_attention_jax import targets
 from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.targets import Target
 from meta_attention_jax.types import AttentionSpec, Keys, Queries, Reach, SegmentIds, Values
 
 BLOCKWISE_TIME = 256
@@ -49,7 +51,6 @@ def attend(
         dtype=q.dtype,
         head_dim=q.shape[3],
         segments="one" if segment_ids is None else spec.segments,
-        backend=jax.default_backend(),
     )
     if blocks.is_empty(q):
         return jnp.zeros_like(q)
@@ -139,7 +140,6 @@ def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
     batch, time, _, dim = q.shape
     chosen = resolve_implementation(
         spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments,
-        backend=jax.default_backend(),
     )
     if chosen == "xla":
         return spent.of_tiles(
@@ -169,8 +169,7 @@ def resolve_implementation(
     dtype: jnp.dtype,
     head_dim: int,
     segments: str,
-    backend: str,
-    compute_capability: float | None = None,
+    target: Optional[Target] = None,
 ) -> str:
     """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
 
@@ -183,8 +182,7 @@ def resolve_implementation(
       head_dim: d.
       segments: what is known of segment ids, as `AttentionSpec.segments`; "one" where none are given.
         cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
-      backend: `jax.default_backend()`.
-      compute_capability: of the GPU; None asks the first device. cuDNN's kernel needs 8.0.
+      target: None is `targets.current()`. cuDNN's kernel needs compute capability 8.0.
 
     Returns:
       "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
@@ -193,22 +191,21 @@ def resolve_implementation(
       ValueError: "cudnn" where it cannot serve.
     """
     dtype = jnp.dtype(dtype)
+    platform, capability = target or targets.current()
     fused = (
-        backend == "gpu"
+        platform == "gpu"
+        and capability >= CUDNN_CAPABILITY
         and dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
         and head_dim <= CUDNN_DIM
         and head_dim % 8 == 0
         and time % 2 == 0  # Its backward pass refuses an odd length.
         and segments != "any"
     )
-    if fused and compute_capability is None:
-        compute_capability = _compute_capability()
-    fused = fused and compute_capability >= CUDNN_CAPABILITY
     if implementation == "cudnn" and not fused:
         raise ValueError(
             f"implementation: expected for 'cudnn' an NVIDIA GPU of compute capability "
             f"{CUDNN_CAPABILITY}, bfloat16 or float16, an even length, a head dim that is a multiple "
-            f"of 8 up to {CUDNN_DIM} and one segment a row, got {backend}, {dtype.name}, length {time}, "
+            f"of 8 up to {CUDNN_DIM} and one segment a row, got {platform}, {dtype.name}, length {time}, "
             f"head dim {head_dim} and "
             f"{'any segments' if segments == 'any' else 'one segment'}."
         )
@@ -217,14 +214,6 @@ def resolve_implementation(
     if fused:
         return "cudnn"
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
-
-
-def _compute_capability() -> float:
-    """Of the first device; 0 where the vendor has no such number."""
-    try:
-        return float(jax.devices()[0].compute_capability)
-    except (AttributeError, TypeError, ValueError):  # AMD reports names such as "gfx90a".
-        return 0.0
 
 
 def _square(

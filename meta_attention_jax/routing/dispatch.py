@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax import targets
 from meta_attention_jax.kernels import select, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
@@ -144,7 +145,7 @@ def _hard_attention(
     out = jnp.zeros_like(q)
     work = plan(route, segment_ids, records=records, spec=spec, dtype=q.dtype, dim=q.shape[-1])
     if work is not None:
-        kernel = select.packed(jax.default_backend(), dtype=q.dtype, dim=q.shape[-1])
+        kernel = select.packed(targets.current().platform, dtype=q.dtype, dim=q.shape[-1])
         out = _unpack(kernel.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
     for index, record in enumerate(records):
         if record.reach is not None:
@@ -177,7 +178,7 @@ def plan(
     if not packed:
         return None
     reaches = [records[index].reach(spec) for index in packed]
-    kernel = select.packed(jax.default_backend(), dtype=dtype, dim=dim)
+    kernel = select.packed(targets.current().platform, dtype=dtype, dim=dim)
     sizes = [kernel.sizes(route.shape[1], reach) for reach in reaches]
     group = jnp.full_like(route, -1)
     for m, index in enumerate(packed):

@@ -74,7 +74,6 @@ def full_attention(config: ConfigDict) -> str:
         dtype=config.model.dtype,
         head_dim=config.model.model_dim // config.model.num_heads,
         segments=SEGMENTS,
-        backend=jax.default_backend(),
     )
 
 
