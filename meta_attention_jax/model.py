@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Optional
 
@@ -169,6 +170,11 @@ class LanguageModel(nn.Module):
         else:
             self.blocks = [make(router=one, name=f"layer_{i}") for i, one in enumerate(routers)]
         self.final_norm = Norm(**kinds)
+
+    def routed_by(self, **changes: Any) -> LanguageModel:
+        """The same model, with other fields of its router: `model.routed_by(uncertainty="vacuity")`."""
+        router = dataclasses.replace(self.config.router, **changes)
+        return self.clone(config=dataclasses.replace(self.config, router=router))
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
         """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""

@@ -85,6 +85,18 @@ class Counting:
         self.calls.append(("save", done, evaluated))
 
 
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """Whatever started the tests may ignore some: a shell in the background SIGINT, nohup SIGHUP."""
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    for number in interrupt.SIGNALS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_a_signal_ends_the_loop_after_the_step_that_was_under_way(number):
     before = signal.getsignal(number)

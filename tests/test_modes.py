@@ -18,7 +18,6 @@ from jax import export
 
 from configs import smoke
 from meta_attention_jax import generation
-from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.sweeps.space import (
@@ -212,9 +211,10 @@ def test_nothing_in_is_nothing_out(way, shape):
     assert out.shape == (*shape, 16)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
     q = jnp.zeros((*shape, 2, 8))
-    for attend in (full.attend, linear.attend, functools.partial(local.attend, window=3)):
-        assert attend(q, q, q).shape == q.shape
-        assert attend(q, q, q, causal=False).shape == q.shape
+    for name in ("full", "linear", "local"):
+        for causal in (True, False):
+            out = making.attended(name, q, q, q, causal=causal, window=3, sinks=1)
+            assert out.shape == q.shape
     assert making.hard(q, q, q, jnp.zeros(shape, jnp.int32), window=3).shape == q.shape
     lm = model(**{name: WAYS[way][name] for name in ("mode", "dispatch") if name in WAYS[way]})
     params = at_random(functools.partial(lm.init, hypers=HYPERS), jnp.zeros((1, 4), jnp.int32))

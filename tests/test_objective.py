@@ -281,7 +281,7 @@ def test_the_gradient_of_the_objective_is_softmax_minus_target_at_loss_tokens_al
     output, batch = made_up(11)
 
     def loss(logits, kl):
-        routing = output.routing.replace(kl=kl)
+        routing = output.routing.replace(penalty=kl)
         return objective(sums(Output(logits=logits, routing=routing), batch), jnp.float32(0.5))
 
     to_logits, to_kl = jax.grad(loss, argnums=(0, 1))(output.logits, output.routing.kl)

@@ -47,7 +47,7 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 def arrays(run: Run, split: str, *, mode: str, measure: str, theta: float = 1.0) -> dict[str, Any]:
     """Per-token arrays of a run in a mode, with u by a measure."""
     return token_arrays(
-        run.model.clone(mode=mode, uncertainty=measure), run.dataset, run.params,
+        run.model.clone(mode=mode).routed_by(uncertainty=measure), run.dataset, run.params,
         run.hypers.routing.replace(threshold=jnp.float32(theta)),
         split=split, max_batches=BATCHES.value,
     )
