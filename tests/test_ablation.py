@@ -92,6 +92,7 @@ def test_shards_are_checked(text):
         comparison.parse_shard(text)
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_resumes_and_repeats(command, tmp_path):  # noqa: F811
     """Two arms with different FLOPs, from the first command to the table; then the same again."""
     flags = (*SMOKE, "--arms=bayesian,linear", "--seeds=1", "--notune", "--test_batches=1",

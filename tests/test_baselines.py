@@ -19,6 +19,7 @@ from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import in_controller
 from meta_attention_jax.training.step import init_state, routing_hypers
 from meta_attention_jax.types import Router, RoutingHypers
+from tests import making
 from tests.close import assert_close
 
 B, T, D, K = 3, 8, 6, 3
@@ -44,7 +45,7 @@ def call(name, params=None, x=None, keys=None, hypers=HYPERS):
         hypers=hypers,
     )
     if params is None:
-        params = module.init(jax.random.key(1), x, **given)
+        params = making.initial(module, x, **given)
         params = jax.tree.map(
             lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(2), leaf.shape), params
         )
@@ -78,7 +79,7 @@ def test_starts_from_what_it_knows(name):
     x = jax.random.normal(jax.random.key(0), (B, T, D))
     given = dict(residual=x, positions=jnp.zeros((B, T), jnp.int32), segment_ids=SEGMENTS,
                  hypers=HYPERS)
-    routing = module.apply(module.init(jax.random.key(1), x, **given), x, **given)
+    routing = module.apply(making.initial(module, x, **given), x, **given)
     prior = cost_aware(HYPERS).mean
     expected = prior if name in ("bayesian", "bayesian_mean", "softmax_kl") else np.full(K, 1 / K)
     assert_close(routing.mean, np.broadcast_to(expected, (B, T, K)))

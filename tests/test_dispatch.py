@@ -450,7 +450,7 @@ def layer_outputs(dispatch_name, **call):
     layer = making.layer(num_heads=4, num_kv_heads=2, window=9, rotary=True, mode="hard",
                           dispatch=dispatch_name)
     x = jax.random.normal(jax.random.key(0), (3, 50, 32))
-    params = layer.init(jax.random.key(1), x)["params"]
+    params = making.initial(layer, x)["params"]
     # Away from the initial controller, which routes all tokens alike.
     params["controller"]["mlp"]["output"]["kernel"] += jax.random.normal(
         jax.random.key(2), params["controller"]["mlp"]["output"]["kernel"].shape

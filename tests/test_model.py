@@ -40,7 +40,7 @@ def make(controller="bayesian", mode="soft", **fields):
 def parameters(controller):
     """Parameters in which every token is routed its own way: the zero output layer is filled."""
     tokens = jnp.zeros((1, TIME), jnp.int32)
-    params = make(controller).init(jax.random.key(0), tokens, hypers=hypers())["params"]
+    params = making.initial(make(controller), tokens, hypers=hypers())["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
@@ -133,14 +133,14 @@ def test_routes_ignore_cutting_padding_and_batching(sampled):
 def test_forced_dense_one_hot_is_each_mechanism_alone():
     x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
     layer = lambda **kw: making.layer(num_heads=2, window=4, rotary=True, **kw)  # noqa: E731
-    variables = layer().init(jax.random.key(1), x)
+    variables = making.initial(layer(), x)
 
     def run(module, route):
         def loss(params, x):
             out, *_ = module.apply({"params": params}, x, route=route, method="routed")
             return jnp.sum(jnp.sin(out)), out
 
-        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
 
     for index, name in enumerate(("full", "linear", "local")):
         route = jnp.full((BATCH, TIME), index)
@@ -154,8 +154,8 @@ def test_forced_dense_one_hot_is_each_mechanism_alone():
 def test_hard_mode_is_the_forced_route_of_its_own_argmax():
     model = make(mode="hard")
     params = {"params": parameters("bayesian")}
-    out = model.apply(params, tokens(), hypers=hypers())
-    forced = model.clone(mode="soft").apply(
+    out = jax.jit(model.apply)(params, tokens(), hypers=hypers())
+    forced = jax.jit(model.clone(mode="soft").apply)(
         params, tokens(), hypers=hypers(), route=out.routing.route
     )
     assert_close(out.logits, forced.logits)
@@ -164,7 +164,7 @@ def test_hard_mode_is_the_forced_route_of_its_own_argmax():
 
 def test_gate_limits_are_soft_and_hard():
     params = {"params": parameters("bayesian")}
-    run = lambda mode, theta: make(mode=mode).apply(  # noqa: E731
+    run = lambda mode, theta: jax.jit(make(mode=mode).apply)(  # noqa: E731
         params, tokens(), hypers=hypers(theta)
     ).logits
     soft, hard = run("soft", 0.0), run("hard", 0.0)
@@ -195,8 +195,8 @@ def test_scanned_layers_equal_unrolled_ones():
     stacked["layers"] = jax.tree.map(
         lambda *x: jnp.stack(x), params["layer_0"], params["layer_1"]
     )
-    plain = make().apply({"params": params}, tokens(), hypers=hypers())
-    scanned = make(scan_layers=True).apply({"params": stacked}, tokens(), hypers=hypers())
+    plain = jax.jit(make().apply)({"params": params}, tokens(), hypers=hypers())
+    scanned = jax.jit(make(scan_layers=True).apply)({"params": stacked}, tokens(), hypers=hypers())
     assert_close(scanned.logits, plain.logits)
     np.testing.assert_array_equal(plain.routing.route, scanned.routing.route)
 
@@ -208,10 +208,10 @@ def test_layer_stands_in_for_self_attention():
             return making.layer(num_heads=2, window=4)(x, deterministic=deterministic)
 
     x = jax.random.normal(jax.random.key(0), (BATCH, TIME, 16))
-    variables = User().init(jax.random.key(1), x, True)
-    out, aux = User().apply(
+    variables = making.initial(User(), x, True)
+    out, aux = jax.jit(lambda variables, x: User().apply(
         variables, x, False, rngs={"routing": jax.random.key(2)}, mutable="intermediates"
-    )
+    ))(variables, x)
     assert out.shape == x.shape
     (routing,) = aux["intermediates"]["MetaAttention_0"]["routing"]
     assert routing.mean.shape == (BATCH, TIME, 3)
@@ -247,12 +247,15 @@ def test_bad_input_is_one_sentence(fields, call, sentence):
 def test_a_numpy_false_draws_samples_as_a_python_false_does():
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
     layer = making.layer(num_heads=2, window=4)
-    variables = layer.init(jax.random.key(1), x)
+    variables = making.initial(layer, x)
     rngs = {"routing": jax.random.key(2)}
-    mean = layer.apply(variables, x)
-    drawn = layer.apply(variables, x, deterministic=False, rngs=rngs)
+    mean = jax.jit(layer.apply)(variables, x)
+    apply = lambda flag: jax.jit(  # noqa: E731
+        lambda variables, x: layer.apply(variables, x, deterministic=flag, rngs=rngs)
+    )(variables, x)
+    drawn = apply(False)
     assert float(jnp.abs(drawn - mean).max()) > 1e-3
-    same = layer.apply(variables, x, deterministic=np.bool_(False), rngs=rngs)
+    same = apply(np.bool_(False))
     np.testing.assert_array_equal(same, drawn)
 
 

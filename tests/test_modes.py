@@ -96,6 +96,7 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_under_a_mesh_all_is_as_on_one_device(run):
     """Rows split over "data" of a mesh that `jax.set_mesh` has set: values, gradients, places."""
     flags = f"{environment()['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

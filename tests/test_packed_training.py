@@ -131,6 +131,7 @@ def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     assert distance(at[10][1], at[6][1]) > 0
 
 
+@pytest.mark.slow
 def test_the_log_says_how_many_rows_teach_the_controller(tmp_path, capsys):
     """A share is rounded up to rows: here 1 of 8, however small it is."""
     config = smoke.get_config()

@@ -287,6 +287,7 @@ def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
         prepare(values, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_eight_devices_by_jit_and_pmap_equal_one(tmp_path):
     root = pathlib.Path(__file__).parent.parent
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

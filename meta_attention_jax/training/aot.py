@@ -189,7 +189,9 @@ def gathered_bytes(config: ConfigDict, vocab_size: int) -> int:
 
 def lower_forward(config: ConfigDict, vocab_size: int, device: jax.Device, time: int) -> Any:
     """The forward pass of one sequence of `time` tokens on one device, layers unrolled, lowered."""
-    model = build.build_model(config, vocab_size).clone(scan_layers=False, remat=False)
+    unrolled = config.copy_and_resolve_references()
+    unrolled.model.scan_layers = unrolled.model.remat = False
+    model = build.build_model(unrolled, vocab_size)
     tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
     hypers = jax.eval_shape(lambda: build.build_hypers(config)).routing
     params = jax.eval_shape(
