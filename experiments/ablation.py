@@ -34,7 +34,7 @@ from experiments.studies.comparison import SAME, TOLERANCE, choose, parse_shard,
 from experiments.studies.scores import scores
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
-from meta_attention_jax.data.pipeline import MANIFEST
+from meta_attention_jax.data.manifest import MANIFEST
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.job import prepare

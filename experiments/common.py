@@ -33,7 +33,8 @@ from meta_attention_jax.config import (
     read_stored,
 )
 from meta_attention_jax.console import tolerant_streams
-from meta_attention_jax.data.pipeline import Dataset, check_manifest, digest
+from meta_attention_jax.data.manifest import check_manifest, digest
+from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.files import local, partial, run_directory, write_whole
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted

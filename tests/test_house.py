@@ -28,7 +28,7 @@ FLOORS = (
     ("layer", "config"),
     ("model",),
     ("objective", "generation"),
-    ("training",),
+    ("training", "answers"),
     ("sweeps", "analysis"),
     ("runs",),
     ("__init__",),

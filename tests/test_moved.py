@@ -13,7 +13,8 @@ from configs import smoke
 from experiments import common
 from meta_attention_jax.config import completed, config_difference, config_to_dict
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
-from meta_attention_jax.data.pipeline import MANIFEST, check_manifest, make_dataset, same_data
+from meta_attention_jax.data.manifest import MANIFEST, check_manifest, same_data
+from meta_attention_jax.data.pipeline import make_dataset
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics

@@ -11,7 +11,8 @@ import pytest
 
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
-from meta_attention_jax.data.pipeline import Dataset, make_dataset, write_manifest
+from meta_attention_jax.data.manifest import write_manifest
+from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import KIND_QUERY, RecallConfig
 from meta_attention_jax.types import Batch
 

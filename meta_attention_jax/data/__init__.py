@@ -1,7 +1,8 @@
 """Corpora, tokenizers and batches, on the host."""
 
 from meta_attention_jax.data.corpora import Corpus, Document, load_corpus
-from meta_attention_jax.data.pipeline import Dataset, make_dataset, write_manifest
+from meta_attention_jax.data.manifest import write_manifest
+from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig, entropy_floor
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 

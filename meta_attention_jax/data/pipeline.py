@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import hashlib
-import json
 import os
-import pathlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,11 +18,8 @@ from jaxtyping import Int
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
-from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.types import Batch
-
-MANIFEST = "data_manifest.json"
 
 _TRAIN = len(SPLITS)  # stream of the training steps; `recall`'s held-out splits use their own index
 _RECALL_EVAL_BATCHES = 16
@@ -306,105 +299,6 @@ class RecallDataset(Dataset):
         uniforms = rng.random((self.batch_size, draws))[self.rows]
         tokens, kind = recall_lib.sequences(uniforms, self.config, self.sequence_length)
         return self._batch(tokens, np.full(len(tokens), self.sequence_length), kind)
-
-
-def same_data(stored: Any, given: dict[str, Any]) -> bool:
-    """Whether two manifests are of the same data.
-
-    Of files of one's own that is the documents' bytes, splits and order, and the tokenizer: neither
-    where they lie nor what they are called.
-    """
-    if not _of_files(stored) or not _of_files(given):
-        return stored == json.loads(json.dumps(given))
-    return _documents(stored) == _documents(given) and stored["tokenizer"] == given["tokenizer"]
-
-
-def digest(manifest: dict[str, Any]) -> str:
-    """A text that is the same for manifests of the same data; see `same_data`."""
-    known = json.loads(json.dumps(manifest))
-    if _of_files(known):
-        known = [_documents(known), known["tokenizer"]]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def _of_files(manifest: Any) -> bool:
-    """Whether this is the manifest of a `path:` corpus, with all that `same_data` looks at."""
-    if not isinstance(manifest, dict) or not str(manifest.get("corpus")).startswith("path:"):
-        return False
-    documents, keys = manifest.get("documents"), {"split", "bytes", "sha256"}
-    if not isinstance(documents, list) or "tokenizer" not in manifest:
-        return False
-    return all(isinstance(one, dict) and keys <= one.keys() for one in documents)
-
-
-def _documents(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [(one["split"], one["bytes"], one["sha256"]) for one in manifest["documents"]]
-
-
-def check_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> bool:
-    """Whether `data_manifest.json` is in `directory`; nothing is written.
-
-    Raises:
-      ValueError: it is there, of other data; see `same_data`.
-    """
-    path = pathlib.Path(directory) / MANIFEST
-    if not path.is_file():
-        return False
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # Text of another kind, or JSON of 100,000 brackets.
-        stored = None
-    given = dataset.manifest()
-    if not same_data(stored, given):
-        raise ValueError(
-            f"data: expected the data of {str(path)!r}, got other data"
-            f"{_difference(stored, given, dataset)}; use another workdir."
-        )
-    return True
-
-
-def _difference(stored: Any, given: dict[str, Any], dataset: Dataset) -> str:
-    """How the data of two manifests of files differ, as the end of a sentence."""
-    if not _of_files(stored) or not _of_files(given):
-        return ""
-    if stored["tokenizer"] != given["tokenizer"]:
-        return " or another tokenizer"
-    mine, theirs = (sorted({str(one[1:]) for one in _documents(m)}) for m in (stored, given))
-    by = f"split {dataset.about()['split']}"
-    same = f": the same files, but {by}" if mine == theirs else f", {by}"
-    for rule in RULES:
-        if _read_by(given["corpus"], rule) == _documents(stored):
-            return f"{same}; data.split={rule} is what it was"
-    known = _documents(stored)
-    more = [one for one in given["documents"] if _documents({"documents": [one]})[0] not in known]
-    if known == [one for one in _documents(given) if one in known]:
-        return f"{same}; without {more[0]['name']!r}{' and others' * (len(more) > 1)} it is what it was"
-    return same
-
-
-def _read_by(corpus: str, rule: str) -> list[tuple[Any, ...]]:
-    """The documents of a corpus by another `data.split`; none where there is no such split."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _documents(load_corpus(corpus, rule).manifest())
-    except (ValueError, OSError):
-        return []
-
-
-def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
-    """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change.
-
-    Raises:
-      ValueError: a different manifest is there already.
-    """
-    if check_manifest(dataset, directory):
-        return
-    path = pathlib.Path(directory) / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    temporary.write_text(json.dumps(dataset.manifest(), indent=1), encoding="utf-8")
-    temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax import files
 from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
-from meta_attention_jax.data.pipeline import MANIFEST, Dataset, check_manifest, write_manifest
+from meta_attention_jax.data.manifest import MANIFEST, check_manifest, write_manifest
+from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params

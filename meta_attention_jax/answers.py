@@ -1,0 +1,84 @@
+"""What a run answers: the routes of a text, a continuation, and HTML for notebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from meta_attention_jax.generation import Trace
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRoutes:
+    """Routing of one text.
+
+    Attributes:
+      pieces: the text of every token; UTF-8 characters may be split between bytes.
+      mechanisms: names, the mechanism axis.
+      concentration: alpha of the Dirichlet posterior; None without one.
+      mean: E[pi].
+      uncertainty: u in [0, 1].
+      route: k*, index into `mechanisms`.
+      hard: whether the token used k* alone.
+    """
+
+    pieces: list[bytes]
+    mechanisms: tuple[str, ...]
+    concentration: Optional[Float[np.ndarray, "layer token mechanism"]]
+    mean: Float[np.ndarray, "layer token mechanism"]
+    uncertainty: Float[np.ndarray, "layer token"]
+    route: Int[np.ndarray, "layer token"]
+    hard: Bool[np.ndarray, "layer token"]
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per layer and token: layer, position, token, mechanism, hard, uncertainty, and mean
+        and alpha by mechanism."""
+        import pandas
+
+        layers, tokens = self.route.shape
+        columns: dict[str, Any] = {
+            "layer": np.repeat(np.arange(layers), tokens),
+            "position": np.tile(np.arange(tokens), layers),
+            "token": [piece.decode(errors="replace") for piece in self.pieces] * layers,
+            "mechanism": np.asarray(self.mechanisms)[self.route.ravel()],
+            "hard": self.hard.ravel(),
+            "uncertainty": self.uncertainty.ravel(),
+        }
+        for k, name in enumerate(self.mechanisms):
+            columns[f"mean/{name}"] = self.mean[..., k].ravel()
+            if self.concentration is not None:
+                columns[f"alpha/{name}"] = self.concentration[..., k].ravel()
+        return pandas.DataFrame(columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """A prompt and what the model made of it; prints as text.
+
+    Attributes:
+      text: prompt and continuation.
+      ids: their token ids.
+      prompt: number of tokens of the prompt.
+      trace: routes and uncertainties; one row.
+    """
+
+    text: str
+    ids: Int[np.ndarray, "tokens"]
+    prompt: int
+    trace: Trace
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Html(str):
+    """HTML that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
