@@ -283,7 +283,7 @@ def test_processes_that_cannot_meet_are_one_sentence(tmp_path, monkeypatch, argu
 )
 def test_what_cannot_be_compiled_is_one_sentence(monkeypatch, arguments, sentence):
     monkeypatch.chdir(ROOT)
-    told = call("compile", "--config=configs/smoke.py", "--topology=v5e:2x2", *arguments)
+    told = call("checks.compile", "--config=configs/smoke.py", "--topology=v5e:2x2", *arguments)
     assert told.code == 2 and told.err.startswith(f"error: {sentence}"), told.err
 
 

@@ -147,7 +147,7 @@ def get_sweep():
     root = tmp_path / "sweep"
     arguments = [f"--config={path}", f"--workdir={root}", "--test_batches=1"]
     both = [
-        subprocess.Popen([sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT, env=environment(tmp_path / "cache"),
+        subprocess.Popen([sys.executable, "-m", "experiments.sweep", *arguments], cwd=ROOT, env=environment(),
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]  # Of the same points: as a scheduler that starts a job twice.
