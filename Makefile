@@ -25,8 +25,8 @@ smoke: $(READY)
 # The properties of tests/test_gpu.py, the timings, and a record of both. With a Python that has jax for
 # CUDA already: the same two commands.
 gpu-check: $(READY_CUDA)
-	@mkdir -p runs
-	JAX_PLATFORMS=cuda $(BIN)/python -m pytest tests/test_gpu.py --junitxml=runs/gpu_check.xml; \
+	@mkdir -p runs && rm -f runs/gpu_check.xml
+	JAX_PLATFORMS=cuda timeout 240 $(BIN)/python -m pytest tests/test_gpu.py --junitxml=runs/gpu_check.xml; \
 	  $(BIN)/python -m experiments.benchmarks.gpu --checks=runs/gpu_check.xml
 
 # The extra `cuda` of pyproject.toml, at the version of jax that the pins have installed.

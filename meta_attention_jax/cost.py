@@ -1,13 +1,13 @@
 """What a mechanism costs: the vector c that shapes the prior, and the FLOPs and bytes of a model.
 
-Three kinds of numbers live here and are never mixed:
+Two kinds of numbers live here and are never mixed:
 
 * *costs* c in (0, 1]^K, dimensionless, divided by the largest. They enter the prior and the
   projected cost of a routing.
 * *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax,
   norms and activations are left out, as is the usual convention for model FLOPs.
-* *executed* FLOPs and bytes: those of the blocks, tiles and chunks that the programs really visit
-  for given routes (`account`).
+Executed FLOPs and bytes, those of the tiles that the programs really visit for given routes, stand in
+`routing.accounting`.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ class CostSetting:
       num_heads, num_kv_heads, head_dim: H, G, d.
       dtype: of q, k and v.
       implementation: of full attention.
+      segments: what is known of them, as `AttentionSpec.segments`.
     """
 
     mechanisms: tuple[str, ...]
@@ -180,6 +181,7 @@ class CostSetting:
     head_dim: int
     dtype: str = "float32"
     implementation: str = "auto"
+    segments: str = "any"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +229,9 @@ def measure_costs(
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(window=s.window, implementation=s.implementation)
+    spec = AttentionSpec(
+        window=s.window, implementation=s.implementation, segments=s.segments
+    )
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

@@ -8,6 +8,7 @@ arXiv 2605.28384.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Optional, Sequence
 
 import flax.linen as nn
@@ -168,7 +169,9 @@ class MetaAttention(nn.Module):
         """
         heads, kv_heads, dim = self._validate(x, cache)
         batch, time, model = x.shape
+        spec = self.spec
         if segment_ids is None:
+            spec = dataclasses.replace(spec, segments="one")
             segment_ids = jnp.ones((batch, time), jnp.int32)
         for name, given in (("segment_ids", segment_ids), ("positions", positions), ("route", route)):
             if given is not None and given.shape != (batch, time):
@@ -223,7 +226,8 @@ class MetaAttention(nn.Module):
             if cache is not None:
                 cache = caches.fill(cache, layer, turned[1], k, v, segment_ids)
             chosen = decision.route if every_token_hard else None
-            return (self._attend(names, tokens, weights, segment_ids, chosen), routing), cache
+            mixed = self._attend(names, tokens, weights, spec, segment_ids, chosen)
+            return (mixed, routing), cache
 
         (mixed, routing), cache = by_rows(own_rows, (0, 0, 0, 0, 0, 1, None, None), (0, 1))(
             projections.project(x), routing, segment_ids, positions, route, cache, layer,
@@ -237,6 +241,7 @@ class MetaAttention(nn.Module):
         names: Sequence[str],
         heads: Heads,
         weights: Weights,
+        spec: AttentionSpec,
         segment_ids: SegmentIds,
         route: Optional[Route],
     ) -> Queries:
@@ -245,10 +250,10 @@ class MetaAttention(nn.Module):
         packed = dispatch.resolve_dispatch(self.dispatch, time=heads.q.shape[1]) == "packed"
         if len(names) > 1 and route is not None and packed:
             return dispatch.hard_attention(
-                heads.q, heads.k, heads.v, route, mechanisms=names, spec=self.spec,
+                heads.q, heads.k, heads.v, route, mechanisms=names, spec=spec,
                 rotated=(heads.rotated_q, heads.rotated_k), segment_ids=segment_ids,
             )
-        outputs = dispatch.all_outputs(names, heads, spec=self.spec, segment_ids=segment_ids)
+        outputs = dispatch.all_outputs(names, heads, spec=spec, segment_ids=segment_ids)
         return mix(outputs, weights) if len(names) > 1 else outputs[0]
 
     def _step(
@@ -289,6 +294,11 @@ class MetaAttention(nn.Module):
 
     def _validate(self, x: Array, cache: Optional[caches.Cache]) -> tuple[int, int, int]:
         """Checks the fields against each other; returns (H, G, d)."""
+        for name, kind in (("spec", AttentionSpec), ("router", Router)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"{name}: expected an instance of {kind.__name__}, got {getattr(self, name)!r}."
+                )
         if x.ndim != 3:
             raise ValueError(f"inputs_q: expected [batch, time, model], got shape {x.shape}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads

@@ -132,8 +132,6 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         config = self.config
-        if config.num_layers <= 0:
-            raise ValueError(f"num_layers: expected a positive number, got {config.num_layers}.")
         routers = [config.router.of_layer(i) for i in range(config.num_layers)]
         if config.scan_layers and config.router.is_fixed and len(set(routers)) > 1:
             raise ValueError(
@@ -207,16 +205,14 @@ class LanguageModel(nn.Module):
           keys: one PRNG key per example trains (sampled pi); None is deterministic.
         """
         batch, time, _ = x.shape
-        if segment_ids is None:
-            segment_ids = jnp.ones((batch, time), jnp.int32)
-        if positions is None:
+        if positions is None and segment_ids is not None:
             positions = by_rows(positions_in_segment, (0,))(segment_ids)
         route = self._layer_routes(route, (batch, time))
         x, routing, _ = self._blocks(x, None, route, segment_ids, positions, hypers, keys)
         return Output(logits=self._logits(x), routing=routing)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens (`decode.init_cache`).
+        """An empty cache for `batch` rows of up to `capacity` tokens (`mechanisms.cache.init_cache`).
 
         Raises:
           ValueError: a size below 1; a mechanism that cannot decode.
@@ -261,6 +257,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"lengths: expected shape {tokens.shape[:1]}, got {lengths.shape}.")
         segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         route = self._layer_routes(route, tokens.shape)
+        if tokens.shape[1] == 1:  # One token goes on where a row ends, which is here nowhere.
+            cache = jax.tree.map(jnp.zeros_like, cache)
         x, routing, cache = self._blocks(
             self.embed(tokens), cache, route, segment_ids, None, hypers, None
         )

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from meta_attention_jax.scalars import whole
+
 Queries = Float[Array, "batch time heads dim"]
 Keys = Float[Array, "batch time kv_heads dim"]
 Values = Float[Array, "batch time kv_heads dim"]
@@ -47,6 +49,17 @@ IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
 """Of full attention; see `mechanisms.full`."""
 
 SEGMENTS = ("any", "padded", "one")
+
+
+def _at_least(record: Any, least: int, name: str, optional: bool = False) -> None:
+    """Makes a field an int of Python's; raises ValueError unless it is one of at least `least`."""
+    value = getattr(record, name)
+    if optional and value is None:
+        return
+    number = whole(name, value)
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}.")
+    object.__setattr__(record, name, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +86,10 @@ class AttentionSpec:
     segments: str = "any"
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least 1, got {self.window}.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks: expected a number >= 0, got {self.sinks}.")
+        if not isinstance(self.causal, (bool, np.bool_)):
+            raise ValueError(f"causal: expected True or False, got {self.causal!r}.")
+        _at_least(self, 1, "window", optional=True)
+        _at_least(self, 0, "sinks")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
@@ -132,8 +145,15 @@ class Router:
         # Static arguments are hashed, and JSON has lists alone.
         for name in ("mechanisms", "fixed"):
             given = getattr(self, name)
-            given = (given,) if isinstance(given, str) else tuple(given)
-            object.__setattr__(self, name, given)
+            given = (given,) if isinstance(given, str) else given
+            ok = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
+            if not ok or not given:
+                raise ValueError(f"{name}: expected names of mechanisms, got {given!r}.")
+            object.__setattr__(self, name, tuple(given))
+        for name in ("controller", "prior", "posterior", "uncertainty"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a name, got {getattr(self, name)!r}.")
+        _at_least(self, 1, "hidden")
 
     @property
     def is_fixed(self) -> bool:
@@ -176,6 +196,12 @@ class ModelConfig:
     remat: bool = False
     dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "model_dim", "num_layers", "num_heads"):
+            _at_least(self, 1, name)
+        for name in ("num_kv_heads", "mlp_dim"):
+            _at_least(self, 1, name, optional=True)
 
     @property
     def kv_heads(self) -> int:

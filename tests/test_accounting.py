@@ -152,6 +152,12 @@ def test_dense_tiles_are_those_of_a_walk_over_blocks(time, causal):
         assert got.bytes == 4 * DIM * BATCH * (2 * KV_HEADS * tiles + 2 * HEADS * count) * edge
 
 
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0)])
+def test_nothing_costs_nothing(shape):
+    found = count(jnp.zeros(shape, jnp.int32))
+    assert all(float(leaf) == 0.0 for leaf in jax.tree.leaves(found))
+
+
 def test_a_square_is_all_pairs():
     q, k = abstract(60), abstract(60, KV_HEADS)
     assert full.count_work(q, k, SPEC).flops == 4 * DIM * HEADS * BATCH * 60 * 60
@@ -306,6 +312,15 @@ def test_measured_costs_are_timed_once_and_frozen(timer, tmp_path):
         with pytest.raises(ValueError, match="^costs.json: expected .* costs in .* got none"):
             attempt()
     assert len(timer) == 1
+
+
+def test_costs_from_before_a_field_of_their_setting_are_those_of_the_run(timer, tmp_path):
+    setting = build.build_cost_setting(config())
+    before = frozen.freeze_costs(tmp_path, setting, batch=8)
+    stored = json.loads((tmp_path / "costs.json").read_text())
+    assert stored["setting"].pop("segments") == "padded"
+    (tmp_path / "costs.json").write_text(json.dumps(stored))
+    np.testing.assert_array_equal(frozen.read_costs(tmp_path, setting), before)
 
 
 def test_a_run_that_was_cut_off_before_its_costs_measures_them_later(timer, tmp_path):

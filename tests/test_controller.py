@@ -284,6 +284,10 @@ def test_bfloat16_leaves_the_statistics_in_float32(arm):
     "name, fields, message",
     [
         ("oracle", {}, "controller: expected one of .*'bayesian'.*'fixed'.* got 'oracle'"),
+        ("softmax", {"mechanisms": None}, "mechanisms: expected names of mechanisms, got None"),
+        ("fixed", {"fixed": ()}, r"fixed: expected names of mechanisms, got \(\)"),
+        ("bayesian", {"hidden": 0}, "hidden: expected at least 1, got 0"),
+        (["bayesian"], {}, r"controller: expected a name, got \['bayesian'\]"),
         ("softmax", {"mechanisms": ("full",)}, "mechanisms: expected 2 or more distinct names"),
         ("fixed", {"fixed": "lokal"}, "fixed: expected one of the mechanisms .* got 'lokal'"),
         ("bayesian", {"posterior": "exact"}, "posterior: expected one of .* got 'exact'"),

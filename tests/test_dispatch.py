@@ -184,16 +184,17 @@ def test_compiles_once_where_the_caller_does_not_compile():
         assert dispatch._hard_attention._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("reach", [Reach(), Reach(40), Reach(40, 3)])
-def test_every_tile_that_is_counted_is_met_once_and_holds_a_visible_key(reach):
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("reach", [Reach(), Reach(40), Reach(40, 3), Reach(2, 20)])
+def test_every_tile_that_is_counted_is_met_once_and_all_that_are_needed_are(reach, causal):
     """The list against an enumeration, query by query and key by key."""
     batch, time, size = 2, 150, worklist.Sizes(8, 16)
     chosen = np.asarray(jax.random.bernoulli(jax.random.key(0), 0.3, (batch, time)))
     ids = np.repeat([[0] * 3 + [1] * 87 + [2] * 60], batch, 0)
     work = worklist.build(
-        jnp.where(chosen, 0, -1), jnp.asarray(ids), causal=True, reaches=[reach], sizes=[size]
+        jnp.where(chosen, 0, -1), jnp.asarray(ids), causal=causal, reaches=[reach], sizes=[size]
     )
-    allowed = oracles.allowed_pairs(ids, causal=True, window=reach.window, sinks=reach.sinks)
+    allowed = oracles.allowed_pairs(ids, causal=causal, window=reach.window, sinks=reach.sinks)
     blocks, order = work.blocks[0], np.asarray(work.order)
     n, met = 0, 0
     for row in range(batch):
@@ -240,6 +241,16 @@ def test_sinks_are_seen_besides_the_window(shape):
     assert_close(dense, expected, TOLERANCE)
     without = making.attended("local", q, k, v, segment_ids=ids, causal=causal, window=window)
     assert distance(without, expected[0]) > 0.01
+
+
+def test_sinks_ahead_of_a_window_are_seen_too():
+    """In both directions: a query at the start of a segment has sinks ahead of its window."""
+    q, k, v = (jax.random.normal(key, (1, 128, 2, DIM)) for key in jax.random.split(jax.random.key(0), 3))
+    ids = jnp.where(jnp.arange(128) < 60, 1, 2)[None]
+    route = jnp.where(jnp.arange(128) == 60, LOCAL, LINEAR)[None]
+    spec = dict(causal=False, window=2, sinks=8, segment_ids=ids)
+    got = making.hard(q, k, v, route, **spec)[:, 60]
+    assert_close(got, making.attended("local", q, k, v, **spec)[:, 60], TOLERANCE)
 
 
 def test_the_log_sum_exp_merges_two_softmaxes_into_one():

@@ -204,6 +204,19 @@ def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
         assert_close(ours, theirs, what=name)
 
 
+def test_a_prompt_of_one_token_starts_anew_as_longer_ones_do():
+    """Whatever the cache has held."""
+    model = make()
+    params, tokens = parameters(model), text()
+    apply = jax.jit(functools.partial(model.apply, hypers=HYPERS, method="prefill"))
+    fresh = model.init_cache(BATCH, TIME)
+    used, _ = apply({"params": params}, fresh, tokens[:, :PROMPT], jnp.asarray(LENGTHS))
+    one = jnp.ones(BATCH, jnp.int32)
+    expected = apply({"params": params}, fresh, tokens[:, :1], one)
+    assert_close(apply({"params": params}, used, tokens[:, :1], one), expected)
+    assert (expected[0].length == 1).all()
+
+
 def test_steps_fill_the_cache_as_prefill_does():
     model = make()
     params, tokens = parameters(model), text()

@@ -20,7 +20,8 @@ from meta_attention_jax.training.loop import train
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "meta_attention_jax"
 FLOORS = (
-    ("types", "targets", "scalars", "files", "fields", "console"),
+    ("targets", "scalars", "files", "fields", "console"),
+    ("types",),
     ("sharding",),
     ("mechanisms", "controller", "data"),
     ("cost", "kernels"),

@@ -356,7 +356,12 @@ def test_bad_shapes_are_refused_in_one_sentence(attend, arguments, sentence):
     "fields, sentence",
     [
         (dict(window=0), "window: expected at least 1, got 0"),
-        (dict(sinks=-1), "sinks: expected a number >= 0, got -1"),
+        (dict(window=8.5), "window: expected an integer, got 8.5"),
+        (dict(window="8"), "window: expected an integer, got '8'"),
+        (dict(window=True), "window: expected an integer, got True"),
+        (dict(sinks=None), "sinks: expected an integer, got None"),
+        (dict(causal="no"), "causal: expected True or False, got 'no'"),
+        (dict(sinks=-1), "sinks: expected at least 0, got -1"),
         (dict(implementation="fast"), "implementation: expected one of auto, .* got 'fast'"),
         (dict(segments="two"), "segments: expected one of .* got 'two'"),
     ],

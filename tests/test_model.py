@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax import RoutingHypers
+from meta_attention_jax import MetaAttention, RoutingHypers
 from tests import making
 from tests.close import assert_close, distance
 
@@ -231,6 +231,7 @@ def test_layer_stands_in_for_self_attention():
         (dict(strength=0.0), {}, "strength: expected a finite number > 0"),
         (dict(costs=(1.0, 2.0)), {}, "costs: expected 3 positive numbers"),
         (dict(costs="analytic"), {}, "costs: expected 'nominal' or numbers"),
+        (dict(window=4.5), {}, "window: expected an integer, got 4.5"),
         ({}, dict(mask=jnp.ones((1, 1, TIME, TIME))), "segment_ids"),
         ({}, dict(inputs_kv=jnp.ones((BATCH, TIME, 16))), "self-attention"),
         ({}, dict(segment_ids=jnp.ones((BATCH, 3), jnp.int32)), "segment_ids: expected shape"),
@@ -242,6 +243,31 @@ def test_bad_input_is_one_sentence(fields, call, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         making.layer(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields, sentence", [
+    (dict(spec=8), "spec: expected an instance of AttentionSpec, got 8"),
+    (dict(router="fixed"), "router: expected an instance of Router, got 'fixed'"),
+])
+def test_records_of_another_kind_are_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MetaAttention(num_heads=2, **fields).init(jax.random.key(0), jnp.ones((1, 4, 16)))
+
+
+@pytest.mark.parametrize("fields, sentence", [
+    (dict(vocab_size=0), "vocab_size: expected at least 1, got 0"),
+    (dict(num_layers=1.5), "num_layers: expected an integer, got 1.5"),
+    (dict(mlp_dim=-3), "mlp_dim: expected at least 1, got -3"),
+])
+def test_sizes_that_no_model_has_are_one_sentence(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        making.config(**dict(vocab_size=5, model_dim=16, num_layers=1, num_heads=2) | fields)
+
+
+def test_integers_of_numpy_are_those_of_python():
+    assert making.config(
+        vocab_size=np.int64(5), model_dim=16, num_layers=1, num_heads=2, window=np.int32(8)
+    ) == making.config(vocab_size=5, model_dim=16, num_layers=1, num_heads=2, window=8)
 
 
 def test_a_numpy_false_draws_samples_as_a_python_false_does():

@@ -74,6 +74,13 @@ def test_a_run_directory_opens_from_itself_alone(whole):
     assert sorted(p.name for p in whole.iterdir()) == before
 
 
+def test_a_choice_that_serves_training_alone_gives_way_elsewhere():
+    """cuDNN has no segment ids: a model that may be given any is not refused for it."""
+    values = config(**{"model.implementation": "cudnn"})
+    assert build.build_model(values, 10).config.attention.implementation == "auto"
+    assert build.build_model(values, 10, "padded").config.attention.implementation == "cudnn"
+
+
 def test_a_run_answers_without_its_corpus(tmp_path):
     text = tmp_path / "text"
     text.mkdir()

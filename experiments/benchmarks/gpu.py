@@ -1,7 +1,7 @@
 """Timings on a GPU against full attention by cuDNN, and a dated record of them and of the checks.
 
 make gpu-check                              the checks of tests/test_gpu.py, then this, in 8 minutes
-python -m experiments.benchmarks.gpu [--budget_minutes=5] [--checks=FILE.xml] [--out=FOLDER]
+python -m experiments.benchmarks.gpu [--budget_minutes=4] [--checks=FILE.xml] [--out=FOLDER]
 python -m experiments.benchmarks.gpu --platform=cpu --out=FOLDER    tries the script itself, tiny
 
 `--checks` is what pytest's --junitxml wrote. Exit code 1 if a check failed or something raised, 2
@@ -37,7 +37,7 @@ from experiments.benchmarks.common import Row, environment, markdown
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
 OUT = commands.define_path("out", None, "Folder of the record; experiments/results on a GPU.")
 CHECKS = commands.define_path("checks", None, "What pytest --junitxml wrote of tests/test_gpu.py.")
-BUDGET = flags.DEFINE_float("budget_minutes", 5.0, "No timing starts that would end later.", 0.0)
+BUDGET = flags.DEFINE_float("budget_minutes", 4.0, "No timing starts that would end later.", 0.0)
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 

@@ -134,6 +134,7 @@ def train_step_config(model_dim: int, layers: int, time: int, window: int, batch
     config.data.sequence_length, config.data.batch_size = time, batch
     config.model.model_dim, config.model.num_layers = model_dim, layers
     config.model.window, config.model.dtype = window, "bfloat16"
+    config.model.implementation = "blockwise"  # Of all sides but the one that is named.
     config.parallel.devices = 1
     return config
 
@@ -198,7 +199,7 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
         "Bayesian soft": step_of(spec, hypers, state),
         "Bayesian packed hard": step_of(dataclasses.replace(spec, packed=True), hypers, hardened),
     }
-    config.controller.name, config.model.implementation = "fixed", "blockwise"
+    config.controller.name = "fixed"
     alone, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     state = init_state(alone, jax.random.key(0), batch, hypers)
     calls["full-only"] = step_of(alone, hypers, state)

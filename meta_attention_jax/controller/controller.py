@@ -90,7 +90,7 @@ class DirichletController(nn.Module):
     num_mechanisms: int
     hidden: int = 64
     prior: str = "cost_aware"
-    posterior: str = "additive"
+    posterior: str = "mean_strength"
     uncertainty: str = "entropy"
     dtype: Any = jnp.float32
     samples: bool = True

@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
       count: how many there are.
       row: sequence of each.
       slot: its first slot.
-      low, high: tiles that hold the windows of its queries.
+      low, high: tiles that hold the windows of its queries, and sinks ahead of them.
       whole, whole_end: those among them in which every query of the block sees every key.
       sink_low, sink_high: tiles before `low` that hold sinks; empty without any.
     """
@@ -224,6 +224,8 @@ def _blocks(
         sinks = of_block(sink_last) > of_block(sink_first)
         begins = jnp.where(sinks, of_block(sink_first), time).min(1)
         finishes = jnp.where(sinks, of_block(sink_last), 0).max(1)
+        # In both directions, sinks can lie ahead of the window.
+        high = jnp.maximum(high, -(-finishes // tile))
         sink_high = jnp.minimum(low, -(-finishes // tile))
         sink_low = jnp.minimum(begins // tile, sink_high)
     return Blocks(ends[-1], row, slot, low, high, whole, whole_end, sink_low, sink_high)

@@ -71,6 +71,9 @@ def fused(
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     valid = segment_ids != 0
     lengths = valid.sum(axis=1, dtype=jnp.int32)
+    # Mapped where q is (a sweep shares its batch between points): the kernel's rule for vmap needs both.
+    first = jax.lax.stop_gradient(q[:, 0, 0, 0])
+    lengths += (jnp.isnan(first) & ~jnp.isnan(first)).astype(jnp.int32)
     # A row of nothing but padding must have a key, or its softmax is over none.
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, implementation="cudnn",

@@ -82,6 +82,9 @@ def count_attention(
     if segment_ids is not None and segment_ids.shape != route.shape:
         raise ValueError(f"segment_ids: expected shape {route.shape}, got {segment_ids.shape}.")
     (batch, time), spec, dim = route.shape, config.attention, config.head_dim
+    if 0 in route.shape:
+        zero = jnp.float32(0.0)
+        return Accounting(zero, *(Spending(zero, zero, zero, zero) for _ in range(2)))
     dtype = config.dtype or jnp.float32
     q = jax.ShapeDtypeStruct((batch, time, config.num_heads, dim), dtype)
     k = jax.ShapeDtypeStruct((batch, time, config.kv_heads, dim), dtype)

@@ -29,8 +29,8 @@ from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
 from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
 
-SEGMENTS = "padded"
-"""Of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
+PADDED = "padded"
+"""What is known of the segments of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
 
 
 def check(config: ConfigDict) -> None:
@@ -73,7 +73,7 @@ def full_attention(config: ConfigDict) -> str:
         time=config.data.sequence_length,
         dtype=config.model.dtype,
         head_dim=config.model.model_dim // config.model.num_heads,
-        segments=SEGMENTS,
+        segments=PADDED,
     )
 
 
@@ -127,6 +127,7 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
         head_dim=model.model_dim // model.num_heads,
         dtype=model.dtype,
         implementation=model.implementation,
+        segments=PADDED,
     )
 
 
@@ -225,11 +226,13 @@ def build_dataset(
 
 
 def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
-    """Who may attend to whom."""
+    """Who may attend to whom. An implementation that was chosen for the run's own batches gives way to
+    "auto" where it cannot serve the segments."""
     model = config.model
-    return AttentionSpec(
-        window=model.window, implementation=model.implementation, segments=segments
-    )
+    chosen = model.implementation
+    if chosen == "cudnn" and segments == "any":
+        chosen = "auto"
+    return AttentionSpec(window=model.window, implementation=chosen, segments=segments)
 
 
 def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> LanguageModel:
@@ -292,7 +295,7 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     optimizer = config.optimizer
     shard_axis = FSDP if config.parallel.fsdp > 1 else None
     return StepSpec(
-        model=build_model(config, vocab_size, SEGMENTS).clone(shard_axis=shard_axis),
+        model=build_model(config, vocab_size, PADDED).clone(shard_axis=shard_axis),
         optimizer=make_optimizer(
             optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip
         ),

@@ -60,6 +60,8 @@ def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarra
         raise ValueError(f"{FILE}: expected the run's measured costs in {str(path)!r}, got none.")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        # Files from before the field hold for the runs that froze them.
+        stored["setting"].setdefault("segments", setting.segments)
         record = _from_json(stored)
         costs = record.costs
         sound = bool(np.all(np.isfinite(record.seconds) & (costs > 0)))
