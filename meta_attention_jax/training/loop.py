@@ -60,12 +60,13 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
 
 
 def headline(
-    label: str, about: Mapping[str, Any], where: str, *, job: Job, start: int, runs: int = 1
+    label: str, about: Mapping[str, Any], where: str, *, job: Job, start: int,
+    runs: Optional[int] = None,
 ) -> str:
-    """The first line of a log: of one run, or of several that are one program."""
+    """The first line of a log: of one run, or of `runs` that are one program."""
     what = f"{about['parameters']:,} parameters ({about['controller_parameter_share']:.1%} controller)"
-    if runs > 1:
-        what = f"{runs} runs of {what} as one program"
+    if runs is not None:
+        what = f"{runs} run{'s' * (runs != 1)} of {what} as one program"
     state = "finished" if start >= job.config.train.steps else "resumed"
     return (
         f"{label}: {what}, full attention {about['full_attention']}, {where}"
