@@ -133,7 +133,7 @@ def test_large_logits_do_not_overflow():
 
 def recurrent(q, k, v, segments):
     """S <- S + phi(k_t) v_t^T, z <- z + phi(k_t), token by token; both restart with a segment."""
-    phi = lambda x: jax.nn.elu(x) + 1.0  # noqa: E731
+    phi = lambda x: jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))  # noqa: E731
     group = HEADS // KV_HEADS
     tokens = [jnp.moveaxis(x, 1, 0) for x in (phi(q), phi(k), v, segments)]
     before = jnp.concatenate([tokens[3][:1], tokens[3][:-1]])
@@ -148,7 +148,7 @@ def recurrent(q, k, v, segments):
         bottom = jnp.einsum("bhd,bhd->bh", query, jnp.repeat(z, group, axis=1)) + 1e-6
         return (s, z), jnp.where(ids[:, None, None] != 0, top / bottom[..., None], 0.0)
 
-    start = jnp.zeros((BATCH, KV_HEADS, DIM, DIM)), jnp.zeros((BATCH, KV_HEADS, DIM))
+    start = jnp.zeros((BATCH, KV_HEADS, DIM, DIM), jnp.float32), jnp.zeros_like(tokens[1][0])
     return jnp.moveaxis(jax.lax.scan(step, start, (*tokens, before))[1], 0, 1)
 
 
