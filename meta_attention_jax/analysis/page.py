@@ -31,6 +31,7 @@ dl{{font-size:.85rem;display:grid;grid-template-columns:max-content 1fr;gap:.1re
 max-width:56rem}}
 dt{{font-weight:600}}
 dd{{margin:0}}
+@media (max-width:40rem){{body{{padding:0 1rem}}dl{{display:block}}dd{{margin:0 0 .5rem}}}}
 @media print{{body{{margin:0;max-width:none;font-size:10pt}}h2,h3,h4{{break-after:avoid}}
 figure,tr{{break-inside:avoid}}}}
 """
