@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
-from experiments.studies import arms
+from experiments.studies import arms, pinned
 from experiments.studies.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
 from experiments.studies.scores import scores
 from meta_attention_jax import analysis
@@ -174,8 +174,8 @@ def main() -> None:
             "tolerance": TOLERANCE,
         }
         begun = [path.parent for path in sorted(root.glob(f"*/*/*/{MANIFEST}"))]
-        data = {"all": common.Data(dataset, begun)}
-        common.pin(root / "ablation.json", shared, "a comparison", data=data)
+        data = {"all": pinned.Data(dataset, begun)}
+        pinned.pin(root / "ablation.json", shared, "a comparison", data=data)
     flops = {
         arm: build.soft_flops(config, build.build_flops(config, dataset.vocab_size))
         for arm, config in configs.items()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import fcntl
-import json
 import logging as python_logging
 import os
 import pathlib
@@ -15,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import jax
@@ -25,17 +22,11 @@ from ml_collections.config_flags import tuple_parser
 from meta_attention_jax.config import (
     SCHEMA,
     check_fields,
-    completed,
-    config_difference,
     help_table,
-    may_change,
     near,
-    read_stored,
 )
 from meta_attention_jax.console import tolerant_streams
-from meta_attention_jax.data.manifest import check_manifest, digest
-from meta_attention_jax.data.pipeline import Dataset
-from meta_attention_jax.files import local, partial, run_directory, write_whole
+from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
 
@@ -171,120 +162,6 @@ def check_output(field: str, path: str | pathlib.Path) -> None:
         raise ValueError(
             f"{field}: expected a file in a folder that can be written, got {str(path)!r}."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What runs of a comparison read.
-
-    Attributes:
-      dataset: opened now.
-      runs: directories of such runs, those that are not there yet too.
-    """
-
-    dataset: Dataset
-    runs: Iterable[pathlib.Path]
-
-    def check(self) -> None:
-        """Raises ValueError if one of the runs has read other data."""
-        for path in self.runs:
-            check_manifest(self.dataset, path)
-
-
-DATA = "data_digests.json"
-"""Beside a pinned file: the digest of the data of every run, by name."""
-
-
-def pin(
-    path: pathlib.Path,
-    shared: Mapping[str, Any],
-    what: str,
-    grows: Optional[str] = None,
-    data: Optional[Mapping[str, Data]] = None,
-) -> None:
-    """Writes what all runs below the folder of `path` share, or checks that it is the same.
-
-    Created whole or not at all, so that processes that start at the same moment agree on one. Fields
-    of "config" that a run may set anew differ as they like, and stay as they were.
-
-    Args:
-      path: the file.
-      shared: a dict for JSON.
-      what: it is, for the error.
-      grows: key of a dict that may gain entries, but lose and change none.
-      data: of the runs by name, in `DATA`: it may move and gain names, but has to stay the same.
-
-    Raises:
-      ValueError: a folder of something else, the first field that differs, or other data.
-    """
-    run_directory("workdir", path.parent)
-    mine = json.loads(json.dumps(shared))
-    if not path.exists():
-        others = [entry for entry in path.parent.glob("*") if not entry.name.startswith(f".{path.name}")]
-        if others and not path.exists():
-            raise ValueError(
-                f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}."
-            )
-        _create(path, json.dumps(mine, indent=1) + "\n")
-    stored = read_stored(path)
-    for key in (key for key, value in mine.items() if isinstance(value, dict)):
-        if not isinstance(stored.get(key), dict):
-            raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
-    known, compared = dict(stored), dict(mine)
-    for plain in (known, compared):  # Of versions with fewer fields.
-        if isinstance(plain.get("config"), dict):
-            plain["config"] = completed(plain["config"])
-    if grows:
-        compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
-        if lost := stored[grows].keys() - mine[grows].keys():
-            raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
-    for field, old, new in config_difference(known, compared):
-        own = field.startswith("config.")
-        if not own or not may_change(field.removeprefix("config."), old, new):
-            raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
-    if data:
-        _pin_data(path.with_name(DATA), data)
-    if grows and mine[grows].keys() != stored[grows].keys():
-        write_whole(path, json.dumps({**stored, grows: mine[grows]}, indent=1) + "\n")
-
-
-def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
-    manifests = {id(one.dataset): one.dataset for one in data.values()}
-    digests = {key: digest(dataset.manifest()) for key, dataset in manifests.items()}
-    given = {name: digests[id(one.dataset)] for name, one in data.items()}
-    if not path.exists():
-        for one in data.values():  # Of a version that did not write it: what is trained says more.
-            one.check()
-        _create(path, json.dumps(given, indent=1) + "\n")
-    stored = read_stored(path, "digests of data")
-    for name, found in given.items():
-        if stored.get(name, found) != found:
-            data[name].check()  # Knows in what they differ.
-            raise ValueError(
-                f"data: expected the data that {str(path.parent)!r} was begun with, got other data; "
-                "use another workdir."
-            )
-    if given.keys() - stored.keys():
-        write_whole(path, json.dumps({**stored, **given}, indent=1) + "\n")
-
-
-def _create(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole, unless it is there already or another process is first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = partial(path)
-    written.write_text(text, encoding="utf-8")
-    try:
-        os.link(written, path)
-    except FileExistsError:
-        pass
-    except OSError:  # A file system without hard links.
-        with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
-            with contextlib.suppress(OSError):  # Nor locks: two processes at the same moment may differ.
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def no_room(error: BaseException) -> bool:

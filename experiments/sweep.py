@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import common
-from experiments.studies import sweeps
+from experiments.studies import outcome, pinned, sweeps
 from experiments.studies.comparison import parse_shard
 from experiments.studies.scores import scores
 from meta_attention_jax import analysis
@@ -60,15 +60,15 @@ def main() -> None:
         sweeps.check_starts(root, configs, datasets)
         shared = {"config": config_to_dict(base), "points": {n: stored.get(n, p) for n, p in points.items()}}
         data = sweeps.data_of(root, configs, datasets)
-        common.pin(root / "sweep.json", shared, "this sweep", grows="points", data=data)
+        pinned.pin(root / "sweep.json", shared, "this sweep", grows="points", data=data)
         # Points of one program lie side by side, so that every shard has some of each.
         order = sorted(points, key=lambda n: repr(algebra.program(configs[n])))
         mine = [name for name in points if name in order[index::number]]
         jobs = sweeps.prepared(root, {name: configs[name] for name in mine}, datasets)
     sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
-    found = sweeps.rows(root, points)
+    found = outcome.rows(root, points)
     if len(found) == len(points) and TEST_BATCHES.value:
-        pick = sweeps.chosen(sweeps.lines(found))
+        pick = outcome.chosen(outcome.lines(found))
         for row in found:
             path = root / "points" / row["label"]
             if row["setting"] == pick and not (path / "test.json").exists():
@@ -82,7 +82,7 @@ def main() -> None:
                 measured = scores(run, "test", max_batches=TEST_BATCHES.value)
                 analysis.write_json(path / "test.json", measured)
     print()
-    sweeps.write_results(root, points, base.name)
+    outcome.write_results(root, points, base.name)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from meta_attention_jax.types import (
     RoutingHypers,
     SegmentIds,
     Weights,
+    expect_record,
     positions_in_segment,
 )
 
@@ -294,11 +295,8 @@ class MetaAttention(nn.Module):
 
     def _validate(self, x: Array, cache: Optional[caches.Cache]) -> tuple[int, int, int]:
         """Checks the fields against each other; returns (H, G, d)."""
-        for name, kind in (("spec", AttentionSpec), ("router", Router)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(
-                    f"{name}: expected an instance of {kind.__name__}, got {getattr(self, name)!r}."
-                )
+        expect_record("spec", self.spec, AttentionSpec)
+        expect_record("router", self.router, Router)
         if x.ndim != 3:
             raise ValueError(f"inputs_q: expected [batch, time, model], got shape {x.shape}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads

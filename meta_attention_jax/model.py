@@ -24,6 +24,7 @@ from meta_attention_jax.types import (
     Routing,
     RoutingHypers,
     SegmentIds,
+    expect_record,
     positions_in_segment,
 )
 
@@ -132,6 +133,7 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         config = self.config
+        expect_record("config", config, ModelConfig)
         routers = [config.router.of_layer(i) for i in range(config.num_layers)]
         if config.scan_layers and config.router.is_fixed and len(set(routers)) > 1:
             raise ValueError(

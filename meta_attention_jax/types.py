@@ -51,6 +51,13 @@ IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
 SEGMENTS = ("any", "padded", "one")
 
 
+def expect_record(name: str, value: Any, kind: type) -> None:
+    """Raises ValueError of one sentence unless `value` is a record of that kind."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ValueError(f"{name}: expected {article} {kind.__name__}, got {value!r}.")
+
+
 def _at_least(record: Any, least: int, name: str, optional: bool = False) -> None:
     """Makes a field an int of Python's; raises ValueError unless it is one of at least `least`."""
     value = getattr(record, name)
@@ -198,6 +205,8 @@ class ModelConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        expect_record("attention", self.attention, AttentionSpec)
+        expect_record("router", self.router, Router)
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads"):
             _at_least(self, 1, name)
         for name in ("num_kv_heads", "mlp_dim"):

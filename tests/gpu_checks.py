@@ -9,14 +9,15 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.common import Row, random_routes
-from meta_attention_jax.mechanisms import attend, full
+from experiments.benchmarks.gpu_timings import cudnn_refusal, cudnn_window
+from meta_attention_jax.mechanisms import attend
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.types import MECHANISMS, AttentionSpec
@@ -53,26 +54,6 @@ def check(name: str, value: float, tolerance: float, note: str = "") -> Row:
 
 def not_run(name: str, why: str) -> Row:
     return dict(check=name, value=None, tolerance=None, passed=None, note=f"not run: {why}")
-
-
-def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
-    """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
-    if time % 2:  # jax takes the missing bias for one, with which the kernel has no odd lengths.
-        return f"implementation: expected for gradients by 'cudnn' an even T, got {time}."
-    try:
-        full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one"
-        )
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def cudnn_window(q, k, v, window: int):
-    """The local mechanism by cuDNN: (L, 0) keeps L + 1 keys, and a window needs `is_causal`."""
-    return jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="cudnn"
-    )
 
 
 def attend_form(form: str, q, k, v, ids, window: int):

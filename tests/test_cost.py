@@ -190,13 +190,12 @@ def test_a_whole_model_is_that_of_the_program(scale):
     """Full attention only, which is loop-free; the program computes all T x T pairs."""
     sizes = dict(vocab_size=512, model_dim=256, num_layers=1, num_heads=2, num_kv_heads=1,
                  mlp_dim=512) | scale
-    batch, time, dim = 2, 64, 128
+    batch, time = 2, 64
     model = making.model(**sizes, controller="fixed", implementation="xla", window=16)
     tokens = abstract(batch, time, dtype=jnp.int32)
     run = lambda params, tokens: model.apply(params, tokens, hypers=hypers()).logits  # noqa: E731
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, hypers=hypers()), tokens)
     flops = counted(**sizes, time=time, controller_outputs=0)
-    assert dim == sizes["model_dim"] // sizes["num_heads"]
     assert flops.controller == 0.0
     square = flops.mechanisms["full"] * 2 * time / (time + 1)
     hold(run, params, tokens, expected=round(batch * time * (flops.trunk + square)))

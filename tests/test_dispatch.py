@@ -447,6 +447,7 @@ def test_bad_input_is_one_sentence():
         (dict(route=route.astype(jnp.float32)), "route: expected integers"),
         (dict(route=route + 1), r"route: expected indices in \[0, 3\), got"),
         (dict(implementation="fast"), "implementation: expected one of"),
+        (dict(sinks=0.5), "sinks: expected an integer, got 0.5"),
         (dict(mechanisms=()), "mechanisms: expected distinct names"),
         (dict(mechanisms=("full", "full")), "mechanisms: expected distinct names"),
     ):

@@ -17,7 +17,7 @@ import pytest
 from configs import smoke
 from experiments import common
 from experiments.benchmarks.common import write_json as write_benchmark
-from experiments.studies import quick
+from experiments.studies import pinned, quick
 from meta_attention_jax import analysis, load_run
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.data.corpora import load_corpus
@@ -63,7 +63,7 @@ def test_names_that_checkpoints_could_not_be_kept_under_are_refused_first(tmp_pa
     for call in (
         lambda: prepare(smoke.get_config(), path),
         lambda: load_run(path),
-        lambda: common.pin(path / "sweep.json", {"config": {}}, "this sweep"),
+        lambda: pinned.pin(path / "sweep.json", {"config": {}}, "this sweep"),
     ):
         with pytest.raises(ValueError, match="workdir: expected a path [^\n]*, got"):
             call()
@@ -262,11 +262,11 @@ def test_a_comparison_starts_where_there_are_no_hard_links(tmp_path, monkeypatch
     monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "sweep" / "sweep.json"
     for _ in range(2):
-        common.pin(path, {"config": {"a": 1}, "points": {"x": {}}}, "this sweep", grows="points")
-    common.pin(path, {"config": {"a": 1}, "points": {"x": {}, "y": {}}}, "this sweep", grows="points")
+        pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}}}, "this sweep", grows="points")
+    pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}, "y": {}}}, "this sweep", grows="points")
     assert json.loads(path.read_text())["points"].keys() == {"x", "y"}
     with pytest.raises(ValueError, match="config.a: expected 1"):
-        common.pin(path, {"config": {"a": 2}, "points": {"x": {}, "y": {}}}, "this sweep", "points")
+        pinned.pin(path, {"config": {"a": 2}, "points": {"x": {}, "y": {}}}, "this sweep", "points")
 
 
 @pytest.mark.parametrize("left", ["config.tmp", ".config.json.4711.tmp"])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments.studies import sweeps
+from experiments.studies import outcome, sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.together import Lost
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
@@ -261,7 +261,7 @@ def test_a_damaged_point_of_a_sweep_stops_no_other(together, tmp_path, capsys):
     assert out.count("seed=1: step: expected a complete checkpoint in ") == 1
     assert [sweeps.steps_done(root / "points" / f"seed={s}") for s in (0, 2)] == [4, 4]
     assert before.items() <= snapshot(lost).items()
-    found = sweeps.result(root, [{"seed": s} for s in (0, 1, 2)])
+    found = outcome.result(root, [{"seed": s} for s in (0, 1, 2)])
     assert [row["label"] for row in found.rows] == ["seed=0", "seed=2"] and found.pick is None
     gc.collect()
 
@@ -272,7 +272,7 @@ def test_a_point_whose_log_is_damaged_is_left_out_by_name(whole, tmp_path):
         shutil.copytree(whole, root / "points" / f"seed={seed}")
     (root / "points" / "seed=1" / "metrics.jsonl").write_text('{"event": "eval", "step": 4}\n')
     with pytest.warns(UserWarning, match="seed=1: expected the files of a run, got damaged ones"):
-        found = sweeps.rows(root, [{"seed": 0}, {"seed": 1}])
+        found = outcome.rows(root, [{"seed": 0}, {"seed": 1}])
     assert [row["label"] for row in found] == ["seed=0"]
 
 

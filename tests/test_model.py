@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax import MetaAttention, RoutingHypers
+from meta_attention_jax import LanguageModel, MetaAttention, ModelConfig, RoutingHypers
 from tests import making
 from tests.close import assert_close, distance
 
@@ -246,8 +246,8 @@ def test_bad_input_is_one_sentence(fields, call, sentence):
 
 
 @pytest.mark.parametrize("fields, sentence", [
-    (dict(spec=8), "spec: expected an instance of AttentionSpec, got 8"),
-    (dict(router="fixed"), "router: expected an instance of Router, got 'fixed'"),
+    (dict(spec=8), "spec: expected an AttentionSpec, got 8"),
+    (dict(router="fixed"), "router: expected a Router, got 'fixed'"),
 ])
 def test_records_of_another_kind_are_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -257,11 +257,17 @@ def test_records_of_another_kind_are_one_sentence(fields, sentence):
 @pytest.mark.parametrize("fields, sentence", [
     (dict(vocab_size=0), "vocab_size: expected at least 1, got 0"),
     (dict(num_layers=1.5), "num_layers: expected an integer, got 1.5"),
+    (dict(attention=8), "attention: expected an AttentionSpec, got 8"),
     (dict(mlp_dim=-3), "mlp_dim: expected at least 1, got -3"),
 ])
 def test_sizes_that_no_model_has_are_one_sentence(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
-        making.config(**dict(vocab_size=5, model_dim=16, num_layers=1, num_heads=2) | fields)
+        ModelConfig(**dict(vocab_size=5, model_dim=16, num_layers=1, num_heads=2) | fields)
+
+
+def test_a_model_of_something_else_is_one_sentence():
+    with pytest.raises(ValueError, match="config: expected a ModelConfig, got 8"):
+        LanguageModel(8).init(jax.random.key(0), tokens(), hypers=hypers())
 
 
 def test_integers_of_numpy_are_those_of_python():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments import common
+from experiments.studies import pinned
 from meta_attention_jax.config import completed, config_difference, config_to_dict
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
 from meta_attention_jax.data.manifest import MANIFEST, check_manifest, same_data
@@ -134,13 +134,13 @@ def test_a_comparison_goes_on_with_data_that_have_moved(tmp_path):
         return {"config": config_to_dict(config("x", **{"data.corpus": corpus, **more}))}
 
     path = tmp_path / "sweep.json"
-    common.pin(path, shared("path:a"), "a sweep")
-    common.pin(path, shared("path:b"), "a sweep")
-    common.pin(path, shared("path:b", **{"data.split": "hash"}), "a sweep")
+    pinned.pin(path, shared("path:a"), "a sweep")
+    pinned.pin(path, shared("path:b"), "a sweep")
+    pinned.pin(path, shared("path:b", **{"data.split": "hash"}), "a sweep")
     with pytest.raises(ValueError, match="config.data.corpus: expected 'path:a', .* got 'sotu'"):
-        common.pin(path, shared("sotu"), "a sweep")
+        pinned.pin(path, shared("sotu"), "a sweep")
     with pytest.raises(ValueError, match="config.seed: expected 0"):
-        common.pin(path, shared("path:b", seed=1), "a sweep")
+        pinned.pin(path, shared("path:b", seed=1), "a sweep")
 
 
 def test_a_single_file_may_be_renamed(tmp_path):
@@ -271,10 +271,10 @@ def test_all_runs_of_a_comparison_read_the_same_data(kind, started, tmp_path):
 
     refused(other, 1)
     refused(first, 1, "--config.data.split=hash")
-    (work / common.DATA).unlink()  # Of a version without the file, with a run that has begun.
+    (work / pinned.DATA).unlink()  # Of a version without the file, with a run that has begun.
     refused(other, 1)
     goes_on(tmp_path / "moved")
     shutil.rmtree(begun)  # With none that has.
     refused(other, 1)
-    (work / common.DATA).unlink()
+    (work / pinned.DATA).unlink()
     goes_on(other)

@@ -16,7 +16,7 @@ import warnings
 import pytest
 
 from experiments import common
-from experiments.studies import reports, sweeps
+from experiments.studies import outcome, reports, sweeps
 from meta_attention_jax import analysis, console
 from meta_attention_jax.analysis import canvas
 from meta_attention_jax.console import Tolerant, say
@@ -239,7 +239,7 @@ def test_a_picture_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "rows", lambda *_: [row])
     monkeypatch.setattr(analysis, "pareto_figure", fails)
     with pytest.warns(UserWarning, match="pareto.png: left out, ValueError: no such glyph"):
-        sweeps.write_results(tmp_path, [{}], "name")
+        outcome.write_results(tmp_path, [{}], "name")
     assert (tmp_path / "table.md").is_file() and (tmp_path / "rows.json").is_file()
     assert "chosen: a" in capsys.readouterr().out
 
@@ -253,7 +253,7 @@ def test_a_picture_that_fails_costs_no_page(tmp_path, monkeypatch):
     row = {"label": "a", "setting": "a", "point": {"seed": 1}, "seed": 1, "nll_hard": 1.0, "nll_soft": 1.0,
            "gap": 0.0, "cost": 0.3, "routing_entropy": 0.1, "usage_entropy": 0.1, "full": 0.1, "kl": 0.0}
     with pytest.warns(UserWarning, match="Hard nats against cost: .* left out, ValueError: no such glyph"):
-        page = reports.sweep_page(sweeps.concluded([row], 1), "name")
+        page = reports.sweep_page(outcome.concluded([row], 1), "name")
     assert "Settings: validation split" in page and "<img" not in page
     (tmp_path / "ablation.json").write_text('{"config": {"name": "name"}}')
     with pytest.warns(UserWarning, match="equal tokens: left out, ValueError: no such glyph"):

@@ -277,6 +277,10 @@ def test_processes_that_cannot_meet_are_one_sentence(tmp_path, monkeypatch, argu
     [
         (["--programs=softt"], "programs: expected some of"),
         (["--topology=moon"], "topology: expected "),
+        pytest.param(["--topology=h100", "--config.parallel.devices=1"],
+                     "topology: expected the CUDA compiler", marks=pytest.mark.skipif(
+                         importlib.util.find_spec("jax_cuda13_plugin") is not None,
+                         reason="the CUDA compiler is here")),
         (["--config.parallel.fsdp=3"], "topology: expected the TPU compiler" if WITHOUT_LIBTPU else
          "parallel.fsdp: expected a divisor of the 4 devices, got 3"),
     ],

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import smoke, sweep_concentration, sweep_concentration_sotu
-from experiments.studies import sweeps
+from experiments.studies import outcome
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.space import chain, log_spaced, point, product, sweep, zipped
 from meta_attention_jax.training import build
@@ -55,7 +55,7 @@ def test_labels_say_what_varies_within_a_name():
         "strength=0.5,seed=0", "strength=0.5,seed=1", "strength=2,seed=0", "strength=2,seed=1",
         "fixed_one,seed=0", "fixed_one,seed=1", "alone",
     ]
-    assert sweeps.settings(points) == [
+    assert outcome.settings(points) == [
         "strength=0.5", "strength=0.5", "strength=2", "strength=2", "fixed_one", "fixed_one", "alone",
     ]
     clash = product(sweep("prior.threshold", (1, 2)), sweep("gate.threshold", (1, 2)))
@@ -127,11 +127,11 @@ def test_front_and_choice():
         made("free", 1.3, 0.5, "free"), made("full", 1.3, 1.0, "full"),
         made("lost", 1.2, 0.1, diverged=1),
     ]
-    assert sweeps.front(lines[:-1]) == ["a", "ccc", "bb", "free"]
-    assert sweeps.chosen(lines) == "ccc"  # Within 0.005 of bb and cheaper; baselines are not chosen.
-    assert sweeps.swept(lines) == "prior.strength"
-    assert sweeps.chosen([made("x", 1.0, 1.0, "x")]) == "x"
-    assert sweeps.chosen([]) is None
+    assert outcome.front(lines[:-1]) == ["a", "ccc", "bb", "free"]
+    assert outcome.chosen(lines) == "ccc"  # Within 0.005 of bb and cheaper; baselines are not chosen.
+    assert outcome.swept(lines) == "prior.strength"
+    assert outcome.chosen([made("x", 1.0, 1.0, "x")]) == "x"
+    assert outcome.chosen([]) is None
 
 
 def test_lines_average_seeds_and_count_those_that_diverged():
@@ -139,6 +139,6 @@ def test_lines_average_seeds_and_count_those_that_diverged():
                routing_entropy=0.5, usage_entropy=0.5, full=0.1, kl=0.1)
     found = [{**row, "nll_hard": 1.0, "cost": 0.2}, {**row, "nll_hard": 2.0, "cost": 0.4},
              {"setting": "a", "point": {"prior.strength": 1.0, "seed": 2}, "diverged": "step 3: ..."}]
-    (line,) = sweeps.lines(found)
+    (line,) = outcome.lines(found)
     assert line["seeds"] == 2 and line["diverged"] == 1
     assert line["nll_hard"] == 1.5 and line["nll_hard_pm"] == pytest.approx(12.706 * 0.5, rel=1e-3)

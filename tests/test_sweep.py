@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments import common
-from experiments.studies import sweeps
+from experiments.studies import outcome, pinned, sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.lock import hold
@@ -120,10 +119,10 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     with hold(jobs["seed=2"].path):  # By another process.
         sweeps.train_points(root, light(root))
         assert "seed=2: left to the process that trains it." in capsys.readouterr().out
-    found = sweeps.result(root, LIGHT_POINTS)
+    found = outcome.result(root, LIGHT_POINTS)
     assert len(found.rows) == 2 and found.pick is None and found.title == " (2 of 3 points)"
     sweeps.train_points(root, light(root))
-    found = sweeps.result(root, LIGHT_POINTS)
+    found = outcome.result(root, LIGHT_POINTS)
     assert found.pick is not None and found.title == ""
     for label in algebra.labels(LIGHT_POINTS):
         assert_close(final(root, label), final(tmp_path / "whole", label))
@@ -171,14 +170,14 @@ def line(setting, nll, cost, diverged=0, **point):
 def test_survivors_of_a_diverging_setting_are_no_front():
     made = [line("a", 1.0, 0.5), line("b", 0.9, 0.4, diverged=1), line("c", 1.1, 0.3),
             line("d", 1.2, 0.6)]
-    assert sweeps.front(made) == ["c", "a"]
-    assert sweeps.chosen(made) == "a"
+    assert outcome.front(made) == ["c", "a"]
+    assert outcome.chosen(made) == "a"
 
 
 def test_the_frame_has_a_column_per_swept_field():
     made = [line("strength=1", 1.0, 0.5, **{"prior.strength": 1.0}),
             line("full", 1.0, 1.0, name="full")]
-    found = sweeps.Result(rows=[], lines=made, front=[], pick=None, total=3)
+    found = outcome.Result(rows=[], lines=made, front=[], pick=None, total=3)
     frame = found.frame()
     assert list(frame.columns[:4]) == ["setting", "prior.strength", "name", "seeds"]
     assert frame["prior.strength"][0] == 1.0 and np.isnan(frame["prior.strength"][1])
@@ -188,10 +187,10 @@ def test_the_frame_has_a_column_per_swept_field():
 def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
     path = tmp_path / "sweep" / "sweep.json"
     shared = {"config": {"train": {"log_every": 5, "steps": 9}}, "points": {"a": {"seed": 0}}}
-    common.pin(path, shared, "this sweep", grows="points")
+    pinned.pin(path, shared, "this sweep", grows="points")
     more = {"config": {"train": {"log_every": 1, "steps": 9}},
             "points": {"a": {"seed": 0}, "b": {"seed": 1}}}
-    common.pin(path, more, "this sweep", grows="points")
+    pinned.pin(path, more, "this sweep", grows="points")
     stored = json.loads(path.read_text())
     assert stored == {"config": shared["config"], "points": more["points"]}
     for wrong, field in (
@@ -201,13 +200,13 @@ def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
         ({**more, "config": {"train": {"log_every": 1, "steps": 8}}}, "config.train.steps"),
     ):
         with pytest.raises(ValueError, match=field):
-            common.pin(path, wrong, "this sweep", grows="points")
+            pinned.pin(path, wrong, "this sweep", grows="points")
     assert json.loads(path.read_text()) == stored
     # A label that another one begins with is another label.
     path = tmp_path / "other" / "sweep.json"
-    common.pin(path, {"points": {"s=1.5": {"s": 1.5}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+    pinned.pin(path, {"points": {"s=1.5": {"s": 1.5}, "s=2": {"s": 2}}}, "this sweep", grows="points")
     with pytest.raises(ValueError, match="points: expected 's=1.5' still"):
-        common.pin(path, {"points": {"s=1": {"s": 1}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+        pinned.pin(path, {"points": {"s=1": {"s": 1}, "s=2": {"s": 2}}}, "this sweep", grows="points")
 
 
 def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch):
@@ -217,7 +216,7 @@ def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch
         for s, nll, cost in (("a", 1.0, 0.5), ("b", 1.001, 0.4), ("c", 0.9, 0.9))
     ]  # "b" was chosen before the sweep grew by "c".
     monkeypatch.setattr(sweeps, "rows", lambda root, points: rows)
-    found = sweeps.result(tmp_path, [row["point"] for row in rows])
+    found = outcome.result(tmp_path, [row["point"] for row in rows])
     assert found.pick == "c"
     assert [row["label"] for row in found.rows if "test" in row] == ["c"]
     assert [line["setting"] for line in found.lines if "test_cost" in line] == ["c"]

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 # %%
 from configs import quick
-from experiments.studies import sweeps
+from experiments.studies import outcome, sweeps
 from meta_attention_jax.sweeps.space import configured, labels, product, sweep
 
 points = product(sweep("prior.strength", STRENGTHS), sweep("seed", SEEDS))
@@ -57,11 +57,11 @@ sweeps.train_points(root, sweeps.prepared(root, configs, datasets))
 # %%
 import pandas as pd
 
-found = sweeps.result(root, points)
+found = outcome.result(root, points)
 pd.DataFrame(found.done)[["setting", "seeds", "nll_hard", "gap", "cost", "routing_entropy", "chosen"]].round(3)
 
 # %%
-figures = sweeps.figures(found, "strength on quick recall")
+figures = outcome.figures(found, "strength on quick recall")
 figures["pareto"]
 
 # %% [markdown]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from experiments import common
-from experiments.studies import arms, comparison, long, sweeps
+from experiments.studies import arms, comparison, long, outcome
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
@@ -104,9 +104,9 @@ def ablation_table(folder: pathlib.Path) -> str:
 def sweep_table(folder: pathlib.Path) -> str:
     """Settings of a sweep."""
     rows, points = _read(folder / "rows.json"), _read(folder / "sweep.json")["points"]
-    found = sweeps.concluded(rows, len(points))
-    chosen = f"\nChosen: {found.pick}, {sweeps.RULE}.\n" if found.pick else ""
-    return analysis.markdown_table(*sweeps.shown(found)) + chosen + _pictures(folder)
+    found = outcome.concluded(rows, len(points))
+    chosen = f"\nChosen: {found.pick}, {outcome.RULE}.\n" if found.pick else ""
+    return analysis.markdown_table(*outcome.shown(found)) + chosen + _pictures(folder)
 
 
 def uncertainty_table(folder: pathlib.Path) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.common import spared
-from experiments.studies import arms, comparison, sweeps
+from experiments.studies import arms, comparison, outcome
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
@@ -45,7 +45,7 @@ def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], 
         return "ablation", functools.partial(ablation_page, root, rows)
     if (root / "sweep.json").is_file():
         stored = _shared(root / "sweep.json", "config", "points")
-        result = sweeps.result(root, stored["points"])
+        result = outcome.result(root, stored["points"])
         if not result.done:
             raise ValueError(f"workdir: expected finished points in {str(root)!r}, got none yet.")
         return "sweep", functools.partial(sweep_page, result, stored["config"]["name"])
@@ -172,7 +172,7 @@ def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
         made = [{**line, "setting": line["arm"], "point": {"name": line["arm"]}}
                 for line in lines if line["view"] == view and not line["arm"].endswith(arms.SOFT)]
         figure = functools.partial(
-            analysis.pareto_figure, made, sweeps.front(made), None, title=config["name"], split="test"
+            analysis.pareto_figure, made, outcome.front(made), None, title=config["name"], split="test"
         )
         table = analysis.table_html([line for line in written if line["view"] == view], columns)
         body = table + _drawn(f"Hard nats against cost, equal {view}", figure)
@@ -180,15 +180,15 @@ def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
     return analysis.html_page(f"Ablation: {config['name']}", sections)
 
 
-def sweep_page(result: sweeps.Result, title: str) -> str:
+def sweep_page(result: outcome.Result, title: str) -> str:
     """The table of the settings, the front, and what the swept number does."""
     title += result.title
-    shown, columns = sweeps.shown(result)
+    shown, columns = outcome.shown(result)
     heading = "Settings: validation split, unless a column says test"
     sections = [Section(heading, analysis.table_html(shown, columns))]
     said = {"pareto": "Hard nats against cost", "against": "What the swept number does"}
-    for name, figure in sweeps.drawers(result, title).items():
+    for name, figure in outcome.drawers(result, title).items():
         if drawn := _drawn(f"{said[name]}: {title}", figure):
             sections.append(Section(said[name], drawn))
-    text = f"Chosen: {result.pick}, {sweeps.RULE}." if result.pick else ""
+    text = f"Chosen: {result.pick}, {outcome.RULE}." if result.pick else ""
     return analysis.html_page(f"Sweep: {title}", sections, text)

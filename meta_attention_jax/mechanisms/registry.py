@@ -9,7 +9,7 @@ from typing import Optional
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values
+from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values, expect_record
 
 REGISTRY: dict[str, Mechanism] = {
     "full": full.MECHANISM,
@@ -62,6 +62,7 @@ def attend(
     Raises:
       ValueError: an unknown mechanism, or what it refuses.
     """
+    expect_record("spec", spec, AttentionSpec)
     if not isinstance(mechanism, Mechanism):
         mechanism = get_mechanism(mechanism)
 

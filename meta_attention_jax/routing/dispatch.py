@@ -39,6 +39,7 @@ from meta_attention_jax.types import (
     Route,
     SegmentIds,
     Values,
+    expect_record,
 )
 
 DISPATCHES = ("auto", "dense", "packed")
@@ -119,6 +120,7 @@ def hard_attention(
     """
     if not mechanisms or len(set(mechanisms)) != len(mechanisms):
         raise ValueError(f"mechanisms: expected distinct names, got {tuple(mechanisms)}.")
+    expect_record("spec", spec, AttentionSpec)
     blocks.validate_qkv(q, k, v, segment_ids)
     route = checked_route(route, q.shape[:2], len(mechanisms))
     heads = Heads(q, k, v, *(rotated if rotated is not None else (q, k)))
