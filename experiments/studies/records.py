@@ -165,6 +165,10 @@ RECORDS = (
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
            lambda stored: programs_table(stored["rows"][0])),
+    Record("A train step for an H100, compiled without one and not run", "compile_h100.json",
+           "python -m experiments.checks.compile --config=configs/smoke.py --topology=h100 "
+           "--config.model.dtype=bfloat16 --config.model.num_layers=1 --programs=soft",
+           lambda stored: programs_table(stored["rows"][0])),
 )
 
 
