@@ -16,7 +16,7 @@ import warnings
 import pytest
 
 from experiments import common
-from experiments.studies import outcome, reports, sweeps
+from experiments.studies import outcome, reports
 from meta_attention_jax import analysis, console
 from meta_attention_jax.analysis import canvas
 from meta_attention_jax.console import Tolerant, say
@@ -236,7 +236,7 @@ def test_a_picture_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
 
     row = {"label": "a", "setting": "a", "point": {}, "seed": 0, "nll_hard": 1.0, "nll_soft": 1.0,
            "gap": 0.0, "cost": 0.3, "routing_entropy": 0.1, "usage_entropy": 0.1, "full": 0.1, "kl": 0.0}
-    monkeypatch.setattr(sweeps, "rows", lambda *_: [row])
+    monkeypatch.setattr(outcome, "rows", lambda *_: [row])
     monkeypatch.setattr(analysis, "pareto_figure", fails)
     with pytest.warns(UserWarning, match="pareto.png: left out, ValueError: no such glyph"):
         outcome.write_results(tmp_path, [{}], "name")

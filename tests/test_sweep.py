@@ -215,7 +215,7 @@ def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch
          "test": {"nll_hard": 1.0, "cost": 0.5}}
         for s, nll, cost in (("a", 1.0, 0.5), ("b", 1.001, 0.4), ("c", 0.9, 0.9))
     ]  # "b" was chosen before the sweep grew by "c".
-    monkeypatch.setattr(sweeps, "rows", lambda root, points: rows)
+    monkeypatch.setattr(outcome, "rows", lambda root, points: rows)
     found = outcome.result(tmp_path, [row["point"] for row in rows])
     assert found.pick == "c"
     assert [row["label"] for row in found.rows if "test" in row] == ["c"]
