@@ -91,9 +91,9 @@ def loss_curves(
         max(4.4, 9.0 / len(corpora)),
         [_PANEL_HEIGHT],
         "Loss of every arm",
-        "Held-out loss is measured twice: soft (every token mixes the mechanisms) and hard (one "
+        "Validation loss is measured twice: soft (every token mixes the mechanisms) and hard (one "
         "mechanism per token). Where an arm's dashed line leaves its solid line, hardening costs. "
-        "The axis begins after the first tenth of training; numbers are the last evaluations.",
+        "The axis begins after the first tenth of training; numbers are the last evaluations, on validation.",
     )
     for axes, corpus in zip(grid[0], corpora):
         group = [run for run in runs if run["corpus"] == corpus]

@@ -11,6 +11,15 @@ from matplotlib.figure import Figure
 
 from meta_attention_jax.analysis import canvas, palette, tables
 
+# A shadow at the edge behind which a wide table or picture goes on; a cover that scrolls along hides it there.
+_SHADOWS = (
+    "background:linear-gradient(90deg,#fff 30%,#fff0) 0/2rem local,"
+    "linear-gradient(270deg,#fff 30%,#fff0) 100%/2rem local,"
+    "linear-gradient(90deg,#0003,#0000) 0/.8rem scroll,"
+    "linear-gradient(270deg,#0003,#0000) 100%/.8rem scroll;background-repeat:no-repeat;"
+    "background-color:#fff"
+)
+
 _CSS = f"""
 :root{{color-scheme:light}}
 body{{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;
@@ -21,8 +30,8 @@ h3{{font-size:1.1rem;margin:1.75rem 0 .25rem}}
 h4{{font-size:1rem;margin:1.1rem 0 .1rem}}
 p{{max-width:46rem;margin:.4rem 0 .8rem}}
 figure{{margin:1rem 0}}
+.scroll{{overflow-x:auto}}
 img{{max-width:100%;height:auto}}
-.table{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:.9rem;margin:.75rem 0;font-variant-numeric:tabular-nums}}
 th,td{{padding:.3rem .6rem;text-align:left;white-space:nowrap;border-bottom:1px solid #ddd}}
 th{{border-bottom:2px solid #888;white-space:normal;vertical-align:bottom;line-height:1.2}}
@@ -31,7 +40,8 @@ dl{{font-size:.85rem;display:grid;grid-template-columns:max-content 1fr;gap:.1re
 max-width:56rem}}
 dt{{font-weight:600}}
 dd{{margin:0}}
-@media (max-width:40rem){{body{{padding:0 1rem}}dl{{display:block}}dd{{margin:0 0 .5rem}}}}
+@media (max-width:40rem){{body{{padding:0 1rem}}dl{{display:block}}dd{{margin:0 0 .5rem}}
+img{{max-width:none;width:40rem}}.scroll{{{_SHADOWS}}}}}
 @media print{{body{{margin:0;max-width:none;font-size:10pt}}h2,h3,h4{{break-after:avoid}}
 figure,tr{{break-inside:avoid}}}}
 """
@@ -65,7 +75,7 @@ def figure_html(figure: Figure, description: str, dpi: int = 160) -> str:
     data = figure_png_base64(figure, dpi)
     width = round(96 * figure.get_figwidth())
     return (
-        f'<figure><img width="{width}" alt="{html.escape(description)}" '
+        f'<figure class="scroll"><img width="{width}" alt="{html.escape(description)}" '
         f'src="data:image/png;base64,{data}"></figure>'
     )
 
@@ -76,7 +86,7 @@ def table_html(rows: Sequence[tables.Row], columns: Sequence[tables.Column]) -> 
         f"<dt>{html.escape(titles)}</dt><dd>{html.escape(note)}</dd>"
         for titles, note in tables.column_notes(columns)
     )
-    return f'<div class="table">{tables.html_table(rows, columns)}</div>\n<dl>\n{notes}\n</dl>'
+    return f'<div class="scroll">{tables.html_table(rows, columns)}</div>\n<dl>\n{notes}\n</dl>'
 
 
 def html_page(title: str, sections: Sequence[Section], text: str = "") -> str:

@@ -32,7 +32,7 @@ TEXT_CSS = "\n".join(
         ".routed span{padding:1px 0;text-decoration-line:underline;text-decoration-thickness:2px;"
         "text-underline-offset:3px;text-decoration-skip-ink:none}",
         ".routed-legend{display:flex;flex-wrap:wrap;gap:.2em 2em;font-size:14px}",
-        ".routed-legend .routed{line-height:1.6}",
+        ".routed-legend .routed{line-height:1.6}.routed-legend span span{white-space:nowrap}",
     ]
     + [
         f".m{style.slot}{{text-decoration-style:{style.underline};text-decoration-color:{style.ink}}}"
