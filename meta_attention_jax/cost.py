@@ -16,7 +16,8 @@ import dataclasses
 import importlib.metadata
 import platform
 import time as clock
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,8 @@ arXiv 2605.28384.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -271,7 +272,9 @@ class MetaAttention(nn.Module):
             record = get_mechanism(name)
             query = heads.of(record)[0][:, 0]
             needed = weights[:, 0, k] != 0
-            out = record.step(query, cache, layer, needed=needed, spec=self.spec)
+            # Rotated keys are of no use to a query that is not.
+            held = cache.replace(k=None) if self.rotary and not record.rotary else cache
+            out = record.step(query, held, layer, needed=needed, spec=self.spec)
             outputs.append(out[:, None])
         return mix(outputs, weights)
 

@@ -13,14 +13,15 @@ Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation 
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Num
 
 from meta_attention_jax.controller.uncertainty import categorical_entropy
 from meta_attention_jax.model import Output
@@ -86,7 +87,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
     kinds = jax.nn.one_hot(batch.kind, num_kinds, dtype=jnp.float32) * mask[..., None]
     routes = jax.nn.one_hot(routing.route, routing.mean.shape[-1], dtype=jnp.float32)
 
-    def per_layer(values: Float[Array, "layer batch time"]) -> Float[Array, "layer"]:
+    def per_layer(values: Num[Array, "layer batch time"] | Bool[Array, "layer batch time"]) -> Float[Array, "layer"]:
         return jnp.einsum("lbt,bt->l", values.astype(jnp.float32), mask)
 
     concentration = jnp.zeros_like(routing.uncertainty)

@@ -17,7 +17,8 @@ import dataclasses
 import functools
 import html
 import pathlib
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import jax
 import jax.numpy as jnp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import pathlib
 
 import jax
@@ -15,8 +16,11 @@ from meta_attention_jax import Mechanism, load_run
 from meta_attention_jax.config import SCHEMA, check_fields
 from meta_attention_jax.controller import uncertainty
 from meta_attention_jax.mechanisms import registry
+from meta_attention_jax.mechanisms.cache import init_cache
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.rules import validate
+from tests import making
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "meta_attention_jax"
 FLOORS = (
@@ -66,13 +70,12 @@ def test_nothing_outside_the_tests_imports_them():
 
 
 def uniform(q, k, v, *, spec, segment_ids):
-    """The mean of all values so far: attention that looks at nothing."""
+    """The mean of all values so far of the segment: attention that looks at nothing."""
     assert spec.causal
-    group = q.shape[2] // k.shape[2]
-    valid = jnp.ones(q.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-    weights = valid[..., None, None]
-    total = jnp.cumsum(v * weights, axis=1) / jnp.maximum(jnp.cumsum(weights, axis=1), 1.0)
-    return jnp.repeat(total * weights, group, axis=2).astype(q.dtype)
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    seen = jnp.tril((ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]).astype(jnp.float32)
+    total = jnp.einsum("bts,bsgd->btgd", seen, v) / jnp.maximum(seen.sum(-1), 1.0)[..., None, None]
+    return jnp.repeat(total, q.shape[2] // k.shape[2], axis=2).astype(q.dtype)
 
 
 def uniform_step(q, cache, layer, *, needed, spec):
@@ -111,12 +114,29 @@ def test_a_toy_mechanism_is_one_file_and_one_line_and_then_trains_decodes_and_is
     assert np.argmax(run.logits(text.ids[:-1], mode="hard")[-1]) == text.ids[-1], "steps are attend"
 
 
+def test_a_mechanism_that_is_not_rotary_never_sees_rotated_keys(monkeypatch):
+    """Its steps would silently be another function than its `attend`."""
+    def step(q, cache, layer, *, needed, spec):
+        assert (cache.k is None) == hidden
+        return uniform_step(q, cache, layer, needed=needed, spec=spec)
+
+    monkeypatch.setitem(registry.REGISTRY, "uniform", dataclasses.replace(UNIFORM, step=step))
+    x = jnp.ones((1, 1, 8))
+    cache = init_cache(layers=1, batch=1, capacity=4, kv_heads=2, dim=4)
+    for hidden in (True, False):
+        layer = making.layer(num_heads=2, rotary=hidden, mechanisms=("full", "uniform"), window=2)
+        layer.init_with_output(jax.random.key(0), x, cache=cache, method="routed")
+
+
 def test_a_toy_measure_is_one_function_and_one_line(monkeypatch):
     doubt = uncertainty.Measure(lambda mean: 1.0 - jnp.max(mean, axis=-1), typical=0.7, of_posterior=False)
     monkeypatch.setitem(uncertainty.MEASURES, "doubt", doubt)
     config = smoke.get_config()
     config.controller.uncertainty = "doubt"
     check_fields(config)
+    for controller in ("softmax", "bayesian"):
+        config.controller.name = controller
+        validate(config)
     assert "doubt" in SCHEMA["controller.uncertainty"].choices
     mean = jnp.asarray([0.2, 0.5, 0.3])
     assert float(uncertainty.uncertainty("doubt", mean, None)) == pytest.approx(0.5)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from meta_attention_jax.controller.baselines import CONTROLLERS, WITH_POSTERIOR, WITH_PRIOR
+from meta_attention_jax.controller.baselines import CONTROLLERS
 
 NAMED: dict[str, dict[str, Any]] = {
     **{name: {"controller.name": name} for name in CONTROLLERS if name not in ("fixed", "softmax")},
@@ -19,9 +19,6 @@ NAMED: dict[str, dict[str, Any]] = {
     "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
 }
 SOFT = "@soft"
-
-WITH_PENALTY = (*WITH_POSTERIOR, "softmax_kl", "cost_penalty", "switch")
-"""Arms whose objective has a term weighed by beta."""
 
 DEFAULT = (
     "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "cost_penalty", "switch", "gumbel",
@@ -88,11 +85,11 @@ def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     """
     name = controller_of(arm)
     fields = [("optimizer.learning_rate", (0.5, 1.0, 2.0))]
-    if name in WITH_PENALTY:
+    if CONTROLLERS[name].has_penalty:
         fields.append(("objective.beta", (1 / 3, 1.0, 3.0, 10.0)))
-    if name in WITH_POSTERIOR:
+    if CONTROLLERS[name].has_posterior:
         fields.append(("prior.strength", (0.5, 1.0, 4.0)))
-    if name in WITH_PRIOR:
+    if CONTROLLERS[name].has_prior:
         fields.append(("prior.preference", (0.3, 1.0)))
     if name == "cost_penalty":
         fields.append(("controller.entropy_bonus", (0.3, 1.0, 3.0)))

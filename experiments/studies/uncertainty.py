@@ -28,8 +28,7 @@ from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
-from meta_attention_jax.controller.baselines import WITH_POSTERIOR
-from meta_attention_jax.controller.uncertainty import MEASURES
+from meta_attention_jax.controller.baselines import measures_of
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.runs import Run, load_run
 from meta_attention_jax.training.evaluation import token_arrays
@@ -109,8 +108,7 @@ def main() -> None:
             run.dataset  # Opened here, where its errors are the user's.
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        posterior = run.config.controller.name in WITH_POSTERIOR
-        for measure in MEASURES if posterior else ("entropy",):
+        for measure in measures_of(run.config.controller.name):
             print(f"{run.path}: {measure}", flush=True)
             found.setdefault(f"{run.config.name}, {measure}", []).append(both_splits(run, measure))
     rows, means = [], {name: averaged(results) for name, results in found.items()}

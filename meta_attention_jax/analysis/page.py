@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-from typing import Sequence
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 TEXT = "#1a1a1a"
 """Colour of letters, on white and on every tint."""

@@ -7,7 +7,8 @@ import html
 import json
 import math
 import os
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from meta_attention_jax.files import write_whole
 

@@ -11,7 +11,7 @@ import codecs
 import dataclasses
 import html
 import unicodedata
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int

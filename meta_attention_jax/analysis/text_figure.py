@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int

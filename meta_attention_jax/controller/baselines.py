@@ -1,7 +1,11 @@
 """Controllers to compare with. Layer, schedule, gate and network are shared; only this differs.
 
 Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)`
-and returns a `Routing`; what a controller has no use for, it ignores.
+and returns a `Routing`; what a controller has no use for, it ignores. Its class says what it has:
+
+    has_prior       a prior, so `prior.preference` matters
+    has_posterior   a Dirichlet posterior: `prior.strength` matters, and so do all measures of uncertainty
+    has_penalty     a term of the objective that beta weighs
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
-from meta_attention_jax.controller.uncertainty import categorical_entropy, uncertainty
+from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, uncertainty
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
     Positions,
@@ -37,9 +41,11 @@ class SoftmaxController(nn.Module):
     Attributes:
       num_mechanisms: K.
       hidden: width of the network's hidden layer.
-      uncertainty: "entropy", the only measure that needs no concentration.
+      uncertainty: a measure that needs no concentration.
       dtype: of the hidden layer's arithmetic.
     """
+
+    has_prior = has_posterior = has_penalty = False
 
     num_mechanisms: int
     hidden: int = 64
@@ -57,7 +63,7 @@ class SoftmaxController(nn.Module):
         hypers: RoutingHypers,
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Routing:
-        """Routing of every token; raises ValueError for a measure other than "entropy"."""
+        """Routing of every token; raises ValueError for a measure of a posterior."""
         logits = ControllerMLP(self.hidden, self.num_mechanisms, self.dtype, name="mlp")(
             x, residual, positions
         )
@@ -120,6 +126,8 @@ class SoftmaxKLController(SoftmaxController):
       prior: "cost_aware" or "uniform"; only its mean m is used.
     """
 
+    has_prior = has_penalty = True
+
     prior: str = "cost_aware"
 
     def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
@@ -132,6 +140,8 @@ class SoftmaxKLController(SoftmaxController):
 class CostPenaltyController(SoftmaxController):
     """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for
     entropy, rho = `hypers.entropy_bonus` in units of cost per nat."""
+
+    has_penalty = True
 
     def penalty(
         self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
@@ -149,6 +159,8 @@ class SwitchController(SoftmaxController):
     micro-batches change nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use,
     whatever the mechanisms cost.
     """
+
+    has_penalty = True
 
     def penalty(
         self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
@@ -207,6 +219,8 @@ class FixedController(nn.Module):
       fixed: index of the mechanism on the mechanism axis.
     """
 
+    has_prior = has_posterior = has_penalty = False
+
     num_mechanisms: int
     fixed: int = 0
 
@@ -237,11 +251,11 @@ CONTROLLERS: dict[str, type[nn.Module]] = {
 }
 """Controllers by the name that a config uses."""
 
-WITH_PRIOR = ("bayesian", "bayesian_mean", "softmax_kl")
-"""Those whose objective has a KL to the prior."""
 
-WITH_POSTERIOR = ("bayesian", "bayesian_mean")
-"""Those with a Dirichlet posterior, and so with every measure of uncertainty."""
+def measures_of(controller: str) -> tuple[str, ...]:
+    """The measures of uncertainty that the named controller has: all of a posterior's, or of a mean's."""
+    posterior = CONTROLLERS[controller].has_posterior
+    return tuple(name for name, one in MEASURES.items() if posterior or not one.of_posterior)
 
 
 def make_controller(router: Router, **fields: Any) -> nn.Module:

@@ -87,6 +87,8 @@ class DirichletController(nn.Module):
       ValueError: a name above is unknown, or the hypers' costs are not K numbers.
     """
 
+    has_prior = has_posterior = has_penalty = True
+
     num_mechanisms: int
     hidden: int = 64
     prior: str = "cost_aware"

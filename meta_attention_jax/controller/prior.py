@@ -14,6 +14,7 @@ from typing import Optional
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from meta_attention_jax.types import RoutingHypers, Scalar
@@ -65,7 +66,7 @@ def make_prior(family: str, hypers: RoutingHypers) -> Prior:
 
 
 def validate_prior(
-    *, strength: float, preference: float, costs: Optional[Sequence[float]] = None
+    *, strength: float, preference: float, costs: Optional[Sequence[float] | np.ndarray] = None
 ) -> None:
     """Checks concrete hyper-parameters, and costs where given, before any work starts.
 

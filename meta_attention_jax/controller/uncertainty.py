@@ -96,7 +96,7 @@ def uncertainty(
         return found.function(mean)
     if concentration is None:
         raise ValueError(
-            "uncertainty: expected 'entropy' for a controller without a Dirichlet posterior, "
-            f"got {measure!r}."
+            "uncertainty: expected a measure of the mean, such as 'entropy', for a controller without "
+            f"a Dirichlet posterior, got {measure!r}."
         )
     return found.function(concentration)

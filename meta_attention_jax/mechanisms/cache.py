@@ -59,7 +59,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """C, tokens that a row can hold."""
-        return self.k.shape[3]
+        return self.v.shape[3]
 
 
 def init_cache(

@@ -224,8 +224,8 @@ def _scale(q: GroupedQueries) -> float:
 
 
 def _logits(
-    query: GroupedQueries,
-    key: GroupedKeys,
+    query: Float[Array, "batch kv_heads group q dim"],
+    key: Float[Array, "batch kv_heads k dim"],
     segments: SegmentIds | None,
     i: Int[Array, ""],
     j: Int[Array, ""],

@@ -108,6 +108,10 @@ Numerator = Float[Array, "batch time heads dim"]
 Denominator = Float[Array, "batch time heads"]
 State = tuple[Float[Array, "batch kv_heads dim value"], Float[Array, "batch kv_heads dim"]]
 """(S, z), float32."""
+States = tuple[
+    Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]
+]
+"""m of them, one per chunk."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -226,8 +230,8 @@ def _padded(x: Array, time: int) -> Array:
 
 
 def _advance(
-    state: State, keep: Float[Array, "batch m"], added: State, reverse: bool = False
-) -> tuple[State, State]:
+    state: State, keep: Float[Array, "batch m"], added: States, reverse: bool = False
+) -> tuple[States, State]:
     """The state before each of m chunks (after, in reverse), stacked on axis 1; and the last one."""
     m = keep.shape[1]
     before = [None] * m

@@ -15,14 +15,15 @@ class Mechanism:
 
     Attributes:
       attend: `attend(q, k, v, *, spec, segment_ids) -> out`; q `[B, T, H, d]`, k and v `[B, T, G, d]`,
-        out like q, exactly 0 at padding (segment id 0).
+        out like q, exactly 0 at padding (segment id 0), and a function of its own segment alone.
       flops: `flops(time, dim, spec)`, FLOPs of the matrix products (2 per multiply-add) that the
         equation needs for one head and one sequence of `time` tokens.
       cost: its nominal cost, in units of that of full attention; None: it needs `costs` as numbers.
       rotary: whether q and k arrive rotated when the layer uses rotary positions.
       step: `step(q, cache, layer, *, needed, spec) -> out`, attention of the newest token of each
         row; q and out `[B, H, d]`, the `cache.Cache` has the token, `needed` `[B]` are the rows that
-        will be used. None: it cannot generate.
+        will be used. None: it cannot generate. A layer with rotary positions keeps its keys rotated,
+        and hides them (`cache.k` is None) from a mechanism that is not rotary.
       work: `work(q, k, spec)`, what `attend` really spends on all tokens, forward, as an
         `AttentionCost`; q and k may be abstract. None counts `flops`, and every array once.
       reach: `reach(spec)`, the keys that a query may see, where `attend` is softmax attention to them

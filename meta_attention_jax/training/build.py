@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
@@ -308,7 +308,7 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
 def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
     """Forward FLOPs per token of this config's model at its sequence length."""
     outputs = 0 if config.controller.name == "fixed" else len(config.model.mechanisms)
-    if config.controller.name in WITH_POSTERIOR:
+    if CONTROLLERS[config.controller.name].has_posterior:
         outputs += config.controller.posterior == "mean_strength"
     return count_flops(
         build_model(config, vocab_size).config,

@@ -13,8 +13,8 @@ import math
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterator
-from typing import Any, Mapping, Optional
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
 
 import jax
 import orbax.checkpoint as ocp

@@ -8,7 +8,8 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.console
 import rich.progress

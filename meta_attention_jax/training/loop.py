@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import jax
 import numpy as np

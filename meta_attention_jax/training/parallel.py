@@ -8,7 +8,8 @@ gathers of `sharding` where parameters are split), and out of the loops of atten
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 import flax.jax_utils
 import jax

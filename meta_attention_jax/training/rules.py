@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from meta_attention_jax.config import check_fields
-from meta_attention_jax.controller.baselines import WITH_POSTERIOR
+from meta_attention_jax.controller.baselines import measures_of
 from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.registry import get_mechanism
 
@@ -81,14 +81,13 @@ def validate(config: ConfigDict) -> None:
             "False with a fixed controller, which runs one mechanism as it is",
             True,
         )
-    if config.controller.name not in WITH_POSTERIOR:
-        expect(
-            config.controller.uncertainty == "entropy",
-            "controller.uncertainty",
-            f"'entropy', the only measure without a Dirichlet (controller.name = "
-            f"{config.controller.name!r})",
-            config.controller.uncertainty,
-        )
+    known = measures_of(config.controller.name)
+    expect(
+        config.controller.uncertainty in known,
+        "controller.uncertainty",
+        f"one of {known}, the measures with controller.name = {config.controller.name!r}",
+        config.controller.uncertainty,
+    )
 
 
 def check_sizes(config: ConfigDict) -> None:
