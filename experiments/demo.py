@@ -23,8 +23,10 @@ from experiments import common
 from experiments.studies import arms, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
+from meta_attention_jax.data.recall_floor import entropy_floor
 from meta_attention_jax.objective import summarise
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
@@ -256,7 +258,7 @@ def main() -> None:
         if arm == "bayesian":
             texts[corpus] = shown_text(run)
         if run.dataset.num_kinds > 1:
-            floor[corpus] = recall.entropy_floor(run.dataset.config, run.dataset.sequence_length)
+            floor[corpus] = entropy_floor(run.dataset.config, run.dataset.sequence_length)
     for corpus in CORPORA.value:
         show_sample(load_run(jobs[corpus, "bayesian"].path))
     timing = []

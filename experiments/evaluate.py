@@ -23,7 +23,8 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.routing.dispatch import resolve_dispatch
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 

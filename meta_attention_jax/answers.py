@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     import pandas
 
 
+class Html(str):
+    """HTML that a notebook shows."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextRoutes:
     """Routing of one text.
@@ -56,6 +63,29 @@ class TextRoutes:
                 columns[f"alpha/{name}"] = self.concentration[..., k].ravel()
         return pandas.DataFrame(columns)
 
+    def html(self, *, title: str, layer: Optional[int] = None) -> Html:
+        """The text coloured by mechanism; one layer or all.
+
+        Raises:
+          ValueError: a layer that there is not.
+        """
+        from meta_attention_jax import analysis  # The only use of pictures; they take a second.
+
+        layers = list(range(len(self.route)))
+        if layer is not None and layer not in layers:
+            raise ValueError(f"layer: expected one of {layers}, got {layer}.")
+        chosen = layers if layer is None else [layer]
+        return Html(analysis.coloured_html(
+            self.pieces,
+            self.route[chosen],
+            self.uncertainty[chosen],
+            self.mechanisms,
+            title=title,
+            caption="Each token is coloured by its mechanism; pale means uncertain.",
+            mean=self.mean[chosen],
+            layer_names=[f"layer {index}" for index in chosen],
+        ))
+
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
@@ -75,10 +105,3 @@ class Continuation:
 
     def __str__(self) -> str:
         return self.text
-
-
-class Html(str):
-    """HTML that a notebook shows."""
-
-    def _repr_html_(self) -> str:
-        return str(self)

@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import common
 from experiments.studies import reports, sweeps
-from meta_attention_jax.runs import Run
+from meta_attention_jax.run import Run
 from meta_attention_jax.training import evaluation, loop
 
 SENTENCE = re.compile(r"error: [\w.\-+ ]+: .*\bexpected .*\bgot\b.*[.?]")

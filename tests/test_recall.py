@@ -10,6 +10,7 @@ import pytest
 from configs import recall_oracle
 from meta_attention_jax.data import recall
 from meta_attention_jax.data.recall import KIND_AGGREGATE, KIND_LOCAL, KIND_QUERY, RecallConfig
+from meta_attention_jax.data.recall_floor import entropy_floor
 from meta_attention_jax.training import build
 
 CONFIGS = [
@@ -106,15 +107,7 @@ def test_entropy_floor_is_the_mean_of_the_true_log_probabilities(config):
     nll = np.array([-np.mean(naive(row, config)[0]) for row in draw(config, rows, seed=1)[0]])
     error = nll.std() / math.sqrt(rows)
     assert error < 0.02
-    assert abs(nll.mean() - recall.entropy_floor(config, LENGTH)) < 4.0 * error
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_query_fraction(config):
-    kind = draw(config, 4000, seed=2)[1]
-    share = (kind == KIND_QUERY).mean(axis=1)
-    error = share.std() / math.sqrt(len(share))
-    assert abs(share.mean() - recall.query_fraction(config, LENGTH)) < 4.0 * error
+    assert abs(nll.mean() - entropy_floor(config, LENGTH)) < 4.0 * error
 
 
 def test_without_marks_nothing_is_new():
@@ -155,8 +148,7 @@ def test_floor_in_closed_form():
     # One pair, one filler symbol: apart from the head only the coin is uncertain, at each of the
     # positions 2 and (unless 2 is a query) 3.
     config = RecallConfig(num_pairs=1, num_fillers=1, query_rate=0.5, jump_rate=1.0)
-    assert recall.entropy_floor(config, 3) == pytest.approx(1.5 * math.log(2.0) / 3.0)
-    assert recall.query_fraction(config, 3) == pytest.approx(0.5 / 3.0)
+    assert entropy_floor(config, 3) == pytest.approx(1.5 * math.log(2.0) / 3.0)
 
 
 def test_bindings_and_queries_are_uniform():
@@ -218,8 +210,8 @@ def test_parameters_out_of_range_are_refused(field, value):
 
 def test_a_sequence_must_have_room_for_a_query():
     config = RecallConfig(min_distance=8)
-    assert recall.entropy_floor(config, 16) > 0.0
-    for call in (recall.entropy_floor, recall.query_fraction, recall.check_length):
+    assert entropy_floor(config, 16) > 0.0
+    for call in (entropy_floor, recall.check_length):
         with pytest.raises(ValueError, match="sequence_length: expected more than 15"):
             call(config, 15)
     with pytest.raises(ValueError, match="sequence_length"):

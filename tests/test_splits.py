@@ -13,6 +13,7 @@ import pytest
 
 from meta_attention_jax.data import splits
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
+from meta_attention_jax.data.parts import cut
 from meta_attention_jax.data.pipeline import make_dataset
 from meta_attention_jax.data.texts import walk
 from tests.test_corpora import write
@@ -372,7 +373,7 @@ def test_every_cut_is_one_of_characters():
         size = int(rng.integers(0, 40))
         text = "".join(rng.choice(list("aé世\U0001f600\n"), size, p=[0.3, 0.2, 0.2, 0.2, 0.1]))
         for parts in (SPLITS[1:], ("test",), ()):
-            pieces = splits.cut("x", text.encode(), parts)
+            pieces = cut("x", text.encode(), parts)
             assert "".join(data.decode() for _, (_, data) in pieces) == text
             order = [("train", *parts).index(split) for split, _ in pieces]
             assert order == sorted(set(order))

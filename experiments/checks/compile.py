@@ -261,9 +261,8 @@ def _report(
     state = aot.abstract_state(config, vocab)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
-    form = build.full_attention(config)
-    print(f"{config.name}: {parameters:,} parameters, full attention {form}, {config.data.batch_size} x "
-          f"{config.data.sequence_length:,} tokens a step, {len(devices)} x {kind} ({mesh}), "
+    print(f"{config.name}: {parameters:,} parameters, full attention {build.full_attention(config)}, "
+          f"{config.data.batch_size} x {config.data.sequence_length:,} tokens a step, {len(devices)} x {kind} ({mesh}), "
           f"{limit} each\n", flush=True)
     flops = flop_rows(config, vocab)
     print(benchmarks.markdown(flops) + "\n", flush=True)

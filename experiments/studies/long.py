@@ -15,7 +15,8 @@ from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.data.manifest import same_data
 from meta_attention_jax.objective import forward, summarise
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import eval_step
 
 COLUMNS = [

@@ -7,7 +7,8 @@ from typing import Any, Optional
 
 from configs import quick
 from meta_attention_jax.files import local
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
 

@@ -20,7 +20,8 @@ from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import make_prior
 from meta_attention_jax.files import run_directory
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import token_arrays
 from meta_attention_jax.training.logs import read_metrics
 

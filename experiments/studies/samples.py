@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from meta_attention_jax import analysis
 from meta_attention_jax.generation import Trace
-from meta_attention_jax.runs import Run
+from meta_attention_jax.run import Run
 
 LINE = 80
 """Characters after which a line is broken."""

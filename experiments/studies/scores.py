@@ -10,7 +10,7 @@ import numpy as np
 from meta_attention_jax.analysis import statistics
 from meta_attention_jax.data import recall
 from meta_attention_jax.objective import summarise
-from meta_attention_jax.runs import Run
+from meta_attention_jax.run import Run
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
 

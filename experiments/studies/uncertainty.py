@@ -30,7 +30,8 @@ from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 from meta_attention_jax.controller.baselines import measures_of
 from meta_attention_jax.data.splits import RULES
-from meta_attention_jax.runs import Run, load_run
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import token_arrays
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")

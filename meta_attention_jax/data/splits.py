@@ -1,4 +1,4 @@
-"""Which file of a corpus is of which split, and texts that are cut at their end.
+"""Which file of a corpus is of which split.
 
 `data.split`, for a folder or file of one's own:
 
@@ -14,7 +14,7 @@ behind it: train, training, trainval; valid, validation, val, dev, devel, develo
 evaluation, newsdev; test, testing, tests, heldout, held-out, holdout, newstest. Train with a
 held-out word in one name says nothing; of two held-out words it is test. What lies below is of the
 same split; within train, names side by side may say more. Every text has to lie under one of the
-names. A split that they leave out is taken out of train (`fill`).
+names. A split that they leave out is taken out of train (`data/parts.py`).
 
 In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and
 ``test.py`` count only if no other program lies outside of such pairs, folders of programs only if
@@ -29,7 +29,6 @@ import collections
 import dataclasses
 import hashlib
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -67,12 +66,6 @@ _TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")
 """Endings of text without a form of its own."""
 
 _SHARD = re.compile(r"\d+-of-\d+")
-
-Text = tuple[str, bytes]
-"""Name and content."""
-
-Parts = dict[str, list[Text]]
-"""Texts by split."""
 
 
 def split_of(path: str) -> str:
@@ -183,7 +176,8 @@ def assign(names: Sequence[str], rule: str) -> Assigned:
     return Assigned(splits, "by a hash of the file's path", False, tuple(notes))
 
 
-def _topic(name: str) -> str | None:
+def topic(name: str) -> str | None:
+    """What the words of splits are in this file, by its ending; None where they are splits."""
     return TOPICAL.get(os.path.splitext(name)[1].lower())
 
 
@@ -210,7 +204,7 @@ def _folders(folder: str) -> list[str]:
 
 
 def _kind(files: Iterable[str]) -> str | None:
-    return collections.Counter(map(_topic, files)).most_common(1)[0][0]
+    return collections.Counter(map(topic, files)).most_common(1)[0][0]
 
 
 def _groups(names: Iterable[str], *, mixed: bool) -> list[_Group]:
@@ -223,13 +217,13 @@ def _groups(names: Iterable[str], *, mixed: bool) -> list[_Group]:
         for entry in below:
             if word := split_word(entry):
                 text = mixed or entry in folders
-                alike.setdefault(None if text else _topic(entry), {})[entry] = word
+                alike.setdefault(None if text else topic(entry), {})[entry] = word
         _join(alike, folders)
         for kind, said in alike.items():
             if "train" in said.values() and len(set(said.values())) > 1:
                 files = tuple(file for entry in said for file in below[entry])
                 if kind is None:
-                    own = [e for e in said if mixed or e in folders or _topic(e) is None]
+                    own = [e for e in said if mixed or e in folders or topic(e) is None]
                     kind = _kind(file for entry in own for file in below[entry])
                 found.append(_Group(folder, said, files, kind, bool(folders.intersection(said))))
     return found
@@ -254,25 +248,25 @@ def _data(groups: list[_Group], names: Sequence[str]) -> tuple[list[_Group], lis
     above = {f"{group.folder}{entry}/" for group in groups for entry in group.said}
     outer = [group for group in groups if not above.intersection(_folders(group.folder))]
     covered = {file for group in outer for file in group.files}
-    inside = collections.Counter(map(_topic, covered))
+    inside = collections.Counter(map(topic, covered))
     outside: dict[str | None, list[str]] = {}
     for name in names:
         if name not in covered:
-            outside.setdefault(_topic(name), []).append(name)
+            outside.setdefault(topic(name), []).append(name)
     kept, notes, outermost = [], [], set(map(id, outer))
     for group in groups:
         others = outside.get(group.kind, []) if group.kind else []
         if id(group) not in outermost and group.kind:
             continue
         held = [entry for entry, word in group.said.items() if word != "train"]
-        script = group.kind == "program" and all(_topic(entry) == "program" for entry in held)
+        script = group.kind == "program" and all(topic(entry) == "program" for entry in held)
         if others and (not group.folders or script or len(others) >= inside[group.kind]):
             notes.append(f"{_listed([group])} are taken for {group.kind}s like {others[0]!r}, not for splits")
             continue
         # Pages and programs among text.
         guests = {
-            entry: _topic(entry) for entry in group.said
-            if _topic(entry) not in (None, group.kind) and f"{group.folder}{entry}" in group.files
+            entry: topic(entry) for entry in group.said
+            if topic(entry) not in (None, group.kind) and f"{group.folder}{entry}" in group.files
         }
         bad = {entry: kind for entry, kind in guests.items() if outside.get(kind)}
         for entry, kind in bad.items():
@@ -329,95 +323,3 @@ def _listed(groups: Iterable[_Group]) -> str:
     shown = [repr(name) for _, name in sorted(entries)]
     more = [f"{len(shown) - 5} more"] if len(shown) > 6 else []
     return ", ".join(shown[:5] + more if more else shown)
-
-
-def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:
-    """Held-out files by split in the folder of a train file, named like it but for that word, and notes
-    of one that is not; where there is none of a split, `loosely`.
-
-    None for the rule "hash", and, with a note, for "auto" where the train file is a program or page
-    and others are in its folder.
-
-    Raises:
-      ValueError: rule "names", and there are none.
-    """
-    held: dict[str, list[pathlib.Path]] = {}
-    notes: list[str] = []
-    if rule != "hash" and split_word(path.name) == "train":
-        around = [p for p in sorted(path.parent.iterdir()) if p.name[0] != "."]
-        files = [p for p in around if p.is_file()]
-        for loosely in (False, True):
-            found: dict[str, list[pathlib.Path]] = {}
-            for file in files:
-                word = split_word(file.name)
-                if word not in ("train", None) and same_but_split(path.name, file.name, loosely=loosely):
-                    found.setdefault(word, []).append(file)
-            held = found | held
-        kind = _topic(path.name) if rule == "auto" else None
-        mine = {path.name, *(file.name for found in held.values() for file in found)}
-        outside = [f.name for f in files if kind and _topic(f.name) == kind and f.name not in mine]
-        if held and outside:
-            held = {}
-            notes = [f"{path.name!r} is taken for a {kind} like {outside[0]!r}, not for a split"]
-        unread = [p.name for p in around if split_word(p.name) in set(SPLITS[1:]) - held.keys()]
-        if unread and not notes:
-            notes = [f"{unread[0]!r} beside {path.name!r} is not read, for their names differ in more "
-                     "than the split"]
-    if rule == "names" and not held:
-        raise ValueError(
-            f"data.split: expected a train file with a held-out file beside it for 'names', got "
-            f"{str(path)!r} alone; 'hash' cuts it in three."
-        )
-    return held, notes
-
-
-def fill(parts: Parts) -> str:
-    """Takes the splits that are missing out of train, in place.
-
-    By the hash of the train files' paths; where that leaves a split without a file, 5 % of the
-    bytes off the end of every train file.
-
-    Returns:
-      What was done, in words; "" for nothing.
-    """
-    missing = [split for split in SPLITS[1:] if not parts[split]]
-    if not missing:
-        return ""
-    hashed = [split_of(name) for name, _ in parts["train"]]
-    pieces = [(split if split in missing else "train", text)
-              for split, text in zip(hashed, parts["train"], strict=True)]
-    by = "by a hash of the train file's path"
-    if {split for split, _ in pieces} != {"train", *missing}:
-        pieces = [p for name, data in parts["train"] for p in cut(name, data, missing)]
-        by = "off the end of " + ("every train file" if len(hashed) > 1 else "the train file")
-    for split in ("train", *missing):
-        parts[split] = [text for part, text in pieces if part == split]
-    return f"{' and '.join(missing)} {by}"
-
-
-def cut(
-    name: str, data: bytes, splits: Sequence[str] = SPLITS[1:]
-) -> list[tuple[str, Text]]:
-    """One UTF-8 text cut at line ends: 5 % of its bytes off the end for each of `splits`, in order.
-
-    A hash of one file cannot split it, and scattered lines would put neighbours in two splits.
-    Where lines are so long that a part would be empty or train less than half, it is cut at the
-    last line end of the 5 % before, or, without one there, between two characters.
-    """
-    share = TEST_FROM - VALIDATION_FROM
-    goals = [round(len(data) * (1.0 - share * (len(splits) - i))) for i in range(len(splits))]
-    starts = [0]
-    for goal in goals:
-        starts.append(max(data.rfind(b"\n", 0, goal) + 1, starts[-1]))
-    ends = [*starts[1:], len(data)]
-    if any(a == b for a, b in zip(starts, ends, strict=True)) or ends[0] < len(data) / 2:
-        starts = [0]
-        for goal in goals:
-            least = max(goal - int(share * len(data)), starts[-1])
-            place = data.rfind(b"\n", least, goal) + 1
-            while not place and starts[-1] < goal < len(data) and data[goal] & 0xC0 == 0x80:
-                goal -= 1  # To the start of a character.
-            starts.append(place or goal)
-        ends = [*starts[1:], len(data)]
-    pieces = zip(("train", *splits), starts, ends, strict=True)
-    return [(s, (f"{name}[{a}:{b}]", data[a:b])) for s, a, b in pieces if b > a]

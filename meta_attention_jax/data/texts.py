@@ -6,7 +6,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from meta_attention_jax.data.splits import SPLITS, Parts, assign, beside, cut, fill, split_word
+from meta_attention_jax.data.parts import Parts, beside, cut, fill
+from meta_attention_jax.data.splits import SPLITS, assign, split_word
 
 _LOOKED_AT = 1 << 16
 

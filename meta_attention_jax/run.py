@@ -1,0 +1,328 @@
+"""A run, asked: what its model says of a text or a split.
+
+    run = load_run("runs/recall")
+    run.metrics                     what training logged, a pandas frame
+    run.evaluate("test")            what is reported of a split
+    run.logits("k1=v2 c0 ?k1")      of the token after each
+    run.routes("k1=v2 c0 ?k1")      concentration, mean, uncertainty and mechanism per layer and token
+    run.generate("k1=v2 c0 ?k1", steps=8)
+    run.show("k1=v2 c0 ?k1")        coloured text in a notebook
+
+The corpus is opened when `run.dataset` is first asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+
+from meta_attention_jax.answers import Continuation, Html, TextRoutes
+from meta_attention_jax.data.manifest import check_manifest
+from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.data.tokenizer import Tokenizer
+from meta_attention_jax.files import local
+from meta_attention_jax.generation import generate, pad_prompts, sampler_of
+from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.objective import flatten_scalars, summarise
+from meta_attention_jax.routing.decide import MODES
+from meta_attention_jax.scalars import real, whole
+from meta_attention_jax.sharding import without_mesh
+from meta_attention_jax.training import build
+from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.logs import read_metrics
+from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.state import Hypers
+from meta_attention_jax.types import Batch, Routing, RoutingHypers
+
+if TYPE_CHECKING:
+    import pandas
+
+Text = Union[str, bytes, Sequence[int], Int[np.ndarray, "tokens"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """A trained model and everything around it.
+
+    Attributes:
+      path: the run directory.
+      config: as trained.
+      step: of the parameters.
+      steps: all that are saved.
+      params: on this process's first device.
+      model: in soft mode.
+      tokenizer: of the run.
+      hypers: of the config.
+      sequence_length: of `dataset`.
+      batch_size: of `dataset`.
+    """
+
+    path: pathlib.Path
+    config: ConfigDict
+    step: int
+    steps: tuple[int, ...]
+    params: Any
+    model: LanguageModel
+    tokenizer: Tokenizer
+    hypers: Hypers
+    sequence_length: int
+    batch_size: int
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The run's corpus, as trained or at the length and batch size asked for.
+
+        Raises:
+          ValueError: data that are not there any more, or not the same.
+        """
+        place = self.config.data.corpus
+        if place.startswith("path:") and not local("data.corpus", place[5:]).exists():
+            raise ValueError(
+                f"corpus: expected the data of the run at {place[5:]!r}, got nothing there; say where "
+                "they are now by load_run(..., corpus='path:NEW'), or --corpus=path:NEW of a command."
+            )
+        shape = self.config.copy_and_resolve_references()
+        shape.data.sequence_length = self.sequence_length
+        shape.data.batch_size = self.batch_size
+        dataset = build.build_dataset(shape, self.path)
+        check_manifest(dataset, self.path)
+        return dataset
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """Names, the mechanism axis."""
+        return tuple(self.config.model.mechanisms)
+
+    @property
+    def mode(self) -> str:
+        """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last
+        theta is below 1, else "hard". A `settled` gate is taken to have opened."""
+        if self.config.gate.kind == "none":
+            return "soft"
+        return "gated" if self.config.gate.threshold < 1 else "hard"
+
+    @functools.cached_property
+    def metrics(self) -> pandas.DataFrame:
+        """What training logged: a row per record, `event` and `step` first, "/" in nested names.
+
+        Raises:
+          ValueError: no log.
+        """
+        import pandas
+
+        records = read_metrics(self.path)
+        return pandas.DataFrame([
+            {"event": r["event"], "step": r["step"],
+             **flatten_scalars({k: v for k, v in r.items() if k not in ("event", "step")})}
+            for r in records
+        ])
+
+    def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
+        """Token ids of a text; ids stay as they are.
+
+        Raises:
+          ValueError: no token, or one that the run does not know.
+        """
+        if isinstance(text, str):
+            text = text.encode("utf-8", "surrogateescape")
+        ids = self.tokenizer.encode(text) if isinstance(text, bytes) else np.asarray(text)
+        pad_prompts([ids], self.tokenizer.vocab_size)
+        return ids.astype(np.int32)
+
+    def pieces(self, ids: Sequence[int] | Int[np.ndarray, "tokens"]) -> list[bytes]:
+        """The text of every token."""
+        return [self.tokenizer.decode([token]) for token in ids]
+
+    def logits(
+        self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
+    ) -> Float[np.ndarray, "token vocab"]:
+        """Logits of the token after each token of the text.
+
+        Args:
+          text: a text, or token ids.
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          threshold: theta of gated mode; None is the run's own.
+
+        Raises:
+          ValueError: no token, an unknown one, or an unknown mode.
+        """
+        return self._apply(text, mode, threshold)[1]
+
+    def routes(
+        self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
+    ) -> TextRoutes:
+        """Where the model sends every token of a text; arguments as `logits`."""
+        ids, _, routing = self._apply(text, mode, threshold)
+        return TextRoutes(
+            pieces=self.pieces(ids),
+            mechanisms=self.mechanisms,
+            concentration=routing.concentration,
+            mean=routing.mean,
+            uncertainty=routing.uncertainty,
+            route=routing.route,
+            hard=routing.hard,
+        )
+
+    def evaluate(
+        self,
+        split: str = "validation",
+        *,
+        mode: Optional[str] = None,
+        max_batches: Optional[int] = None,
+    ) -> dict[str, Any]:
+        """Everything that is reported of a split (see `objective.summarise`), at the posterior mean.
+
+        Args:
+          split: "train", "validation" or "test".
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          max_batches: at most so many, spread evenly over the split; None is all of it.
+
+        Raises:
+          ValueError: unknown split or mode, or data that are not there any more.
+        """
+        parallel = Parallel("jit", jax.local_devices()[:1])
+        params, hypers = parallel.place((self.params, self.hypers.routing))
+        sums = Evaluator(self.model, self.dataset, parallel).sums(
+            params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches
+        )
+        return summarise(sums, mechanisms=self.mechanisms, costs=hypers.costs)
+
+    @without_mesh
+    def routed_batch(
+        self, split: str = "validation", *, mode: Optional[str] = None
+    ) -> tuple[Batch, Routing]:
+        """The first batch of a split and its routing, [layer row time ...]; `mode` as in `logits`.
+
+        Raises:
+          ValueError: unknown split or mode, or data that are not there any more.
+        """
+        batch = next(self.dataset.eval_batches(split, max_batches=1))
+        _, routing = _forward(
+            self.model.clone(mode=self._mode(mode)), self.params, batch.tokens,
+            batch.segment_ids, batch.positions, self.hypers.routing,
+        )
+        return batch, jax.device_get(routing)
+
+    @without_mesh
+    def generate(
+        self,
+        prompt: Text,
+        *,
+        steps: int = 100,
+        mode: Optional[str] = None,
+        temperature: Optional[float] = None,
+        top_k: Optional[int] = None,
+        top_p: Optional[float] = None,
+        seed: int = 0,
+        threshold: Optional[float] = None,
+    ) -> Continuation:
+        """Goes on from a prompt by `steps` tokens; greedy unless one of the sampler's numbers is given.
+
+        Args:
+          prompt: a text, or token ids.
+          steps: tokens to generate.
+          mode: "soft", "hard" or "gated"; None is `mode`.
+          temperature, top_k, top_p: of `Sampler`.
+          seed: of the samples.
+          threshold: theta of gated mode; None is the run's own.
+
+        Raises:
+          ValueError: an empty prompt, an unknown token, or a number out of range.
+        """
+        draw = sampler_of(temperature, top_k, top_p)
+        ids = self.encode(prompt)
+        trace = generate(
+            self.model,
+            self.params,
+            [ids],
+            steps=steps,
+            hypers=self._routing_hypers(threshold),
+            keys=jax.random.split(jax.random.key(whole("seed", seed)), 1),
+            sampler=draw,
+            mode=self._mode(mode),
+        )
+        trace = jax.device_get(trace)
+        joined = np.concatenate([ids, trace.tokens[0]])
+        text = self.tokenizer.decode(joined).decode(errors="replace")
+        return Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
+
+    def show(
+        self,
+        text: Text,
+        *,
+        layer: Optional[int] = None,
+        mode: Optional[str] = None,
+        threshold: Optional[float] = None,
+    ) -> Html:
+        """The text coloured by mechanism, for a notebook; one layer or all.
+
+        Raises:
+          ValueError: as `logits`, or a layer that there is not.
+        """
+        found = self.routes(text, mode=mode, threshold=threshold)
+        return found.html(title=f"{self.config.name}, step {self.step}", layer=layer)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.config.name!r}, step {self.step} of {self.steps})"
+
+    def _repr_html_(self) -> str:
+        steps = ", ".join(map(str, self.steps))
+        rows = {
+            "run": self.path, "config": self.config.name, "step": f"{self.step} of {steps}",
+            "controller": self.config.controller.name, "corpus": self.config.data.corpus,
+        }
+        cells = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+    def _mode(self, mode: Optional[str]) -> str:
+        mode = self.mode if mode is None else mode
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        return mode
+
+    def _routing_hypers(self, threshold: Optional[float]) -> RoutingHypers:
+        if threshold is None:
+            return self.hypers.routing
+        if not 0 <= real("threshold", threshold) <= 1:
+            raise ValueError(f"threshold: expected theta in [0, 1], got {threshold}.")
+        return self.hypers.routing.replace(threshold=jnp.float32(threshold))
+
+    @without_mesh
+    def _apply(
+        self, text: Text, mode: Optional[str], threshold: Optional[float]
+    ) -> tuple[np.ndarray, np.ndarray, Routing]:
+        """(ids, logits [token vocab], routing [layer token ...])."""
+        ids = self.encode(text)
+        # Lengths are rounded up, so that texts of similar length share a program; nothing looks ahead.
+        room = -len(ids) % _LENGTH_STEP
+        tokens = np.pad(ids, (0, room))[None]
+        segments = np.pad(np.ones(len(ids), np.int32), (0, room))[None]
+        logits, routing = jax.device_get(_forward(
+            self.model.clone(mode=self._mode(mode)), self.params, tokens, segments, None,
+            self._routing_hypers(threshold),
+        ))
+        return ids, logits[0, : len(ids)], jax.tree.map(lambda x: x[:, 0, : len(ids)], routing)
+
+
+_LENGTH_STEP = 64
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _forward(model, params, tokens, segment_ids, positions, hypers):
+    output = model.apply(
+        {"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers
+    )
+    return output.logits, output.routing
