@@ -1,4 +1,4 @@
-"""Generated key-value recall: full attention is needed at the queries and nowhere else.
+"""Generated key-value recall: only at the queries does the answer lie further back than any window.
 
 python -m experiments.train --config=configs/recall.py --workdir=runs/recall
 

@@ -2,9 +2,10 @@
 
     J = (1/N) sum_t [ NLL_t + beta sum_layers KL(q_t || p) ]        nats per loss token
 
-(controllers to compare with put a penalty of their own in the place of the KL, or none) with one reparameterised sample of pi per token and layer in training. What it is, honestly: beta is
-usually far below 1, and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is
-the price of the information about which mechanism.
+with one reparameterised sample of pi per token and layer in training. Controllers to compare with put a
+penalty of their own in the place of the KL, or none. What it is, honestly: beta is usually far below 1,
+and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is the price of the
+information about which mechanism.
 
 Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and
 `summarise` divides once, by the global number of loss tokens.

@@ -3,7 +3,8 @@
     soft   o_t = sum_k w_tk o^k_t          hard   o_t = o^{k*_t}_t
 
 In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed
-kernel and one work list, so a batch pays for the sum of its rows. The others run on all tokens of the
+kernel and one work list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which
+queries meet which keys, `kernels/portable.py` computes them. The others run on all tokens of the
 batch, if any token but padding asks for them: linear attention's state needs every key whoever reads
 it.
 
