@@ -19,14 +19,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.baselines import CONTROLLERS
+from meta_attention_jax.controller.controller import NETWORKS
 from meta_attention_jax.controller.posterior import POSTERIORS
 from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
-from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Field
+from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field
 from meta_attention_jax.routing.gate import KINDS
-from meta_attention_jax.types import IMPLEMENTATIONS
+from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS
 
 SCHEMA: dict[str, Field] = {
     "name": Field("base", "Title of tables and pictures.", array=True),
@@ -73,6 +74,10 @@ SCHEMA: dict[str, Field] = {
     ),
     "controller.hidden": Field(64, "Width of its MLP.", POSITIVE),
     "controller.posterior": Field("mean_strength", "Form of the posterior.", choices=POSTERIORS),
+    "controller.network": Field(
+        "zero_output", "Its MLP: W2 = 0 at the start, or the paper's.", choices=NETWORKS,
+        since="zero_output",
+    ),
     "controller.uncertainty": Field("entropy", "Measure of u_t.", choices=MEASURES),
     "controller.fixed": Field(("full",), "fixed: mechanisms of the layers, repeated."),
     "controller.entropy_bonus": Field(
@@ -86,7 +91,7 @@ SCHEMA: dict[str, Field] = {
     ),
     # -- prior
     "prior.family": Field("cost_aware", "Form of the prior's mean.", choices=PRIORS),
-    "prior.strength": Field(2.0, "kappa, pseudo-counts in all.", array=True),
+    "prior.strength": Field(2.0, "kappa, pseudo-counts in all; paper: beta0.", array=True),
     "prior.preference": Field(0.1, "eta, the preference floor.", array=True),
     "prior.costs": Field(
         "nominal", "nominal, analytic, measured (frozen in the run), or '1,0.15,0.3'.", array=True
@@ -98,8 +103,16 @@ SCHEMA: dict[str, Field] = {
     "gate.kind": Field("linear", "Soft-to-hard schedule.", choices=KINDS),
     "gate.start": Field(0.4, "Share of the steps at which tokens begin to harden.", SHARE, array=True),
     "gate.end": Field(0.8, "Share at which the threshold is reached.", SHARE, array=True),
-    "gate.threshold": Field(
-        1.0, "Final theta; 1 makes every token hard.", Bounds("theta in [0, 1]", 0, 1), array=True
+    "gate.threshold": Field(1.0, "Final theta; 1 makes every token hard.", array=True),
+    "gate.unit": Field(
+        "theta", "Of the threshold: theta in [0, 1], or eta in nats of dirichlet_entropy.",
+        choices=("theta", "nats"), since="theta",
+    ),
+    "gate.price": Field(
+        0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True
+    ),
+    "gate.fallback": Field(
+        "soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"
     ),
     # -- optimizer
     "optimizer.name": Field("adamw", "The optimizer.", choices=("adamw", "sgd")),

@@ -160,7 +160,7 @@ class MetaAttention(nn.Module):
           positions: index within the segment; None derives it from `segment_ids` or the cache.
           residual: the stream before normalisation, whose norm the controller sees; None means x.
           route: forces k*_t; every token is then hard.
-          hypers: kappa, eta, c and theta as arrays; None takes them from the fields.
+          hypers: kappa, eta, c, theta and lambda as arrays; None takes them from the fields.
           keys: one PRNG key per example; None is deterministic.
           cache: of all layers; None reads whole sequences and remembers nothing.
           layer: index of this layer in the cache.
@@ -209,18 +209,24 @@ class MetaAttention(nn.Module):
             keys=keys,
         )
 
-        def own_rows(qkv, routing, segment_ids, positions, route, cache, layer, threshold):
+        fallback = None
+        if self.router.fallback == "full":
+            fallback = self.router.mechanisms.index("full")
+
+        def own_rows(qkv, routing, segment_ids, positions, route, cache, layer, threshold, prices):
             q, k, v = qkv
             turned = (rotate(q, positions), rotate(k, positions)) if self.rotary else (q, k)
             decision = decide(
-                routing, mode=self.mode, threshold=threshold, route=route, training=keys is not None
+                routing, mode=self.mode, threshold=threshold, prices=prices, fallback=fallback,
+                route=route, training=keys is not None,
             )
             routing = routing.replace(route=decision.route, hard=decision.hard)
             names, weights = self.router.mechanisms, decision.weights
             if self.router.is_fixed and route is None:
                 # One mechanism for all: the baselines pay for what they use, and for nothing else.
                 names, weights = self.router.fixed[:1], jnp.ones_like(weights[..., :1])
-            every_token_hard = route is not None or (self.mode == "hard" and keys is None)
+            no_soft = self.mode == "hard" or (self.mode == "gated" and fallback is not None)
+            every_token_hard = route is not None or (no_soft and keys is None)
             tokens = Heads(q, k, v, *turned)
             if cache is not None and time == 1:
                 cache = caches.append(cache, layer, *(x[:, 0] for x in (turned[1], k, v)))
@@ -231,9 +237,9 @@ class MetaAttention(nn.Module):
             mixed = self._attend(names, tokens, weights, spec, segment_ids, chosen)
             return (mixed, routing), cache
 
-        (mixed, routing), cache = by_rows(own_rows, (0, 0, 0, 0, 0, 1, None, None), (0, 1))(
+        (mixed, routing), cache = by_rows(own_rows, (0, 0, 0, 0, 0, 1, None, None, None), (0, 1))(
             projections.project(x), routing, segment_ids, positions, route, cache, layer,
-            hypers.threshold,
+            hypers.threshold, hypers.price * hypers.costs,
         )
         self.sow("intermediates", "routing", routing)
         return projections.merge(mixed), routing, cache

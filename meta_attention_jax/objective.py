@@ -44,6 +44,7 @@ class Sums:
       penalty: what the objective adds, times beta, per layer; the KL but for some baselines.
       entropy: H(E pi) per layer, nats.
       uncertainty: u per layer.
+      log_uncertainty: log u per layer, of a measure that has it; else 0.
       hard: tokens that used one mechanism only, per layer.
       concentration: sum of alpha per layer; 0 for controllers without one.
       mean: E pi, [layer mechanism].
@@ -61,6 +62,7 @@ class Sums:
     penalty: Float[Array, "layer"]
     entropy: Float[Array, "layer"]
     uncertainty: Float[Array, "layer"]
+    log_uncertainty: Float[Array, "layer"]
     hard: Float[Array, "layer"]
     concentration: Float[Array, "layer"]
     mean: Float[Array, "layer mechanism"]
@@ -102,6 +104,11 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
         penalty=per_layer(routing.penalty),
         entropy=per_layer(categorical_entropy(routing.mean)),
         uncertainty=per_layer(routing.uncertainty),
+        log_uncertainty=(
+            jnp.zeros(routing.uncertainty.shape[:1])
+            if routing.log_uncertainty is None
+            else per_layer(routing.log_uncertainty)
+        ),
         hard=per_layer(routing.hard),
         concentration=per_layer(concentration),
         mean=jnp.einsum("lbtk,bt->lk", routing.mean, mask),

@@ -41,6 +41,7 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
@@ -109,7 +110,7 @@ class Run:
         theta is below 1, else "hard". A `settled` gate is taken to have opened."""
         if self.config.gate.kind == "none":
             return "soft"
-        return "gated" if self.config.gate.threshold < 1 else "hard"
+        return "gated" if final_threshold(self.config) < 1 else "hard"
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:

@@ -50,6 +50,8 @@ IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
 
 SEGMENTS = ("any", "padded", "one")
 
+FALLBACKS = ("soft", "full")
+
 
 def expect_record(name: str, value: Any, kind: type) -> None:
     """Raises ValueError of one sentence unless `value` is a record of that kind."""
@@ -135,7 +137,9 @@ class Router:
       hidden: width of the controller's hidden layer.
       prior: form of the prior, one of `controller.PRIORS`.
       posterior: "mean_strength" or "additive".
+      network: form of the controller's network, one of `controller.NETWORKS`.
       uncertainty: measure of u_t, one of `controller.MEASURES`.
+      fallback: what an uncertain token does in gated mode: "soft" mixes, "full" goes to full attention.
       fixed: with `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g.
         ("local", "local", "full"); a layer alone takes the first. The others are not computed.
     """
@@ -145,7 +149,9 @@ class Router:
     hidden: int = 64
     prior: str = "cost_aware"
     posterior: str = "mean_strength"
+    network: str = "zero_output"
     uncertainty: str = "entropy"
+    fallback: str = "soft"
     fixed: tuple[str, ...] = ("full",)
 
     def __post_init__(self) -> None:
@@ -157,9 +163,15 @@ class Router:
             if not ok or not given:
                 raise ValueError(f"{name}: expected names of mechanisms, got {given!r}.")
             object.__setattr__(self, name, tuple(given))
-        for name in ("controller", "prior", "posterior", "uncertainty"):
+        for name in ("controller", "prior", "posterior", "network", "uncertainty"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}: expected a name, got {getattr(self, name)!r}.")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"fallback: expected one of {FALLBACKS}, got {self.fallback!r}.")
+        if self.fallback == "full" and "full" not in self.mechanisms:
+            raise ValueError(
+                f"fallback: expected 'soft' without full attention among {self.mechanisms}, got 'full'."
+            )
         _at_least(self, 1, "hidden")
 
     @property
@@ -238,8 +250,9 @@ class Routing:
       uncertainty: u_t in [0, 1], by the configured measure.
       kl: KL(q_t || p) in nats; zero for controllers without a prior.
       penalty: what the objective adds of this token and layer, times beta; mostly the KL.
+      log_uncertainty: log u_t, for a measure whose u underflows; None for the others.
       concentration: alpha_t of the Dirichlet posterior; None for controllers without one.
-      route: k*_t, the mechanism a hard token uses; argmax of `mean` unless forced. Set by the layer.
+      route: k*_t, the mechanism a hard token uses; see `routing.decide`. Set by the layer.
       hard: whether token t used one mechanism only. Set by the layer.
     """
 
@@ -248,6 +261,7 @@ class Routing:
     uncertainty: Float[Array, "batch time"]
     kl: Float[Array, "batch time"]
     penalty: Float[Array, "batch time"]
+    log_uncertainty: Optional[Float[Array, "batch time"]] = None
     concentration: Optional[Weights] = None
     route: Optional[Route] = None
     hard: Optional[Bool[Array, "batch time"]] = None
@@ -264,6 +278,7 @@ class RoutingHypers:
       threshold: theta; a token is hard iff theta > 0 and u_t <= theta (gated mode and training).
       entropy_bonus: rho of the `cost_penalty` controller, cost per nat.
       temperature: tau > 0 of the `gumbel` controller.
+      price: lambda of the decision k* = argmax_k (E pi_k - lambda c_k); negative is a discount.
     """
 
     strength: Scalar
@@ -272,6 +287,7 @@ class RoutingHypers:
     threshold: Scalar
     entropy_bonus: Scalar = np.float32(0.0)
     temperature: Scalar = np.float32(1.0)
+    price: Scalar = np.float32(0.0)
 
 
 @flax.struct.dataclass

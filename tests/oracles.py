@@ -7,6 +7,7 @@ Nothing is shared with the package.
 from __future__ import annotations
 
 import numpy as np
+from scipy import special
 
 
 def allowed_pairs(
@@ -91,3 +92,39 @@ def rotate(x, positions, base=10000.0):
     angle = np.asarray(positions)[:, :, None, None] * base ** (-np.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def paper_controller(x, mlp, *, costs, beta0, epsilon):
+    """(alpha, E pi, KL, u) of the authors' controller for x `[batch time model]`, segments from 0 on.
+
+        alpha_t = beta0 (1 - c) + epsilon + softplus(W_2 gelu(W_1 [x; |x| / sqrt(D); position]))
+
+    with our position feature, log(1 + t) / 10, in the place of theirs, which looks ahead.
+    """
+    batch, time, model = x.shape
+    position = np.broadcast_to(np.log1p(np.arange(time))[None, :, None] / 10.0, (batch, time, 1))
+    h = np.concatenate([x, np.linalg.norm(x, axis=-1, keepdims=True) / np.sqrt(model), position], -1)
+    w = {name: np.asarray(value, np.float64) for name, value in flatten(mlp).items()}
+    z = h @ w["hidden/kernel"] + w["hidden/bias"]
+    z = z * 0.5 * (1.0 + special.erf(z / np.sqrt(2.0)))
+    f = z @ w["output/kernel"] + w["output/bias"]
+    prior = beta0 * (1.0 - np.asarray(costs)) + epsilon
+    alpha = prior + np.logaddexp(0.0, f)
+    total = alpha.sum(-1)
+    lgamma, psi = special.gammaln, special.psi
+    kl = (
+        lgamma(total) - lgamma(alpha).sum(-1) - lgamma(prior.sum()) + lgamma(prior).sum()
+        + ((alpha - prior) * (psi(alpha) - psi(total)[..., None])).sum(-1)
+    )
+    num = alpha.shape[-1]
+    log_beta = lgamma(alpha).sum(-1) - lgamma(total)
+    entropy = log_beta + (total - num) * psi(total) - ((alpha - 1.0) * psi(alpha)).sum(-1)
+    return alpha, alpha / total[..., None], kl, np.exp(entropy + lgamma(num))
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts as `a/b`."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}
+    return flat

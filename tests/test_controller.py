@@ -125,7 +125,7 @@ def test_evidence_lowers_epistemic_uncertainty_and_not_the_total():
 @pytest.mark.parametrize("measure", ["mutual_information", "vacuity"])
 def test_prior_free_controllers_have_total_uncertainty_only(measure):
     module = make_controller(Router(controller="softmax", uncertainty=measure))
-    with pytest.raises(ValueError, match=f"expected 'entropy' .* got '{measure}'"):
+    with pytest.raises(ValueError, match=f"expected a measure of the mean, .* got '{measure}'"):
         jax.eval_shape(lambda: module.init(jax.random.key(0), hypers=hypers(), **inputs()))
 
 

@@ -64,12 +64,13 @@ def test_mean_strength_moves_mean_and_confidence_apart():
 def test_concentration_is_float32_and_clamped():
     f = jnp.asarray([[[60.0, -60.0, 0.0], [1e4, 1e4, 1e4]]], jnp.bfloat16)
     g = jnp.asarray([[60.0, 1e4]], jnp.bfloat16)
-    for alpha in (
-        posterior.additive(prior_of(np.full(3, 1e-3)), f),
-        posterior.mean_strength(Prior(jnp.full((3,), 1 / 3), jnp.float32(900.0)), f, g),
+    low, high = prior_of(np.full(3, 1e-3)), Prior(jnp.full((3,), 1 / 3), jnp.float32(900.0))
+    for least, alpha in (
+        (low.concentration[0], posterior.additive(low, f)),  # A low prior itself is met.
+        (np.float32(0.05), posterior.mean_strength(high, f, g)),
     ):
         assert alpha.dtype == jnp.float32
-        assert np.min(alpha) == np.float32(0.05) and np.max(alpha) == np.float32(1e3)
+        assert np.min(alpha) == least and np.max(alpha) == np.float32(1e3)
 
 
 def test_kl_matches_the_closed_form_in_float64():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
-from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, uncertainty
+from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, measured
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
     Positions,
@@ -41,6 +41,7 @@ class SoftmaxController(nn.Module):
     Attributes:
       num_mechanisms: K.
       hidden: width of the network's hidden layer.
+      network: form of the network; see `ControllerMLP`.
       uncertainty: a measure that needs no concentration.
       dtype: of the hidden layer's arithmetic.
     """
@@ -49,6 +50,7 @@ class SoftmaxController(nn.Module):
 
     num_mechanisms: int
     hidden: int = 64
+    network: str = "zero_output"
     uncertainty: str = "entropy"
     dtype: Any = jnp.float32
 
@@ -64,9 +66,9 @@ class SoftmaxController(nn.Module):
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Routing:
         """Routing of every token; raises ValueError for a measure of a posterior."""
-        logits = ControllerMLP(self.hidden, self.num_mechanisms, self.dtype, name="mlp")(
-            x, residual, positions
-        )
+        logits = ControllerMLP(
+            self.hidden, self.num_mechanisms, self.network, self.dtype, name="mlp"
+        )(x, residual, positions)
         return by_rows(self._routing, (0, 0, 0, 0, None))(
             logits, positions, segment_ids, keys, hypers
         )
@@ -90,7 +92,7 @@ class SoftmaxController(nn.Module):
         return Routing(
             mean=mean,
             weights=weights,
-            uncertainty=uncertainty(self.uncertainty, mean, None),
+            **measured(self.uncertainty, mean, None)._asdict(),
             kl=self.kl(mean, hypers),
             penalty=self.penalty(mean, hypers, segment_ids),
         )
@@ -123,7 +125,7 @@ class SoftmaxKLController(SoftmaxController):
     The prior mean without the Dirichlet: no sample, no strength, no second-order uncertainty.
 
     Attributes:
-      prior: "cost_aware" or "uniform"; only its mean m is used.
+      prior: one of `PRIORS`; only its mean m is used.
     """
 
     has_prior = has_penalty = True
@@ -282,7 +284,7 @@ def make_controller(router: Router, **fields: Any) -> nn.Module:
     own = {
         "num_mechanisms": len(names),
         "fixed": names.index(router.fixed[0]) if router.is_fixed else 0,
-        **{name: getattr(router, name) for name in ("hidden", "prior", "posterior", "uncertainty")},
+        **{name: getattr(router, name) for name in ("hidden", "network", "prior", "posterior", "uncertainty")},
         **fields,
     }
     return module(**{field: value for field, value in own.items() if field in known})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import posterior, prior, sampling
-from meta_attention_jax.controller.uncertainty import uncertainty
+from meta_attention_jax.controller.uncertainty import measured
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
 
@@ -29,29 +29,39 @@ def features(
 
     Args:
       x: the layer's (normalised) input.
-      residual: r, the residual stream before normalisation; its gradient is stopped, or the
+      residual: r, the residual stream before normalisation. Its gradient is to be stopped, or the
         controller could pay for a route by rescaling the stream.
       positions: index of the token within its segment.
     """
-    residual = jax.lax.stop_gradient(residual).astype(jnp.float32)
-    scale = jnp.sqrt(jnp.mean(jnp.square(residual), axis=-1, keepdims=True))
+    square = jnp.mean(jnp.square(residual.astype(jnp.float32)), axis=-1, keepdims=True)
+    # The root has no gradient at 0.
+    scale = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     position = jnp.log1p(positions.astype(jnp.float32))[..., None] / 10.0
     return jnp.concatenate([x.astype(jnp.float32), scale, position], axis=-1)
+
+
+NETWORKS = ("zero_output", "paper")
 
 
 class ControllerMLP(nn.Module):
     """f(h_t) = W_2 gelu(W_1 h_t + b_1) + b_2, the network that all controllers share.
 
-    W_2 starts at zero, so that every controller starts from what it knows without evidence.
+    Two forms: "zero_output", W_2 = 0 at the start, so that every controller starts from what it knows
+    without evidence; and "paper", the authors' (arXiv 2605.28384): all weights from N(0, 0.02), zero
+    biases, the exact GELU, and ||x_t|| / sqrt(D) of the layer's input in the place of the residual's.
+    Their position feature, linspace(0, 1, T), is the one thing that is not followed: it would make a
+    token's route depend on how much text comes after it.
 
     Attributes:
       hidden: width of the hidden layer.
       num_outputs: width of the output.
+      form: one of NETWORKS.
       dtype: of the hidden layer's arithmetic; the output layer is float32 always.
     """
 
     hidden: int
     num_outputs: int
+    form: str = "zero_output"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -61,14 +71,25 @@ class ControllerMLP(nn.Module):
         residual: Float[Array, "batch time model"],
         positions: Positions,
     ) -> Float[Array, "batch time outputs"]:
-        h = by_rows(features, (0, 0, 0))(x, residual, positions)
-        h = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(h)
+        if self.form not in NETWORKS:
+            raise ValueError(f"network: expected one of {NETWORKS}, got {self.form!r}.")
+        theirs = self.form == "paper"
+        normal = nn.initializers.normal(0.02)
+        h = by_rows(features, (0, 0, 0))(
+            x, x if theirs else jax.lax.stop_gradient(residual), positions
+        )
+        h = nn.Dense(
+            self.hidden,
+            dtype=self.dtype,
+            kernel_init=normal if theirs else nn.initializers.lecun_normal(),
+            name="hidden",
+        )(h)
         return nn.Dense(
             self.num_outputs,
             dtype=jnp.float32,
-            kernel_init=nn.initializers.zeros_init(),
+            kernel_init=normal if theirs else nn.initializers.zeros_init(),
             name="output",
-        )(nn.gelu(h))
+        )(nn.gelu(h, approximate=not theirs))
 
 
 class DirichletController(nn.Module):
@@ -77,8 +98,9 @@ class DirichletController(nn.Module):
     Attributes:
       num_mechanisms: K.
       hidden: width of the network's hidden layer.
-      prior: "cost_aware" or "uniform".
+      prior: one of `PRIORS`.
       posterior: "additive" or "mean_strength".
+      network: form of the network; see `ControllerMLP`.
       uncertainty: measure of u_t; see `uncertainty`.
       dtype: of the hidden layer's arithmetic; all statistics are float32.
       samples: whether training mixes by a sample of pi_t; else by its mean.
@@ -93,6 +115,7 @@ class DirichletController(nn.Module):
     hidden: int = 64
     prior: str = "cost_aware"
     posterior: str = "mean_strength"
+    network: str = "zero_output"
     uncertainty: str = "entropy"
     dtype: Any = jnp.float32
     samples: bool = True
@@ -130,7 +153,7 @@ class DirichletController(nn.Module):
             )
         preferred = prior.make_prior(self.prior, hypers)
         num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
-        outputs = ControllerMLP(self.hidden, num_outputs, self.dtype, name="mlp")(
+        outputs = ControllerMLP(self.hidden, num_outputs, self.network, self.dtype, name="mlp")(
             x, residual, positions
         )
         return by_rows(self._routing, (0, 0, 0, 0, None))(
@@ -160,7 +183,7 @@ class DirichletController(nn.Module):
         return Routing(
             mean=mean,
             weights=weights,
-            uncertainty=uncertainty(self.uncertainty, mean, concentration),
+            **measured(self.uncertainty, mean, concentration)._asdict(),
             kl=kl,
             penalty=kl,
             concentration=concentration,

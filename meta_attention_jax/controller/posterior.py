@@ -1,7 +1,8 @@
 """Amortised Dirichlet posteriors q(pi_t | x_t) = Dir(alpha_t), and their closed forms by distrax.
 
 Two ways from the controller's features f_t to the concentration (Meta-Attention, arXiv 2605.28384,
-uses the first). Both are clamped to [0.05, 1e3], where float32 digamma and the sampler are good.
+uses the first). Both are clamped to [min(0.05, alpha0_k), 1e3], where float32 digamma and the sampler
+are good; a prior below 0.05 is met, or q = p would be out of reach.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def additive(prior: Prior, features: Float[Array, "*batch mechanism"]) -> Float[
     It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats)
     to overrule a strong prior.
     """
-    return _clamp(_expand(prior.concentration, features) + jax.nn.softplus(_float32(features)))
+    evidence = jax.nn.softplus(_float32(features))
+    return _clamp(_expand(prior.concentration, features) + evidence, prior)
 
 
 def mean_strength(
@@ -40,7 +42,7 @@ def mean_strength(
     """
     mean = jax.nn.softmax(_expand(jnp.log(prior.mean), features) + _float32(features), axis=-1)
     ratio = jax.nn.softplus(_float32(strength_features)) / jnp.log(jnp.float32(2.0))
-    return _clamp(prior.strength * ratio[..., None] * mean)
+    return _clamp(prior.strength * ratio[..., None] * mean, prior)
 
 
 class Dirichlet(distrax.Dirichlet):
@@ -75,5 +77,8 @@ def _expand(
     return _float32(x).reshape((1,) * (like.ndim - 1) + x.shape)
 
 
-def _clamp(concentration: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jnp.clip(concentration, MIN_CONCENTRATION, MAX_CONCENTRATION)
+def _clamp(
+    concentration: Float[Array, "*batch mechanism"], prior: Prior
+) -> Float[Array, "*batch mechanism"]:
+    least = jnp.minimum(_expand(prior.concentration, concentration), MIN_CONCENTRATION)
+    return jnp.clip(concentration, least, MAX_CONCENTRATION)

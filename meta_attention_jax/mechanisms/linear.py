@@ -112,6 +112,10 @@ States = tuple[
     Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]
 ]
 """m of them, one per chunk."""
+Steps = tuple[
+    Float[Array, "steps batch m kv_heads dim value"], Float[Array, "steps batch m kv_heads dim"]
+]
+"""Those of all steps of the loop."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -129,7 +133,7 @@ def _sums_forward(q, k, v, segments, inclusive):
 
 def _forward(
     q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool, *, save: bool
-) -> tuple[tuple[Numerator, Denominator], State | None]:
+) -> tuple[tuple[Numerator, Denominator], Steps | None]:
     """The sums, and (S, z) before every chunk if they are to be saved.
 
     A step of the loop takes m chunks: their products are batched, and only the states, which are

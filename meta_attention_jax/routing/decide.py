@@ -1,9 +1,10 @@
 """The decision: which mechanism a token uses, whether it uses that one alone, and the weights.
 
     soft   sum_k pi_k o^k
-    hard   o^{k*},  k* = argmax_k E[pi_k]
+    hard   o^{k*},  k* = argmax_k (E[pi_k] - lambda c_k)
 
-Both are one weighted sum; hard tokens have one-hot weights, exactly.
+lambda, the price, is 0 in the paper: the likeliest mechanism. One trained model gives a whole curve of
+cost against loss; a price below 0 is a discount on the dear mechanisms. Both are one weighted sum; hard tokens have one-hot weights, exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from meta_attention_jax.routing.gate import hard_tokens
-from meta_attention_jax.types import Route, Routing, Scalar, Weights
+from meta_attention_jax.types import Costs, Route, Routing, Scalar, Weights
 
 MODES = ("soft", "hard", "gated")
 
@@ -41,6 +42,8 @@ def decide(
     *,
     mode: str,
     threshold: Scalar,
+    prices: Optional[Costs] = None,
+    fallback: Optional[int] = None,
     route: Optional[Route] = None,
     training: bool,
 ) -> Decision:
@@ -49,7 +52,8 @@ def decide(
     Mode `soft` keeps every token soft in evaluation; `hard` makes every token hard; `gated` makes a
     token hard iff theta > 0 and u_t <= theta. Training in mode `soft` is gated too: that is how the
     scheduled threshold hardens a model. Soft tokens take `routing.weights`, the posterior mean
-    unless the controller was given keys.
+    unless the controller was given keys. With a fallback, evaluation in mode `gated` sends the tokens
+    that are not certain there, and every token is hard.
 
     In training a hard token's weights are one_hot(k*) + mean - stop_gradient(mean): the value is
     the one-hot's, the gradient is the mean's (straight-through). A forced route has plain one-hot
@@ -59,6 +63,8 @@ def decide(
       routing: of the controller.
       mode: "soft", "hard" or "gated".
       threshold: theta.
+      prices: lambda c; None is 0.
+      fallback: mechanism of uncertain tokens in gated evaluation; None keeps them soft.
       route: forced mechanism of every token, or None.
       training: whether gradients will be taken for learning.
 
@@ -75,11 +81,14 @@ def decide(
         one_hot = jax.nn.one_hot(route, num, dtype=mean.dtype)
         return Decision(one_hot, route, jnp.ones(route.shape, bool))
 
-    route = jnp.argmax(mean, axis=-1).astype(jnp.int32)
+    value = mean if prices is None else mean - jnp.broadcast_to(prices, mean.shape)
+    route = jnp.argmax(value, axis=-1).astype(jnp.int32)
     if mode == "hard":
         hard = jnp.ones(route.shape, bool)
     elif mode == "gated" or training:
-        hard = hard_tokens(routing.uncertainty, threshold)
+        hard = hard_tokens(routing.uncertainty, threshold, routing.log_uncertainty)
+        if fallback is not None and not training:
+            route, hard = jnp.where(hard, route, fallback), jnp.ones_like(hard)
     else:
         hard = jnp.zeros(route.shape, bool)
     one_hot = jax.nn.one_hot(route, num, dtype=mean.dtype)

@@ -13,6 +13,7 @@ from typing import Optional
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.controller.uncertainty import MEASURES
@@ -22,10 +23,32 @@ KINDS = ("none", "linear", "cosine", "settled")
 
 
 def hard_tokens(
-    uncertainty: Float[Array, "batch time"], threshold: Scalar
+    uncertainty: Float[Array, "batch time"],
+    threshold: Scalar,
+    log_uncertainty: Optional[Float[Array, "batch time"]] = None,
 ) -> Bool[Array, "batch time"]:
-    """Whether theta > 0 and u_t <= theta; at theta = 0 the gate is closed even for u_t = 0."""
-    return (threshold > 0.0) & (uncertainty <= threshold)
+    """Whether theta > 0 and u_t <= theta; at theta = 0 the gate is closed even for u_t = 0.
+
+    Where log u_t is given, it is compared with log theta: u_t itself may have underflowed.
+    """
+    if log_uncertainty is None:
+        return (threshold > 0.0) & (uncertainty <= threshold)
+    bound = jnp.log(jnp.where(threshold > 0.0, threshold, 1.0))
+    return (threshold > 0.0) & (log_uncertainty <= bound)
+
+
+def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
+    """theta = exp(eta + log Gamma(K)), at most 1: the gate H[Dir(alpha_t)] <= eta of `dirichlet_entropy`.
+
+    From eta = -log Gamma(K) on, -0.693 for K = 3, every token is hard.
+
+    Raises:
+      ValueError: eta is not finite, or so low that theta is 0 in float32.
+    """
+    least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)
+    if not math.isfinite(nats) or nats < least:
+        raise ValueError(f"threshold: expected a finite number of nats >= {least:.1f}, got {nats}.")
+    return math.exp(min(nats + math.lgamma(num_mechanisms), 0.0))
 
 
 @flax.struct.dataclass
@@ -34,7 +57,7 @@ class GateState:
 
     Attributes:
       count: steps seen.
-      average: exponential average of the routing entropy (a fraction of log K).
+      average: exponential average of the routing entropy, in the unit of `GateSchedule.tolerance`.
       slow: exponential average of `average`.
       opened: step after which a `settled` schedule opened, or -1.
     """
@@ -60,9 +83,9 @@ class GateSchedule:
     is R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
     rarely come near 1 too.
 
-    Routing entropy has settled when, at or after `start` and after at least `window` steps, its
-    exponential average over about `window` steps is within `tolerance` of that average's own
-    average.
+    Routing entropy (for `dirichlet_entropy`, the mean of H[Dir(alpha)]) has settled when, at or after
+    `start` and after at least `window` steps, its exponential average over about `window` steps is
+    within `tolerance` of that average's own average.
 
     Attributes:
       kind: "none", "linear", "cosine" or "settled".
@@ -70,7 +93,7 @@ class GateSchedule:
       end: first step with p = 1; for settled only end - start counts.
       measure: the uncertainty measure that theta is compared with.
       window: time constant of the averages, steps.
-      tolerance: of settling, a fraction of log K.
+      tolerance: of settling, a fraction of log K; nats for `dirichlet_entropy`.
     """
 
     kind: str = "none"
@@ -165,7 +188,7 @@ def update(
     entropy: Scalar,
     times: Optional[GateTimes] = None,
 ) -> GateState:
-    """The state after `step`, whose routing entropy (a fraction of log K) was `entropy`.
+    """The state after `step`, whose routing entropy was `entropy`.
 
     `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at
     the first entropy seen. A `settled` gate opens once and never closes again. `times` as in

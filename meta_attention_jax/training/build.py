@@ -24,7 +24,7 @@ from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.sharding import FSDP
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.rules import validate
+from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
 from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
@@ -256,7 +256,9 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
                 hidden=controller.hidden,
                 prior=config.prior.family,
                 posterior=controller.posterior,
+                network=controller.network,
                 uncertainty=controller.uncertainty,
+                fallback=config.gate.fallback,
                 fixed=controller.fixed,
             ),
             scan_layers=model.scan_layers,
@@ -278,7 +280,8 @@ def build_hypers(
             strength=jnp.float32(config.prior.strength),
             preference=jnp.float32(config.prior.preference),
             costs=jnp.asarray(build_costs(config, workdir, measure=measure)),
-            threshold=jnp.float32(config.gate.threshold),
+            threshold=jnp.float32(final_threshold(config)),
+            price=jnp.float32(config.gate.price),
             entropy_bonus=jnp.float32(config.controller.entropy_bonus),
             temperature=jnp.float32(config.controller.temperature),
         ),

@@ -34,6 +34,7 @@ from meta_attention_jax.training.logs import (
     read_metrics,
     status_line,
 )
+from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.state import TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
 from meta_attention_jax.types import Batch
@@ -70,10 +71,18 @@ def headline(
         what = f"{runs} run{'s' * (runs != 1)} of {what} as one program"
     state = "finished" if start >= job.config.train.steps else "resumed"
     return (
-        f"{label}: {what}, full attention {about['full_attention']}, {where}"
+        f"{label}: {what}, full attention {about['full_attention']}, {_gate_in_nats(job.config)}{where}"
         + (f", {state} at step {start}" if start else "")
         + (f", from {job.config.train.init_from}" if job.initial is not None else "")
     )
+
+
+def _gate_in_nats(config: ConfigDict) -> str:
+    if config.gate.unit != "nats":
+        return ""
+    theta = final_threshold(config)
+    harden = "every token hard" if theta == 1 else f"theta {theta:.3g}"
+    return f"gate at {config.gate.threshold:g} nats ({harden}), "
 
 
 def _where(job: Job) -> str:

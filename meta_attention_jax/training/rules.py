@@ -6,8 +6,10 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.config import check_fields
 from meta_attention_jax.controller.baselines import measures_of
+from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.registry import get_mechanism
+from meta_attention_jax.routing.gate import threshold_of_nats
 
 SYMBOLS = 2**20
 LAYERS = 10_000
@@ -46,6 +48,13 @@ def validate(config: ConfigDict) -> None:
             get_mechanism(name)
         except ValueError as error:
             raise ValueError(f"model.mechanisms: {error}") from None
+    final_threshold(config)
+    expect(
+        config.gate.fallback == "soft" or "full" in mechanisms,
+        "gate.fallback",
+        f"'soft' without full attention among {mechanisms}",
+        config.gate.fallback,
+    )
     for name in config.controller.fixed:
         expect(name in mechanisms, "controller.fixed", f"mechanisms among {mechanisms}", name)
     expect(len(config.controller.fixed) > 0, "controller.fixed", "at least one mechanism", ())
@@ -69,7 +78,7 @@ def validate(config: ConfigDict) -> None:
             True,
         )
         expect(
-            config.gate.kind in ("linear", "cosine") and config.gate.threshold == 1.0,
+            config.gate.kind in ("linear", "cosine") and final_threshold(config) == 1.0,
             "train.packed",
             "False unless gate.kind is 'linear' or 'cosine' and gate.threshold 1, which make every "
             "token hard at a known step",
@@ -88,6 +97,23 @@ def validate(config: ConfigDict) -> None:
         f"one of {known}, the measures with controller.name = {config.controller.name!r}",
         config.controller.uncertainty,
     )
+
+
+def final_threshold(config: ConfigDict) -> float:
+    """The last theta of the gate, in [0, 1], whatever its unit.
+
+    Raises:
+      ValueError: out of range, or nats of a measure that has none.
+    """
+    gate, measure = config.gate, config.controller.uncertainty
+    if gate.unit == "theta":
+        expect(0 <= gate.threshold <= 1, "gate.threshold", "theta in [0, 1]", gate.threshold)
+        return float(gate.threshold)
+    expect(MEASURES[measure].log, "gate.unit", f"'theta' for controller.uncertainty = {measure!r}", "nats")
+    try:
+        return threshold_of_nats(gate.threshold, len(config.model.mechanisms))
+    except ValueError as error:
+        raise ValueError(f"gate.{error}") from None
 
 
 def check_sizes(config: ConfigDict) -> None:

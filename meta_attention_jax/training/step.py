@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.objective import Sums, apply_sums, objective
 from meta_attention_jax.routing import gate
 from meta_attention_jax.sharding import global_norm, sum_gradients
@@ -248,8 +249,10 @@ def train_step(
     learning_rate = hypers.learning_rate * spec.schedule.learning_rate(state.step)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
     threshold = routing_hypers(spec, state, hypers).threshold
-    # As a fraction of log K, the largest entropy of K mechanisms.
-    entropy = jnp.mean(sums.entropy) / tokens / jnp.log(jnp.float32(sums.mean.shape[-1]))
+    if MEASURES[spec.schedule.gate.measure].log:
+        entropy = jnp.mean(sums.log_uncertainty) / tokens
+    else:  # As a fraction of log K, the largest entropy of K mechanisms.
+        entropy = jnp.mean(sums.entropy) / tokens / jnp.log(jnp.float32(sums.mean.shape[-1]))
     finite = finite_parts(sums, gradients, norm, params)
     if shard_axis is not None:
         bad = jax.lax.psum(jax.tree.map(lambda ok: (~ok).astype(jnp.int32), finite), shard_axis)

@@ -1,0 +1,198 @@
+"""The authors' system by name: their prior, network, entropy, threshold in nats; the price and the fallback."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from configs import paper, paper_recall, smoke
+from meta_attention_jax.controller import uncertainty as measures
+from meta_attention_jax.controller.posterior import mean_strength
+from meta_attention_jax.controller.prior import make_prior
+from meta_attention_jax.routing.decide import decide
+from meta_attention_jax.routing.gate import hard_tokens, threshold_of_nats
+from meta_attention_jax.training import build
+from meta_attention_jax.training.rules import final_threshold, validate
+from meta_attention_jax.types import Router, Routing, RoutingHypers
+from tests import making, oracles
+from tests.close import assert_close
+
+COSTS = (1.0, 0.15, 0.30)
+THEIRS = Router(
+    hidden=16, prior="paper", posterior="additive", network="paper", uncertainty="dirichlet_entropy"
+)
+
+
+def hypers(strength=1.0, preference=0.01, **more):
+    return RoutingHypers(
+        strength=jnp.float32(strength), preference=jnp.float32(preference),
+        costs=jnp.asarray(COSTS), **{"threshold": jnp.float32(1.0), **more},
+    )
+
+
+def concentrations(num, rows=4000):
+    rng = np.random.default_rng(num)
+    return np.exp(rng.uniform(np.log(0.05), np.log(1000.0), (rows, num)))
+
+
+@pytest.mark.parametrize("num", [2, 3, 5])
+def test_the_entropy_is_that_of_scipy_and_keeps_its_digits_in_float32(num):
+    alpha = concentrations(num)
+    exact = np.array([stats.dirichlet.entropy(row) for row in alpha])
+    single = np.float64(jax.jit(measures.differential_entropy)(jnp.float32(alpha)))
+    single_exact = np.array([stats.dirichlet.entropy(row) for row in np.float64(np.float32(alpha))])
+    assert np.max(np.abs(single - single_exact) / (1.0 + np.abs(single_exact))) < 4e-6
+    with jax.enable_x64(True):
+        double = np.asarray(measures.differential_entropy(jnp.asarray(alpha, jnp.float64)))
+    assert np.max(np.abs(double - exact)) < 1e-9
+
+
+def test_its_gradient_is_finite_and_that_of_the_exact_formula():
+    alpha = concentrations(3, 500)
+    gradient = jax.jit(jax.grad(lambda a: measures.differential_entropy(a).sum()))(jnp.float32(alpha))
+    total = alpha.sum(-1, keepdims=True)
+    exact = (total - 3) * special.polygamma(1, total) - (alpha - 1) * special.polygamma(1, alpha)
+    assert np.isfinite(gradient).all()
+    assert_close(gradient, exact, 1e-4)
+
+
+def test_the_gate_compares_entropies_where_u_has_underflowed():
+    alpha = jnp.asarray([[[0.01, 1000.0, 1000.0], [0.02, 1000.0, 1000.0], [1.0, 1.0, 1.0]]])
+    u, log_u = measures.measured("dirichlet_entropy", alpha, alpha)
+    assert u[0, 0] == 0 and log_u[0, 0] < -85 < log_u[0, 1] < log_u[0, 2] == 0
+    theta = jnp.float32(threshold_of_nats(-80.0, 3))
+    assert hard_tokens(u, theta, log_u).tolist() == [[True, False, False]]
+    assert not hard_tokens(u, jnp.float32(0.0), log_u).any()
+
+
+@pytest.mark.parametrize(
+    "nats, theta", [(1.0, 1.0), (-math.log(2.0), 1.0), (-1.5, 2 * math.exp(-1.5))]
+)
+def test_a_threshold_in_nats_is_one_of_u(nats, theta):
+    assert threshold_of_nats(nats, 3) == pytest.approx(theta)
+
+
+@pytest.mark.parametrize("nats", [float("nan"), float("inf"), -1e3])
+def test_a_threshold_that_is_no_number_of_nats_is_one_sentence(nats):
+    with pytest.raises(ValueError, match="^threshold: expected a finite number of nats >= "):
+        threshold_of_nats(nats, 3)
+
+
+def test_the_prior_is_theirs():
+    prior = make_prior("paper", hypers(strength=1.5, preference=0.02))
+    assert_close(prior.concentration, 1.5 * (1 - np.array(COSTS)) + 1.5 * 0.02, 1e-6)
+    theirs = make_prior("paper", hypers())
+    assert_close(theirs.concentration, np.array([0.01, 0.86, 0.71]), 1e-6)
+    assert float(theirs.mean @ jnp.asarray(COSTS)) == pytest.approx(0.223, abs=5e-4)
+
+
+def test_mean_strength_starts_at_it():
+    prior = make_prior("paper", hypers())
+    alpha = mean_strength(prior, jnp.zeros((1, 1, 3)), jnp.zeros((1, 1)))
+    assert_close(alpha[0, 0], prior.concentration, 1e-6)
+
+
+def test_the_controller_is_their_equations():
+    """alpha, mean, KL and u for shared weights, against float64 written from the equations."""
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.normal(size=(2, 9, 8)))
+    layer = making.layer(
+        num_heads=2, window=4, **{f.name: getattr(THEIRS, f.name) for f in dataclasses.fields(THEIRS)}
+    )
+    params = making.initial(layer, x)["params"]
+    own = params["controller"]["mlp"]
+    for name in ("hidden", "output"):
+        assert 0.01 < np.std(own[name]["kernel"]) < 0.03 and not own[name]["bias"].any()
+    # Weights that matter, and biases.
+    params["controller"]["mlp"] = jax.tree.map(
+        lambda p: p + jnp.float32(rng.normal(size=p.shape) * 0.5), own
+    )
+    _, routing, _ = layer.apply({"params": params}, x, hypers=hypers(), method="routed")
+    alpha, mean, kl, u = oracles.paper_controller(
+        np.float64(x), params["controller"]["mlp"], costs=COSTS, beta0=1.0, epsilon=0.01
+    )
+    assert_close(routing.concentration, alpha, 1e-6)
+    assert_close(routing.mean, mean, 1e-6)
+    assert_close(routing.kl, kl, 1e-6)
+    assert np.linalg.norm(np.float64(routing.uncertainty) - u) <= 1e-6 * np.linalg.norm(u)
+
+
+def make_routing(seed=0):
+    rng = np.random.default_rng(seed)
+    mean = jnp.float32(rng.dirichlet(np.ones(3), (2, 9)))
+    u = jnp.float32(rng.uniform(0.05, 1.0, (2, 9)))
+    zeros = jnp.zeros((2, 9))
+    return Routing(mean=mean, weights=mean, uncertainty=u, kl=zeros, penalty=zeros)
+
+
+@pytest.mark.parametrize("mode", ["hard", "gated"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_price_moves_the_decision_and_none_is_a_price_of_0(mode, training):
+    routing, costs = make_routing(), jnp.asarray(COSTS)
+
+    def decided(prices):
+        return decide(
+            routing, mode=mode, threshold=jnp.float32(0.5), prices=prices, training=training
+        )
+
+    plain = decided(None)
+    for given, expected in zip(decided(0.0 * costs), plain):
+        np.testing.assert_array_equal(given, expected)
+    spent = []
+    for price in (-1.0, -0.3, 0.0, 0.3, 1.0, 7.0):
+        found = decided(price * costs)
+        expected = np.argmax(np.float32(routing.mean) - np.float32(price) * np.float32(COSTS), -1)
+        np.testing.assert_array_equal(found.route, expected)
+        np.testing.assert_array_equal(found.hard, plain.hard)
+        spent.append(np.asarray(COSTS)[found.route].mean())
+    assert spent == sorted(spent, reverse=True) and spent[0] > spent[-1] == 0.15
+
+
+def test_the_cautious_fallback_sends_uncertain_tokens_to_full_in_gated_evaluation_alone():
+    routing = make_routing()
+
+    def decided(mode, training=False, fallback=0):
+        return decide(
+            routing, mode=mode, threshold=jnp.float32(0.5), fallback=fallback, training=training
+        )
+
+    weights, route, hard = decided("gated")
+    certain = np.asarray(routing.uncertainty) <= 0.5
+    assert hard.all() and 0 < certain.mean() < 1
+    np.testing.assert_array_equal(route, np.where(certain, np.argmax(routing.mean, -1), 0))
+    np.testing.assert_array_equal(weights, np.eye(3)[np.asarray(route)])
+    for mode, training in (("soft", False), ("hard", False), ("gated", True)):
+        for given, expected in zip(decided(mode, training), decided(mode, training, None)):
+            np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("config", [paper, paper_recall])
+def test_the_config_is_their_system(config):
+    config = config.get_config()
+    validate(config)
+    assert final_threshold(config) == 1.0 and config.objective.beta == 1.0
+    router = build.build_model(config, 16).config.router
+    assert dataclasses.replace(router, hidden=16) == THEIRS and router.hidden == 128
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"gate.price": float("nan")}, "gate.price: expected "),
+    ({"gate.price": float("inf")}, "gate.price: expected "),
+    ({"gate.threshold": 1.5}, "gate.threshold: expected theta in "),
+    ({"gate.unit": "nats"}, "gate.unit: expected 'theta' for controller.uncertainty = 'entropy'"),
+    ({"gate.unit": "nats", "controller.uncertainty": "dirichlet_entropy", "gate.threshold": -1e3},
+     "gate.threshold: expected a finite number of nats"),
+    ({"controller.name": "softmax", "controller.uncertainty": "dirichlet_entropy"},
+     "controller.uncertainty: expected one of "),
+    ({"gate.fallback": "full", "model.mechanisms": ("linear", "local"), "controller.fixed": ("local",)},
+     "gate.fallback: expected 'soft' without full attention"),
+])
+def test_what_cannot_be_is_one_sentence(change, message):
+    config = smoke.get_config()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match="^" + message):
+        validate(config)
