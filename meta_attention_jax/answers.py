@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from meta_attention_jax.generation import Trace
+from meta_attention_jax.objective import flatten_scalars
 
 if TYPE_CHECKING:
     import pandas
+
+
+def records_frame(records: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """A row per record of a log: event and step first, "/" in nested names."""
+    import pandas
+
+    head = ("event", "step")
+    return pandas.DataFrame([
+        {name: record[name] for name in head}
+        | flatten_scalars({k: v for k, v in record.items() if k not in head})
+        for record in records
+    ])
+
+
+def table_html(rows: Mapping[str, Any]) -> str:
+    """Names and values as a small table."""
+    cells = "".join(
+        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f"<table>{cells}</table>"
 
 
 class Html(str):

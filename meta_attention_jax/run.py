@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import html
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from meta_attention_jax import budgets
 from meta_attention_jax.answers import Continuation, Html, TextRoutes
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
@@ -33,7 +34,7 @@ from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.files import local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import flatten_scalars, summarise
+from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
@@ -119,14 +120,7 @@ class Run:
         Raises:
           ValueError: no log.
         """
-        import pandas
-
-        records = read_metrics(self.path)
-        return pandas.DataFrame([
-            {"event": r["event"], "step": r["step"],
-             **flatten_scalars({k: v for k, v in r.items() if k not in ("event", "step")})}
-            for r in records
-        ])
+        return records_frame(read_metrics(self.path))
 
     def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
         """Token ids of a text; ids stay as they are.
@@ -191,12 +185,64 @@ class Run:
         Raises:
           ValueError: unknown split or mode, or data that are not there any more.
         """
-        parallel = Parallel("jit", jax.local_devices()[:1])
-        params, hypers = parallel.place((self.params, self.hypers.routing))
-        sums = Evaluator(self.model, self.dataset, parallel).sums(
+        evaluator, params = self._evaluator
+        hypers = evaluator.parallel.place(self.hypers.routing)
+        sums = evaluator.sums(
             params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches
         )
-        return summarise(sums, mechanisms=self.mechanisms, costs=hypers.costs)
+        return summarise(sums, mechanisms=self.mechanisms, costs=self.hypers.routing.costs)
+
+    @functools.cached_property
+    def _evaluator(self) -> tuple[Evaluator, Any]:
+        """(evaluator, placed parameters): a mode is compiled once, whatever the price."""
+        parallel = Parallel("jit", jax.local_devices()[:1])
+        return Evaluator(self.model, self.dataset, parallel), parallel.place(self.params)
+
+    def at(self, *, price: Optional[float] = None, threshold: Optional[float] = None) -> Run:
+        """The same run at another lambda or theta of its decisions (see `routing.decide`); nothing is
+        compiled anew.
+
+        Raises:
+          ValueError: a number that is not finite, or theta outside [0, 1].
+        """
+        hypers = self._routing_hypers(threshold)
+        if price is not None:
+            if not math.isfinite(real("price", price)):
+                raise ValueError(f"price: expected a finite number, got {price}.")
+            hypers = hypers.replace(price=jnp.float32(price))
+        other = dataclasses.replace(self, hypers=self.hypers.replace(routing=hypers))
+        for name in ("dataset", "metrics", "_evaluator"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    def at_budget(self, *, cost: Optional[float] = None, share: Optional[float] = None) -> Run:
+        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found.
+
+        Raises:
+          ValueError: as `fit_budget`, or none was found for these parameters.
+        """
+        return budgets.at_budget(self, cost, share)
+
+    def fit_budget(
+        self,
+        *,
+        cost: Optional[float] = None,
+        share: Optional[float] = None,
+        max_batches: Optional[int] = None,
+    ) -> Run:
+        """The run at the lowest price that keeps a budget on validation, in mode hard; `budgets.json` of
+        the run directory keeps it.
+
+        Args:
+          cost: projected cost of the hard routes, of 1; or
+          share: of tokens on full attention.
+          max_batches: of the validation split; None is all of it.
+
+        Raises:
+          ValueError: a budget below the cheapest mechanism or above 1, or a run that does not route.
+        """
+        return budgets.fit_budget(self, cost, share, max_batches)
 
     @without_mesh
     def routed_batch(
@@ -277,16 +323,11 @@ class Run:
         return f"Run({str(self.path)!r}, {self.config.name!r}, step {self.step} of {self.steps})"
 
     def _repr_html_(self) -> str:
-        steps = ", ".join(map(str, self.steps))
-        rows = {
-            "run": self.path, "config": self.config.name, "step": f"{self.step} of {steps}",
+        return table_html({
+            "run": self.path, "config": self.config.name,
+            "step": f"{self.step} of {', '.join(map(str, self.steps))}",
             "controller": self.config.controller.name, "corpus": self.config.data.corpus,
-        }
-        cells = "".join(
-            f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in rows.items()
-        )
-        return f"<table>{cells}</table>"
+        })
 
     def _mode(self, mode: Optional[str]) -> str:
         mode = self.mode if mode is None else mode

@@ -35,7 +35,7 @@ FLOORS = (
     ("objective", "generation"),
     ("training",),
     ("sweeps", "analysis"),
-    ("answers",),
+    ("answers", "budgets"),
     ("run",),
     ("runs",),
     ("__init__",),

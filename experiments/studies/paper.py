@@ -4,7 +4,7 @@ python -m experiments.studies.paper --workdir=runs/paper [--out=experiments/resu
 
 Trains the sweeps of `configs/sweep_paper.py` and `configs/sweep_paper_recall.py`, evaluates every run on
 the test split, soft and hard (nothing is chosen by it), and writes rows, tables, pictures and a page.
-Started again, it goes on; what is finished is not done again.
+Started again, it goes on; what has its row in `rows.json` of the results is not done again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from configs import sweep_paper, sweep_paper_recall
 from experiments import common
-from experiments.studies import pinned, sweeps
+from experiments.benchmarks.common import commit
+from experiments.studies import sweeps
 from experiments.studies.paper_report import write_results
-from meta_attention_jax import analysis
-from meta_attention_jax.config import config_to_dict, read_stored
+from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import make_prior
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
@@ -32,7 +33,7 @@ WORKDIR = common.define_path("workdir", "runs/paper", "Where the runs go.")
 OUT = common.define_path("out", None, "Where the results go; the workdir when absent.")
 AT_ONCE = flags.DEFINE_integer("points_at_once", 10, "Points of one program at most.", 1)
 TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Of the test split.", 1)
-CORPORA = {"tiny_lm": sweep_paper, "recall": sweep_paper_recall}
+CORPORA = {"recall": sweep_paper_recall, "tiny_lm": sweep_paper}
 
 
 def measured(run: Run) -> dict[str, Any]:
@@ -59,36 +60,35 @@ def measured(run: Run) -> dict[str, Any]:
     return found
 
 
-def rows_of(root: pathlib.Path, corpus: str, module: Any, at_once: int) -> list[dict[str, Any]]:
-    """Trains what is not trained, evaluates what is not evaluated, and returns all rows of a corpus."""
-    base, points = module.get_config(), module.get_sweep()
+def points_of(module: Any) -> dict[str, dict[str, Any]]:
+    """Points of a sweep by arm: the label of a run is its arm and seed."""
+    arms: dict[str, dict[str, Any]] = {}
+    for point in module.get_sweep():
+        arms.setdefault(point["name"], {})[f"{point['name']}, seed {point['seed']}"] = point
+    return arms
+
+
+def arm_rows(
+    root: pathlib.Path, corpus: str, base: ConfigDict, points: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Trains what is not trained, as one program, and yields the rows."""
     with common.user_mistakes():
-        names = algebra.kept_labels(points, sweeps.stored_points(root), base)
-        points = dict(zip(names, points))
-        configs = {name: algebra.configured(base, point) for name, point in points.items()}
+        configs = {
+            algebra.labels([point])[0] + f",seed={point['seed']}": algebra.configured(base, point)
+            for point in points.values()
+        }
         for config in configs.values():
             build.check(config)
-        datasets = sweeps.open_datasets(configs.values())
-        pinned.pin(
-            root / "sweep.json", {"config": config_to_dict(base), "points": points}, "this sweep",
-            grows="points", data=sweeps.data_of(root, configs, datasets),
-        )
-        jobs = sweeps.prepared(root, configs, datasets)
-    sweeps.train_points(root, jobs, at_once=at_once)
-    rows = []
-    for count, (name, point) in enumerate(points.items(), 1):
-        path = root / "points" / name
+        jobs = sweeps.prepared(root, configs, sweeps.open_datasets(configs.values()))
+    sweeps.train_points(root, jobs, at_once=AT_ONCE.value)
+    for (name, config), point in zip(configs.items(), points.values()):
         row = {"corpus": corpus, "arm": point["name"], "seed": point["seed"],
-               "beta": float(configs[name].objective.beta)}
+               "beta": float(config.objective.beta), "commit": commit()}
         if sweeps.failed(root, name).exists():
-            rows.append({**row, "diverged": True})
+            yield {**row, "diverged": True}
             continue
-        if not (path / "test.json").exists():
-            print(f"{corpus}, test split: {count}/{len(points)} {name}", flush=True)
-            run = load_run(path, step=configs[name].train.steps)
-            analysis.write_json(path / "test.json", measured(run))
-        rows.append({**row, **read_stored(path / "test.json", "a result")})
-    return rows
+        print(f"{corpus}, test split: {name}", flush=True)
+        yield {**row, **measured(load_run(root / "points" / name, step=config.train.steps))}
 
 
 def main() -> None:
@@ -96,10 +96,23 @@ def main() -> None:
     out = pathlib.Path(OUT.value or WORKDIR.value)
     # Runs of one arm and split are one program, compiled once.
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
-    rows: list[dict[str, Any]] = []
+    rows = []
+    if (out / "rows.json").exists():
+        with common.user_mistakes():
+            rows = read_stored(out / "rows.json", "rows of this study")["rows"]
     for corpus, module in CORPORA.items():
-        rows += rows_of(root / corpus, corpus, module, AT_ONCE.value)
-        write_results(out, rows)
+        base, arms = module.get_config(), points_of(module)
+        # The weights of the KL are one arm at nine weights, and so one program.
+        weights = {k: v for arm, points in arms.items() if " at " in arm for k, v in points.items()}
+        groups = [points for arm, points in arms.items() if " at " not in arm] + [weights] * bool(weights)
+        for number, points in enumerate(groups, 1):
+            have = {(row["corpus"], row["arm"], row["seed"]) for row in rows}
+            left = {k: p for k, p in points.items() if (corpus, p["name"], p["seed"]) not in have}
+            print(f"{corpus}, {number}/{len(groups)}: {len(left)} of {len(points)} runs to go", flush=True)
+            for row in arm_rows(root / corpus, corpus, base, left) if left else ():
+                rows.append(row)
+                write_results(out, rows)
+    write_results(out, rows)
 
 
 if __name__ == "__main__":
