@@ -5,11 +5,19 @@ Mode hard comes with the FLOPs and bytes that attention executes for its routes.
 python -m experiments.evaluate --workdir=runs/recall [--split=validation] [--length=128]
     [--modes=soft,hard,gated] [--threshold=0.5] [--samples=4] [--step=best] [--json=FILE]
     [--corpus=path:WHERE_THE_DATA_ARE_NOW]
+    [--prices=-0.3,0,0.1,0.3] [--beside=experiments/results/sweep_recall]
+    [--budget_cost=0.3 | --budget_share=0.1]
+
+--prices: the curve of hard nats against cost of this one model, whose hard tokens take argmax E pi - lambda c;
+`prices.json` and `prices.png` of the run directory, the picture beside the runs of a sweep with --beside.
+A budget finds the lambda that keeps it on validation, and stores it with the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +25,9 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
+from experiments.studies import outcome
 from meta_attention_jax import analysis
+from meta_attention_jax.budgets import check_budget
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import summarise
@@ -38,6 +48,10 @@ SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats 
 MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
 JSON = common.define_path("json", None, "Write the rows to this file as well.")
 CORPUS = flags.DEFINE_string("corpus", None, "Where the run's data are now: path:FILE_OR_FOLDER.")
+PRICES = flags.DEFINE_list("prices", [], "Lambdas of the curve of this model; 0 is the plain argmax.")
+BESIDE = common.define_path("beside", None, "A sweep's results (rows.json), to draw beside the prices.")
+BUDGET_COST = flags.DEFINE_float("budget_cost", None, "Find the price for this projected cost, of 1.")
+BUDGET_SHARE = flags.DEFINE_float("budget_share", None, "Find it for this share of tokens on full.")
 DATA_SPLIT = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
 flags.mark_flag_as_required("workdir")
 
@@ -73,8 +87,44 @@ def executed_table(row: dict[str, Any], run: Run) -> str:
     return f"{title}\n{analysis.terminal_table(rows, EXECUTED_COLUMNS)}"
 
 
+PRICE_COLUMNS = [
+    analysis.Column("price", "lambda", "g"),
+    *(column for column in COLUMNS if column.key in ("nll", "bits_per_byte", "cost", "usage_entropy")),
+]
+
+
+def prices_given() -> list[float]:
+    """The lambdas of --prices; raises ValueError unless they are finite numbers."""
+    found = []
+    for text in PRICES.value:
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(math.nan)
+        expect(math.isfinite(found[-1]), "prices", "finite numbers", text)
+    return sorted(found)
+
+
+def price_curve(run: Run, prices: Sequence[float], beside: Sequence[dict[str, Any]]) -> None:
+    """Rows, table and picture of one model at several prices."""
+    rows = []
+    for price in prices:
+        found = run.at(price=price).evaluate(SPLIT.value, mode="hard", max_batches=MAX_BATCHES.value)
+        rows.append({"price": price, "step": run.step, "split": SPLIT.value, **found})
+    columns = [analysis.Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms]
+    print(f"One model, mode hard: argmax E pi - lambda c\n"
+          f"{analysis.terminal_table(rows, PRICE_COLUMNS + columns)}")
+    figure = analysis.prices_figure(rows, beside, title=run.config.name, split=SPLIT.value)
+    with common.user_mistakes():
+        analysis.write_json(run.path / "prices.json", rows)
+        analysis.save(figure, run.path / "prices.png")
+    print(f"{run.path / 'prices.png'}")
+
+
 def main() -> None:
     with common.user_mistakes():
+        prices = prices_given()
+        beside = outcome.stored_lines(BESIDE.value) if BESIDE.value else []
         if unknown := set(MODE.value) - set(MODES):
             raise ValueError(f"modes: expected some of {MODES}, got {sorted(unknown)[0]!r}.")
         if not MODE.value:
@@ -84,6 +134,18 @@ def main() -> None:
         data = dict(corpus=CORPUS.value, data_split=DATA_SPLIT.value)
         run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value, **data)
         run.dataset  # Opened here, where its errors are the user's.
+        budget = {"cost": BUDGET_COST.value, "share": BUDGET_SHARE.value}
+        routes = run.config.controller.name != "fixed"
+        expect(routes or not (prices or any(b is not None for b in budget.values())), "prices and budgets",
+               "a run that routes", "controller.name = 'fixed'")
+        if any(b is not None for b in budget.values()):
+            check_budget(*budget.values(), run.hypers.routing.costs, run.mechanisms)
+            run = run.fit_budget(**budget, max_batches=MAX_BATCHES.value)
+            kind, value = next((k, v) for k, v in budget.items() if v is not None)
+            print(f"budget: {kind} {value:g} is kept on validation by lambda = "
+                  f"{float(run.hypers.routing.price):.4f}; rows are at this price")
+    if prices:
+        price_curve(run, prices, beside)
     parallel = Parallel("jit")
     if run.config.data.batch_size % len(parallel.devices):
         parallel = Parallel("jit", parallel.devices[:1])

@@ -11,14 +11,11 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.files import write_whole
 from meta_attention_jax.scalars import real
-
-if TYPE_CHECKING:
-    from meta_attention_jax.run import Run
 
 FILE = "budgets.json"
 HALVINGS = 16
@@ -117,15 +114,15 @@ def stored_price(path: pathlib.Path, kind: str, budget: float, step: int) -> flo
     )
 
 
-def at_budget(run: Run, cost: Optional[float], share: Optional[float]) -> Run:
+def at_budget(run: Any, cost: Optional[float], share: Optional[float]) -> Any:
     """See `Run.at_budget`."""
     kind, value = check_budget(cost, share, run.hypers.routing.costs, run.mechanisms)
     return run.at(price=stored_price(run.path, kind, value, run.step))
 
 
 def fit_budget(
-    run: Run, cost: Optional[float], share: Optional[float], max_batches: Optional[int]
-) -> Run:
+    run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]
+) -> Any:
     """See `Run.fit_budget`."""
     costs = run.hypers.routing.costs
     kind, value = check_budget(cost, share, costs, run.mechanisms)

@@ -10,12 +10,16 @@ import pytest
 from scipy import special, stats
 
 from configs import paper, paper_recall, smoke
+from meta_attention_jax import budgets, load_run
 from meta_attention_jax.controller import uncertainty as measures
 from meta_attention_jax.controller.posterior import mean_strength
 from meta_attention_jax.controller.prior import make_prior
+from meta_attention_jax.generation import generate
 from meta_attention_jax.routing.decide import decide
 from meta_attention_jax.routing.gate import hard_tokens, threshold_of_nats
 from meta_attention_jax.training import build
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.types import Router, Routing, RoutingHypers
 from tests import making, oracles
@@ -196,3 +200,113 @@ def test_what_cannot_be_is_one_sentence(change, message):
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match="^" + message):
         validate(config)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small run that routes; its controller is moved so that routes and their certainty vary."""
+    config = smoke.get_config()
+    config.update_from_flattened_dict({
+        "model.num_layers": 1, "train.steps": 2, "train.eval_every": 2, "train.checkpoint_every": 2,
+        "train.eval_batches": 1, "gate.kind": "none",
+    })
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train(prepare(config, path), progress=False)
+    run = load_run(path)
+    mlp = run.params["layer_0"]["attention"]["controller"]["mlp"]
+    noise = np.random.default_rng(0).normal(size=mlp["output"]["kernel"].shape)
+    mlp["output"]["kernel"] = jnp.float32(noise)
+    return run
+
+
+PRICES = (-2.0, -0.3, 0.0, 0.2, 0.5, 8.0)
+
+
+def test_one_model_at_six_prices_spends_less_and_less(trained):
+    found = [trained.at(price=price).evaluate(mode="hard", max_batches=1) for price in PRICES]
+    spent = [one["cost"] for one in found]
+    assert spent == sorted(spent, reverse=True) and spent[0] == 1.0 and spent[-1] == pytest.approx(0.15)
+    assert len({round(one, 6) for one in spent}) >= 4
+    assert found[2] == trained.evaluate(mode="hard", max_batches=1), "0 is the plain argmax"
+
+
+def test_packed_dense_and_stepwise_agree_at_each_price(trained):
+    tokens = jnp.asarray(np.random.default_rng(1).integers(trained.tokenizer.vocab_size, size=(2, 24)))
+    seen = set()
+    for price in PRICES:
+        routing = trained.at(price=price).hypers.routing
+        dense, packed = (
+            trained.model.clone(mode="hard", dispatch=form).apply(
+                {"params": trained.params}, tokens, hypers=routing
+            )
+            for form in ("dense", "packed")
+        )
+        np.testing.assert_array_equal(dense.routing.route, packed.routing.route)
+        assert_close(packed.logits, dense.logits)
+        trace = generate(
+            trained.model, trained.params, [np.asarray(tokens[0, :8])], steps=6, hypers=routing, mode="hard"
+        )
+        text = np.concatenate([tokens[0, :8], trace.tokens[0]])
+        whole = trained.model.clone(mode="hard").apply(
+            {"params": trained.params}, text[None], hypers=routing
+        )
+        np.testing.assert_array_equal(np.argmax(whole.logits[0, 7:-1], -1), trace.tokens[0])
+        seen |= set(np.unique(whole.routing.route).tolist())
+    assert seen == {0, 1, 2}
+
+
+def test_a_budget_is_kept_on_validation_stored_and_used(trained):
+    plain = trained.evaluate(mode="hard")
+    for budget in ({"cost": 0.5 * (plain["cost"] + 0.15)}, {"share": 0.3}):
+        [(kind, value)] = budget.items()
+        with pytest.raises(ValueError, match=f"^{kind}: expected a budget found for the run"):
+            trained.at_budget(**budget)
+        fitted = trained.fit_budget(**budget)
+        again = load_run(trained.path).at_budget(**budget)
+        assert again.hypers.routing.price == fitted.hypers.routing.price
+        found = fitted.evaluate(mode="hard")
+        metric = found[budgets.KINDS[kind]]
+        assert 0.8 * value < metric <= value
+        assert (fitted.hypers.routing.price > 0) == (value < plain[budgets.KINDS[kind]])
+    assert len(budgets.read_budgets(trained.path)) == 2
+    trained.fit_budget(**budget)
+    assert len(budgets.read_budgets(trained.path)) == 2, "found again, it is not stored twice"
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"cost": 0.1}, r"cost: expected a budget in \[0.15 \(the cheapest mechanism's\), 1\], got 0.1"),
+    ({"cost": 1.1}, "cost: expected a budget in "),
+    ({"share": -0.1}, "share: expected a budget in "),
+    ({"cost": float("nan")}, "cost: expected a budget in "),
+    ({}, "budget: expected a cost or a share, got none"),
+    ({"cost": 0.3, "share": 0.3}, "budget: expected a cost or a share, got "),
+])
+def test_a_budget_that_cannot_be_is_one_sentence(trained, given, message):
+    with pytest.raises(ValueError, match="^" + message):
+        trained.fit_budget(**given)
+
+
+@pytest.mark.parametrize("price", [float("nan"), float("inf"), "much"])
+def test_a_price_that_is_no_number_is_one_sentence(trained, price):
+    with pytest.raises(ValueError, match="^price: expected a"):
+        trained.at(price=price)
+
+
+def test_a_damaged_file_of_budgets_is_one_sentence(tmp_path):
+    (tmp_path / budgets.FILE).write_text('{"budgets": [{"kind": "cost"}]}')
+    with pytest.raises(ValueError, match="^workdir: expected budgets in "):
+        budgets.read_budgets(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_price_is_found_of_any_falling_curve(seed):
+    rng = np.random.default_rng(seed)
+    mean = rng.dirichlet(np.ones(3), 500)
+    costs = np.array(COSTS)
+
+    def spent(price):
+        return costs[np.argmax(mean - price * costs, -1)].mean()
+
+    budget = rng.uniform(0.15, 1.0)
+    price = budgets.find_price(spent, budget, costs)
+    assert spent(price) <= budget and (price < -1 or spent(price - 1e-3) > budget - 0.01)

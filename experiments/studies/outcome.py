@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -125,6 +126,19 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line[f"test_{name}"], line[f"test_{name}_pm"] = interval([t[name] for t in tested])
         made.append(line)
     return made
+
+
+def stored_lines(folder: str | pathlib.Path) -> list[dict[str, Any]]:
+    """`lines` of the results that a sweep has written.
+
+    Raises:
+      ValueError: no `rows.json` of a sweep there.
+    """
+    path = pathlib.Path(folder) / "rows.json"
+    try:
+        return lines(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"beside: expected the results of a sweep in {str(path)!r}, got none.") from None
 
 
 def front(made: Sequence[dict[str, Any]]) -> list[str]:

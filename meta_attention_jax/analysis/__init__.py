@@ -17,6 +17,7 @@ from meta_attention_jax.analysis.posterior_figures import (
     routing_by_position,
     simplex_figure,
 )
+from meta_attention_jax.analysis.price_figure import prices_figure
 from meta_attention_jax.analysis.sweep_figures import against_figure, pareto_figure
 from meta_attention_jax.analysis.tables import (
     Column,
@@ -60,6 +61,7 @@ __all__ = [
     "markdown_table",
     "mechanism_styles",
     "pareto_figure",
+    "prices_figure",
     "risk_coverage_figure",
     "routing_by_layer",
     "routing_by_position",
