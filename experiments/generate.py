@@ -24,6 +24,7 @@ MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
 THRESHOLD = flags.DEFINE_float(
     "threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0
 )
+PRICE = flags.DEFINE_float("price", None, "lambda of the decision; the run's own when absent.")
 STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1, 10**6)
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
 TEMPERATURE = flags.DEFINE_float("temperature", None, "> 0.")
@@ -42,7 +43,7 @@ def main() -> None:
         sampler_of(**draw)  # Its mistakes before any work.
         theta = THRESHOLD.value  # absl lets NaN through.
         expect(theta is None or 0 <= theta <= 1, "threshold", "theta in [0, 1]", theta)
-        run = load_run(WORKDIR.value, step=STEP.value)
+        run = load_run(WORKDIR.value, step=STEP.value).at(price=PRICE.value)
         if LAYER.value is not None and LAYER.value >= run.config.model.num_layers:
             raise ValueError(
                 f"layer: expected less than {run.config.model.num_layers}, got {LAYER.value}."

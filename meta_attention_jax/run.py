@@ -7,6 +7,7 @@
     run.routes("k1=v2 c0 ?k1")      concentration, mean, uncertainty and mechanism per layer and token
     run.generate("k1=v2 c0 ?k1", steps=8)
     run.show("k1=v2 c0 ?k1")        coloured text in a notebook
+    run.at(price=0.1), run.at_budget(cost=0.3)      the same at another price of its decisions
 
 The corpus is opened when `run.dataset` is first asked for.
 """
@@ -39,10 +40,10 @@ from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
-from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.evaluation import Evaluator, logits_and_routing
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.rules import final_threshold
+from meta_attention_jax.training.rules import last_mode
 from meta_attention_jax.training.state import Hypers
 from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
@@ -65,8 +66,7 @@ class Run:
       model: in soft mode.
       tokenizer: of the run.
       hypers: of the config.
-      sequence_length: of `dataset`.
-      batch_size: of `dataset`.
+      sequence_length, batch_size: of `dataset`.
     """
 
     path: pathlib.Path
@@ -107,11 +107,8 @@ class Run:
 
     @property
     def mode(self) -> str:
-        """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last
-        theta is below 1, else "hard". A `settled` gate is taken to have opened."""
-        if self.config.gate.kind == "none":
-            return "soft"
-        return "gated" if final_threshold(self.config) < 1 else "hard"
+        """The mode that training ends in; see `rules.last_mode`."""
+        return last_mode(self.config)
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:
@@ -179,7 +176,7 @@ class Run:
 
         Args:
           split: "train", "validation" or "test".
-          mode: "soft", "hard" or "gated"; None is `mode`.
+          mode: as in `logits`.
           max_batches: at most so many, spread evenly over the split; None is all of it.
 
         Raises:
@@ -199,11 +196,8 @@ class Run:
         return Evaluator(self.model, self.dataset, parallel), parallel.place(self.params)
 
     def at(self, *, price: Optional[float] = None, threshold: Optional[float] = None) -> Run:
-        """The same run at another lambda or theta of its decisions (see `routing.decide`); nothing is
-        compiled anew.
-
-        Raises:
-          ValueError: a number that is not finite, or theta outside [0, 1].
+        """The same run at another lambda or theta of its decisions (see `routing.decide`), without
+        compiling. Raises ValueError for a number that is not finite, or theta outside [0, 1].
         """
         hypers = self._routing_hypers(threshold)
         if price is not None:
@@ -211,17 +205,13 @@ class Run:
                 raise ValueError(f"price: expected a finite number, got {price}.")
             hypers = hypers.replace(price=jnp.float32(price))
         other = dataclasses.replace(self, hypers=self.hypers.replace(routing=hypers))
-        for name in ("dataset", "metrics", "_evaluator"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
+        shared = self.__dict__.keys() & {"dataset", "metrics", "_evaluator"}
+        other.__dict__.update({name: self.__dict__[name] for name in shared})
         return other
 
     def at_budget(self, *, cost: Optional[float] = None, share: Optional[float] = None) -> Run:
         """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found.
-
-        Raises:
-          ValueError: as `fit_budget`, or none was found for these parameters.
-        """
+        Raises ValueError as that does, or if none was found for these parameters."""
         return budgets.at_budget(self, cost, share)
 
     def fit_budget(
@@ -254,7 +244,7 @@ class Run:
           ValueError: unknown split or mode, or data that are not there any more.
         """
         batch = next(self.dataset.eval_batches(split, max_batches=1))
-        _, routing = _forward(
+        _, routing = logits_and_routing(
             self.model.clone(mode=self._mode(mode)), self.params, batch.tokens,
             batch.segment_ids, batch.positions, self.hypers.routing,
         )
@@ -278,10 +268,9 @@ class Run:
         Args:
           prompt: a text, or token ids.
           steps: tokens to generate.
-          mode: "soft", "hard" or "gated"; None is `mode`.
+          mode, threshold: as in `logits`.
           temperature, top_k, top_p: of `Sampler`.
           seed: of the samples.
-          threshold: theta of gated mode; None is the run's own.
 
         Raises:
           ValueError: an empty prompt, an unknown token, or a number out of range.
@@ -349,22 +338,11 @@ class Run:
         """(ids, logits [token vocab], routing [layer token ...])."""
         ids = self.encode(text)
         # Lengths are rounded up, so that texts of similar length share a program; nothing looks ahead.
-        room = -len(ids) % _LENGTH_STEP
+        room = -len(ids) % 64
         tokens = np.pad(ids, (0, room))[None]
         segments = np.pad(np.ones(len(ids), np.int32), (0, room))[None]
-        logits, routing = jax.device_get(_forward(
+        logits, routing = jax.device_get(logits_and_routing(
             self.model.clone(mode=self._mode(mode)), self.params, tokens, segments, None,
             self._routing_hypers(threshold),
         ))
         return ids, logits[0, : len(ids)], jax.tree.map(lambda x: x[:, 0, : len(ids)], routing)
-
-
-_LENGTH_STEP = 64
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _forward(model, params, tokens, segment_ids, positions, hypers):
-    output = model.apply(
-        {"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers
-    )
-    return output.logits, output.routing

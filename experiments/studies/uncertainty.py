@@ -62,7 +62,7 @@ def study(run: Run, measure: str, split: str, thetas: list[float]) -> dict[str, 
     """Risk-coverage and frontier of one run by one measure on one split."""
     soft = arrays(run, split, mode="soft", measure=measure)
     hard = arrays(run, split, mode="hard", measure=measure)
-    curve = risk_coverage(soft["uncertainty"].mean(0), hard["nll"] - soft["nll"])
+    curve = risk_coverage(soft.get("log_uncertainty", soft["uncertainty"]).mean(0), hard["nll"] - soft["nll"])
     costs = np.asarray(run.hypers.routing.costs)
     points = []
     for theta in thetas:

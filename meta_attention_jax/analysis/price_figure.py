@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from meta_attention_jax.analysis import palette
-from meta_attention_jax.analysis.canvas import FONT, frame, tidy
+from meta_attention_jax.analysis.canvas import FONT, frame, legend, tidy
 
 ONE = "one model, by lambda"
 
@@ -37,8 +37,8 @@ def prices_figure(
     kinds = dict.fromkeys(line["point"].get("name", "trained apart") for line in beside)
     figure, [[axes]] = frame(
         1, 8.0, [4.0], f"{title}: the price of full attention" if title else "The price of full attention",
-        f"A hard token takes argmax E pi - lambda c; numbers are lambda, 0 is the plain argmax. {split} "
-        "split. Down and to the left is better."
+        f"A hard token takes argmax E pi - lambda c; numbers are lambda, 0 is the plain argmax. Measured "
+        f"on the {split} split. Down and to the left is better."
         + (" Other marks: means over seeds of models trained apart, as their sweep reports them." if beside
            else ""),
     )
@@ -49,16 +49,16 @@ def prices_figure(
                   color=styles[name][0], marker=styles[name][1], label=name)
     axes.plot([row["cost"] for row in rows], [row["nll"] for row in rows], lw=1.5, ms=6,
               color=styles[ONE][0], marker=styles[ONE][1], label=ONE)
-    last = None
-    for row in sorted(rows, key=lambda row: row["cost"]):
-        # Prices that change nothing any more would be written on top of each other.
-        if last is None or abs(row["cost"] - last) > 0.015:
-            axes.annotate(f"{row['price']:g}", (row["cost"], row["nll"]), (5, 5),
+    told: list[float] = []
+    for row in sorted(rows, key=lambda row: abs(row["price"])):  # 0 is told first.
+        # Prices that change little would be written on top of each other.
+        if all(abs(row["cost"] - cost) > 0.03 for cost in told):
+            axes.annotate(f"{row['price']:g}", (row["cost"], row["nll"]), (5, 6),
                           textcoords="offset points", fontsize=FONT - 1)
-            last = row["cost"]
+            told.append(row["cost"])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("projected cost of the hard routes", fontsize=FONT)
     axes.set_ylabel("hard nats per token", fontsize=FONT)
-    axes.legend(frameon=False, fontsize=FONT - 1)
+    legend(figure, axes.get_legend_handles_labels()[0], 5)
     tidy(axes)
     return figure

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
@@ -28,7 +28,7 @@ from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.state import row_keys
 from meta_attention_jax.training.step import Axes
-from meta_attention_jax.types import Batch, RoutingHypers
+from meta_attention_jax.types import Batch, Positions, Routing, RoutingHypers, SegmentIds
 
 
 class Evaluator:
@@ -274,6 +274,22 @@ def token_arrays(
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def logits_and_routing(
+    model: LanguageModel,
+    params: Any,
+    tokens: Int[Array, "batch time"],
+    segment_ids: SegmentIds,
+    positions: Optional[Positions],
+    hypers: RoutingHypers,
+) -> tuple[Float[Array, "batch time vocab"], Routing]:
+    """One forward pass."""
+    output = model.apply(
+        {"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers
+    )
+    return output.logits, output.routing
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def _token_step(
     model: LanguageModel, params: Any, batch: Batch, hypers: RoutingHypers
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -287,6 +303,8 @@ def _token_step(
     layers = dict(
         mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route, hard=routing.hard
     )
+    if routing.log_uncertainty is not None:
+        layers["log_uncertainty"] = routing.log_uncertainty
     if routing.concentration is not None:
         layers["concentration"] = routing.concentration
     return tokens, layers

@@ -116,6 +116,14 @@ def final_threshold(config: ConfigDict) -> float:
         raise ValueError(f"gate.{error}") from None
 
 
+def last_mode(config: ConfigDict) -> str:
+    """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last theta is
+    below 1, else "hard". A `settled` gate is taken to have opened."""
+    if config.gate.kind == "none":
+        return "soft"
+    return "gated" if final_threshold(config) < 1 else "hard"
+
+
 def check_sizes(config: ConfigDict) -> None:
     """Checks that no array of the run has 2^31 elements or more.
 
