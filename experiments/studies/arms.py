@@ -2,6 +2,7 @@
 
     bayesian, prior-free, ...   a controller (`NAMED`)
     full-only, local+full, ...  one mechanism, or a fixed pattern over the layers, repeated
+    kl-free                     the Dirichlet controller with beta 0, the paper's own prior-free arm
     bayesian@soft, ...          the same without a gate: no token is hardened in training
 """
 
@@ -16,12 +17,13 @@ from meta_attention_jax.controller.baselines import CONTROLLERS
 NAMED: dict[str, dict[str, Any]] = {
     **{name: {"controller.name": name} for name in CONTROLLERS if name not in ("fixed", "softmax")},
     "prior-free": {"controller.name": "softmax"},
+    "kl-free": {"controller.name": "bayesian", "objective.beta": 0.0},
     "full-only": {"controller.name": "fixed", "controller.fixed": ("full",)},
 }
 SOFT = "@soft"
 
 DEFAULT = (
-    "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "cost_penalty", "switch", "gumbel",
+    "bayesian", "bayesian_mean", "softmax_kl", "prior-free", "kl-free", "cost_penalty", "switch", "gumbel",
     "full-only", "local+full", "full+local", "linear+full", "full+linear", "linear+local",
     "local+linear", "local", "linear",
     "bayesian@soft", "prior-free@soft",
@@ -85,7 +87,7 @@ def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     """
     name = controller_of(arm)
     fields = [("optimizer.learning_rate", (0.5, 1.0, 2.0))]
-    if CONTROLLERS[name].has_penalty:
+    if CONTROLLERS[name].has_penalty and "objective.beta" not in overrides(arm):
         fields.append(("objective.beta", (1 / 3, 1.0, 3.0, 10.0)))
     if CONTROLLERS[name].has_posterior:
         fields.append(("prior.strength", (0.5, 1.0, 4.0)))
