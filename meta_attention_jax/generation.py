@@ -27,6 +27,7 @@ from meta_attention_jax.types import Routing, RoutingHypers
 Logits = Float[Array, "batch vocab"]
 Tokens = Int[Array, "batch"]
 RowKeys = Key[Array, "batch"]
+Prompt = Sequence[int | np.integer] | Int[np.ndarray, "tokens"]
 Draw = Callable[[Logits, RowKeys], Tokens]
 
 TINY, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -232,7 +233,7 @@ def _seen(routing: Routing) -> dict[str, Array]:
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int
+    prompts: Sequence[Prompt], vocab_size: int
 ) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch"]]:
     """Prompts of any lengths as one right-padded array, and their lengths.
 
@@ -262,7 +263,7 @@ def pad_prompts(
 def generate(
     model: LanguageModel,
     params: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     steps: int,
     hypers: RoutingHypers,

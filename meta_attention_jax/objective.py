@@ -105,7 +105,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
         entropy=per_layer(categorical_entropy(routing.mean)),
         uncertainty=per_layer(routing.uncertainty),
         log_uncertainty=(
-            jnp.zeros(routing.uncertainty.shape[:1])
+            jnp.zeros(routing.uncertainty.shape[:1], jnp.float32)
             if routing.log_uncertainty is None
             else per_layer(routing.log_uncertainty)
         ),

@@ -27,8 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from meta_attention_jax import budgets
-from meta_attention_jax.answers import Continuation, Html, TextRoutes
+from meta_attention_jax import answers, budgets
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
@@ -117,7 +116,7 @@ class Run:
         Raises:
           ValueError: no log.
         """
-        return records_frame(read_metrics(self.path))
+        return answers.records_frame(read_metrics(self.path))
 
     def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
         """Token ids of a text; ids stay as they are.
@@ -152,10 +151,10 @@ class Run:
 
     def routes(
         self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
-    ) -> TextRoutes:
+    ) -> answers.TextRoutes:
         """Where the model sends every token of a text; arguments as `logits`."""
         ids, _, routing = self._apply(text, mode, threshold)
-        return TextRoutes(
+        return answers.TextRoutes(
             pieces=self.pieces(ids),
             mechanisms=self.mechanisms,
             concentration=routing.concentration,
@@ -262,7 +261,7 @@ class Run:
         top_p: Optional[float] = None,
         seed: int = 0,
         threshold: Optional[float] = None,
-    ) -> Continuation:
+    ) -> answers.Continuation:
         """Goes on from a prompt by `steps` tokens; greedy unless one of the sampler's numbers is given.
 
         Args:
@@ -290,7 +289,7 @@ class Run:
         trace = jax.device_get(trace)
         joined = np.concatenate([ids, trace.tokens[0]])
         text = self.tokenizer.decode(joined).decode(errors="replace")
-        return Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
+        return answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
 
     def show(
         self,
@@ -299,7 +298,7 @@ class Run:
         layer: Optional[int] = None,
         mode: Optional[str] = None,
         threshold: Optional[float] = None,
-    ) -> Html:
+    ) -> answers.Html:
         """The text coloured by mechanism, for a notebook; one layer or all.
 
         Raises:
@@ -312,7 +311,7 @@ class Run:
         return f"Run({str(self.path)!r}, {self.config.name!r}, step {self.step} of {self.steps})"
 
     def _repr_html_(self) -> str:
-        return table_html({
+        return answers.table_html({
             "run": self.path, "config": self.config.name,
             "step": f"{self.step} of {', '.join(map(str, self.steps))}",
             "controller": self.config.controller.name, "corpus": self.config.data.corpus,

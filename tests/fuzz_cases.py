@@ -43,12 +43,13 @@ FIELDS = dict(fields(smoke.get_config().to_dict()))
 ZERO_IS_FINE = {
     "seed", "data.seed", "data.min_distance", "data.num_marks", "data.mark_rate",
     "data.aggregate_rate", "model.mlp_dim", "controller.entropy_bonus", "objective.beta",
-    "objective.beta_warmup", "gate.start", "gate.threshold", "optimizer.warmup",
+    "objective.beta_warmup", "gate.start", "gate.threshold", "gate.price", "optimizer.warmup",
     "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.clip",
     "train.packed_dense_rows", "train.profile_step", "parallel.devices",
 }
 LIMITLESS = {"seed", "data.seed"}
 ANY_TEXT = {"name"}
+ANY_SIGN = {"gate.price"}
 
 WRONG = {
     int: ("many", "1.5", "", "nan", "1e3", "0x", "-"),
@@ -76,6 +77,8 @@ def config_values(draw: random.Random) -> list[Case]:
                 values += [str(2**31)]
         if field in ANY_TEXT:
             continue
+        if field in ANY_SIGN:
+            values = [value for value in values if value[:1] != "-" or value == "-inf"]
         if field == "train.init_from":
             values.remove("")
         if field == "controller.fixed":

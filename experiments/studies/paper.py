@@ -10,6 +10,7 @@ Started again, it goes on; what has its row in `rows.json` of the results is not
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
@@ -155,7 +155,7 @@ class Dataset(abc.ABC):
 
     def _batch(
         self,
-        windows: Int[np.ndarray, "local_batch time+1"],
+        windows: Shaped[np.ndarray, "local_batch time_and_next"],
         targets: Int[np.ndarray, "local_batch"],
         kind: Int[np.ndarray, "local_batch time"],
     ) -> Batch:

@@ -37,7 +37,7 @@ TRUE_MECHANISMS = (None, "full", "linear", "local")
 """The cheapest mechanism that suffices for each kind; None for any."""
 
 Uniforms = Float[np.ndarray, "rows draws"]
-Sample = tuple[Int[np.ndarray, "rows length+1"], Int[np.ndarray, "rows length"]]
+Sample = tuple[Int[np.ndarray, "rows length_and_next"], Int[np.ndarray, "rows length"]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -30,6 +30,7 @@ _CHUNK = 1 << 20  # characters that are encoded at a time: bounds memory on file
 _WORD = re.compile(r"\S{1000}(?=\S)")  # training takes time of the square of a word's length
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the pipeline needs to know of a tokenizer.
 

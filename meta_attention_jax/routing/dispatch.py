@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def plan(
     *,
     records: Sequence[Mechanism],
     spec: AttentionSpec,
-    dtype: jnp.dtype,
+    dtype: Any,
     dim: int,
 ) -> Optional[WorkList]:
     """What the packed kernel of this platform has to do for these routes; None where no mechanism has

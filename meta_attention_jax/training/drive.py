@@ -4,7 +4,7 @@ that are trained together."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, NamedTuple, Optional, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ def due(every: ConfigDict, done: int, stop: int) -> Due:
     return Due(evaluate or done % every.log_every == 0, evaluate, save)
 
 
+@runtime_checkable
 class Work(Protocol):
     """What is trained."""
 
