@@ -174,7 +174,7 @@ def _entropy(fractions: np.ndarray) -> np.ndarray:
 
 
 def summarise(
-    sums: Sums, *, mechanisms: Sequence[str], costs: Sequence[float], beta: float = 0.0
+    sums: Sums, *, mechanisms: Sequence[str], costs: Sequence[float] | np.ndarray | Array, beta: float = 0.0
 ) -> dict[str, Any]:
     """Everything that is reported about a set of tokens, as plain Python numbers.
 

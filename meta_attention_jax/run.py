@@ -49,7 +49,7 @@ from meta_attention_jax.types import Batch, Routing, RoutingHypers
 if TYPE_CHECKING:
     import pandas
 
-Text = Union[str, bytes, Sequence[int], Int[np.ndarray, "tokens"]]
+Text = Union[str, bytes, Sequence[int | np.integer], Int[np.ndarray, "tokens"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +130,7 @@ class Run:
         pad_prompts([ids], self.tokenizer.vocab_size)
         return ids.astype(np.int32)
 
-    def pieces(self, ids: Sequence[int] | Int[np.ndarray, "tokens"]) -> list[bytes]:
+    def pieces(self, ids: Sequence[int | np.integer] | Int[np.ndarray, "tokens"]) -> list[bytes]:
         """The text of every token."""
         return [self.tokenizer.decode([token]) for token in ids]
 

@@ -34,6 +34,8 @@ from meta_attention_jax.scalars import whole
 Queries = Float[Array, "batch time heads dim"]
 Keys = Float[Array, "batch time kv_heads dim"]
 Values = Float[Array, "batch time kv_heads dim"]
+Abstract = Array | jax.ShapeDtypeStruct
+"""Of what only the shape and the dtype are asked."""
 SegmentIds = Int[Array, "batch time"]
 Positions = Int[Array, "batch time"]
 Route = Int[Array, "batch time"]

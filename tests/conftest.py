@@ -26,7 +26,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-# Every call of the package is checked against its annotations, at a price in time: see .ci/run.
+# Every call of the package is checked against its annotations, at a price in time.
 if os.environ.get("CHECK_SHAPES"):
     import jaxtyping
 

@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
     def encode(self, data: bytes) -> Ids:
         """Token ids (int32) of a text; `decode` undoes it."""
 
-    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
         """The text of token ids; for a part of a text it may start or end within a character."""
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -67,7 +67,7 @@ class ByteTokenizer:
         """The bytes as int32."""
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
         """The bytes.
 
         Raises:
@@ -103,7 +103,7 @@ class SymbolTokenizer:
                 raise ValueError(f"text: expected names such as {self.symbols[0]}, got {word!r}.")
         return np.array([self._ids[word] for word in words], np.int32)
 
-    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
         """The names, each followed by a blank."""
         return "".join(f"{self.symbols[i]} " for i in _checked(ids, self.vocab_size)).encode()
 
@@ -165,7 +165,7 @@ class BPETokenizer:
         parts = [np.array(self._tokenizer.encode(chunk).ids, np.int32) for chunk in _chunks(data)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def decode(self, ids: Sequence[int] | Ids) -> bytes:
+    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
         """The bytes of the tokens.
 
         Raises:
@@ -275,7 +275,7 @@ def _broken(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _checked(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
+def _checked(ids: Sequence[int | np.integer] | Ids, vocab_size: int) -> Ids:
     ids = np.asarray(ids, np.int64)
     if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
         raise ValueError(f"ids: expected within [0, {vocab_size}), got {ids.min()} to {ids.max()}.")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import jax.numpy as jnp
+from typing import Any, NamedTuple
 
 from meta_attention_jax.kernels import portable
 from meta_attention_jax.kernels.worklist import Sizes
@@ -43,7 +41,7 @@ def portable_sizes(time: int, reach: Reach) -> Sizes:
     return Sizes(factor * BLOCK, min(factor * TILE, time))
 
 
-def packed(platform: str, *, dtype: jnp.dtype, dim: int) -> Kernel:
+def packed(platform: str, *, dtype: Any, dim: int) -> Kernel:
     """The kernel for these arrays on this platform; the loops of XLA, on all of them so far."""
     del platform, dtype, dim
     return Kernel("portable", portable.attend, portable_sizes)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from meta_attention_jax.mechanisms import blocks, masks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.spent import AttentionCost
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+from meta_attention_jax.types import Abstract, Keys, Queries, SegmentIds, Values
 
 GroupedQueries = Float[Array, "batch kv_heads group time dim"]
 GroupedKeys = Float[Array, "batch kv_heads time dim"]
@@ -69,7 +69,7 @@ def attend(
     return out, lse[..., 0]
 
 
-def count_work(q: Queries, k: Keys, *, causal: bool, window: int | None, block: int) -> AttentionCost:
+def count_work(q: Abstract, k: Abstract, *, causal: bool, window: int | None, block: int) -> AttentionCost:
     """What `attend` spends, forward: every tile it visits, padding and all; blind to segments."""
     batch, time = q.shape[:2]
     count, block = _edges(time, block)

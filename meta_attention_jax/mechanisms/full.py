@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,15 @@ from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.targets import Target
-from meta_attention_jax.types import AttentionSpec, Keys, Queries, Reach, SegmentIds, Values
+from meta_attention_jax.types import (
+    Abstract,
+    AttentionSpec,
+    Keys,
+    Queries,
+    Reach,
+    SegmentIds,
+    Values,
+)
 
 BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
@@ -131,7 +139,7 @@ def flops(time: int, dim: int, spec: AttentionSpec) -> float:
     return 4.0 * dim * pairs
 
 
-def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
+def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` with segment ids spends on all tokens, forward.
 
     "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as
@@ -157,7 +165,7 @@ def reach(spec: AttentionSpec) -> Reach:
     return Reach()
 
 
-def _dense_block(q: Queries) -> int:
+def _dense_block(q: Abstract) -> int:
     """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the
     last-level cache (measured)."""
     batch, _, heads, _ = q.shape
@@ -169,7 +177,7 @@ def resolve_implementation(
     implementation: str,
     *,
     time: int,
-    dtype: jnp.dtype,
+    dtype: Any,
     head_dim: int,
     segments: str,
     target: Optional[Target] = None,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from meta_attention_jax.mechanisms import blocks, cache, masks, spent
 from meta_attention_jax.mechanisms.features import feature_map
 from meta_attention_jax.mechanisms.mechanism import Mechanism
-from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
 CHUNK = 64
@@ -61,7 +61,7 @@ def attend(
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
 
 
-def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
+def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
 
     A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the
@@ -218,7 +218,7 @@ def _sums_backward(inclusive, saved, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _steps(q: Queries) -> tuple[int, int, int]:
+def _steps(q: Abstract) -> tuple[int, int, int]:
     """Steps of the loop, chunks in a step, tokens in a chunk."""
     batch, time, heads, _ = q.shape
     chunk = min(CHUNK, time)

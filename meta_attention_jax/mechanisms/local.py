@@ -12,6 +12,7 @@ from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.types import (
+    Abstract,
     AttentionSpec,
     Keys,
     Queries,
@@ -135,7 +136,7 @@ def _outside(time: int, width: int, spec: AttentionSpec) -> int:
     return pairs
 
 
-def count_work(q: Queries, k: Keys, spec: AttentionSpec) -> spent.AttentionCost:
+def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only."""
     tiles = flash.count_work(q, k, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks:

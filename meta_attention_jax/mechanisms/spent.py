@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
-from meta_attention_jax.types import Keys, Queries
+from meta_attention_jax.types import Abstract
 
-Number = float | Float[Array, ""]
+Number = float | Num[Array, ""]
 
 
 class AttentionCost(NamedTuple):
@@ -29,7 +29,7 @@ class AttentionCost(NamedTuple):
 
 
 def of_tiles(
-    q: Queries, k: Keys, *, blocks: Number, tiles: Number, rows: Number, block: int, tile: int
+    q: Abstract, k: Abstract, *, blocks: Number, tiles: Number, rows: Number, block: int, tile: int
 ) -> AttentionCost:
     """Softmax attention by tiles: 4 d H per query-key pair, block x tile pairs a tile.
 
@@ -54,7 +54,7 @@ def of_tiles(
     )
 
 
-def of_arrays(q: Queries, k: Keys, flops: Number) -> AttentionCost:
+def of_arrays(q: Abstract, k: Abstract, flops: Number) -> AttentionCost:
     """These FLOPs, and every array read or written once."""
     batch, time, heads, dim = q.shape
     row = 2 * heads * dim * jnp.dtype(q.dtype).itemsize

@@ -15,7 +15,13 @@ from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import AttentionSpec, Keys, ModelConfig, Queries, Route, SegmentIds
+from meta_attention_jax.types import (
+    Abstract,
+    AttentionSpec,
+    ModelConfig,
+    Route,
+    SegmentIds,
+)
 
 
 @flax.struct.dataclass
@@ -121,7 +127,7 @@ def count_attention(
     )
 
 
-def _everywhere(record: Mechanism, q: Queries, k: Keys, spec: AttentionSpec) -> AttentionCost:
+def _everywhere(record: Mechanism, q: Abstract, k: Abstract, spec: AttentionSpec) -> AttentionCost:
     """On all tokens."""
     if record.work is not None:
         return record.work(q, k, spec)
