@@ -13,18 +13,15 @@ from scipy import special
 def allowed_pairs(
     segment_ids: np.ndarray, *, causal: bool, window: int | None, sinks: int = 0
 ) -> np.ndarray:
-    """[B, T, T] table; pair by pair, as in the definition."""
-    batch, time = segment_ids.shape
-    table = np.zeros((batch, time, time), bool)
-    for t in range(time):
-        for s in range(time):
-            near = window is None or abs(t - s) < window
-            if s <= t or not causal:
-                # A sink has fewer than `sinks` tokens of its segment before it.
-                sink = np.array([np.sum(row[:s] == row[s]) < sinks for row in segment_ids])
-                same = (segment_ids[:, t] == segment_ids[:, s]) & (segment_ids[:, t] != 0)
-                table[:, t, s] = same & (near | sink)
-    return table
+    """[B, T, T] table: may t attend to s?"""
+    time = segment_ids.shape[1]
+    t, s = np.arange(time)[:, None], np.arange(time)[None, :]
+    of_t, of_s = segment_ids[:, :, None], segment_ids[:, None, :]
+    near = window is None or abs(t - s) < window
+    # A sink has fewer than `sinks` tokens of its segment before it.
+    before = [[np.sum(row[:s] == row[s]) for s in range(time)] for row in segment_ids]
+    sink = (np.asarray(before) < sinks)[:, None, :]
+    return (s <= t if causal else True) & (of_t == of_s) & (of_t != 0) & (near | sink)
 
 
 def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None, sinks=0):

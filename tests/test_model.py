@@ -30,21 +30,44 @@ def hypers(threshold=THETA):
 
 
 def make(controller="bayesian", mode="soft", **fields):
+    """Two layers, scanned where they are alike: half the program, and the same function."""
+    defaults = dict(num_layers=2, scan_layers=controller != "fixed", fixed=("local", "full"))
     return making.model(
-        vocab_size=VOCAB, model_dim=16, num_layers=2, num_heads=2, window=4, mlp_dim=32,
-        controller=controller, hidden=8, mode=mode, fixed=("local", "full"), **fields
+        vocab_size=VOCAB, model_dim=16, num_heads=2, window=4, mlp_dim=32, controller=controller,
+        hidden=8, mode=mode, **{**defaults, **fields}
     )
+
+
+def first_layer(controller="bayesian", mode="soft", **fields):
+    return make(controller, mode, num_layers=1, scan_layers=False, fixed="local", **fields)
+
+
+def random_parameters(model):
+    """Of the shapes that `init` says: every token is routed its own way."""
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), hypers=hypers())
+    )["params"]
+    rng = np.random.default_rng(1)
+
+    def leaf(path, shape):
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.4 * rng.standard_normal(shape.shape), shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 @functools.lru_cache(maxsize=None)
 def parameters(controller):
-    """Parameters in which every token is routed its own way: the zero output layer is filled."""
-    tokens = jnp.zeros((1, TIME), jnp.int32)
-    params = making.initial(make(controller), tokens, hypers=hypers())["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-    return jax.tree.unflatten(tree, noisy)
+    return random_parameters(make(controller))
+
+
+def unrolled(params):
+    """The same parameters, layer by layer."""
+    if "layers" not in params:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = [jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(2)]
+    return rest | {f"layer_{i}": layer for i, layer in enumerate(layers)}
 
 
 def tokens(seed=0, shape=(BATCH, TIME)):
@@ -53,15 +76,15 @@ def tokens(seed=0, shape=(BATCH, TIME)):
 
 @functools.lru_cache(maxsize=None)
 def runner(controller, mode, sampled):
-    """(tokens, segment_ids, positions or None) -> Output."""
+    """(tokens, segment_ids, threshold) -> Output."""
     model, params = make(controller, mode), parameters(controller)
 
     @jax.jit
-    def run(tokens, segment_ids):
+    def run(tokens, segment_ids=jnp.ones((BATCH, TIME), jnp.int32), threshold=THETA):
         keys = jax.vmap(jax.random.key)(jnp.arange(tokens.shape[0])) if sampled else None
         return model.apply(
             {"params": params}, tokens, segment_ids=segment_ids,
-            hypers=hypers(), keys=keys,
+            hypers=hypers(threshold), keys=keys,
         )
 
     return run
@@ -79,7 +102,7 @@ def seen(output):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_no_gradient_flows_from_later_tokens(controller, mode):
-    model, params = make(controller, mode), parameters(controller)
+    model, params = first_layer(controller, mode), unrolled(parameters(controller))
     x = jax.random.normal(jax.random.key(2), (1, TIME, 16))
     keys = jax.random.split(jax.random.key(3), 1)  # training: straight-through gradients too
 
@@ -101,10 +124,9 @@ def test_no_gradient_flows_from_later_tokens(controller, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_replacing_later_tokens_changes_nothing_before(controller, mode, sampled):
-    run, ones = runner(controller, mode, sampled), jnp.ones((BATCH, TIME), jnp.int32)
-    x = tokens()
+    run, x = runner(controller, mode, sampled), tokens()
     changed = x.at[:, 12:].set((x[:, 12:] + 1) % VOCAB)
-    before, after = run(x, ones), run(changed, ones)
+    before, after = run(x), run(changed)
     for a, b in zip(seen(before), seen(after)):
         np.testing.assert_array_equal(a[:, :12], b[:, :12])
     assert np.any(before.logits[:, 12:] != after.logits[:, 12:])
@@ -135,12 +157,13 @@ def test_forced_dense_one_hot_is_each_mechanism_alone():
     layer = lambda **kw: making.layer(num_heads=2, window=4, rotary=True, **kw)  # noqa: E731
     variables = making.initial(layer(), x)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(module, route):
         def loss(params, x):
             out, *_ = module.apply({"params": params}, x, route=route, method="routed")
             return jnp.sum(jnp.sin(out)), out
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
 
     for index, name in enumerate(("full", "linear", "local")):
         route = jnp.full((BATCH, TIME), index)
@@ -152,30 +175,23 @@ def test_forced_dense_one_hot_is_each_mechanism_alone():
 
 
 def test_hard_mode_is_the_forced_route_of_its_own_argmax():
-    model = make(mode="hard")
-    params = {"params": parameters("bayesian")}
-    out = jax.jit(model.apply)(params, tokens(), hypers=hypers())
-    forced = jax.jit(model.clone(mode="soft").apply)(
-        params, tokens(), hypers=hypers(), route=out.routing.route
+    out = runner("bayesian", "hard", False)(tokens())
+    forced = jax.jit(make(mode="soft").apply)(
+        {"params": parameters("bayesian")}, tokens(), hypers=hypers(), route=out.routing.route
     )
     assert_close(out.logits, forced.logits)
     assert len(np.unique(out.routing.route)) > 1
 
 
 def test_gate_limits_are_soft_and_hard():
-    params = {"params": parameters("bayesian")}
-    run = lambda mode, theta: jax.jit(make(mode=mode).apply)(  # noqa: E731
-        params, tokens(), hypers=hypers(theta)
-    ).logits
-    soft, hard = run("soft", 0.0), run("hard", 0.0)
-    assert_close(run("gated", 0.0), soft)
-    assert_close(run("gated", 1.0), hard)
-    assert distance(soft, hard) > 1e-3
+    soft, hard, gated = (runner("bayesian", mode, False) for mode in MODES)
+    assert_close(gated(tokens(), threshold=0.0).logits, soft(tokens()).logits)
+    assert_close(gated(tokens(), threshold=1.0).logits, hard(tokens()).logits)
+    assert distance(soft(tokens()).logits, hard(tokens()).logits) > 1e-3
 
 
-@pytest.mark.parametrize("controller", ["bayesian", "softmax"])
-def test_remat_changes_no_gradient(controller):
-    params = parameters(controller)
+def test_remat_changes_no_gradient():
+    params = unrolled(parameters("bayesian"))
 
     def gradient(model):
         def loss(params):
@@ -185,18 +201,15 @@ def test_remat_changes_no_gradient(controller):
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, remat = gradient(make(controller)), gradient(make(controller, remat=True))
+    plain, remat = (gradient(first_layer(remat=remat)) for remat in (False, True))
     assert_close(remat, plain, 3e-5)  # The controller's gradients are sums that cancel.
 
 
 def test_scanned_layers_equal_unrolled_ones():
-    params = parameters("bayesian")
-    stacked = {k: v for k, v in params.items() if not k.startswith("layer_")}
-    stacked["layers"] = jax.tree.map(
-        lambda *x: jnp.stack(x), params["layer_0"], params["layer_1"]
+    scanned = runner("bayesian", "soft", False)(tokens())
+    plain = jax.jit(make(scan_layers=False).apply)(
+        {"params": unrolled(parameters("bayesian"))}, tokens(), hypers=hypers()
     )
-    plain = jax.jit(make().apply)({"params": params}, tokens(), hypers=hypers())
-    scanned = jax.jit(make(scan_layers=True).apply)({"params": stacked}, tokens(), hypers=hypers())
     assert_close(scanned.logits, plain.logits)
     np.testing.assert_array_equal(plain.routing.route, scanned.routing.route)
 
@@ -241,7 +254,8 @@ def test_layer_stands_in_for_self_attention():
 def test_bad_input_is_one_sentence(fields, call, sentence):
     x = jnp.ones((BATCH, TIME, 16))
     with pytest.raises(ValueError, match=sentence) as error:
-        making.layer(**{"num_heads": 2, "window": 4, **fields}).init(jax.random.key(0), x, **call)
+        layer = making.layer(**{"num_heads": 2, "window": 4, **fields})
+        jax.eval_shape(lambda: layer.init(jax.random.key(0), x, **call))
     assert "\n" not in str(error.value)
 
 
@@ -294,18 +308,12 @@ def test_a_numpy_false_draws_samples_as_a_python_false_does():
 def test_long_hard_sequences_by_packed_dispatch_are_those_of_dense_and_of_the_cut():
     """The whole model, T above the length where packed dispatch begins, cut to one below it."""
     time, cut = 600, 350
-    model = making.model(vocab_size=11, model_dim=16, num_layers=2, num_heads=2, window=9, mode="hard")
+    model = making.model(vocab_size=11, model_dim=16, num_layers=2, num_heads=2, window=9, mode="hard",
+                         scan_layers=True)
     tokens = jax.random.randint(jax.random.key(0), (1, time), 0, 11)
-    hypers = RoutingHypers(
-        strength=jnp.float32(2.0), preference=jnp.float32(0.5),
-        costs=jnp.asarray([1.0, 0.15, 0.3]), threshold=jnp.float32(0.0),
-    )
-    params = jax.jit(lambda key: model.init(key, tokens[:, :8], hypers=hypers))(jax.random.key(1))
-    params = jax.tree.map(
-        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), params
-    )
+    params = {"params": random_parameters(model)}
     run = lambda dispatch, x: jax.jit(  # noqa: E731
-        functools.partial(model.clone(dispatch=dispatch).apply, params, hypers=hypers)
+        functools.partial(model.clone(dispatch=dispatch).apply, params, hypers=hypers())
     )(x)
     packed, dense, short = run("auto", tokens), run("dense", tokens), run("auto", tokens[:, :cut])
     assert len(np.unique(packed.routing.route)) == 3
