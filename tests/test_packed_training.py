@@ -42,6 +42,13 @@ def setting():
     return dataclasses.replace(spec, packed=True), state, batch, hypers
 
 
+@pytest.fixture(scope="module")
+def packed_gradients(setting):
+    """batch -> (gradients, sums) where all rows are packed."""
+    spec, state, _, hypers = setting
+    return jax.jit(lambda batch: gradient_sums(spec, state, batch, hypers))
+
+
 def split(tree):
     """(leaves of the controller, the others), flat vectors."""
     parts = [], []
@@ -51,11 +58,10 @@ def split(tree):
 
 
 
-def test_gradients_are_those_of_dense_hard_routing(setting):
+def test_gradients_are_those_of_dense_hard_routing(setting, packed_gradients):
     spec, state, batch, hypers = setting
-    (controller, others), sums = jax.tree.map(
-        np.asarray, _split_first(jax.jit(lambda: gradient_sums(spec, state, batch, hypers))())
-    )
+    gradients, sums = packed_gradients(batch)
+    controller, others = split(gradients)
     model = spec.model.clone(mode="hard", dispatch="dense")
 
     def loss(params):
@@ -69,23 +75,21 @@ def test_gradients_are_those_of_dense_hard_routing(setting):
     np.testing.assert_array_equal(sums.routes, expected_sums.routes)
 
 
-def _split_first(result):
-    gradients, sums = result
-    return split(gradients), sums
-
-
 def test_a_frozen_controller_does_not_move(setting):
     """Also with momentum from before, and with weight decay."""
     spec, state, batch, hypers = setting
-    dense = jax.jit(lambda s: train_step(dataclasses.replace(spec, packed=False), s, batch, hypers)[0])
-    warm = dense(state)
+
+    def moving(leaf):
+        return leaf + 0.1 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    warm = state.replace(opt_state=jax.tree.map(moving, state.opt_state))
     after = jax.jit(lambda s: train_step(spec, s, batch, hypers)[0])(warm)
     before_, after_ = split(warm.params), split(after.params)
     np.testing.assert_array_equal(after_[0], before_[0])
     assert distance(after_[1], before_[1]) > 1e-6
 
 
-def test_the_controller_learns_from_the_dense_rows_alone(setting):
+def test_the_controller_learns_from_the_dense_rows_alone(setting, packed_gradients):
     spec, state, batch, hypers = setting
     spec = dataclasses.replace(spec, dense_rows=0.3)  # 3 of 8 rows
     gradient = jax.jit(lambda spec_batch: gradient_sums(spec, state, spec_batch, hypers)[0])
@@ -95,9 +99,8 @@ def test_the_controller_learns_from_the_dense_rows_alone(setting):
     alone = split(jax.jit(lambda: gradient_sums(dense, state, rows, hypers)[0])())
     assert np.linalg.norm(alone[0]) > 0
     assert_close(whole[0], alone[0], 2e-5)
-    others = jax.tree.map(lambda leaf: leaf[3:], batch)
-    rest = dataclasses.replace(spec, dense_rows=0.0)
-    rest = split(jax.jit(lambda: gradient_sums(rest, state, others, hypers)[0])())
+    counts = batch.loss_mask & (jnp.arange(len(batch.loss_mask)) >= 3)[:, None]
+    rest = split(packed_gradients(batch.replace(loss_mask=counts))[0])
     assert_close(whole[1], alone[1] + rest[1], 2e-5, "what learns from all rows: everything else")
 
 

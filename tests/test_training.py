@@ -59,11 +59,13 @@ def whole(tmp_path_factory):
 @pytest.mark.smoke
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
     half = tmp_path / "half"
-    train(prepare(config(), half), stop_after=15, progress=False)
+    shutil.copytree(whole, half)
+    shutil.rmtree(half / "checkpoints" / "30")  # As if killed after step 15.
     train(prepare(config(), half), progress=False)
     jax.tree.map(np.testing.assert_array_equal, final_params(whole), final_params(half))
     steps = [r["step"] for r in read_metrics(half) if r["event"] == "train"]
     assert steps == [5, 10, 15, 20, 25, 30]
+    assert [r["step"] for r in read_metrics(half) if r["event"] == "resume"] == [15]
 
 
 def test_a_run_directory_opens_from_itself_alone(whole):
