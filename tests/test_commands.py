@@ -109,10 +109,16 @@ def check_rows(path, modes, tokens):
     return {row["mode"]: row for row in rows}
 
 
-def test_a_run_from_training_to_evaluation(command, tmp_path):
-    run, table = tmp_path / "run", tmp_path / "rows.json"
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory):
+    """(a run, what its training said)."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    return run, check_success(command("train", f"--workdir={run}", *SMOKE))
 
-    first = check_success(command("train", f"--workdir={run}", *SMOKE))
+
+def test_training_a_finished_run_evaluates_it_again_and_rewrites_nothing(command, trained, tmp_path):
+    first, run = trained[1], tmp_path / "run"
+    shutil.copytree(trained[0], run)
     assert "validation, soft: " in first and "validation, hard: " in first
     assert "finished" not in first and "resumed" not in first
     records = (run / "metrics.jsonl").read_text()
@@ -127,6 +133,9 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     check_mistake(other, "prior.strength: expected 2.0, as in ")
     assert (run / "config.json").read_text() == stored
 
+
+def test_evaluation_of_a_run(command, trained, tmp_path):
+    (run, first), table = trained, tmp_path / "rows.json"
     where = (f"--workdir={run}", f"--json={table}")
     shown = check_success(command("evaluate", *where, "--modes=soft,hard", "--max_batches=1"))
     assert "run at step 4, validation split" in shown
@@ -155,11 +164,14 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     for flags, sentence in (
         (["--step=3"], "step: expected 'latest', 'best' or one of [4], got '3'."),
         (["--length=6"], "sequence_length: expected more than"),
+        ([f"--json={run}/config.json/rows.json"], "json: expected a file in a folder that can be written"),
     ):
         check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
 
+
+def test_evaluation_of_a_damaged_run_is_one_line(command, trained, tmp_path):
     damaged = tmp_path / "damaged"
-    shutil.copytree(run, damaged)
+    shutil.copytree(trained[0], damaged)
     stored = json.loads((damaged / "config.json").read_text())
 
     def refused(sentence, **changes):
@@ -173,11 +185,18 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
         shutil.rmtree(step) if step.is_dir() else step.unlink()
     refused("step: expected a complete checkpoint in ")
 
-    longer = tmp_path / "longer"
+
+@pytest.mark.slow
+def test_training_from_the_parameters_of_a_run_at_another_length(command, trained, tmp_path):
+    run, longer = trained[0], tmp_path / "longer"
     further = command("train", f"--workdir={longer}", *SMOKE, f"--config.train.init_from={run}",
                       "--config.data.sequence_length=48", "--config.optimizer.learning_rate=1e-9")
     assert f"from {run}" in check_success(further)
     assert_close(load_run(longer).params, load_run(run).params)
+
+
+def test_parameters_that_do_not_fit_make_no_run(command, trained, tmp_path):
+    run = trained[0]
     for flags, sentence in (
         ([f"--config.train.init_from={tmp_path}"], "train.init_from: expected a run directory"),
         ([f"--config.train.init_from={run}", "--config.model.model_dim=64"],
@@ -187,7 +206,10 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
         check_mistake(command("train", f"--workdir={tmp_path}/new", *SMOKE, *flags), sentence)
     assert not (tmp_path / "new").exists()
 
-    study = tmp_path / "study"
+
+@pytest.mark.slow
+def test_the_study_of_uncertainty_ranks_every_measure(command, trained, tmp_path):
+    run, study = trained[0], tmp_path / "study"
     shown = check_success(command("studies.uncertainty", f"--runs={run}", f"--out={study}", "--batches=1"))
     studies = json.loads((study / "rows.json").read_text())["studies"]
     assert {name.split(", ")[1] for name in studies} == set(MEASURES)
@@ -197,9 +219,15 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
         assert ends[0]["cost"] == pytest.approx(1.45) and ends[1]["cost"] <= 1.0
         assert found["curve"]["random"] == pytest.approx(ends[1]["nll"] - ends[0]["nll"], abs=1e-5)
     assert (study / "risk.png").stat().st_size > 10_000 and "risk.png" in shown
-    check_mistake(command("studies.uncertainty", "--runs=", f"--out={study}"), "runs: expected at least one")
 
-    prompt = "k3=v1 k1=v2 c0 ?k1"
+
+def test_a_study_of_no_runs_is_one_line(command, tmp_path):
+    result = command("studies.uncertainty", "--runs=", f"--out={tmp_path}")
+    check_mistake(result, "runs: expected at least one")
+
+
+def test_generation_shows_text_and_routes(command, trained):
+    run, prompt = trained[0], "k3=v1 k1=v2 c0 ?k1"
     text = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",
                                  "--show_routes", "--layer=0"))
     first_line = text.splitlines()[0]
@@ -216,22 +244,21 @@ def test_a_run_from_training_to_evaluation(command, tmp_path):
     assert [letter[0] for letter in letters] == ["FLw"[k] for k in routes]
     sampled = {check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}",
                                      "--steps=20", "--temperature=9", f"--seed={seed}"))
-               for seed in (1, 1, 2)}
-    assert len(sampled) == 2
+               for seed in (1, 2)}
+    assert len(sampled) == 2, "a seed counts"
     soft = check_success(command("generate", f"--workdir={run}", f"--prompt={prompt}", "--steps=5",
                                  "--mode=soft", "--show_routes", "--color=always"))
     assert "100% of these tokens mix" in soft and "\x1b[" in soft and "\x1b[" not in text
+
+
+def test_a_mistake_in_generation_is_one_line(command, trained):
     for flags, sentence in (
         (["--prompt=hello"], "text: expected names such as k0=v0, got b'hello'."),
         (["--prompt="], "prompt: expected at least one token"),
         (["--prompt=k3=v1", "--top_p=2"], "top_p: expected a number in (0, 1], got 2.0."),
         (["--prompt=k3=v1", "--layer=1"], "layer: expected less than 1, got 1."),
     ):
-        check_mistake(command("generate", f"--workdir={run}", *flags), sentence)
-
-    unwritable = command("evaluate", f"--workdir={run}", "--modes=soft", "--max_batches=1",
-                         f"--json={run}/config.json/rows.json")
-    check_mistake(unwritable, "json: expected a file in a folder that can be written, got ")
+        check_mistake(command("generate", f"--workdir={trained[0]}", *flags), sentence)
 
 
 TRAINING_MISTAKES = [

@@ -34,10 +34,10 @@ WITHOUT_RUN = {
     fuzz_sweeps.sweep_arguments: 60,
 }
 WITH_RUN = {
-    fuzz_runs.configs: 12,
-    fuzz_runs.files: 12,
-    fuzz_runs.folders: 12,
-    fuzz_runs.arguments: 24,
+    fuzz_runs.configs: 8,
+    fuzz_runs.files: 8,
+    fuzz_runs.folders: 8,
+    fuzz_runs.arguments: 16,
 }
 
 pytestmark = [

@@ -175,10 +175,9 @@ def test_counting_and_decoding_keep_float32(mode):
     route = RANDOM.integers(0, 3, (2, 20))
     mechanisms = ("full", "linear", "local")
     with MODES[mode]():
-        found = count_attention(
-            route, making.config(vocab_size=1, model_dim=16, num_layers=1, num_heads=2,
-                                 num_kv_heads=1, window=8, mechanisms=mechanisms),
-        ).per_token()
+        config = making.config(vocab_size=1, model_dim=16, num_layers=1, num_heads=2,
+                               num_kv_heads=1, window=8, mechanisms=mechanisms)
+        found = jax.eval_shape(lambda: count_attention(route, config).per_token())
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
         for fields in (dict(scan_layers=True), dict(dtype=jnp.bfloat16)):
             module = model(**fields)
