@@ -101,6 +101,7 @@ def main() -> None:
     if (out / "rows.json").exists():
         with common.user_mistakes():
             rows = read_stored(out / "rows.json", "rows of this study")["rows"]
+    total = sum(len(module.get_sweep()) for module in CORPORA.values())
     for corpus, module in CORPORA.items():
         base, arms = module.get_config(), points_of(module)
         # The weights of the KL are one arm at nine weights, and so one program.
@@ -112,8 +113,8 @@ def main() -> None:
             print(f"{corpus}, {number}/{len(groups)}: {len(left)} of {len(points)} runs to go", flush=True)
             for row in arm_rows(root / corpus, corpus, base, left) if left else ():
                 rows.append(row)
-                write_results(out, rows)
-    write_results(out, rows)
+                write_results(out, rows, total)
+    write_results(out, rows, total)
 
 
 if __name__ == "__main__":

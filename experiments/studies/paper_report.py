@@ -107,11 +107,12 @@ def verdict(own: Sequence[Row]) -> str:
     return "not reproduced"
 
 
-def page(rows: Sequence[Row]) -> str:
-    """All tables as Markdown."""
+def page(rows: Sequence[Row], total: int) -> str:
+    """All tables as Markdown; `total` runs are planned."""
     found = answers(rows)
     parts = [
         "# The paper's numbers, run\n",
+        "" if len(rows) >= total else f"**Not finished: {len(rows)} of {total} runs.**\n",
         "Written by `python -m experiments.studies.paper` from `rows.json`: means over seeds on the test "
         "split with the half-width of the 95 % interval. Projected and expected cost are of the soft run's "
         "posterior means (by their argmax, and as they are); cost as run is of the hard run's routes; "
@@ -184,10 +185,10 @@ def weight_figure(lines: Sequence[Row]) -> Figure:
     return figure
 
 
-def write_results(out: pathlib.Path, rows: Sequence[Row]) -> None:
+def write_results(out: pathlib.Path, rows: Sequence[Row], total: int) -> None:
     """Rows, page and pictures into a folder."""
     analysis.write_json(out / "rows.json", {"environment": environment(), "rows": list(rows)})
-    analysis.write_text(out / "README.md", page(rows))
+    analysis.write_text(out / "README.md", page(rows, total))
     if lines := weight_lines(rows):
         canvas.save(weight_figure(lines), out / "weight.png")
     print(f"{len(rows)} runs: {out / 'README.md'}")
