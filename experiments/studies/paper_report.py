@@ -107,6 +107,20 @@ def verdict(own: Sequence[Row]) -> str:
     return "not reproduced"
 
 
+def answer_table(rows: Sequence[Row]) -> str:
+    """One line for each of the paper's numbers."""
+    found = answers(rows)
+    lines = [{"number": what, "paper": f"{published:.1%}",
+              "answer": verdict([line for line in found if line["what"] == what])}
+             for what, published, _, _ in PUBLISHED]
+    return analysis.markdown_table(lines, [Column(name, name) for name in ("number", "paper", "answer")])
+
+
+def arms_table(rows: Sequence[Row], corpus: str) -> str:
+    """One line for each arm."""
+    return analysis.markdown_table(written(table(rows, corpus)), COLUMNS)
+
+
 def page(rows: Sequence[Row], total: int) -> str:
     """All tables as Markdown; `total` runs are planned."""
     found = answers(rows)
@@ -119,12 +133,7 @@ def page(rows: Sequence[Row], total: int) -> str:
         "entropies are of log K. A number counts as reproduced if the interval holds it and is at "
         f"most {WIDE:.0%} wide to a side, or the mean is within {NEAR:.0%} of it.\n",
         "## The four numbers\n",
-        analysis.markdown_table(
-            [{"number": what, "paper": f"{published:.1%}",
-              "answer": verdict([line for line in found if line["what"] == what])}
-             for what, published, _, _ in PUBLISHED],
-            [Column("number", "number"), Column("paper", "paper"), Column("answer", "answer")],
-        ),
+        answer_table(rows),
         "\n### Every reading\n",
         analysis.markdown_table(
             [{**line, "published": f"{line['published']:.1%}",
@@ -135,7 +144,7 @@ def page(rows: Sequence[Row], total: int) -> str:
         ),
     ]
     for corpus in dict.fromkeys(row["corpus"] for row in rows):
-        parts += [f"\n## {corpus}\n", analysis.markdown_table(written(table(rows, corpus)), COLUMNS)]
+        parts += [f"\n## {corpus}\n", arms_table(rows, corpus)]
     weights = weight_lines(rows)
     if weights:
         parts += [

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from experiments import common
-from experiments.studies import arms, comparison, long, outcome
+from experiments.studies import arms, comparison, long, outcome, paper_report
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
@@ -109,6 +109,15 @@ def sweep_table(folder: pathlib.Path) -> str:
     return analysis.markdown_table(*outcome.shown(found)) + chosen + _pictures(folder)
 
 
+def paper_table(folder: pathlib.Path) -> str:
+    """The answer to each of the paper's four numbers, and the arms; every reading is on its own page."""
+    rows = _read(folder / "rows.json")["rows"]
+    parts = [f"{len(rows)} runs; [every reading](paper/README.md)\n", paper_report.answer_table(rows)]
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        parts.append(f"\n{corpus}\n\n{paper_report.arms_table(rows, corpus)}")
+    return "\n".join(parts) + _pictures(folder)
+
+
 def uncertainty_table(folder: pathlib.Path) -> str:
     """Whether uncertainty finds the tokens that hardening hurts."""
     parts = [f"{name}\n\n{analysis.markdown_table(_read(folder / f'{name}.json')['rows'], UNCERTAINTY_COLUMNS)}"
@@ -134,6 +143,8 @@ RECORDS = (
            "python -m experiments.ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu "
            "--seeds=3 --views=tokens --arms=bayesian,prior-free,full-only,local+full,local",
            ablation_table, "e820864"),
+    Record("The paper's numbers, run", "paper", "python -m experiments.studies.paper --workdir=runs/paper",
+           paper_table, "b9bd5af"),
     Record("What uncertainty finds", "uncertainty",
            "python -m experiments.studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table,
            "e820864"),
