@@ -136,12 +136,10 @@ def main() -> None:
         run.dataset  # Opened here, where its errors are the user's.
         budget = {"cost": BUDGET_COST.value, "share": BUDGET_SHARE.value}
         routes = run.config.controller.name != "fixed"
-        expect(routes or not (prices or any(b is not None for b in budget.values())), "prices and budgets",
-               "a run that routes", "controller.name = 'fixed'")
+        expect(routes or not prices, "prices", "none for a run of controller.name = 'fixed'", prices)
         if any(b is not None for b in budget.values()):
-            check_budget(*budget.values(), run.hypers.routing.costs, run.mechanisms)
+            kind, value = check_budget(*budget.values(), run.hypers.routing.costs, run.mechanisms)
             run = run.fit_budget(**budget, max_batches=MAX_BATCHES.value)
-            kind, value = next((k, v) for k, v in budget.items() if v is not None)
             print(f"budget: {kind} {value:g} is kept on validation by lambda = "
                   f"{float(run.hypers.routing.price):.4f}; rows are at this price")
     if prices:

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
+import numpy as np
+
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.files import write_whole
 from meta_attention_jax.scalars import real
@@ -39,11 +41,17 @@ def check_budget(
     [(kind, value)] = given.items()
     value = real(kind, value)
     least = min(map(float, costs)) if kind == "cost" else 0.0
-    if not least <= value <= 1.0:
+    if not least <= np.float32(value) <= 1.0:  # Costs are float32.
         what = "the cheapest mechanism's" if kind == "cost" else "no token"
         raise ValueError(f"{kind}: expected a budget in [{least:g} ({what}), 1], got {value:g}.")
-    if kind == "share" and "full" not in mechanisms:
-        raise ValueError(f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}.")
+    if kind == "share":
+        if "full" not in mechanisms:
+            raise ValueError(
+                f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}."
+            )
+        full = float(costs[tuple(mechanisms).index("full")])
+        if full < max(map(float, costs)):  # A price would send tokens there.
+            raise ValueError(f"share: expected full attention to cost most, got {full:g} of 1.")
     return kind, value
 
 

@@ -160,7 +160,8 @@ class MetaAttention(nn.Module):
           positions: index within the segment; None derives it from `segment_ids` or the cache.
           residual: the stream before normalisation, whose norm the controller sees; None means x.
           route: forces k*_t; every token is then hard.
-          hypers: kappa, eta, c, theta and lambda as arrays; None takes them from the fields.
+          hypers: kappa, eta, c, theta and lambda as arrays; None takes them from the fields,
+            and lambda 0.
           keys: one PRNG key per example; None is deterministic.
           cache: of all layers; None reads whole sequences and remembers nothing.
           layer: index of this layer in the cache.
@@ -209,9 +210,9 @@ class MetaAttention(nn.Module):
             keys=keys,
         )
 
-        fallback = None
-        if self.router.fallback == "full":
-            fallback = self.router.mechanisms.index("full")
+        fixed = self.router.is_fixed  # Then there is no decision that a price or a doubt could change.
+        cautious = self.router.fallback == "full" and not fixed
+        fallback = self.router.mechanisms.index("full") if cautious else None
 
         def own_rows(qkv, routing, segment_ids, positions, route, cache, layer, threshold, prices):
             q, k, v = qkv
@@ -222,7 +223,7 @@ class MetaAttention(nn.Module):
             )
             routing = routing.replace(route=decision.route, hard=decision.hard)
             names, weights = self.router.mechanisms, decision.weights
-            if self.router.is_fixed and route is None:
+            if fixed and route is None:
                 # One mechanism for all: the baselines pay for what they use, and for nothing else.
                 names, weights = self.router.fixed[:1], jnp.ones_like(weights[..., :1])
             no_soft = self.mode == "hard" or (self.mode == "gated" and fallback is not None)
@@ -239,7 +240,7 @@ class MetaAttention(nn.Module):
 
         (mixed, routing), cache = by_rows(own_rows, (0, 0, 0, 0, 0, 1, None, None, None), (0, 1))(
             projections.project(x), routing, segment_ids, positions, route, cache, layer,
-            hypers.threshold, hypers.price * hypers.costs,
+            hypers.threshold, None if fixed else hypers.price * hypers.costs,
         )
         self.sow("intermediates", "routing", routing)
         return projections.merge(mixed), routing, cache

@@ -169,6 +169,32 @@ def test_evaluation_of_a_run(command, trained, tmp_path):
         check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
 
 
+def test_prices_and_a_budget(command, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    beside = ROOT / "experiments" / "results" / "sweep_recall"
+    shown = check_success(command(
+        "evaluate", f"--workdir={run}", "--prices=9,0,-9", "--budget_cost=0.4", "--max_batches=1",
+        "--modes=hard", f"--beside={beside}",
+    ))
+    rows = json.loads((run / "prices.json").read_text())
+    assert [row["price"] for row in rows] == [-9, 0, 9]
+    assert [row["cost"] for row in rows][::2] == pytest.approx([1.0, 0.15])
+    assert (run / "prices.png").stat().st_size > 10_000
+    [found] = json.loads((run / "budgets.json").read_text())["budgets"]
+    assert found["cost"] <= 0.4 and f"lambda = {found['price']:.4f}" in shown
+    for flags, sentence in (
+        (["--prices=0,x"], "prices: expected finite numbers, got 'x'."),
+        (["--prices=nan"], "prices: expected finite numbers, got 'nan'."),
+        (["--budget_cost=0.1"], "cost: expected a budget in [0.15 (the cheapest mechanism's), 1], got 0.1."),
+        (["--budget_cost=1", "--budget_share=1"], "budget: expected a cost or a share, got "),
+        (["--prices=0", f"--beside={tmp_path}"], "beside: expected the results of a sweep in "),
+    ):
+        check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
+    result = command("generate", f"--workdir={run}", "--prompt=k3=v1", "--price=nan")
+    check_mistake(result, "price: expected a finite number, got nan.")
+
+
 def test_evaluation_of_a_damaged_run_is_one_line(command, trained, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(trained[0], damaged)

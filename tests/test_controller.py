@@ -10,7 +10,7 @@ from scipy import stats
 
 from meta_attention_jax import controller as room
 from meta_attention_jax.controller import make_controller
-from meta_attention_jax.controller.uncertainty import MEASURES, uncertainty
+from meta_attention_jax.controller.uncertainty import MEASURES, measured
 from meta_attention_jax.types import Router, RoutingHypers
 from tests.close import assert_close
 
@@ -87,21 +87,21 @@ def test_uncertainties_are_their_definitions_by_monte_carlo():
         error = 5 * entropies.std() / np.sqrt(len(draws)) / np.log(K)
         alpha = jnp.float32(alpha)
         mean = alpha / alpha.sum()
-        assert abs(uncertainty("entropy", mean, alpha) - total) < 5e-3
-        epistemic = uncertainty("mutual_information", mean, alpha)
-        expected = uncertainty("entropy", mean, alpha) - entropies.mean() / np.log(K)
+        assert abs(measured("entropy", mean, alpha).uncertainty - total) < 5e-3
+        epistemic = measured("mutual_information", mean, alpha).uncertainty
+        expected = measured("entropy", mean, alpha).uncertainty - entropies.mean() / np.log(K)
         assert abs(epistemic - expected) < error
-        assert np.isclose(uncertainty("vacuity", mean, alpha), K / (K + alpha.sum()))
+        assert np.isclose(measured("vacuity", mean, alpha).uncertainty, K / (K + alpha.sum()))
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_uncertainty_is_in_the_unit_interval_with_finite_gradients(measure):
     alpha = jnp.float32(np.concatenate([alphas(), np.full((1, K), 1e3), np.full((1, K), 0.05)]))
 
-    def measured(alpha):
-        return uncertainty(measure, alpha / jnp.sum(alpha, axis=-1, keepdims=True), alpha)
+    def of(alpha):
+        return measured(measure, alpha / jnp.sum(alpha, axis=-1, keepdims=True), alpha).uncertainty
 
-    u, pull = jax.vjp(measured, alpha)
+    u, pull = jax.vjp(of, alpha)
     assert (np.asarray(u) >= 0.0).all() and (np.asarray(u) <= 1.0).all()
     assert np.isfinite(pull(jnp.ones_like(u))[0]).all()
 
@@ -118,7 +118,7 @@ def test_entropy_at_the_corners_of_the_simplex():
 def test_evidence_lowers_epistemic_uncertainty_and_not_the_total():
     mean = jnp.asarray([0.2, 0.5, 0.3])
     for measure in ("mutual_information", "vacuity"):
-        values = [float(uncertainty(measure, mean, s * mean)) for s in (1.0, 10.0, 100.0)]
+        values = [float(measured(measure, mean, s * mean).uncertainty) for s in (1.0, 10.0, 100.0)]
         assert values[0] > values[1] > values[2]
 
 
@@ -131,7 +131,7 @@ def test_prior_free_controllers_have_total_uncertainty_only(measure):
 
 def test_unknown_measure_names_the_known():
     with pytest.raises(ValueError, match="uncertainty: expected one of .*vacuity.* got 'doubt'"):
-        uncertainty("doubt", jnp.ones(3) / 3, None)
+        measured("doubt", jnp.ones(3) / 3, None)
 
 
 # What every controller promises -------------------------------------------------------------------

@@ -116,16 +116,19 @@ def test_a_toy_mechanism_is_one_file_and_one_line_and_then_trains_decodes_and_is
 
 def test_a_mechanism_that_is_not_rotary_never_sees_rotated_keys(monkeypatch):
     """Its steps would silently be another function than its `attend`."""
+    seen = []
+
     def step(q, cache, layer, *, needed, spec):
-        assert (cache.k is None) == hidden
+        seen.append(cache.k is None)
         return uniform_step(q, cache, layer, needed=needed, spec=spec)
 
     monkeypatch.setitem(registry.REGISTRY, "uniform", dataclasses.replace(UNIFORM, step=step))
     x = jnp.ones((1, 1, 8))
     cache = init_cache(layers=1, batch=1, capacity=4, kv_heads=2, dim=4)
-    for hidden in (True, False):
-        layer = making.layer(num_heads=2, rotary=hidden, mechanisms=("full", "uniform"), window=2)
+    for rotary in (True, False):
+        layer = making.layer(num_heads=2, rotary=rotary, mechanisms=("full", "uniform"), window=2)
         layer.init_with_output(jax.random.key(0), x, cache=cache, method="routed")
+    assert seen == [True, False]
 
 
 def test_a_toy_measure_is_one_function_and_one_line(monkeypatch):
@@ -139,4 +142,4 @@ def test_a_toy_measure_is_one_function_and_one_line(monkeypatch):
         validate(config)
     assert "doubt" in SCHEMA["controller.uncertainty"].choices
     mean = jnp.asarray([0.2, 0.5, 0.3])
-    assert float(uncertainty.uncertainty("doubt", mean, None)) == pytest.approx(0.5)
+    assert float(uncertainty.measured("doubt", mean, None).uncertainty) == pytest.approx(0.5)

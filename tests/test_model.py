@@ -190,8 +190,9 @@ def test_gate_limits_are_soft_and_hard():
     assert distance(soft(tokens()).logits, hard(tokens()).logits) > 1e-3
 
 
-def test_remat_changes_no_gradient():
-    params = unrolled(parameters("bayesian"))
+@pytest.mark.parametrize("controller", ["bayesian", "softmax"])
+def test_remat_changes_no_gradient(controller):
+    params = unrolled(parameters(controller))
 
     def gradient(model):
         def loss(params):
@@ -201,7 +202,7 @@ def test_remat_changes_no_gradient():
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, remat = (gradient(first_layer(remat=remat)) for remat in (False, True))
+    plain, remat = (gradient(first_layer(controller, remat=remat)) for remat in (False, True))
     assert_close(remat, plain, 3e-5)  # The controller's gradients are sums that cancel.
 
 

@@ -198,7 +198,7 @@ def test_counting_and_decoding_keep_float32(mode):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", [(0, 20), (2, 0)])
+@pytest.mark.parametrize("shape", [(0, 20), (2, 0), (0, 0)])
 def test_nothing_in_is_nothing_out(way, shape):
     module = layer(**WAYS[way])
     params = at_random(module.init, jnp.zeros((1, 4, 16)))

@@ -21,6 +21,7 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.rules import final_threshold, validate
+from meta_attention_jax.training.step import init_state, train_step
 from meta_attention_jax.types import Router, Routing, RoutingHypers
 from tests import making, oracles
 from tests.close import assert_close
@@ -310,3 +311,81 @@ def test_the_price_is_found_of_any_falling_curve(seed):
     budget = rng.uniform(0.15, 1.0)
     price = budgets.find_price(spent, budget, costs)
     assert spent(price) <= budget and (price < -1 or spent(price - 1e-3) > budget - 0.01)
+
+
+def test_a_budget_of_the_cheapest_mechanism_can_be_kept_and_one_of_share_needs_full_to_cost_most():
+    costs = jnp.float32(COSTS)  # 0.15 is a little more there.
+    assert budgets.check_budget(0.15, None, costs, ("full", "linear", "local")) == ("cost", 0.15)
+    with pytest.raises(ValueError, match="^share: expected full attention to cost most, got 0.3"):
+        budgets.check_budget(None, 0.2, costs, ("linear", "local", "full"))
+    with pytest.raises(ValueError, match="^share: expected full attention among the mechanisms"):
+        budgets.check_budget(None, 0.2, costs[:2], ("linear", "local"))
+
+
+def test_another_price_compiles_nothing(trained):
+    prompt, compiled = "k1=v1 c0 ?k1", []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def ask(price):
+        run = trained.at(price=price)
+        run.evaluate(mode="hard", max_batches=1)
+        run.logits(prompt, mode="hard")
+        run.generate(prompt, steps=2, mode="hard")
+
+    trained.evaluate(mode="hard", max_batches=1)
+    jax.clear_caches()
+    ask(0.1)
+    assert compiled, "the first one is heard"
+    compiled.clear()
+    ask(0.7)
+    assert not compiled
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.9])
+def test_gated_with_the_fallback_packs_and_is_dense(theta):
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.normal(size=(2, 40, 8)))
+    fields = dict(num_heads=2, window=4, mode="gated", fallback="full")
+    layers = {form: making.layer(dispatch=form, **fields) for form in ("dense", "packed")}
+    params = making.initial(layers["dense"], x)["params"]
+    kernel = params["controller"]["mlp"]["output"]["kernel"]
+    params["controller"]["mlp"]["output"]["kernel"] = jnp.float32(rng.normal(size=kernel.shape))
+    at = hypers(strength=2.0, preference=0.1, threshold=jnp.float32(theta))
+    (dense, routing, _), (packed, _, _) = (
+        jax.jit(lambda layer=layer: layer.apply({"params": params}, x, hypers=at, method="routed"))()
+        for layer in layers.values()
+    )
+    assert_close(packed, dense)
+    certain = np.asarray(routing.uncertainty) <= theta
+    np.testing.assert_array_equal(routing.route, np.where(certain, np.argmax(routing.mean, -1), 0))
+    assert routing.hard.all() and (0 < certain.mean() < 1 if theta else not certain.any())
+
+
+def test_a_fixed_layer_has_no_decision_that_a_price_or_a_fallback_could_change():
+    x = jnp.float32(np.random.default_rng(0).normal(size=(1, 6, 8)))
+    layer = making.layer(num_heads=2, window=4, mode="gated", fallback="full", controller="fixed",
+                         fixed=("local",))
+    params = making.initial(layer, x)["params"]
+    at = hypers(threshold=jnp.float32(0.0), price=jnp.float32(9.0))
+    _, routing, _ = layer.apply({"params": params}, x, hypers=at, method="routed")
+    assert (routing.route == 2).all()
+
+
+def test_settled_waits_for_their_entropy():
+    """What the gate averages is the mean of H[Dir(alpha)] + log Gamma(K), in nats."""
+    config = smoke.get_config()
+    config.update_from_flattened_dict({
+        "model.num_layers": 1, "gate.kind": "settled", "controller.uncertainty": "dirichlet_entropy",
+    })
+    dataset = build.build_dataset(config)
+    spec, at, batch = build.build_spec(config, dataset), build.build_hypers(config), dataset.train_batch(0)
+    state = init_state(spec, jax.random.key(0), batch, at)
+    state, metrics = jax.jit(lambda state: train_step(spec, state, batch, at))(state)
+    prior = make_prior("cost_aware", at.routing).concentration
+    expected = stats.dirichlet.entropy(np.float64(prior)) + special.gammaln(3)  # q = p at the start.
+    assert float(state.gate.average) == pytest.approx(expected, abs=1e-4) and expected < -1
+    assert float(metrics["sums"].uncertainty.mean() / metrics["sums"].tokens) == pytest.approx(
+        np.exp(expected), rel=1e-3
+    )

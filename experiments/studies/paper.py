@@ -10,7 +10,7 @@ Started again, it goes on; what has its row in `rows.json` of the results is not
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +22,13 @@ from configs import sweep_paper, sweep_paper_recall
 from experiments import common
 from experiments.benchmarks.common import commit
 from experiments.studies import sweeps
-from experiments.studies.paper_report import write_results
+from experiments.studies.paper_report import AT_WEIGHT, write_results
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import make_prior
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps.space import Point
 from meta_attention_jax.training import build
 
 WORKDIR = common.define_path("workdir", "runs/paper", "Where the runs go.")
@@ -61,28 +62,28 @@ def measured(run: Run) -> dict[str, Any]:
     return found
 
 
-def points_of(module: Any) -> dict[str, dict[str, Any]]:
-    """Points of a sweep by arm: the label of a run is its arm and seed."""
-    arms: dict[str, dict[str, Any]] = {}
-    for point in module.get_sweep():
-        arms.setdefault(point["name"], {})[f"{point['name']}, seed {point['seed']}"] = point
-    return arms
+def groups_of(points: Sequence[Point]) -> list[list[Point]]:
+    """The points of an arm, which are one program; the weights of the KL are one arm at nine weights."""
+    arms: dict[str, list[Point]] = {}
+    for point in points:
+        arms.setdefault(AT_WEIGHT if AT_WEIGHT in point["name"] else point["name"], []).append(point)
+    return list(arms.values())
 
 
 def arm_rows(
-    root: pathlib.Path, corpus: str, base: ConfigDict, points: Mapping[str, Any]
+    root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence[Point]
 ) -> Iterator[dict[str, Any]]:
     """Trains what is not trained, as one program, and yields the rows."""
     with common.user_mistakes():
         configs = {
             algebra.labels([point])[0] + f",seed={point['seed']}": algebra.configured(base, point)
-            for point in points.values()
+            for point in points
         }
         for config in configs.values():
             build.check(config)
         jobs = sweeps.prepared(root, configs, sweeps.open_datasets(configs.values()))
     sweeps.train_points(root, jobs, at_once=AT_ONCE.value)
-    for (name, config), point in zip(configs.items(), points.values()):
+    for (name, config), point in zip(configs.items(), points, strict=True):
         row = {"corpus": corpus, "arm": point["name"], "seed": point["seed"],
                "beta": float(config.objective.beta), "commit": commit()}
         if sweeps.failed(root, name).exists():
@@ -90,6 +91,16 @@ def arm_rows(
             continue
         print(f"{corpus}, test split: {name}", flush=True)
         yield {**row, **measured(load_run(root / "points" / name, step=config.train.steps))}
+
+
+def stored_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What the study has found so far; raises ValueError for a file of something else."""
+    rows = read_stored(path, "rows of this study").get("rows")
+    if not (isinstance(rows, list) and all(
+        isinstance(row, dict) and {"corpus", "arm", "seed", "beta"} <= row.keys() for row in rows
+    )):
+        raise ValueError(f"out: expected rows of this study in {str(path)!r}, got something else.")
+    return rows
 
 
 def main() -> None:
@@ -100,16 +111,13 @@ def main() -> None:
     rows = []
     if (out / "rows.json").exists():
         with common.user_mistakes():
-            rows = read_stored(out / "rows.json", "rows of this study")["rows"]
+            rows = stored_rows(out / "rows.json")
     total = sum(len(module.get_sweep()) for module in CORPORA.values())
     for corpus, module in CORPORA.items():
-        base, arms = module.get_config(), points_of(module)
-        # The weights of the KL are one arm at nine weights, and so one program.
-        weights = {k: v for arm, points in arms.items() if " at " in arm for k, v in points.items()}
-        groups = [points for arm, points in arms.items() if " at " not in arm] + [weights] * bool(weights)
+        base, groups = module.get_config(), groups_of(module.get_sweep())
+        have = {(row["arm"], row["seed"]) for row in rows if row["corpus"] == corpus}
         for number, points in enumerate(groups, 1):
-            have = {(row["corpus"], row["arm"], row["seed"]) for row in rows}
-            left = {k: p for k, p in points.items() if (corpus, p["name"], p["seed"]) not in have}
+            left = [point for point in points if (point["name"], point["seed"]) not in have]
             print(f"{corpus}, {number}/{len(groups)}: {len(left)} of {len(points)} runs to go", flush=True)
             for row in arm_rows(root / corpus, corpus, base, left) if left else ():
                 rows.append(row)

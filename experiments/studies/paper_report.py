@@ -16,6 +16,10 @@ from meta_attention_jax.analysis import Column, canvas, palette
 from meta_attention_jax.analysis.statistics import interval
 
 Row = dict[str, Any]
+
+AT_WEIGHT = " at "
+"""In the name of an arm: the authors' settings at another weight of the KL."""
+
 SHARES = ("projected_cost", "expected_cost", "prior_cost", "cost", "routing_entropy", "usage_entropy",
           "collapsed", "full")
 NATS = ("nll_soft", "nll_hard", "gap")
@@ -47,7 +51,7 @@ def table(rows: Sequence[Row], corpus: str, arms: Optional[Sequence[str]] = None
     """A line per arm, means over seeds."""
     own = [row for row in rows if row["corpus"] == corpus]
     lines = []
-    for arm in arms or dict.fromkeys(row["arm"] for row in own if " at " not in row["arm"]):
+    for arm in arms or dict.fromkeys(row["arm"] for row in own if AT_WEIGHT not in row["arm"]):
         good = [row for row in own if row["arm"] == arm and "diverged" not in row]
         if good:
             line: Row = {"arm": arm, "seeds": len(good), "beta": good[0]["beta"]}
@@ -157,7 +161,7 @@ def page(rows: Sequence[Row], total: int) -> str:
 
 def weight_lines(rows: Sequence[Row]) -> list[Row]:
     """A line per KL weight of the authors' settings, from the smallest."""
-    arms = dict.fromkeys(row["arm"] for row in rows if " at " in row["arm"])
+    arms = dict.fromkeys(row["arm"] for row in rows if AT_WEIGHT in row["arm"])
     return sorted(table(rows, "tiny_lm", list(arms)), key=lambda line: line["beta"])
 
 
@@ -170,8 +174,8 @@ def weight_figure(lines: Sequence[Row]) -> Figure:
     )
     figure, [grid] = canvas.frame(
         3, 3.6, [3.0], "The authors' settings at other weights of the KL",
-        "tiny_lm, test split, means over seeds (bars: 95 % intervals, where there are several). The likelihood of a token stands "
-        "against the KL of its layers; a weight of 1 is the paper's.",
+        "tiny_lm, test split, means over seeds (bars: 95 % intervals, where there are several). The likelihood "
+        "of a token stands against the KL of its layers; a weight of 1 is the paper's.",
         gap_x=0.9,
     )
     for axes, (title, names, share) in zip(grid, panels):

@@ -146,12 +146,3 @@ def measured(
         )
     value = found.function(concentration)
     return Uncertainty(jnp.exp(value), value) if found.log else Uncertainty(value)
-
-
-def uncertainty(
-    measure: str,
-    mean: Float[Array, "*batch mechanism"],
-    concentration: Optional[Float[Array, "*batch mechanism"]],
-) -> Float[Array, "*batch"]:
-    """u_t alone; see `measured`."""
-    return measured(measure, mean, concentration).uncertainty
