@@ -356,7 +356,6 @@ def test_bfloat16_stays_bfloat16():
     assert_close(got, expected, 3e-2)  # A unit in the last place is 2^-8 = 4e-3.
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "window", "block", "tile"))
 def test_memory_is_linear_in_time():
     def peak(time):
         x = jax.ShapeDtypeStruct((1, time, 1, 8), jnp.float32)

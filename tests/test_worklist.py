@@ -1,5 +1,7 @@
 """The work list: every pair that a query needs is in a tile, every tile is counted once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,7 @@ def test_every_tile_that_is_counted_is_met_once_and_all_that_are_needed_are(caus
         assert float(counted[m]) == met
 
 
+@functools.partial(jax.jit, static_argnames=("causal", "window", "block", "tile"))
 def pairs_of(chosen, causal=True, window=None, block=64, tile=128):
     """Query-key pairs that are met, the filling of blocks included."""
     work = worklist.build(
