@@ -58,23 +58,17 @@ def render(figure: Figure, format: str = "png", dpi: int = 200) -> bytes:
 
 
 def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
-    """Write a figure, whole or not at all; the ending of `path` is the format. The folder is made if
-    missing."""
+    """Write a figure, whole or not at all; the ending of `path` is the format. The folder is made if missing."""
     write_whole(path, render(figure, pathlib.Path(path).suffix.lstrip("."), dpi))
 
 
 def frame(
-    columns: int,
-    panel_width: float,
-    heights: Sequence[float],
-    title: str,
-    caption: str,
-    gap_x: float = 0.35,
+    columns: int, panel_width: float, heights: Sequence[float], title: str, caption: str, gap_x: float = 0.35
 ) -> tuple[Figure, list[list[Axes]]]:
     """Rows of panels of the given heights, a title above and a caption below.
 
-    Measured in inches rather than left to a layout engine, so that nothing overlaps or shrinks.
-    Panels with numbers of their own on the left need a `gap_x` of about 0.8.
+    Measured in inches rather than left to a layout engine, so that nothing overlaps or shrinks. Panels with numbers of
+    their own on the left need a `gap_x` of about 0.8.
     """
     left, right, top, gap_y = 0.75, 0.2, 0.96, 0.75
     width = left + columns * panel_width + (columns - 1) * gap_x + right
@@ -89,12 +83,7 @@ def frame(
     for tall in heights:
         y -= gap_y + tall
         corners = [left + column * (panel_width + gap_x) for column in range(columns)]
-        grid.append(
-            [
-                figure.add_axes((x / width, y / height, panel_width / width, tall / height))
-                for x in corners
-            ]
-        )
+        grid.append([figure.add_axes((x / width, y / height, panel_width / width, tall / height)) for x in corners])
     return figure, grid
 
 

@@ -17,11 +17,7 @@ from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
 
 _HARD, _SOFT = 0.46, 0.2  # Heights of a layer's two bars, in layers.
 _PANEL_HEIGHT = 3.3  # Inches, of the loss curves.
-_CURVES = (
-    ("steps", "train_nll"),
-    ("eval_steps", "eval_nll_soft"),
-    ("eval_steps", "eval_nll_hard"),
-)
+_CURVES = (("steps", "train_nll"), ("eval_steps", "eval_nll_soft"), ("eval_steps", "eval_nll_hard"))
 
 
 def _series(run: Mapping[str, Any], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +38,8 @@ def _series(run: Mapping[str, Any], x: str, y: str) -> tuple[np.ndarray, np.ndar
 def _limits(runs: Sequence[Mapping[str, Any]], floor: float | None) -> tuple[float, float] | None:
     """Limits of the loss axis: everything after the first tenth of training, where arms differ.
 
-    The plunge before it would squeeze the differences between arms into a line's width. Curves stay
-    below the legend, which takes a line per run in the upper right corner.
+    The plunge before it would squeeze the differences between arms into a line's width. Curves stay below the legend,
+    which takes a line per run in the upper right corner.
     """
     curves = [(y, *_series(run, x, y)) for run in runs for x, y in _CURVES]
     last = max((steps.max() for _, steps, _ in curves if steps.size), default=0)
@@ -66,19 +62,14 @@ def _limits(runs: Sequence[Mapping[str, Any]], floor: float | None) -> tuple[flo
     return bottom, top
 
 
-def loss_curves(
-    runs: Sequence[Mapping[str, Any]], floor: Mapping[str, float] | None = None
-) -> Figure:
+def loss_curves(runs: Sequence[Mapping[str, Any]], floor: Mapping[str, float] | None = None) -> Figure:
     """Training and held-out loss (nats per token) against the step, one panel per corpus.
 
     Args:
-      runs: dicts of `corpus`, `arm`, `steps`, `train_nll`, `eval_steps`, `eval_nll_soft`,
-        `eval_nll_hard`; a missing or empty curve is not drawn. With `gate_start` and `gate_end`
-        (steps) the period in which tokens turn hard is shaded.
+      runs: dicts of `corpus`, `arm`, `steps`, `train_nll`, `eval_steps`, `eval_nll_soft`, `eval_nll_hard`; a missing or
+        empty curve is not drawn. With `gate_start` and `gate_end` (steps) the period in which tokens turn hard is
+        shaded.
       floor: corpus -> nats that no model can beat, where they are known.
-
-    Raises:
-      ValueError: no runs, or a curve whose length is not that of its steps.
     """
     if not runs:
         raise ValueError("runs: expected at least one run, got none.")
@@ -118,10 +109,7 @@ def loss_curves(
 
 
 def _loss_panel(
-    axes: Axes,
-    runs: Sequence[Mapping[str, Any]],
-    styles: Mapping[str, tuple[str, str]],
-    floor: float | None,
+    axes: Axes, runs: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]], floor: float | None
 ) -> None:
     limits = _limits(runs, floor)
     spans = {(run.get("gate_start") or 0, run["gate_end"]) for run in runs if run.get("gate_end")}
@@ -162,20 +150,11 @@ def _loss_panel(
     axes.set_xlabel("step", fontsize=FONT)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-    axes.legend(
-        handles=entries,
-        loc="upper right",
-        fontsize=FONT,
-        frameon=True,
-        framealpha=0.9,
-        edgecolor="none",
-    )
+    axes.legend(handles=entries, loc="upper right", fontsize=FONT, frameon=True, framealpha=0.9, edgecolor="none")
     tidy(axes)
 
 
-def _shares(
-    result: Mapping[str, Any], key: str, mechanisms: Sequence[str]
-) -> Float[np.ndarray, "layer mechanism"]:
+def _shares(result: Mapping[str, Any], key: str, mechanisms: Sequence[str]) -> Float[np.ndarray, "layer mechanism"]:
     shares = np.asarray(result[key], float)
     if shares.ndim != 2 or shares.shape[1] != len(mechanisms):
         raise ValueError(
@@ -183,9 +162,7 @@ def _shares(
             f"got {list(shares.shape)} (corpus {result['corpus']!r}, arm {result['arm']!r})."
         )
     if not np.allclose(shares.sum(1), 1, atol=1e-2):
-        raise ValueError(
-            f"{key}: expected every layer's shares to add up to 1, got {shares.sum(1)}."
-        )
+        raise ValueError(f"{key}: expected every layer's shares to add up to 1, got {shares.sum(1)}.")
     return shares
 
 
@@ -193,12 +170,8 @@ def routing_by_layer(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Shares of the mechanisms per layer: a row of panels per corpus, a column per arm.
 
     Args:
-      results: dicts of `corpus`, `arm`, `mechanisms` (names), `fractions` [layer, mechanism]
-        (share of tokens by hard route) and `mean_weights` [layer, mechanism] (mean of E[pi]).
-
-    Raises:
-      ValueError: no results, shapes that do not match `mechanisms` or each other, shares that do
-        not add up to 1.
+      results: dicts of `corpus`, `arm`, `mechanisms` (names), `fractions` [layer, mechanism] (share of tokens by hard
+        route) and `mean_weights` [layer, mechanism] (mean of E[pi]).
     """
     if not results:
         raise ValueError("results: expected at least one result, got none.")
@@ -239,17 +212,12 @@ def routing_by_layer(results: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _routing_panel(
-    axes: Axes, result: Mapping[str, Any], styles: Mapping[str, palette.Style], width: float
-) -> None:
+def _routing_panel(axes: Axes, result: Mapping[str, Any], styles: Mapping[str, palette.Style], width: float) -> None:
     mechanisms = result["mechanisms"]
     hard = _shares(result, "fractions", mechanisms)
     soft = _shares(result, "mean_weights", mechanisms)
     if hard.shape != soft.shape:
-        raise ValueError(
-            f"mean_weights: expected the shape of fractions {list(hard.shape)}, "
-            f"got {list(soft.shape)}."
-        )
+        raise ValueError(f"mean_weights: expected the shape of fractions {list(hard.shape)}, got {list(soft.shape)}.")
     layer = np.arange(len(hard))
     for shares, height, middle in ((hard, _HARD, layer - 0.14), (soft, _SOFT, layer + 0.23)):
         start = np.zeros(len(layer))

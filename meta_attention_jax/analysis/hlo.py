@@ -16,28 +16,19 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
           "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (.*?)\b({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One place of a program where devices exchange something.
+    """One place of a program where devices exchange something."""
 
-    Attributes:
-      kind: one of KINDS.
-      shape: of the result, as XLA writes it.
-      size: bytes of the whole array on one device: what is gathered, summed, or scattered.
-      group: devices that take part.
-      loops: turns of the loops around it, outermost first; None where a loop's turns follow the data.
-    """
-
-    kind: str
-    shape: str
-    size: int
-    group: int
+    kind: str  # one of KINDS
+    shape: str  # of the result, as XLA writes it
+    size: int  # bytes of the whole array on one device: what is gathered, summed, or scattered
+    group: int  # devices that take part
+    # turns of the loops around it, outermost first; None where a loop's turns follow the data
     loops: tuple[Optional[int], ...]
 
     @property
@@ -47,8 +38,8 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends each time, around a ring: (n - 1) / n of the size, for a sum twice;
-        all of it from one device to another."""
+        """Bytes that a device sends each time, around a ring: (n - 1) / n of the size, for a sum twice; all of it from
+        one device to another."""
         if self.kind in ("collective-permute", "collective-broadcast", "send", "recv"):
             return self.size
         once = self.size * (self.group - 1) / self.group
@@ -58,8 +49,7 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """All collectives of an optimised HLO module.
 
-    What the TPU compiler spreads over other work (its asynchronous collective fusions) counts once,
-    where it starts.
+    What the TPU compiler spreads over other work (its asynchronous collective fusions) counts once, where it starts.
     """
     computations, entry = _computations(text)
     counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:10_000])]
@@ -84,9 +74,7 @@ def collectives(text: str) -> list[Collective]:
             shape, kind = _shape(match.group(1), match.group(3)), match.group(2)
             group = _group(line) or everybody
             size = _size(shape) * (group if kind == "reduce-scatter" else 1)
-            found += [
-                Collective(kind, shape, size, group, turns) for turns in loops.around(place)
-            ]
+            found += [Collective(kind, shape, size, group, turns) for turns in loops.around(place)]
     return found
 
 
@@ -112,9 +100,7 @@ def _called(line: str) -> Iterator[str]:
         yield from re.findall(r"[\w.\-]+", branches)
 
 
-def _spread(
-    name: str, callers: dict[str, list[tuple[str, str]]]
-) -> Optional[tuple[str, str]]:
+def _spread(name: str, callers: dict[str, list[tuple[str, str]]]) -> Optional[tuple[str, str]]:
     """(computation, line) that calls one part of an asynchronous collective fusion; None if it is none."""
     for caller, line in callers[name]:
         if name.startswith("async_collective_fusion") or "async-collective-" in line.split("=")[0]:
@@ -125,12 +111,7 @@ def _spread(
 class _Loops:
     """Turns of the loops around every computation."""
 
-    def __init__(
-        self,
-        computations: dict[str, list[str]],
-        callers: dict[str, list[tuple[str, str]]],
-        entry: str,
-    ):
+    def __init__(self, computations: dict[str, list[str]], callers: dict[str, list[tuple[str, str]]], entry: str):
         self.computations, self.callers, self.entry = computations, callers, entry
 
     def around(self, name: str) -> list[tuple[Optional[int], ...]]:
@@ -172,8 +153,8 @@ def _size(shape: str) -> int:
 
 
 def _group(line: str) -> Optional[int]:
-    """Devices of the first group, which XLA writes {{0,1},{2,3}} or [groups,devices]<=[...]; None where it
-    names none and means all."""
+    """Devices of the first group, which XLA writes {{0,1},{2,3}} or [groups,devices]<=[...]; None where it names none
+    and means all."""
     if short := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(short.group(2))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)

@@ -52,17 +52,11 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section of a page.
+    """One section of a page."""
 
-    Attributes:
-      heading: plain text, escaped by the page.
-      body: HTML made here (`table_html`, `coloured_html`, `figure_html`); put in as it is.
-      text: a plain paragraph under the heading, escaped by the page.
-    """
-
-    heading: str
-    body: str
-    text: str = ""
+    heading: str  # plain text, escaped by the page
+    body: str  # HTML made here (`table_html`, `coloured_html`, `figure_html`); put in as it is
+    text: str = ""  # a plain paragraph under the heading, escaped by the page
 
 
 def figure_png_base64(figure: Figure, dpi: int = 160) -> str:
@@ -83,8 +77,7 @@ def figure_html(figure: Figure, description: str, dpi: int = 160) -> str:
 def table_html(rows: Sequence[tables.Row], columns: Sequence[tables.Column]) -> str:
     """`tables.html_table` with the notes of its columns below."""
     notes = "\n".join(
-        f"<dt>{html.escape(titles)}</dt><dd>{html.escape(note)}</dd>"
-        for titles, note in tables.column_notes(columns)
+        f"<dt>{html.escape(titles)}</dt><dd>{html.escape(note)}</dd>" for titles, note in tables.column_notes(columns)
     )
     return f'<div class="scroll">{tables.html_table(rows, columns)}</div>\n<dl>\n{notes}\n</dl>'
 

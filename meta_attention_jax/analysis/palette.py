@@ -21,23 +21,14 @@ READABLE = 4.5
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How one mechanism looks.
+    """How one mechanism looks."""
 
-    Attributes:
-      slot: place in the palette; the same mechanism has the same slot everywhere.
-      fill: colour of areas, "#rrggbb".
-      ink: `fill` darkened until its contrast with white is at least 4.5; for lines and letters.
-      hatch: matplotlib hatch of areas.
-      underline: CSS text-decoration-style, also drawn in pictures.
-      marker: matplotlib marker.
-    """
-
-    slot: int
-    fill: str
-    ink: str
-    hatch: str
-    underline: str
-    marker: str
+    slot: int  # place in the palette; the same mechanism has the same slot everywhere
+    fill: str  # colour of areas, "#rrggbb"
+    ink: str  # `fill` darkened until its contrast with white is at least 4.5; for lines and letters
+    hatch: str  # matplotlib hatch of areas
+    underline: str  # CSS text-decoration-style, also drawn in pictures
+    marker: str  # matplotlib marker
 
 
 def _channels(colour: str) -> tuple[float, float, float]:
@@ -51,9 +42,7 @@ def _hex(channels: Sequence[float]) -> str:
 
 def luminance(colour: str) -> float:
     """Relative luminance of "#rrggbb" in [0, 1]: 0.2126 R + 0.7152 G + 0.0722 B of linear light."""
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _channels(colour)
-    ]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _channels(colour)]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -100,11 +89,8 @@ _KNOWN = {"full": 0, "linear": 1, "local": 2}
 def mechanism_styles(mechanisms: Sequence[str]) -> dict[str, Style]:
     """A style per mechanism, in the order given.
 
-    full, linear and local always look the same, whatever the order and the others are; further
-    names take the next styles in order.
-
-    Raises:
-      ValueError: a repeated name, or more names than styles.
+    full, linear and local always look the same, whatever the order and the others are; further names take the next
+    styles in order.
     """
     names = list(mechanisms)
     if len(set(names)) != len(names):

@@ -44,15 +44,11 @@ def simplex_figure(
       mechanisms: three names.
       prior: mean of the prior, marked by a cross.
       title: of the figure.
-
-    Raises:
-      ValueError: other than three mechanisms, or shapes that do not match.
     """
     mean = np.asarray(mean, float)
     if len(mechanisms) != 3 or mean.ndim != 3 or mean.shape[2] != 3:
         raise ValueError(
-            f"mean: expected [layer, token, 3] and three mechanisms, got {list(mean.shape)} and "
-            f"{tuple(mechanisms)}."
+            f"mean: expected [layer, token, 3] and three mechanisms, got {list(mean.shape)} and {tuple(mechanisms)}."
         )
     styles = palette.mechanism_styles(mechanisms)
     figure, [panels] = frame(
@@ -88,8 +84,7 @@ def simplex_figure(
         axes.set_ylim(-0.14, 1.0)
         axes.axis("off")
     handles = [
-        Line2D([], [], color=style.fill, marker=style.marker, mec=palette.TEXT, mew=0.4, lw=0,
-               label=name)
+        Line2D([], [], color=style.fill, marker=style.marker, mec=palette.TEXT, mew=0.4, lw=0, label=name)
         for name, style in styles.items()
     ]
     if prior is not None:
@@ -116,20 +111,12 @@ def entropy_parts(
 
 
 def entropy_split_figure(
-    concentration: Float[np.ndarray, "layer token mechanism"],
-    mechanisms: Sequence[str],
-    title: str = "",
+    concentration: Float[np.ndarray, "layer token mechanism"], mechanisms: Sequence[str], title: str = ""
 ) -> Figure:
-    """Aleatoric and epistemic part of the routing entropy, by layer and likeliest mechanism.
-
-    Raises:
-      ValueError: a shape without a column per mechanism.
-    """
+    """Aleatoric and epistemic part of the routing entropy, by layer and likeliest mechanism."""
     alpha = np.asarray(concentration, float)
     if alpha.ndim != 3 or alpha.shape[2] != len(mechanisms):
-        raise ValueError(
-            f"concentration: expected [layer, token, {len(mechanisms)}], got {list(alpha.shape)}."
-        )
+        raise ValueError(f"concentration: expected [layer, token, {len(mechanisms)}], got {list(alpha.shape)}.")
     aleatoric, epistemic = entropy_parts(alpha)
     route = alpha.argmax(-1)
     figure, [panels] = frame(
@@ -181,15 +168,10 @@ def routing_by_position(
       mechanisms: their names.
       title: of the figure.
       bins: columns at most.
-
-    Raises:
-      ValueError: shapes that do not match.
     """
     route, real = np.asarray(route), np.asarray(real, bool)
     if route.ndim != 3 or route.shape[1:] != real.shape:
-        raise ValueError(
-            f"route: expected [layer, *{list(real.shape)}], got {list(route.shape)}."
-        )
+        raise ValueError(f"route: expected [layer, *{list(real.shape)}], got {list(route.shape)}.")
     time = route.shape[2]
     edges = np.unique(np.linspace(0, time, min(bins, time) + 1).astype(int))
     styles = palette.mechanism_styles(mechanisms)
@@ -222,18 +204,13 @@ def routing_by_position(
     return figure
 
 
-def dynamics_figure(
-    records: Sequence[Mapping[str, Any]], mechanisms: Sequence[str], title: str = ""
-) -> Figure:
+def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[str], title: str = "") -> Figure:
     """How routing developed in training: shares of k*, loss, and cost, entropy and hardness.
 
     Args:
       records: of `read_metrics`; its "train" and "eval" events are drawn.
       mechanisms: their names.
       title: of the figure.
-
-    Raises:
-      ValueError: no training record.
     """
     trained = [r for r in records if r["event"] == "train"]
     held_out = [r for r in records if r["event"] == "eval"]
@@ -250,8 +227,7 @@ def dynamics_figure(
     )
     shares = np.array([[r[f"fraction/{name}"] for r in trained] for name in mechanisms])
     areas = routes.stackplot(
-        steps, shares, colors=[styles[name].fill for name in mechanisms],
-        edgecolor=palette.TEXT, lw=0.4,
+        steps, shares, colors=[styles[name].fill for name in mechanisms], edgecolor=palette.TEXT, lw=0.4
     )
     for area, name in zip(areas, mechanisms):
         area.set_hatch(styles[name].hatch)

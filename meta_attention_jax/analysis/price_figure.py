@@ -28,9 +28,6 @@ def prices_figure(
       beside: as `lines` of `pareto_figure`; a point with a "name" is a baseline.
       title: of the model.
       split: where the curve was measured.
-
-    Raises:
-      ValueError: no rows.
     """
     if not rows:
         raise ValueError("rows: expected at least one price, got none.")
@@ -39,8 +36,7 @@ def prices_figure(
         1, 8.0, [4.0], f"{title}: the price of full attention" if title else "The price of full attention",
         f"A hard token takes argmax E pi - lambda c; numbers are lambda, 0 is the plain argmax. Measured "
         f"on the {split} split. Down and to the left is better."
-        + (" Other marks: means over seeds of models trained apart, as their sweep reports them." if beside
-           else ""),
+        + (" Other marks: means over seeds of models trained apart, as their sweep reports them." if beside else ""),
     )
     styles = palette.arm_styles([ONE, *kinds])
     for name in kinds:

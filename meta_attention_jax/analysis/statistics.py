@@ -17,9 +17,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half-width of the 95 % interval) by Student's t over independent seeds.
 
     One value has no interval: its half-width is NaN.
-
-    Raises:
-      ValueError: no values.
     """
     x = np.asarray(values, np.float64)
     if not x.size:
@@ -31,16 +28,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tuple[float, float]:
-    """`interval` of the differences value - baseline over the seeds that both have.
-
-    Raises:
-      ValueError: no common seed.
-    """
+    """`interval` of the differences value - baseline over the seeds that both have."""
     common = sorted(values.keys() & baseline.keys())
     if not common:
-        raise ValueError(
-            f"seeds: expected some in common, got {sorted(values)} and {sorted(baseline)}."
-        )
+        raise ValueError(f"seeds: expected some in common, got {sorted(values)} and {sorted(baseline)}.")
     return interval([values[seed] - baseline[seed] for seed in common])
 
 
@@ -75,9 +66,8 @@ def routing_truth(
       needed: the kind that needs it.
 
     Returns:
-      Per layer: precision P(kind | k* is the mechanism) (NaN if never used), recall
-      P(k* is the mechanism | kind), other P(k* is the mechanism | another kind), and auroc of
-      E pi_mechanism for the kind.
+      Per layer: precision P(kind | k* is the mechanism) (NaN if never used), recall P(k* is the mechanism | kind),
+        other P(k* is the mechanism | another kind), and auroc of E pi_mechanism for the kind.
     """
     truth = np.asarray(kind) == needed
     rows = []
@@ -93,9 +83,7 @@ def routing_truth(
     return rows
 
 
-def oracle_cost(
-    kind_tokens: Sequence[float], true_costs: Sequence[float], *, cheapest: float, layers: int
-) -> float:
+def oracle_cost(kind_tokens: Sequence[float], true_costs: Sequence[float], *, cheapest: float, layers: int) -> float:
     """Cost of routing by the truth: one layer gives every kind its mechanism, the others the cheapest.
 
         (sum_kind share(kind) c(true mechanism) + (L - 1) min c) / L
@@ -120,8 +108,8 @@ def risk_coverage(
 ) -> dict[str, Any]:
     """Mean harm of the least uncertain share of the tokens, over the share.
 
-    Tokens enter in order of rising score (those of equal score together, at their mean harm), so a
-    measure that knows where it hurts keeps the curve low until the end. Random order is flat.
+    Tokens enter in order of rising score (those of equal score together, at their mean harm), so a measure that knows
+    where it hurts keeps the curve low until the end. Random order is flat.
 
     Args:
       score: u of every token; higher is hardened later.
@@ -129,15 +117,13 @@ def risk_coverage(
       points: of the curve.
 
     Returns:
-      coverage and risk [points]; area, the mean of the risk over all coverages; random, the mean
-      harm; best, the area of the order by harm itself; gain, how much of the way from random to best
-      the area goes (NaN where all tokens are alike).
+      coverage and risk [points]; area, the mean of the risk over all coverages; random, the mean harm; best, the area
+      of the order by harm itself; gain, how much of the way from random to best the area goes (NaN where all tokens are
+      alike).
     """
     score, harm = np.asarray(score, np.float64), np.asarray(harm, np.float64)
     if score.shape != harm.shape or not score.size:
-        raise ValueError(
-            f"score: expected one number per token, like harm {harm.shape}, got {score.shape}."
-        )
+        raise ValueError(f"score: expected one number per token, like harm {harm.shape}, got {score.shape}.")
 
     def curve(order_by):
         order = np.argsort(order_by, kind="stable")

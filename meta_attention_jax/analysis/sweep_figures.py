@@ -21,11 +21,7 @@ _FAR = 6.0
 
 _LEGEND_COLUMNS = 6
 
-_PLACES = [
-    (x, y, side)
-    for y in (5, -12, 16, -23, 27, -34)
-    for x, side in ((5, "left"), (-5, "right"))
-]
+_PLACES = [(x, y, side) for y in (5, -12, 16, -23, 27, -34) for x, side in ((5, "left"), (-5, "right"))]
 _AGAINST = (
     ("cost", "cost of the hard routes", True),
     ("routing_entropy", "routing entropy, of log K", True),
@@ -46,8 +42,7 @@ def _families(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]
 
 
 def _names(lines: Sequence[Mapping[str, Any]], field: Optional[str]) -> list[str]:
-    """What stands beside the marks: the value of the field where every line has one of its own, else
-    the setting."""
+    """What stands beside the marks: the value of the field where every line has one of its own, else the setting."""
     values = [line["point"].get(field) for line in lines]
     if all(isinstance(value, (int, float)) for value in values) and len(set(values)) == len(values):
         return [f"{value:g}" for value in values]
@@ -65,16 +60,13 @@ def pareto_figure(
     """Held-out hard nats against cost, with the front of what nothing beats in both.
 
     Args:
-      lines: dicts of `setting`, `point`, `nll_hard`, `cost` and their `_pm`, the 95 % half-widths; a
-        point with a "name" is a baseline.
+      lines: dicts of `setting`, `point`, `nll_hard`, `cost` and their `_pm`, the 95 % half-widths; a point with a
+        "name" is a baseline.
       front: settings on the front, by rising cost.
       chosen: the setting that is ringed.
       field: dotted field whose value is written beside a point; None writes the setting.
       title: what was swept.
       split: where it was measured.
-
-    Raises:
-      ValueError: no lines.
     """
     if not lines:
         raise ValueError("lines: expected at least one, got none.")
@@ -159,9 +151,7 @@ def _label(axes: Axes, lines: Sequence[Mapping[str, Any]], field: Optional[str])
         taken.append(box)
 
 
-def _crosses(
-    axes: Axes, lines: Sequence[Mapping[str, Any]], colour: str, marker: str
-) -> None:
+def _crosses(axes: Axes, lines: Sequence[Mapping[str, Any]], colour: str, marker: str) -> None:
     axes.errorbar(
         [line["cost"] for line in lines],
         [line["nll_hard"] for line in lines],
@@ -171,20 +161,15 @@ def _crosses(
     )
 
 
-def against_figure(
-    lines: Sequence[Mapping[str, Any]], field: str, chosen: Optional[str], title: str = ""
-) -> Figure:
+def against_figure(lines: Sequence[Mapping[str, Any]], field: str, chosen: Optional[str], title: str = "") -> Figure:
     """Cost, routing entropy and soft-to-hard gap against the swept number.
 
     Args:
       lines: as in `pareto_figure`.
-      field: dotted field with a number in the points without a name; settings that differ in other
-        fields too make a line each.
+      field: dotted field with a number in the points without a name; settings that differ in other fields too make a
+        line each.
       chosen: the setting that is ringed.
       title: what was swept.
-
-    Raises:
-      ValueError: no point with a number in the field.
     """
     own, _ = _families(lines)
     own = [line for line in own if isinstance(line["point"].get(field), (int, float))]
@@ -192,9 +177,7 @@ def against_figure(
         raise ValueError(f"field: expected a number in some points, got none for {field!r}.")
     series: dict[str, list[Mapping[str, Any]]] = {}
     for line in own:
-        rest = ", ".join(
-            f"{key.split('.')[-1]} {value}" for key, value in line["point"].items() if key != field
-        )
+        rest = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in line["point"].items() if key != field)
         series.setdefault(rest, []).append(line)
     styles = palette.arm_styles(list(series))
     figure, [panels] = frame(
@@ -214,9 +197,7 @@ def against_figure(
             axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1.5, label=rest)
             for line in group:
                 if line["setting"] == chosen:
-                    axes.plot(
-                        line["point"][field], line[name], "o", ms=12, mfc="none", mec=GREY, mew=1.5
-                    )
+                    axes.plot(line["point"][field], line[name], "o", ms=12, mfc="none", mec=GREY, mew=1.5)
         values = [line["point"][field] for line in own]
         if min(values) > 0 and max(values) / min(values) >= 8:
             axes.set_xscale("log", base=2)
@@ -231,9 +212,6 @@ def against_figure(
         axes.set_xlabel(field, fontsize=FONT)
         tidy(axes)
     if len(series) > 1:
-        handles = [
-            Line2D([], [], color=styles[rest][0], marker=styles[rest][1], lw=1.5, label=rest)
-            for rest in series
-        ]
+        handles = [Line2D([], [], color=styles[rest][0], marker=styles[rest][1], lw=1.5, label=rest) for rest in series]
         legend(figure, handles, min(len(handles), 4))
     return figure

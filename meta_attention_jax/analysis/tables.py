@@ -19,19 +19,12 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-      key: where a row keeps the value.
-      title: the heading; the terminal stacks its words.
-      format: a format specification (".3f", ".1%"); empty for text, which is aligned left.
-      note: what the number is, with its unit; printed under the table.
-    """
-
-    key: str
-    title: str
-    format: str = ""
-    note: str = ""
+    key: str  # where a row keeps the value
+    title: str  # the heading; the terminal stacks its words
+    format: str = ""  # a format specification (".3f", ".1%"); empty for text, which is aligned left
+    note: str = ""  # what the number is, with its unit; printed under the table
 
 
 _NATS = "held-out negative log-likelihood per loss token (nats)"
@@ -43,8 +36,8 @@ _HARD = "run with one mechanism per token"
 def demo_columns(corpus: str) -> list[Column]:
     """Columns of the comparison table for one corpus.
 
-    Every corpus: nats soft and hard, their gap, projected cost, routing and usage entropy, route
-    fractions. `recall` adds what is known about its queries; the others, being text, bits/byte.
+    Every corpus: nats soft and hard, their gap, projected cost, routing and usage entropy, route fractions. `recall`
+    adds what is known about its queries; the others, being text, bits/byte.
     """
     columns = [
         Column("arm", "arm"),
@@ -81,9 +74,7 @@ def demo_columns(corpus: str) -> list[Column]:
         columns += [
             Column("accuracy_queries_soft", "query acc. soft", ".1%", answer),
             Column("accuracy_queries_hard", "query acc. hard", ".1%", answer),
-            Column(
-                "queries_full", "queries on full", ".1%", "share of query tokens routed to full"
-            ),
+            Column("queries_full", "queries on full", ".1%", "share of query tokens routed to full"),
             Column("others_full", "others on full", ".1%", "share of other tokens routed to full"),
             Column("route_layer", "in layer", "d", "layer of the two shares, counted from 0"),
         ]
@@ -94,16 +85,11 @@ def comparison_rows(results: Sequence[Row]) -> list[dict[str, Any]]:
     """Results as table rows, grouped by corpus in order of first appearance, with `gap` (nats).
 
     gap = nll_hard - nll_soft, left out where either is missing.
-
-    Raises:
-      ValueError: a result without `corpus` or `arm`.
     """
     for result in results:
         for key in ("corpus", "arm"):
             if key not in result:
-                raise ValueError(
-                    f"results: expected {key!r} in every result, got {sorted(result)}."
-                )
+                raise ValueError(f"results: expected {key!r} in every result, got {sorted(result)}.")
     order = list(dict.fromkeys(result["corpus"] for result in results))
     rows = [dict(result) for result in results]
     for row in rows:
@@ -114,11 +100,7 @@ def comparison_rows(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """`value` in plain Python for JSON: arrays to numbers and lists, NaN and inf to None.
-
-    Raises:
-      ValueError: something that is neither a number, text, None, an array nor a container of those.
-    """
+    """`value` in plain Python for JSON: arrays to numbers and lists, NaN and inf to None."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -131,10 +113,7 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars alike.
         return plain(value.tolist())
-    raise ValueError(
-        "value: expected numbers, text, None, arrays or containers of those, "
-        f"got {type(value).__name__}."
-    )
+    raise ValueError(f"value: expected numbers, text, None, arrays or containers of those, got {type(value).__name__}.")
 
 
 def format_value(value: Any, format: str = "") -> str:
@@ -172,19 +151,14 @@ def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
                 line.append(format_value(row.get(column.key), column.format))
             except (TypeError, ValueError):
                 raise ValueError(
-                    f"{column.key}: expected a value that {column.format!r} can format, "
-                    f"got {row.get(column.key)!r}."
+                    f"{column.key}: expected a value that {column.format!r} can format, got {row.get(column.key)!r}."
                 ) from None
         cells.append(line)
     return cells
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """A Markdown table, padded so that its source reads as a table too; numbers aligned right.
-
-    Raises:
-      ValueError: no columns, or a value that its column's format cannot print.
-    """
+    """A Markdown table, padded so that its source reads as a table too; numbers aligned right."""
     lines = [[column.title for column in columns]] + _cells(rows, columns)
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     widths = [max(3, *(len(cell) for cell in cells)) for cells in zip(*lines)]
@@ -196,10 +170,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         )
         return f"| {' | '.join(padded)} |"
 
-    rule = [
-        "-" * (width - 1) + ":" if column.format else "-" * width
-        for width, column in zip(widths, columns)
-    ]
+    rule = ["-" * (width - 1) + ":" if column.format else "-" * width for width, column in zip(widths, columns)]
     return "\n".join([row(lines[0]), row(rule), *map(row, lines[1:])]) + "\n"
 
 
@@ -207,9 +178,6 @@ def terminal_table(rows: Sequence[Row], columns: Sequence[Column], width: int = 
     """Aligned plain text; headings stack their words.
 
     Columns that do not fit into `width` go below, the first column repeated.
-
-    Raises:
-      ValueError: as `markdown_table`.
     """
     cells = _cells(rows, columns)
     heads = [column.title.split() or [""] for column in columns]
@@ -230,8 +198,7 @@ def terminal_table(rows: Sequence[Row], columns: Sequence[Column], width: int = 
         lines += [[line[i] for i in indices] for line in cells]
         return "\n".join(
             "  ".join(
-                cell.rjust(widths[i]) if columns[i].format else cell.ljust(widths[i])
-                for i, cell in zip(indices, line)
+                cell.rjust(widths[i]) if columns[i].format else cell.ljust(widths[i]) for i, cell in zip(indices, line)
             ).rstrip()
             for line in lines
         )
@@ -240,11 +207,7 @@ def terminal_table(rows: Sequence[Row], columns: Sequence[Column], width: int = 
 
 
 def html_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """An HTML table, every cell escaped; a column's note shows on hovering over its heading.
-
-    Raises:
-      ValueError: as `markdown_table`.
-    """
+    """An HTML table, every cell escaped; a column's note shows on hovering over its heading."""
 
     def cell(tag: str, text: str, column: Column, title: str = "") -> str:
         align = ' class="number"' if column.format else ""
@@ -274,9 +237,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], rows: Any) -> None:
-    """Write `plain(rows)` as JSON, whole or not at all. NaN and inf become null.
-
-    Raises:
-      ValueError: as `plain`.
-    """
+    """Write `plain(rows)` as JSON, whole or not at all. NaN and inf become null."""
     write_text(path, json.dumps(plain(rows), indent=1, ensure_ascii=False, allow_nan=False) + "\n")

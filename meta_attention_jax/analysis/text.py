@@ -49,9 +49,9 @@ TEXT_CSS = "\n".join(
 def visible_pieces(pieces: Sequence[str | bytes]) -> list[str]:
     """What to show for every token; never empty, so that every token's colour is seen.
 
-    Bytes are decoded as one UTF-8 stream: a character of several byte tokens appears at the last,
-    the others show "·". So do undecodable bytes, empty pieces, control characters and invisible
-    ones. Newlines become "↵" and a line break, tabs "⇥".
+    Bytes are decoded as one UTF-8 stream: a character of several byte tokens appears at the last, the others show "·".
+    So do undecodable bytes, empty pieces, control characters and invisible ones. Newlines become "↵" and a line break,
+    tabs "⇥".
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     shown = []
@@ -97,9 +97,7 @@ def routed_text(
     """Checked arguments of a drawing; `coloured_html` says what they are and what is refused."""
     styles = palette.mechanism_styles(mechanisms)
     if isinstance(pieces, bytes):
-        raise ValueError(
-            "pieces: expected a list with the bytes of each token, got one bytes object."
-        )
+        raise ValueError("pieces: expected a list with the bytes of each token, got one bytes object.")
     route = np.asarray(route)
     if route.size and route.dtype.kind not in "iu":
         raise ValueError(f"route: expected integers, got {route.dtype}.")
@@ -112,22 +110,17 @@ def routed_text(
     route = np.atleast_2d(route)
     if route.size and not (0 <= route.min() and route.max() < len(styles)):
         raise ValueError(
-            f"route: expected indices of the {len(styles)} mechanisms, "
-            f"got {route.min()} to {route.max()}."
+            f"route: expected indices of the {len(styles)} mechanisms, got {route.min()} to {route.max()}."
         )
     u = np.zeros(shape) if uncertainty is None else np.asarray(uncertainty, float)
     if u.shape != shape:
-        raise ValueError(
-            f"uncertainty: expected the shape of route {list(shape)}, got {list(u.shape)}."
-        )
+        raise ValueError(f"uncertainty: expected the shape of route {list(shape)}, got {list(u.shape)}.")
     if not ((-1e-4 <= u) & (u <= 1 + 1e-4)).all():
         raise ValueError(f"uncertainty: expected values in [0, 1], got {u.min()} to {u.max()}.")
     if names is None:
         names = [f"layer {i}" for i in range(len(route))] if len(route) > 1 else [""]
     if len(names) != len(route):
-        raise ValueError(
-            f"layer_names: expected one name per layer ({len(route)}), got {len(names)}."
-        )
+        raise ValueError(f"layer_names: expected one name per layer ({len(route)}), got {len(names)}.")
     edges = _edges(u)
     depth = np.searchsorted(edges, np.atleast_2d(u), side="left")
     return RoutedText(visible_pieces(pieces), styles, route, depth, edges, list(names))
@@ -185,9 +178,6 @@ def coloured_html(
       caption: what the text is and what to see.
       mean: E[pi] per token.
       layer_names: headings of the layers; default "layer 0", ... if there are several.
-
-    Raises:
-      ValueError: shapes that do not match, a route without a mechanism, u outside [0, 1].
     """
     routed = routed_text(pieces, route, uncertainty, mechanisms, layer_names)
     u = np.asarray(uncertainty, float).reshape(routed.route.shape)
@@ -214,8 +204,7 @@ def coloured_html(
         tokens = "".join(token(layer, t) for t in range(len(routed.pieces)))
         blocks.append(f'<h4>{html.escape(heading)}</h4>\n<div class="routed">{tokens}</div>')
     swatches = " ".join(
-        f'<span class="m{slot} d0">&nbsp;{html.escape(name)}&nbsp;</span>'
-        for slot, name in zip(slots, names)
+        f'<span class="m{slot} d0">&nbsp;{html.escape(name)}&nbsp;</span>' for slot, name in zip(slots, names)
     )
     scale = " ".join(
         f'<span class="m{palette.NEUTRAL.slot} d{depth}">&nbsp;{html.escape(label)}&nbsp;</span>'
@@ -239,14 +228,8 @@ def coloured_html(
 _ATTRIBUTES = ("4", "22", "3", "1", "3;4", "1;4", "1;3")
 
 
-def coloured_terminal(
-    pieces: Sequence[str | bytes], route: Int[np.ndarray, " time"], mechanisms: Sequence[str]
-) -> str:
-    """The text with 24-bit ANSI backgrounds, after a line with the legend.
-
-    Raises:
-      ValueError: as `coloured_html`.
-    """
+def coloured_terminal(pieces: Sequence[str | bytes], route: Int[np.ndarray, " time"], mechanisms: Sequence[str]) -> str:
+    """The text with 24-bit ANSI backgrounds, after a line with the legend."""
     routed = routed_text(pieces, np.ravel(route), None, mechanisms, None)
     red, green, blue = _rgb(palette.TEXT)
     codes = []

@@ -19,14 +19,7 @@ from matplotlib.transforms import Affine2D
 
 from meta_attention_jax.analysis import palette
 from meta_attention_jax.analysis.canvas import new_figure
-from meta_attention_jax.analysis.text import (
-    DEPTHS,
-    UNDECODABLE,
-    RoutedText,
-    depth_labels,
-    layer_headings,
-    routed_text,
-)
+from meta_attention_jax.analysis.text import DEPTHS, UNDECODABLE, RoutedText, depth_labels, layer_headings, routed_text
 
 Cell = tuple[str, int]  # A character and the token it belongs to.
 Run = tuple[str, palette.Style | None, int]  # Letters, style (None: no colour), depth.
@@ -74,11 +67,7 @@ def coloured_figure(
     layer_names: Sequence[str] | None = None,
     columns: int = 90,
 ) -> Figure:
-    """The picture of `coloured_html`: a monospace grid `columns` wide, one block per layer.
-
-    Raises:
-      ValueError: as `coloured_html`; fewer than 40 columns.
-    """
+    """The picture of `coloured_html`: a monospace grid `columns` wide, one block per layer."""
     if columns < 40:
         raise ValueError(f"columns: expected at least 40, got {columns}.")
     routed = routed_text(pieces, route, uncertainty, mechanisms, layer_names)
@@ -115,10 +104,7 @@ def _draw_legend(axes: Axes, routed: RoutedText, x: float, y: float) -> None:
         _draw_runs(axes, spaced, x, y)
 
     mechanisms = [(f" {name} ", style, 0) for name, style in routed.styles.items()]
-    depths = [
-        (f" {text} ", palette.NEUTRAL, depth)
-        for depth, text in enumerate(depth_labels(routed.edges))
-    ]
+    depths = [(f" {text} ", palette.NEUTRAL, depth) for depth, text in enumerate(depth_labels(routed.edges))]
     write([("mechanism ", None, 0), *mechanisms], y)
     write([("certain   ", None, 0), *depths, ("uncertain", None, 0)], y + 1.2 * _LINE * _EM)
 
@@ -164,9 +150,7 @@ def _draw_runs(axes: Axes, runs: Sequence[Run], x: float, y: float) -> None:
             if character != " "
         ]
         x = right
-    axes.add_collection(
-        PolyCollection(boxes, facecolors=fills, linewidths=0, zorder=1), autolim=False
-    )
+    axes.add_collection(PolyCollection(boxes, facecolors=fills, linewidths=0, zorder=1), autolim=False)
     if letters:
         path = Path.make_compound_path(*letters)
         axes.add_patch(PathPatch(path, facecolor=palette.TEXT, linewidth=0, zorder=3))

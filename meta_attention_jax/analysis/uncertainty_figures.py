@@ -20,9 +20,6 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
     Args:
       curves: name -> `statistics.risk_coverage`.
       title: of the figure.
-
-    Raises:
-      ValueError: no curves.
     """
     if not curves:
         raise ValueError("curves: expected at least one, got none.")
@@ -48,17 +45,12 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
     return figure
 
 
-def frontier_figure(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = ""
-) -> Figure:
+def frontier_figure(curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> Figure:
     """Nats against cost in gated mode as theta rises, one line per measure or arm.
 
     Args:
       curves: name -> points with `cost` and `nll`, in order of theta.
       title: of the figure.
-
-    Raises:
-      ValueError: no curves.
     """
     if not curves:
         raise ValueError("curves: expected at least one, got none.")

@@ -69,35 +69,20 @@ _STDLIB_EXCLUDED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text that training windows never leave.
+    """A text that training windows never leave."""
 
-    Attributes:
-      name: unique within its corpus.
-      data: its UTF-8 bytes.
-    """
-
-    name: str
-    data: bytes
+    name: str  # unique within its corpus
+    data: bytes  # its UTF-8 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split.
+    """Documents by split."""
 
-    Attributes:
-      name: what it was asked for by.
-      source: what it was read from, with the version where it has one.
-      splits: the documents of "train", "validation" and "test".
-      split_by: where the split comes from, in words.
-
-    Raises:
-      ValueError: a split without documents.
-    """
-
-    name: str
-    source: str
-    splits: Mapping[str, tuple[Document, ...]]
-    split_by: str = ""
+    name: str  # what it was asked for by
+    source: str  # what it was read from, with the version where it has one
+    splits: Mapping[str, tuple[Document, ...]]  # the documents of "train", "validation" and "test"
+    split_by: str = ""  # where the split comes from, in words
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -141,9 +126,6 @@ def load_corpus(spec: str, split: str = "auto") -> Corpus:
       split: "auto", "names" or "hash", for files of one's own; the others have splits.
 
     Raises:
-      ValueError: an unknown corpus; a missing package, file or folder; a folder without text; a
-        file that is empty, binary or not UTF-8 (named) where it is all there is of a corpus or a
-        split; names that say the split of some files only; a split left without documents.
       OSError: a file or folder that cannot be read.
     """
     check_split(spec, split)
@@ -173,9 +155,7 @@ def check_split(spec: str, split: str) -> None:
     if split not in RULES:
         raise ValueError(f"data.split: expected one of {', '.join(RULES)}, got {split!r}.")
     if split != "auto" and (spec in ("sotu", "stdlib", "recall") or spec.startswith("hf:")):
-        raise ValueError(
-            f"data.split: expected 'auto' for {spec!r}, which has splits of its own, got {split!r}."
-        )
+        raise ValueError(f"data.split: expected 'auto' for {spec!r}, which has splits of its own, got {split!r}.")
 
 
 def _warn(notes: Iterable[str]) -> None:
@@ -191,8 +171,7 @@ def _twice(corpus: Corpus) -> list[str]:
     if not found:
         return []
     return [
-        f"{len(found)} of {len(held)} held-out documents are in train as well, byte for byte, the "
-        f"first {found[0]!r}"
+        f"{len(found)} of {len(held)} held-out documents are in train as well, byte for byte, the first {found[0]!r}"
     ]
 
 
@@ -266,8 +245,7 @@ def _hub(spec: str, rest: str) -> Corpus:
         raise ValueError(f"corpus: expected hf:NAME[/CONFIG], NAME with its owner, got {spec!r}.")
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"corpus: expected the package datasets for {spec!r}, got none installed; run "
-            "'pip install datasets'."
+            f"corpus: expected the package datasets for {spec!r}, got none installed; run 'pip install datasets'."
         )
     import datasets  # optional, and asked for here only
 

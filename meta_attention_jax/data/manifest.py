@@ -19,8 +19,8 @@ MANIFEST = "data_manifest.json"
 def same_data(stored: Any, given: dict[str, Any]) -> bool:
     """Whether two manifests are of the same data.
 
-    Of files of one's own that is the documents' bytes, splits and order, and the tokenizer: neither
-    where they lie nor what they are called.
+    Of files of one's own that is the documents' bytes, splits and order, and the tokenizer: neither where they lie nor
+    what they are called.
     """
     if not _of_files(stored) or not _of_files(given):
         return stored == json.loads(json.dumps(given))
@@ -50,11 +50,7 @@ def _documents(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def check_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> bool:
-    """Whether `data_manifest.json` is in `directory`; nothing is written.
-
-    Raises:
-      ValueError: it is there, of other data; see `same_data`.
-    """
+    """Whether `data_manifest.json` is in `directory`; nothing is written."""
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         return False
@@ -101,11 +97,7 @@ def _read_by(corpus: str, rule: str) -> list[tuple[Any, ...]]:
 
 
 def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
-    """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change.
-
-    Raises:
-      ValueError: a different manifest is there already.
-    """
+    """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change."""
     if check_manifest(dataset, directory):
         return
     path = pathlib.Path(directory) / MANIFEST

@@ -23,14 +23,11 @@ Parts = dict[str, list[Text]]
 
 
 def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:
-    """Held-out files by split in the folder of a train file, named like it but for that word, and notes
-    of one that is not; where there is none of a split, `loosely`.
+    """Held-out files by split in the folder of a train file, named like it but for that word, and notes of one that is
+    not; where there is none of a split, `loosely`.
 
-    None for the rule "hash", and, with a note, for "auto" where the train file is a program or page
-    and others are in its folder.
-
-    Raises:
-      ValueError: rule "names", and there are none.
+    None for the rule "hash", and, with a note, for "auto" where the train file is a program or page and others are in
+    its folder.
     """
     held: dict[str, list[pathlib.Path]] = {}
     notes: list[str] = []
@@ -52,8 +49,7 @@ def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]]
             notes = [f"{path.name!r} is taken for a {kind} like {outside[0]!r}, not for a split"]
         unread = [p.name for p in around if split_word(p.name) in set(SPLITS[1:]) - held.keys()]
         if unread and not notes:
-            notes = [f"{unread[0]!r} beside {path.name!r} is not read, for their names differ in more "
-                     "than the split"]
+            notes = [f"{unread[0]!r} beside {path.name!r} is not read, for their names differ in more than the split"]
     if rule == "names" and not held:
         raise ValueError(
             f"data.split: expected a train file with a held-out file beside it for 'names', got "
@@ -65,8 +61,8 @@ def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]]
 def fill(parts: Parts) -> str:
     """Takes the splits that are missing out of train, in place.
 
-    By the hash of the train files' paths; where that leaves a split without a file, 5 % of the
-    bytes off the end of every train file.
+    By the hash of the train files' paths; where that leaves a split without a file, 5 % of the bytes off the end of
+    every train file.
 
     Returns:
       What was done, in words; "" for nothing.
@@ -86,14 +82,12 @@ def fill(parts: Parts) -> str:
     return f"{' and '.join(missing)} {by}"
 
 
-def cut(
-    name: str, data: bytes, splits: Sequence[str] = SPLITS[1:]
-) -> list[tuple[str, Text]]:
+def cut(name: str, data: bytes, splits: Sequence[str] = SPLITS[1:]) -> list[tuple[str, Text]]:
     """One UTF-8 text cut at line ends: 5 % of its bytes off the end for each of `splits`, in order.
 
-    A hash of one file cannot split it, and scattered lines would put neighbours in two splits.
-    Where lines are so long that a part would be empty or train less than half, it is cut at the
-    last line end of the 5 % before, or, without one there, between two characters.
+    A hash of one file cannot split it, and scattered lines would put neighbours in two splits. Where lines are so long
+    that a part would be empty or train less than half, it is cut at the last line end of the 5 % before, or, without
+    one there, between two characters.
     """
     share = TEST_FROM - VALIDATION_FROM
     goals = [round(len(data) * (1.0 - share * (len(splits) - i))) for i in range(len(splits))]

@@ -53,11 +53,6 @@ def make_dataset(
       window: raises recall's `min_distance` to at least the window of local attention.
       rows: the rows of every batch that this process makes.
       split: of files of one's own, "auto", "names" or "hash"; see `data/splits.py`.
-
-    Raises:
-      ValueError: everything that `load_corpus` and `make_tokenizer` refuse; sizes that are not
-        positive; no rows; a stored tokenizer other than asked for; a training split shorter than a
-        sequence; a split without a target; a recall sequence without room for a query.
     """
     for field, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         if value < 1:
@@ -116,8 +111,8 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def about(self) -> dict[str, Any]:
-        """What a log says of the data: "corpus", where its "split" comes from, and files and bytes
-        of each split where there are files."""
+        """What a log says of the data: "corpus", where its "split" comes from, and files and bytes of each split where
+        there are files."""
 
     def __str__(self) -> str:
         """`about` on one line."""
@@ -144,9 +139,6 @@ class Dataset(abc.ABC):
         Args:
           split: "train", "validation" or "test".
           max_batches: at most so many, spread evenly over the split; None for all.
-
-        Raises:
-          ValueError: an unknown split, or max_batches < 1.
         """
 
     def _generator(self, seed: int, stream: int, number: int) -> np.random.Generator:
@@ -178,17 +170,15 @@ class Dataset(abc.ABC):
 class TextDataset(Dataset):
     """Windows of a corpus of documents.
 
-    Training windows start uniformly at every place of the training split whose T + 1 tokens stay
-    within one document; a shorter document is one window, padded. Held-out documents are cut into
-    windows that do not overlap, so that every token but a document's first is a target once.
+    Training windows start uniformly at every place of the training split whose T + 1 tokens stay within one document; a
+    shorter document is one window, padded. Held-out documents are cut into windows that do not overlap, so that every
+    token but a document's first is a target once.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **shape: Any) -> None:
         super().__init__(tokenizer, **shape)
         self._corpus = corpus
-        self._splits = {
-            split: _tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS
-        }
+        self._splits = {split: _tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS}
         tokens = len(self._splits["train"].tokens)
         if tokens < self.sequence_length + 1:
             raise ValueError(
@@ -303,19 +293,12 @@ class RecallDataset(Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """The tokens of a split's documents one after the other, and where windows may start.
+    """The tokens of a split's documents one after the other, and where windows may start."""
 
-    Attributes:
-      tokens: all tokens, in the smallest unsigned type that holds them.
-      offsets: document i is tokens[offsets[i]:offsets[i + 1]].
-      places: cumulative count of training windows by document, from 0.
-      windows: cumulative count of held-out windows by document, from 0.
-    """
-
-    tokens: Int[np.ndarray, "tokens"]
-    offsets: Int[np.ndarray, "documents+1"]
-    places: Int[np.ndarray, "documents+1"]
-    windows: Int[np.ndarray, "documents+1"]
+    tokens: Int[np.ndarray, "tokens"]  # all tokens, in the smallest unsigned type that holds them
+    offsets: Int[np.ndarray, "documents+1"]  # document i is tokens[offsets[i]:offsets[i + 1]]
+    places: Int[np.ndarray, "documents+1"]  # cumulative count of training windows by document, from 0
+    windows: Int[np.ndarray, "documents+1"]  # cumulative count of held-out windows by document, from 0
 
 
 def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Split:
@@ -324,8 +307,7 @@ def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> 
     documents = [d for d in documents if len(d) > 1]  # a single token has no target
     if not documents:
         raise ValueError(
-            f"data: expected a document of at least 2 tokens in split {split!r} of "
-            f"{corpus.name!r}, got none."
+            f"data: expected a document of at least 2 tokens in split {split!r} of {corpus.name!r}, got none."
         )
     sizes = np.array([len(d) for d in documents])
     return _Split(

@@ -44,38 +44,23 @@ Sample = tuple[Int[np.ndarray, "rows length_and_next"], Int[np.ndarray, "rows le
 class RecallConfig:
     """The generator's parameters.
 
-    Token ids, in this order: pairs (key-major), queries, values, fillers, and with marks: marks, the
-    aggregate query, its answers.
-
-    Attributes:
-      num_keys: keys that exist.
-      num_values: values that exist; several keys may share one.
-      num_fillers: n, symbols of the local grammar; c is followed by 5c + 1 mod n.
-      num_pairs: P, distinct keys bound at the head of a sequence, in random order.
-      min_distance: least distance in tokens from any binding to a query; at least the window for
-        queries that no window can answer. (L stacked windows of w reach L (w - 1) tokens back.)
-      query_rate: probability that a token which is free to be a query is one.
-      jump_rate: probability that a filler is drawn uniformly instead of following the grammar.
-      num_marks: M, symbols to be counted; 0 for none of this.
-      mark_rate: probability that a token that is neither query nor answer is a mark.
-      mark_bias: probability that a mark is the sequence's favourite; else it is uniform.
-      aggregate_rate: as `query_rate`, of aggregate queries. Without a mark so far the answer is a0.
-
-    Raises:
-      ValueError: a parameter out of range.
+    Token ids, in this order: pairs (key-major), queries, values, fillers, and with marks: marks, the aggregate query,
+    its answers.
     """
 
-    num_keys: int = 16
-    num_values: int = 16
-    num_fillers: int = 16
-    num_pairs: int = 8
+    num_keys: int = 16  # keys that exist
+    num_values: int = 16  # values that exist; several keys may share one
+    num_fillers: int = 16  # n, symbols of the local grammar; c is followed by 5c + 1 mod n
+    num_pairs: int = 8  # P, distinct keys bound at the head of a sequence, in random order
+    # least distance in tokens from any binding to a query; at least the window for queries that no window can answer.
+    # (L stacked windows of w reach L (w - 1) tokens back.)
     min_distance: int = 2
-    query_rate: float = 0.25
-    jump_rate: float = 0.1
-    num_marks: int = 0
-    mark_rate: float = 0.0
-    mark_bias: float = 0.5
-    aggregate_rate: float = 0.0
+    query_rate: float = 0.25  # probability that a token which is free to be a query is one
+    jump_rate: float = 0.1  # probability that a filler is drawn uniformly instead of following the grammar
+    num_marks: int = 0  # M, symbols to be counted; 0 for none of this
+    mark_rate: float = 0.0  # probability that a token that is neither query nor answer is a mark
+    mark_bias: float = 0.5  # probability that a mark is the sequence's favourite; else it is uniform
+    aggregate_rate: float = 0.0  # as `query_rate`, of aggregate queries. Without a mark so far the answer is a0.
 
     def __post_init__(self) -> None:
         for field in ("num_keys", "num_values", "num_fillers", "num_pairs"):
@@ -83,10 +68,7 @@ class RecallConfig:
             if value < 1:
                 raise ValueError(f"recall.{field}: expected at least 1, got {value}.")
         if self.num_pairs > self.num_keys:
-            raise ValueError(
-                f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got "
-                f"{self.num_pairs}."
-            )
+            raise ValueError(f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got {self.num_pairs}.")
         if self.min_distance < 2:
             raise ValueError(f"recall.min_distance: expected at least 2, got {self.min_distance}.")
         if not 0.0 < self.query_rate < 1.0:
@@ -190,12 +172,9 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
 
     Returns:
       tokens: [rows, T + 1], inputs and targets overlapping by T - 1.
-      kind: [rows, T]; KIND_QUERY or KIND_AGGREGATE where the input is a query, so that its target is
-        the answer. With marks, KIND_LOCAL where the input is an answer or a mark, after which the
-        grammar goes on from a filler further back; else KIND_OTHER.
-
-    Raises:
-      ValueError: `length` leaves no room for a query.
+      kind: [rows, T]; KIND_QUERY or KIND_AGGREGATE where the input is a query, so that its target is the answer. With
+        marks, KIND_LOCAL where the input is an answer or a mark, after which the grammar goes on from a filler further
+        back; else KIND_OTHER.
     """
     check_length(config, length)
     pairs, body = config.num_pairs, length + 1 - config.num_pairs
@@ -239,10 +218,7 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
         np.where(answer, config.value_offset + answers, config.filler_offset + fillers),
     )
     if config.num_marks:
-        marks = np.where(
-            choice < config.mark_bias, _pick(favourite, config.num_marks),
-            _pick(symbol, config.num_marks),
-        )
+        marks = np.where(choice < config.mark_bias, _pick(favourite, config.num_marks), _pick(symbol, config.num_marks))
         most = _most_frequent(np.where(mark, marks, -1), config.num_marks)
         asked_most = config.mark_offset + config.num_marks
         text = np.where(mark, config.mark_offset + marks, text)
@@ -257,9 +233,7 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
     return tokens, kind
 
 
-def _most_frequent(
-    marks: Int[np.ndarray, "rows body"], num_marks: int
-) -> Int[np.ndarray, "rows body"]:
+def _most_frequent(marks: Int[np.ndarray, "rows body"], num_marks: int) -> Int[np.ndarray, "rows body"]:
     """The most frequent mark up to every place, the first of equals; -1 is no mark."""
     counts = np.cumsum(marks[..., None] == np.arange(num_marks), axis=1)
     return np.argmax(counts, axis=-1)

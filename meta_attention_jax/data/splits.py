@@ -54,9 +54,7 @@ _WORDS = {
         r"(val(id(ate|ation)?)?|dev(el|elop|elopment)?|eval(s|uation)?|news(discuss)?dev)"
         r"(set|data|split)?"
     ),
-    "test": re.compile(
-        r"(dev|news(discuss)?)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"
-    ),
+    "test": re.compile(r"(dev|news(discuss)?)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"),
 }
 _PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # a camelCase word, a number
 _BARE = ("set", "data", "split")
@@ -115,38 +113,23 @@ def same_but_split(a: str, b: str, *, loosely: bool = False) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Entries of one folder that say train and something held out.
+    """Entries of one folder that say train and something held out."""
 
-    Attributes:
-      folder: its path below the corpus with "/" at the end; "" is the corpus itself.
-      said: split by entry.
-      files: all that are or lie below the entries.
-      kind: in `TOPICAL`, of most of the files that are or lie below text and folders; None of text.
-      folders: whether folders are among the entries.
-    """
-
-    folder: str
-    said: Mapping[str, str]
-    files: tuple[str, ...]
-    kind: str | None
-    folders: bool
+    folder: str  # its path below the corpus with "/" at the end; "" is the corpus itself
+    said: Mapping[str, str]  # split by entry
+    files: tuple[str, ...]  # all that are or lie below the entries
+    kind: str | None  # in `TOPICAL`, of most of the files that are or lie below text and folders; None of text
+    folders: bool  # whether folders are among the entries
 
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
-    """The split of every file.
+    """The split of every file."""
 
-    Attributes:
-      splits: by file; None where the names of others say theirs, and its own nothing.
-      by: what says it, in words.
-      named: whether names do.
-      notes: what may surprise, a sentence each.
-    """
-
-    splits: Mapping[str, str | None]
-    by: str
-    named: bool
-    notes: tuple[str, ...] = ()
+    splits: Mapping[str, str | None]  # by file; None where the names of others say theirs, and its own nothing
+    by: str  # what says it, in words
+    named: bool  # whether names do
+    notes: tuple[str, ...] = ()  # what may surprise, a sentence each
 
 
 def assign(names: Sequence[str], rule: str) -> Assigned:
@@ -155,9 +138,6 @@ def assign(names: Sequence[str], rule: str) -> Assigned:
     Args:
       names: paths below the folder, with "/".
       rule: one of `RULES`.
-
-    Raises:
-      ValueError: rule "names", and they say nothing.
     """
     notes: list[str] = []
     groups = [] if rule == "hash" else _groups(names, mixed=rule == "names")
@@ -230,8 +210,8 @@ def _groups(names: Iterable[str], *, mixed: bool) -> list[_Group]:
 
 
 def _join(alike: dict[str | None, dict[str, str]], folders: Iterable[str]) -> None:
-    """Puts held-out pages and programs with the text that says train, and held-out text files with
-    pages that do, where these have nothing that is held out themselves; in place."""
+    """Puts held-out pages and programs with the text that says train, and held-out text files with pages that do, where
+    these have nothing that is held out themselves; in place."""
     text, pages = alike.get(None, {}), alike.get("page", {})
     lone = set(text.values()) == {"train"}
     for kind in ("page", "program") if "train" in text.values() else ():
@@ -283,8 +263,8 @@ def _data(groups: list[_Group], names: Sequence[str]) -> tuple[list[_Group], lis
 
 
 def _lonely(splits: Mapping[str, str]) -> list[str]:
-    """A note of what is trained on though its name says that it is held out: with a train name beside
-    it, or by all of its own."""
+    """A note of what is trained on though its name says that it is held out: with a train name beside it, or by all of
+    its own."""
     for folder, below in _below(splits).items():
         words = {entry: split_word(entry) for entry in below}
         train = [entry for entry, word in words.items() if word == "train"]

@@ -44,9 +44,6 @@ def read_folder(root: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
     """(texts by split, what says the split, notes) of the files below a folder.
 
     Files that are no text are skipped, and counted in a note.
-
-    Raises:
-      ValueError: no text at all, or in a split that names say; text that the names leave out.
     """
     names, notes = walk(root)
     if not names:
@@ -70,9 +67,7 @@ def read_folder(root: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
         parts[split].append(text)
     if len(bad) == len(names):
         first, error = next(iter(bad.items()))
-        raise ValueError(
-            f"corpus: expected text files in {str(root)!r}, got none: {first!r} is {error.got}."
-        )
+        raise ValueError(f"corpus: expected text files in {str(root)!r}, got none: {first!r} is {error.got}.")
     by = assigned.by
     if assigned.named:
         for name, error in bad.items():
@@ -116,8 +111,8 @@ def read_file(path: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
 def walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
     """All files below a folder, and what was left out, a sentence each.
 
-    Links are followed, every real folder once, so that cycles end. What is hidden (a dot in front)
-    is left out, as are pipes and the like.
+    Links are followed, every real folder once, so that cycles end. What is hidden (a dot in front) is left out, as are
+    pipes and the like.
 
     Returns:
       Paths below `root`, sorted, with "/"; notes on links that lead nowhere, or where we were.

@@ -32,17 +32,11 @@ _WORD = re.compile(r"\S{1000}(?=\S)")  # training takes time of the square of a 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the pipeline needs to know of a tokenizer.
+    """What the pipeline needs to know of a tokenizer."""
 
-    Attributes:
-      kind: its name in manifests.
-      vocab_size: number of token ids.
-      token_bytes: UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing.
-    """
-
-    kind: str
-    vocab_size: int
-    token_bytes: Int[np.ndarray, "vocab"]
+    kind: str  # its name in manifests
+    vocab_size: int  # number of token ids
+    token_bytes: Int[np.ndarray, "vocab"]  # UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing
 
     def encode(self, data: bytes) -> Ids:
         """Token ids (int32) of a text; `decode` undoes it."""
@@ -68,11 +62,7 @@ class ByteTokenizer:
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
-        """The bytes.
-
-        Raises:
-          ValueError: an id outside [0, 256).
-        """
+        """The bytes."""
         return _checked(ids, self.vocab_size).astype(np.uint8).tobytes()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -92,11 +82,7 @@ class SymbolTokenizer:
         self._ids = {symbol.encode(): i for i, symbol in enumerate(self.symbols)}
 
     def encode(self, data: bytes) -> Ids:
-        """Ids of names separated by blanks.
-
-        Raises:
-          ValueError: a name that is not a token.
-        """
+        """Ids of names separated by blanks."""
         words = data.split()
         for word in words:
             if word not in self._ids:
@@ -124,28 +110,19 @@ class BPETokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         self.vocab_size = self._tokenizer.get_vocab_size()
         alphabet = _byte_alphabet()
-        self._bytes = [
-            bytes(alphabet[c] for c in self._tokenizer.id_to_token(i))
-            for i in range(self.vocab_size)
-        ]
+        self._bytes = [bytes(alphabet[c] for c in self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)]
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
     @classmethod
     def train(cls, texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
-        """Learns merges from `texts`; the same texts always give the same merges.
-
-        Raises:
-          ValueError: fewer than 256 tokens asked for, or more than the texts give.
-        """
+        """Learns merges from `texts`; the same texts always give the same merges."""
         if vocab_size < 256:
             raise ValueError(f"vocab_size: expected at least the 256 bytes, got {vocab_size}.")
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=sorted(_byte_alphabet()),
-            show_progress=False,
+            vocab_size=vocab_size, initial_alphabet=sorted(_byte_alphabet()), show_progress=False
         )
         parts = (part for text in texts for chunk in _chunks(text) for part in _broken(chunk))
         tokenizer.train_from_iterator(parts, trainer)
@@ -157,20 +134,12 @@ class BPETokenizer:
         return cls(tokenizer.to_str())
 
     def encode(self, data: bytes) -> Ids:
-        """Token ids of a text.
-
-        Raises:
-          ValueError: `data` is not UTF-8.
-        """
+        """Token ids of a text."""
         parts = [np.array(self._tokenizer.encode(chunk).ids, np.int32) for chunk in _chunks(data)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
-        """The bytes of the tokens.
-
-        Raises:
-          ValueError: an id outside the vocabulary.
-        """
+        """The bytes of the tokens."""
         return b"".join(self._bytes[i] for i in _checked(ids, self.vocab_size))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -179,10 +148,7 @@ class BPETokenizer:
 
 
 def make_tokenizer(
-    kind: str,
-    corpus: Corpus,
-    vocab_size: int | None = None,
-    directory: str | os.PathLike[str] | None = None,
+    kind: str, corpus: Corpus, vocab_size: int | None = None, directory: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
     """A tokenizer for `corpus`: "bytes", or "bpe" trained on its training split.
 
@@ -190,11 +156,8 @@ def make_tokenizer(
       kind: "bytes" or "bpe".
       corpus: whose training split BPE learns from.
       vocab_size: of BPE, at least 256; for bytes None or 256.
-      directory: where a trained tokenizer is kept: opened if one is there, else trained. Nothing is
-        written: what else is wrong with the data is not known yet.
-
-    Raises:
-      ValueError: an unknown kind; a vocabulary size it cannot have; another one in `directory`.
+      directory: where a trained tokenizer is kept: opened if one is there, else trained. Nothing is written: what else
+        is wrong with the data is not known yet.
     """
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {kind!r}.")
@@ -216,11 +179,7 @@ def make_tokenizer(
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Opens the tokenizer saved in `directory`.
-
-    Raises:
-      ValueError: no `tokenizer.json` there, or one of another make.
-    """
+    """Opens the tokenizer saved in `directory`."""
     path = pathlib.Path(directory) / FILE
     if not path.is_file():
         raise ValueError(f"tokenizer: expected {FILE} in {str(directory)!r}, got no such file.")
@@ -233,16 +192,14 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             return SymbolTokenizer(content["symbols"])
         return BPETokenizer(text)
     except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(
-            f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}."
-        ) from error
+        raise ValueError(f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}.") from error
 
 
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level BPE.
 
-    A byte that is a visible Latin-1 character stands for itself; the others, in order, take the
-    characters from U+0100 on.
+    A byte that is a visible Latin-1 character stands for itself; the others, in order, take the characters from U+0100
+    on.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = sorted(set(range(256)) - visible)
@@ -254,9 +211,7 @@ def _chunks(data: bytes) -> Iterator[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"text: expected UTF-8, got something else at byte {error.start}."
-        ) from None
+        raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
     start = 0
     while start < len(text):
         stop = min(start + _CHUNK, len(text))

@@ -42,9 +42,7 @@ def _is_key(leaf: Any) -> bool:
 
 def to_host(tree: Any) -> Any:
     """As NumPy arrays, typed keys as their data."""
-    return jax.tree.map(
-        lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree
-    )
+    return jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree)
 
 
 def device_bytes(device: jax.Device) -> Optional[int]:
@@ -128,9 +126,7 @@ class Group:
         """The same on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def over_points(
-        self, function: Any, shared: Optional[int], count: int, donate: tuple[int, ...] = ()
-    ) -> Any:
+    def over_points(self, function: Any, shared: Optional[int], count: int, donate: tuple[int, ...] = ()) -> Any:
         """jit of vmap over points; argument `shared` of `count`, if any, is the same for all."""
         axes = [None if i == shared else 0 for i in range(count)]
         specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
@@ -159,16 +155,13 @@ class Group:
         """Shapes, types and places of `states`; nothing is allocated."""
         shapes = jax.eval_shape(self._initialise, self._seeds(), self.hypers)
         sharding = NamedSharding(self.mesh, PartitionSpec(POINTS))
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-        )
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
     def abstract_point(self) -> TrainState:
         """The same of one point alone, on the first device."""
         sharding = SingleDeviceSharding(self.mesh.devices.flat[0])
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding),
-            self.abstract_states(),
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding), self.abstract_states()
         )
 
     def from_host(self, states: Sequence[TrainState]) -> TrainState:
@@ -197,9 +190,7 @@ class Group:
             model = self.spec.model.clone(mode=mode, dispatch="dense")
             step = self.over_points(functools.partial(eval_step, model, dataset.num_kinds), 1, 3)
             batch = self.replicate(dataset.train_batch(0))
-            self._evaluations[mode] = step.lower(
-                self.abstract_states().params, batch, self.hypers.routing
-            ).compile()
+            self._evaluations[mode] = step.lower(self.abstract_states().params, batch, self.hypers.routing).compile()
         return self._evaluations[mode]
 
     @property
@@ -216,10 +207,7 @@ class Group:
         """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""
         resting = self.abstract_states().replace(params=None)
         resting = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(resting)) // self.mesh.size
-        return max(
-            bytes_needed(self.step),
-            *(resting + bytes_needed(self.evaluation(mode)) for mode in self.modes),
-        )
+        return max(bytes_needed(self.step), *(resting + bytes_needed(self.evaluation(mode)) for mode in self.modes))
 
     def evaluate(self, states: TrainState) -> list[dict[str, Any]]:
         """What `loop` logs of an evaluation, for every point."""
@@ -232,8 +220,7 @@ class Group:
                 dataset, split="validation", max_batches=config.train.eval_batches,
             ))
         return [
-            in_both_modes(self.fixed, lambda mode: self.report(index, sums[mode]))
-            for index in range(len(self.jobs))
+            in_both_modes(self.fixed, lambda mode: self.report(index, sums[mode])) for index in range(len(self.jobs))
         ]
 
     def report(self, index: int, sums: Any, **scalars: Any) -> dict[str, Any]:

@@ -43,9 +43,6 @@ def log_spaced(first: float, last: float, count: int) -> list[float]:
     """`count` numbers from `first` to `last`, each the same multiple of the one before.
 
     Rounded to 6 digits, so that they read well in names and tables.
-
-    Raises:
-      ValueError: ends that are no positive numbers, or a count that is not at least 2.
     """
     first, last = real("log_spaced", first), real("log_spaced", last)
     count = whole("log_spaced", count)
@@ -67,20 +64,12 @@ def _join(points: Iterable[Point], what: str) -> Point:
 
 
 def product(*sweeps: Sweep) -> Sweep:
-    """Every combination of one point of each, the last varying fastest.
-
-    Raises:
-      ValueError: a field in two of them.
-    """
+    """Every combination of one point of each, the last varying fastest."""
     return [_join(points, "product") for points in itertools.product(*sweeps)]
 
 
 def zipped(*sweeps: Sweep) -> Sweep:
-    """The i-th points of all, joined.
-
-    Raises:
-      ValueError: different lengths, or a field in two of them.
-    """
+    """The i-th points of all, joined."""
     lengths = sorted({len(points) for points in sweeps})
     if len(lengths) > 1:
         raise ValueError(f"zipped: expected sweeps of one length, got lengths {lengths}.")
@@ -102,12 +91,8 @@ def _text(value: Any) -> str:
 
 
 def labels(points: Sequence[Point]) -> list[str]:
-    """A name for every point, good for a directory: its "name" if it has one, then what varies among
-    the points of this name, e.g. "full-only,seed=1" or "strength=0.5,seed=1".
-
-    Raises:
-      ValueError: no points, points that are the same, or a name that no folder can have.
-    """
+    """A name for every point, good for a directory: its "name" if it has one, then what varies among the points of this
+    name, e.g. "full-only,seed=1" or "strength=0.5,seed=1"."""
     if not points:
         raise ValueError("sweep: expected at least one point, got none.")
     families: dict[Any, list[Point]] = {}
@@ -118,8 +103,7 @@ def labels(points: Sequence[Point]) -> list[str]:
         family = families[one.get("name")]
         fields = list(dict.fromkeys(field for other in family for field in other))
         varying = [
-            field for field in fields
-            if field != "name" and len({_key(other.get(field)) for other in family}) > 1
+            field for field in fields if field != "name" and len({_key(other.get(field)) for other in family}) > 1
         ]
         last = [field.split(".")[-1] for field in varying]
         parts = [_text(one["name"])] if "name" in one else []
@@ -133,22 +117,15 @@ def labels(points: Sequence[Point]) -> list[str]:
             raise ValueError(f"sweep: expected points that differ, got {label!r} twice.")
         if label in (".", "..") or len(label) > LONGEST:
             raise ValueError(
-                f"sweep: expected points whose names a folder can have, of at most {LONGEST} "
-                f"characters, got {label!r}."
+                f"sweep: expected points whose names a folder can have, of at most {LONGEST} characters, got {label!r}."
             )
     return made
 
 
-def kept_labels(
-    points: Sequence[Point], stored: Mapping[str, Point], base: ConfigDict
-) -> list[str]:
-    """`labels`, but a point that `stored` has, by label, keeps its own: what varies among the points,
-    and so is said in a label, is more in a sweep that has grown. Points are the same whose configs are:
-    {} is {"seed": 0} where that is the seed of `base`.
-
-    Raises:
-      ValueError: as `labels` and `configured`; a label that another point of `stored` has.
-    """
+def kept_labels(points: Sequence[Point], stored: Mapping[str, Point], base: ConfigDict) -> list[str]:
+    """`labels`, but a point that `stored` has, by label, keeps its own: what varies among the points, and so is said in
+    a label, is more in a sweep that has grown. Points are the same whose configs are: {} is {"seed": 0} where that is
+    the seed of `base`."""
 
     def whole(overrides: Mapping[str, Any]) -> str:
         rich = {f: tuple(v) if isinstance(v, list) else v for f, v in overrides.items()}
@@ -171,11 +148,7 @@ def _key(value: Any) -> Hashable:
 
 
 def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with a point's overrides; the order of the data stays that of the base.
-
-    Raises:
-      ValueError: a field that the config does not have, or a value of another type.
-    """
+    """A copy of the config with a point's overrides; the order of the data stays that of the base."""
     config = base.copy_and_resolve_references()
     if config.data.seed < 0:
         config.data.seed = config.seed  # One order of the data for all seeds of the points.
@@ -188,18 +161,15 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
                 raise TypeError
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError):
-            raise ValueError(
-                f"{field}: expected a value like {known[field]!r}, got {value!r}."
-            ) from None
+            raise ValueError(f"{field}: expected a value like {known[field]!r}, got {value!r}.") from None
     return config
 
 
 def program(config: ConfigDict) -> Hashable:
-    """What is the same for all points that one vmapped program can train; None if the point has to be
-    trained alone.
+    """What is the same for all points that one vmapped program can train; None if the point has to be trained alone.
 
-    Alone: packed dispatch (its trip counts follow the data of one run), costs measured in the run's
-    own directory, a profile, and pmap.
+    Alone: packed dispatch (its trip counts follow the data of one run), costs measured in the run's own directory, a
+    profile, and pmap.
     """
     if (
         config.train.packed

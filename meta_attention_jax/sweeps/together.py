@@ -16,13 +16,7 @@ import numpy as np
 
 from meta_attention_jax.console import say
 from meta_attention_jax.sharding import without_mesh
-from meta_attention_jax.sweeps.group import (
-    Group,
-    device_bytes,
-    point_of,
-    points_that_fit,
-    to_host,
-)
+from meta_attention_jax.sweeps.group import Group, device_bytes, point_of, points_that_fit, to_host
 from meta_attention_jax.sweeps.space import program
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import Tally, drive
@@ -63,23 +57,22 @@ def train_together(
     """Trains all to `train.steps`; every job's directory is that of an ordinary run.
 
     Args:
-      jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if
-        other processes may train them too, each held by this one (`lock.hold`) since that was seen.
+      jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if other processes may
+        train them too, each held by this one (`lock.hold`) since that was seen.
       label: of the live line.
       names: of the points, for what is said of them.
       start: steps done before.
       stop_after: stop (with checkpoints) after this step.
       progress: show the live line.
-      memory: bytes per device that a program may need; None is a share of what the device has.
-        Groups that need more are trained in parts.
+      memory: bytes per device that a program may need; None is a share of what the device has. Groups that need more
+        are trained in parts.
       failed: called with a point's name and what went wrong, as soon as it is known.
 
     Returns:
-      What went wrong with each, None where nothing did: a point that diverges is left where its last
-      checkpoint is, and the others go on.
+      What went wrong with each, None where nothing did: a point that diverges is left where its last checkpoint is, and
+        the others go on.
 
     Raises:
-      ValueError: jobs of different programs.
       Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
       Moved: newer checkpoints of a job were damaged and are set aside; nothing was trained.
       Lost: none of a job's checkpoints can be read; nothing was trained.
@@ -99,15 +92,11 @@ def train_together(
         most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
         parts = -(-len(jobs) // (most * len(devices)))
         size = -(-len(jobs) // (parts * len(devices))) * len(devices)
-        options = dict(
-            start=start, stop_after=stop_after, progress=progress, failed=failed, memory=memory
-        )
+        options = dict(start=start, stop_after=stop_after, progress=progress, failed=failed, memory=memory)
         return [
             failure
             for i in range(0, len(jobs), size)
-            for failure in train_together(
-                jobs[i : i + size], label=label, names=names[i : i + size], **options
-            )
+            for failure in train_together(jobs[i : i + size], label=label, names=names[i : i + size], **options)
         ]
     with contextlib.ExitStack() as stack_:
         asked = stack_.enter_context(interruptible())  # As in `loop.train`.
@@ -146,9 +135,7 @@ class _Point:
 
     def __init__(self, job: Job, name: str, start: int, stack_: contextlib.ExitStack):
         self.config, self.name = job.config, name
-        self.checkpoints = Checkpoints(
-            job.path / "checkpoints", keep_latest=job.config.train.keep_latest
-        )
+        self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
         stack_.callback(self.checkpoints.close)
         self.log = MetricsLog(job.path, start=start)
         stack_.callback(self.log.close)

@@ -38,24 +38,18 @@ def abstract_batch(rows: int, time: int) -> Batch:
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def abstract_state(config: ConfigDict, vocab_size: int) -> Any:
     """Shapes and types of a training state."""
     spec = build.spec_for(config, vocab_size, 1)
-    one = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), abstract_batch(1, config.data.sequence_length)
-    )
+    one = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_batch(1, config.data.sequence_length))
     hypers = build.build_hypers(config)
     return jax.eval_shape(lambda: init_state(spec, jax.random.key(0), one, hypers))
 
 
-def lower_train(
-    config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, *, packed: bool = False
-) -> Any:
+def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, *, packed: bool = False) -> Any:
     """The step that `loop.train` runs on these devices, lowered; `compile()` is left to do.
 
     Args:
@@ -63,9 +57,6 @@ def lower_train(
       devices: real ones, or those of `jax.experimental.topologies`.
       vocab_size: V.
       packed: the step after the gate has ended, with packed dispatch.
-
-    Raises:
-      ValueError: devices that the config cannot share; one sentence.
     """
     parallel = build.check_parallel(config, devices)
     spec = build.spec_for(config, vocab_size, 1)
@@ -76,9 +67,7 @@ def lower_train(
     hypers = jax.eval_shape(lambda: build.build_hypers(config))
     batch = abstract_batch(config.data.batch_size, config.data.sequence_length)
     rows = NamedSharding(parallel.mesh, PartitionSpec(AXES))
-    step = parallel.compile(
-        functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,)
-    )
+    step = parallel.compile(functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,))
     return step.lower(
         _placed(state, parallel.shardings(state)),
         _placed(batch, jax.tree.map(lambda _: rows, batch)),
@@ -90,16 +79,11 @@ def lower_decode(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: 
     """One more token for every row of a batch, hard, from a cache of `data.sequence_length` tokens.
 
     Parameters are whole on every device and rows split over all, so nothing has to be sent.
-
-    Raises:
-      ValueError: rows that do not split over the devices.
     """
     mesh = Parallel("jit", devices).mesh
     rows = config.data.batch_size
     if rows % len(devices):
-        raise ValueError(
-            f"data.batch_size: expected a multiple of the {len(devices)} devices, got {rows}."
-        )
+        raise ValueError(f"data.batch_size: expected a multiple of the {len(devices)} devices, got {rows}.")
     model = build.build_model(config, vocab_size).clone(mode="hard")
     params = abstract_state(config, vocab_size).params
     hypers = jax.eval_shape(lambda: build.build_hypers(config)).routing
@@ -126,17 +110,13 @@ def lower_decode(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: 
 
 
 def _decode_step(model: LanguageModel, params: Any, cache: Any, token: Any, hypers: Any) -> Any:
-    cache, out = model.apply(
-        {"params": params}, cache, token, hypers=hypers, method="decode"
-    )
+    cache, out = model.apply({"params": params}, cache, token, hypers=hypers, method="decode")
     return cache, out.logits
 
 
-def training_bytes(
-    config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int
-) -> dict[str, int]:
-    """Bytes of a training step on one device, by what takes them; a model, to be held against the
-    compiler's count. With b rows of a micro-batch per device, P parameters and a width of e bytes:
+def training_bytes(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int) -> dict[str, int]:
+    """Bytes of a training step on one device, by what takes them; a model, to be held against the compiler's count.
+    With b rows of a micro-batch per device, P parameters and a width of e bytes:
 
       state           parameters and two moments in float32: 12 P / fsdp, what is not split whole
       gradients       4 P / fsdp
@@ -150,9 +130,7 @@ def training_bytes(
 
     def held(tree: Any) -> int:
         shardings = parallel.shardings(tree)
-        sizes = jax.tree.map(
-            lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings
-        )
+        sizes = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings)
         return sum(jax.tree.leaves(sizes))
 
     rows = config.data.batch_size // (len(devices) * config.optimizer.accumulate)
@@ -169,16 +147,13 @@ def training_bytes(
 
 
 def gathered_bytes(config: ConfigDict, vocab_size: int) -> int:
-    """Bytes of parameters that one training step has to gather on every device, and no more: each
-    split matrix once per micro-batch, those of layers twice with remat, in the dtype that
-    `sharding.gather` sends."""
+    """Bytes of parameters that one training step has to gather on every device, and no more: each split matrix once per
+    micro-batch, those of layers twice with remat, in the dtype that `sharding.gather` sends."""
     if config.parallel.fsdp == 1:
         return 0
     width = jnp.dtype(config.model.dtype).itemsize
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        abstract_state(config, vocab_size).params
-    ):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state(config, vocab_size).params):
         if split_axis(path) is None:
             continue
         own = leaf.dtype.itemsize if in_controller(path) else width
@@ -195,8 +170,7 @@ def lower_forward(config: ConfigDict, vocab_size: int, device: jax.Device, time:
     tokens = jax.ShapeDtypeStruct((1, time), jnp.int32)
     hypers = jax.eval_shape(lambda: build.build_hypers(config)).routing
     params = jax.eval_shape(
-        lambda hypers: model.init(jax.random.key(0), jnp.zeros((1, time), jnp.int32), hypers=hypers),
-        hypers,
+        lambda hypers: model.init(jax.random.key(0), jnp.zeros((1, time), jnp.int32), hypers=hypers), hypers
     )["params"]
     sharding = jax.sharding.SingleDeviceSharding(device)
 

@@ -34,11 +34,7 @@ PADDED = "padded"
 
 
 def check(config: ConfigDict) -> None:
-    """Everything that can be said against a config without reading data.
-
-    Raises:
-      ValueError: one sentence with the field, what was expected, and what it got.
-    """
+    """Everything that can be said against a config without reading data."""
     validate_without_devices(config)
     build_parallel(config)
     try:
@@ -54,20 +50,14 @@ def validate_without_devices(config: ConfigDict) -> None:
     measured = config.prior.costs == "measured"
     costs = np.ones(len(config.model.mechanisms)) if measured else build_costs(config)
     try:
-        validate_prior(
-            strength=config.prior.strength, preference=config.prior.preference, costs=costs
-        )
+        validate_prior(strength=config.prior.strength, preference=config.prior.preference, costs=costs)
     except ValueError as error:
         raise ValueError(f"prior.{error}") from None
     build_schedule(config)
 
 
 def full_attention(config: ConfigDict) -> str:
-    """The implementation of full attention that the config's model uses here.
-
-    Raises:
-      ValueError: one that cannot serve it.
-    """
+    """The implementation of full attention that the config's model uses here."""
     return resolve_implementation(
         config.model.implementation,
         time=config.data.sequence_length,
@@ -86,9 +76,6 @@ def build_costs(
       config: checked.
       workdir: of the run, where measured costs are frozen; None refuses them.
       measure: measure and freeze them if they are not there yet, instead of an error.
-
-    Raises:
-      ValueError: costs that cannot be had; one sentence.
     """
     text = config.prior.costs
     if text == "measured" and workdir is not None:
@@ -152,17 +139,10 @@ def build_schedule(config: ConfigDict) -> Schedule:
 
 
 def build_parallel(config: ConfigDict) -> Parallel:
-    """The devices of the run.
-
-    Raises:
-      ValueError: more devices than there are, fewer than all of several processes, devices, widths
-        or a batch that do not divide.
-    """
+    """The devices of the run."""
     available = jax.devices()
     wanted = config.parallel.devices or len(available)
-    expect(
-        wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted
-    )
+    expect(wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted)
     expect(
         wanted == len(available) or jax.process_count() == 1,
         "parallel.devices",
@@ -173,11 +153,7 @@ def build_parallel(config: ConfigDict) -> Parallel:
 
 
 def check_parallel(config: ConfigDict, devices: Sequence[jax.Device]) -> Parallel:
-    """These devices, as the config wants them used.
-
-    Raises:
-      ValueError: as `build_parallel`.
-    """
+    """These devices, as the config wants them used."""
     fsdp = config.parallel.fsdp
     parallel = Parallel(config.parallel.mode, devices, fsdp)
     split = {
@@ -196,19 +172,12 @@ def data_seed(config: ConfigDict) -> int:
     return config.seed if config.data.seed < 0 else config.data.seed
 
 
-def build_dataset(
-    config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[np.ndarray] = None
-) -> Dataset:
-    """The corpus, split and tokenised; `rows` of every batch are this process's, None for all.
-
-    Raises:
-      ValueError: unknown corpus, missing file, text shorter than a sequence; one sentence.
-    """
+def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[np.ndarray] = None) -> Dataset:
+    """The corpus, split and tokenised; `rows` of every batch are this process's, None for all."""
     recall = None
     if config.data.corpus == "recall":
         data = config.data
-        own = {field.name: data[field.name] for field in dataclasses.fields(RecallConfig)
-               if field.name in data}
+        own = {field.name: data[field.name] for field in dataclasses.fields(RecallConfig) if field.name in data}
         distance = data.min_distance or max(config.model.window, 2)
         recall = RecallConfig(**{**own, "min_distance": distance})
     return make_dataset(
@@ -226,8 +195,8 @@ def build_dataset(
 
 
 def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
-    """Who may attend to whom. An implementation that was chosen for the run's own batches gives way to
-    "auto" where it cannot serve the segments."""
+    """Who may attend to whom. An implementation that was chosen for the run's own batches gives way to "auto" where it
+    cannot serve the segments."""
     model = config.model
     chosen = model.implementation
     if chosen == "cudnn" and segments == "any":
@@ -268,9 +237,7 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
     )
 
 
-def build_hypers(
-    config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False
-) -> Hypers:
+def build_hypers(config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False) -> Hypers:
     """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
         gate=build_schedule(config).gate.times,
@@ -299,9 +266,7 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     shard_axis = FSDP if config.parallel.fsdp > 1 else None
     return StepSpec(
         model=build_model(config, vocab_size, PADDED).clone(shard_axis=shard_axis),
-        optimizer=make_optimizer(
-            optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip
-        ),
+        optimizer=make_optimizer(optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip),
         schedule=build_schedule(config),
         num_kinds=num_kinds,
         accumulate=optimizer.accumulate,
@@ -314,9 +279,7 @@ def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
     if CONTROLLERS[config.controller.name].has_posterior:
         outputs += config.controller.posterior == "mean_strength"
     return count_flops(
-        build_model(config, vocab_size).config,
-        time=config.data.sequence_length,
-        controller_outputs=outputs,
+        build_model(config, vocab_size).config, time=config.data.sequence_length, controller_outputs=outputs
     )
 
 

@@ -78,9 +78,7 @@ class Checkpoints:
       read_only: never write, never delete.
     """
 
-    def __init__(
-        self, directory: str | pathlib.Path, *, keep_latest: int = 2, read_only: bool = False
-    ):
+    def __init__(self, directory: str | pathlib.Path, *, keep_latest: int = 2, read_only: bool = False):
         self.directory = pathlib.Path(directory).absolute()
         policy = preservation_policy.AnyPreservationPolicy(
             [
@@ -92,10 +90,7 @@ class Checkpoints:
             self._manager = _Manager(
                 self.directory,
                 item_names=("state", "config"),
-                item_handlers={
-                    "state": ocp.StandardCheckpointHandler(),
-                    "config": ocp.JsonCheckpointHandler(),
-                },
+                item_handlers={"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
                     best_fn=_metric,
@@ -120,9 +115,7 @@ class Checkpoints:
         processes.together(functools.partial(self._check_room, step, needed))
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))),
             metrics={METRIC: math.inf if math.isnan(nll) else nll},
         )
 
@@ -151,11 +144,7 @@ class Checkpoints:
         return self._manager.best_step()
 
     def resolve(self, step: int | str) -> int:
-        """A step number from "latest", "best" or a number.
-
-        Raises:
-          ValueError: no such complete step.
-        """
+        """A step number from "latest", "best" or a number."""
         steps = list(self.steps)
         if not steps:
             raise ValueError(f"workdir: expected checkpoints under {self.directory}, got none.")
@@ -170,9 +159,7 @@ class Checkpoints:
         Raises:
           Damaged: it cannot be read.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template
-        )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         with self._readable(step):
             self._manager.check_metrics(step)
             return self._manager.restore(
@@ -227,8 +214,8 @@ class Checkpoints:
                 tensorstore.open(spec, open=True, read=True).result().read().result()
 
     def set_aside(self, step: int) -> None:
-        """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of
-        its step from being written."""
+        """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of its step from
+        being written."""
         processes.together(functools.partial(self._move, step))
         self._manager.reload()
 
@@ -259,8 +246,7 @@ class Checkpoints:
             ) from error
 
     def restore_params(self, step: int) -> Any:
-        """The parameters at `step` on this process's first device, without knowing their tree; nothing
-        else is read.
+        """The parameters at `step` on this process's first device, without knowing their tree; nothing else is read.
 
         Raises:
           Damaged: nothing that can be read at that step.
@@ -273,16 +259,13 @@ class Checkpoints:
         tree = self._manager.item_metadata(step)["state"].tree
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            {"params": tree["params"]},
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), {"params": tree["params"]}
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             restored = reader.restore(
                 self.directory / str(step) / "state",
                 args=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
+                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
                 ),
             )
         return restored["params"]

@@ -17,21 +17,16 @@ from meta_attention_jax.files import write_whole
 FILE = "costs.json"
 
 
-def freeze_costs(
-    directory: str | pathlib.Path, setting: CostSetting, *, batch: int
-) -> np.ndarray:
+def freeze_costs(directory: str | pathlib.Path, setting: CostSetting, *, batch: int) -> np.ndarray:
     """c of the run in `directory`: as frozen there, else measured now and frozen.
 
-    Of several processes, the first one reads, measures and writes, and the others get its numbers;
-    all must call together.
+    Of several processes, the first one reads, measures and writes, and the others get its numbers; all must call
+    together.
 
     Args:
       directory: of the run; it exists.
       setting: what the costs must hold for.
       batch: sequences of a timed call.
-
-    Raises:
-      ValueError: the file is damaged, or of another setting; it stays as it is.
     """
     if jax.process_count() == 1:
         return _freeze(directory, setting, batch)
@@ -50,11 +45,7 @@ def freeze_costs(
 
 
 def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarray:
-    """c as frozen in `directory`; never measures, never writes.
-
-    Raises:
-      ValueError: no such file, a damaged one, or one of another setting; one sentence.
-    """
+    """c as frozen in `directory`; never measures, never writes."""
     path = pathlib.Path(directory) / FILE
     if not path.exists():
         raise ValueError(f"{FILE}: expected the run's measured costs in {str(path)!r}, got none.")
@@ -74,8 +65,7 @@ def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarra
         wanted, got = getattr(setting, field.name), getattr(record.setting, field.name)
         if wanted != got:
             raise ValueError(
-                f"{FILE}: expected costs for {field.name} {wanted!r}, as in the config, in "
-                f"{str(path)!r}, got {got!r}."
+                f"{FILE}: expected costs for {field.name} {wanted!r}, as in the config, in {str(path)!r}, got {got!r}."
             )
     return costs
 

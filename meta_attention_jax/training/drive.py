@@ -51,17 +51,16 @@ class Work(Protocol):
         """Measures and logs on the validation split."""
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
-        """Starts writing a checkpoint; one without an evaluation comes after all others
-        in what is best."""
+        """Starts writing a checkpoint; one without an evaluation comes after all others in what is best."""
 
 
 def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int) -> None:
     """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`.
 
     Raises:
-      Interrupted: `asked` told of a signal. The step that was under way is saved, without the
-        evaluation that a save has otherwise, for who sends signals does not wait for long; but the
-        last step has all that is due, since nothing would come after it.
+      Interrupted: `asked` told of a signal. The step that was under way is saved, without the evaluation that a save
+        has otherwise, for who sends signals does not wait for long; but the last step has all that is due, since
+        nothing would come after it.
     """
     for number in range(start, stop):
         work.step(number)

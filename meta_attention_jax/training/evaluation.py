@@ -14,14 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import (
-    Sums,
-    apply_sums,
-    forward,
-    loss_sums,
-    predictive_nll,
-    token_nll,
-)
+from meta_attention_jax.objective import Sums, apply_sums, forward, loss_sums, predictive_nll, token_nll
 from meta_attention_jax.routing.accounting import Accounting, count_attention
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
@@ -52,13 +45,7 @@ class Evaluator:
         return self._compiled[kind]
 
     def sums(
-        self,
-        params: Any,
-        hypers: RoutingHypers,
-        *,
-        split: str,
-        mode: str,
-        max_batches: Optional[int] = None,
+        self, params: Any, hypers: RoutingHypers, *, split: str, mode: str, max_batches: Optional[int] = None
     ) -> Sums:
         """Sums over the split at the posterior mean.
 
@@ -68,44 +55,28 @@ class Evaluator:
           split: "train", "validation" or "test".
           mode: "soft", "hard" or "gated".
           max_batches: at most so many, spread evenly over the split; None is all of it.
-
-        Raises:
-          ValueError: unknown mode or split.
         """
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
-        step = self._step(
-            mode,
-            functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds),
-        )
+        step = self._step(mode, functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds))
         return self._total(step, params, hypers, split, max_batches)
 
     def accounted(
-        self,
-        params: Any,
-        hypers: RoutingHypers,
-        *,
-        split: str,
-        max_batches: Optional[int] = None,
+        self, params: Any, hypers: RoutingHypers, *, split: str, max_batches: Optional[int] = None
     ) -> tuple[Sums, Accounting]:
         """`sums` in mode "hard", and what attention spends on its routes, per token, all layers.
 
-        Executed numbers are those of batches and devices as they are here: a device runs a
-        mechanism without a packed form if one token of its rows asks for it.
+        Executed numbers are those of batches and devices as they are here: a device runs a mechanism without a packed
+        form if one token of its rows asks for it.
         """
         step = self._step(
-            "accounted",
-            functools.partial(
-                accounted_eval_step, self.model.clone(mode="hard"), self.dataset.num_kinds
-            ),
+            "accounted", functools.partial(accounted_eval_step, self.model.clone(mode="hard"), self.dataset.num_kinds)
         )
         sums, accounting = self._total(step, params, hypers, split, max_batches)
         return sums, accounting.per_token()
 
     @without_mesh
-    def _total(
-        self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]
-    ) -> Any:
+    def _total(self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]) -> Any:
         total = sum_batches(
             lambda batch: step(params, self.parallel.shard(batch), hypers), self.dataset,
             split=split, max_batches=max_batches,
@@ -130,8 +101,7 @@ class Evaluator:
         if samples <= 0:
             raise ValueError(f"samples: expected a number > 0, got {samples}.")
         step = self._step(
-            ("samples", samples),
-            functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples),
+            ("samples", samples), functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples)
         )
         hypers = hypers.replace(threshold=jnp.zeros_like(hypers.threshold))
         key = self.parallel.make(lambda: jax.random.key(seed))
@@ -145,9 +115,7 @@ class Evaluator:
         return {name: total[name] / total["tokens"] for name in ("predictive", "elbo")}
 
 
-def sum_batches(
-    step: Callable[[Batch], Any], dataset: Dataset, *, split: str, max_batches: Optional[int]
-) -> Any:
+def sum_batches(step: Callable[[Batch], Any], dataset: Dataset, *, split: str, max_batches: Optional[int]) -> Any:
     """The sum of `step` over the batches of a split, on the devices."""
     total = None
     for batch in dataset.eval_batches(split, max_batches=max_batches):
@@ -156,9 +124,7 @@ def sum_batches(
     return total
 
 
-def in_both_modes(
-    fixed: bool, metrics_of: Callable[[str], Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def in_both_modes(fixed: bool, metrics_of: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has.
 
     Args:
@@ -258,8 +224,8 @@ def token_arrays(
       max_batches: at most so many, spread evenly over the split.
 
     Returns:
-      nll (nats), correct and kind [token]; mean [layer token mechanism]; uncertainty, route and hard
-      [layer token]; concentration [layer token mechanism] where there is one.
+      nll (nats), correct and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token];
+      concentration [layer token mechanism] where there is one.
     """
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
@@ -283,9 +249,7 @@ def logits_and_routing(
     hypers: RoutingHypers,
 ) -> tuple[Float[Array, "batch time vocab"], Routing]:
     """One forward pass."""
-    output = model.apply(
-        {"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers
-    )
+    output = model.apply({"params": params}, tokens, segment_ids=segment_ids, positions=positions, hypers=hypers)
     return output.logits, output.routing
 
 
@@ -297,12 +261,9 @@ def _token_step(
     output = forward(model, params, batch, hypers)
     routing = output.routing
     tokens = dict(
-        nll=token_nll(output.logits, batch.targets),
-        correct=jnp.argmax(output.logits, axis=-1) == batch.targets,
+        nll=token_nll(output.logits, batch.targets), correct=jnp.argmax(output.logits, axis=-1) == batch.targets
     )
-    layers = dict(
-        mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route, hard=routing.hard
-    )
+    layers = dict(mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route, hard=routing.hard)
     if routing.log_uncertainty is not None:
         layers["log_uncertainty"] = routing.log_uncertainty
     if routing.concentration is not None:

@@ -21,16 +21,15 @@ def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite
     """What of a step is finite.
 
     Returns:
-      {"loss": [], "penalty": [layer], "routing": [layer], "gradients": by module, "norm": [] (of the
-      gradients), "parameters": by module}; a module that stacks its layers has [layer].
+      {"loss": [], "penalty": [layer], "routing": [layer], "gradients": by module, "norm": [] (of the gradients),
+      "parameters": by module}; a module that stacks its layers has [layer].
     """
     def of(tree: Any) -> dict[str, Bool[Array, "..."]]:
         found = {}
         for name, module in tree.items():
             first = 1 if name == STACKED else 0
             flags = [
-                jnp.all(jnp.isfinite(leaf), axis=tuple(range(first, leaf.ndim)))
-                for leaf in jax.tree.leaves(module)
+                jnp.all(jnp.isfinite(leaf), axis=tuple(range(first, leaf.ndim))) for leaf in jax.tree.leaves(module)
             ]
             found[name] = jnp.all(jnp.stack(flags), axis=0)
         return found
@@ -63,8 +62,8 @@ def not_finite(finite: Finite) -> Optional[tuple[int, str]]:
 
 
 def _words(finite: Finite) -> str:
-    """Of one step: the quantity that comes first in it, and where in the model. Routing tells the layer,
-    where a controller looks at it."""
+    """Of one step: the quantity that comes first in it, and where in the model. Routing tells the layer, where a
+    controller looks at it."""
     if not finite["loss"]:
         layers = np.flatnonzero(~finite["routing"])
         if not len(layers):

@@ -19,9 +19,7 @@ from jax.experimental import multihost_utils
 
 from meta_attention_jax.training import processes
 
-_HINTS = tuple(
-    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name)
-)
+_HINTS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU") if hasattr(signal, name))
 """What schedulers and lost terminals send. A host program may mean something else by them."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *_HINTS)
@@ -44,18 +42,16 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals, step: Optional[int] = None):
         after = "" if step is None else f" after step {step}"
-        super().__init__(
-            f"{number.name}: stopped{after}; what is done is saved, and the same command goes on from it."
-        )
+        super().__init__(f"{number.name}: stopped{after}; what is done is saved, and the same command goes on from it.")
         self.signal = number
         self.step = step
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Asked]:
-    """Inside the block the first of `SIGNALS` does nothing but be told by the function that it
-    yields. A second one, not at once, does what it did before. One that is ignored stays so, and so
-    does, but for SIGTERM and SIGINT, one for which the program has a handler of its own.
+    """Inside the block the first of `SIGNALS` does nothing but be told by the function that it yields. A second one,
+    not at once, does what it did before. One that is ignored stays so, and so does, but for SIGTERM and SIGINT, one for
+    which the program has a handler of its own.
 
     Threads other than the main one get no signals; there the function always says None.
 
@@ -129,8 +125,6 @@ def _agreed() -> Iterator[Asked]:
         if _ours(number):
             before[number] = signal.signal(number, forward)
     try:
-        yield lambda done: (
-            signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
-        )
+        yield lambda done: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
     finally:
         restore()

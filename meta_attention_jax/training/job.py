@@ -42,11 +42,7 @@ class Job:
 
 
 def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    """Makes or checks the run directory; writes `config.json` when it is new.
-
-    Raises:
-      ValueError: a directory with a run of another config, or with files that are no run's.
-    """
+    """Makes or checks the run directory; writes `config.json` when it is new."""
     path = files.run_directory("workdir", workdir)
     stored_at = path / "config.json"
     given = config_to_dict(config)
@@ -66,25 +62,18 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     held = path.iterdir() if path.exists() else ()
     if any(not files.is_partial(p, "config.json") and p.name not in left for p in held):
         raise ValueError(
-            f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds "
-            "other files."
+            f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds other files."
         )
     files.write_whole(stored_at, json.dumps(given, indent=2) + "\n")
     return path
 
 
-def prepare(
-    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None
-) -> Job:
+def prepare(config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None) -> Job:
     """Checks the config, the data and the directory, in this order; only then writes anything.
 
-    Of several processes the first is ahead of the others in each part, and what is wrong in one is said
-    by all.
+    Of several processes the first is ahead of the others in each part, and what is wrong in one is said by all.
 
     `dataset`: of another run with the same data; None opens it.
-
-    Raises:
-      ValueError: any mistake of the user's, as one sentence.
     """
     workdir = files.run_directory("workdir", workdir)
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
@@ -110,9 +99,7 @@ def _built(
     return parallel, dataset, build.build_spec(config, dataset)
 
 
-def _initial(
-    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset
-) -> Optional[Any]:
+def _initial(config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset) -> Optional[Any]:
     # The folder alone says nothing: a run killed before its first save has one too.
     saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
     if not config.train.init_from or saved:

@@ -28,9 +28,7 @@ def hold(path: pathlib.Path) -> Iterator[None]:
             file = stack.enter_context(open(path / LOCK, "w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(
-                f"workdir: expected a run that no other process trains, got {str(path)!r}."
-            ) from None
+            raise Busy(f"workdir: expected a run that no other process trains, got {str(path)!r}.") from None
         except OSError:
             pass  # A file system without locks: nothing is promised there.
         yield

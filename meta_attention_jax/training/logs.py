@@ -38,8 +38,8 @@ def _json_ready(value: Any) -> Any:
 class MetricsLog:
     """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there.
 
-    A resumed run appends {"event": "resume", "step": s}; `read_metrics` then drops the records after
-    step s that an interrupted run had written before, and all that stood before a new "start".
+    A resumed run appends {"event": "resume", "step": s}; `read_metrics` then drops the records after step s that an
+    interrupted run had written before, and all that stood before a new "start".
 
     Args:
       directory: of the run.
@@ -55,9 +55,7 @@ class MetricsLog:
             self._file.write("\n")
         (directory / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
-        self._board = EventsWriter(
-            str(directory / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}"
-        )
+        self._board = EventsWriter(str(directory / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
         purge = SessionLog(status=SessionLog.START)
         self._event(start + 1, session_log=purge)
 
@@ -93,9 +91,6 @@ def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl` in order, without those that a resumed run has redone.
 
     A line cut short by a crash, or that is no record, is left out.
-
-    Raises:
-      ValueError: no such file.
     """
     records: list[dict[str, Any]] = []
     path = pathlib.Path(directory) / "metrics.jsonl"
@@ -135,9 +130,7 @@ class Progress:
       enabled: False says nothing.
     """
 
-    def __init__(
-        self, label: str, *, total: int, start: int, tokens_per_step: int, enabled: bool = True
-    ):
+    def __init__(self, label: str, *, total: int, start: int, tokens_per_step: int, enabled: bool = True):
         self._label, self._total, self._first = label, total, 0
         self._tokens = tokens_per_step
         self._enabled = enabled
@@ -155,9 +148,7 @@ class Progress:
                 rich.progress.TimeRemainingColumn(),
                 console=rich.console.Console(file=out),
             )
-            self._task = self._live.add_task(
-                label, total=total, completed=start, status="compiling"
-            )
+            self._task = self._live.add_task(label, total=total, completed=start, status="compiling")
             self._live.start()
 
     def update(self, step: int, status: str) -> None:

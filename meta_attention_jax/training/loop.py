@@ -27,13 +27,7 @@ from meta_attention_jax.training.finite import Finite, not_finite
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.lock import hold
-from meta_attention_jax.training.logs import (
-    MetricsLog,
-    Progress,
-    SilentLog,
-    read_metrics,
-    status_line,
-)
+from meta_attention_jax.training.logs import MetricsLog, Progress, SilentLog, read_metrics, status_line
 from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.state import TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
@@ -62,8 +56,7 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
 
 
 def headline(
-    label: str, about: Mapping[str, Any], where: str, *, job: Job, start: int,
-    runs: Optional[int] = None,
+    label: str, about: Mapping[str, Any], where: str, *, job: Job, start: int, runs: Optional[int] = None
 ) -> str:
     """The first line of a log: of one run, or of `runs` that are one program."""
     what = f"{about['parameters']:,} parameters ({about['controller_parameter_share']:.1%} controller)"
@@ -116,11 +109,7 @@ def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]
 
 @without_mesh
 def train(
-    job: Job,
-    *,
-    stop_after: Optional[int] = None,
-    progress: bool = True,
-    label: Optional[str] = None,
+    job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None
 ) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint if there is one.
 
@@ -143,11 +132,7 @@ def train(
     label = label or config.name
     progress = progress and processes.leads()
     parallel = job.parallel
-    state = parallel.make(
-        lambda: init_state(
-            job.spec, jax.random.key(config.seed), _blank(job.dataset), job.hypers
-        )
-    )
+    state = parallel.make(lambda: init_state(job.spec, jax.random.key(config.seed), _blank(job.dataset), job.hypers))
     with contextlib.ExitStack() as stack:
         # Left last: what is being saved when a signal comes is saved whole.
         asked = stack.enter_context(interruptible())
@@ -285,14 +270,10 @@ class _Run:
 
 
 def save(
-    checkpoints: Checkpoints,
-    step: int,
-    state: TrainState,
-    config: ConfigDict,
-    evaluation: Optional[Mapping[str, Any]],
+    checkpoints: Checkpoints, step: int, state: TrainState, config: ConfigDict, evaluation: Optional[Mapping[str, Any]]
 ) -> None:
-    """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the
-    run, of the fewest soft nats where none does; one without an evaluation comes after all others."""
+    """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the run, of the fewest
+    soft nats where none does; one without an evaluation comes after all others."""
     mode = "soft" if config.gate.kind == "none" else "hard"
     nll = math.inf if evaluation is None else evaluation[mode]["nll"]
     checkpoints.save(step, state, config=config_to_dict(config), nll=nll)

@@ -30,26 +30,15 @@ class Parallel:
       devices: all devices, of all processes.
       shard_axis: the mesh axis that parameters and moments are split over; None where each device
         has all of them.
-
-    Raises:
-      ValueError: an unknown mode, a number of devices that fsdp does not divide, pmap with fsdp or
-        with several processes.
     """
 
-    def __init__(
-        self,
-        mode: str = "jit",
-        devices: Sequence[jax.Device] | None = None,
-        fsdp: int = 1,
-    ):
+    def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None, fsdp: int = 1):
         if mode not in PARALLEL_MODES:
             raise ValueError(f"parallel.mode: expected one of {PARALLEL_MODES}, got {mode!r}.")
         self.mode = mode
         self.devices = tuple(jax.devices() if devices is None else devices)
         if fsdp < 1 or len(self.devices) % fsdp:
-            raise ValueError(
-                f"parallel.fsdp: expected a divisor of the {len(self.devices)} devices, got {fsdp}."
-            )
+            raise ValueError(f"parallel.fsdp: expected a divisor of the {len(self.devices)} devices, got {fsdp}.")
         several = len({device.process_index for device in self.devices}) > 1
         if mode == "pmap" and (fsdp > 1 or several):
             what = "several processes" if several else f"parallel.fsdp = {fsdp}"
@@ -86,13 +75,11 @@ class Parallel:
 
     def shardings(self, tree: Any) -> Any:
         """Where `place` puts each leaf, with a mesh."""
-        return jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), partition(tree, self.shard_axis)
-        )
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), partition(tree, self.shard_axis))
 
     def place(self, tree: Any) -> Any:
-        """States, parameters and hypers, the same in every process: split by `sharding.RULES` where
-        there is a shard axis, the rest whole on every device."""
+        """States, parameters and hypers, the same in every process: split by `sharding.RULES` where there is a shard
+        axis, the rest whole on every device."""
         if self.mode == "pmap":
             return flax.jax_utils.replicate(tree, self.devices)
         shardings = self.shardings(tree)
@@ -147,16 +134,14 @@ class Parallel:
     ) -> Callable[..., Any]:
         """Compiles `function(*args, axis_name=...)`, whose argument `batch_argument` is split by rows.
 
-        Every other argument is placed as by `place`. Every result is the same on all devices, but for
-        the first of several where `state_argument` is given: that is a new one of this argument.
+        Every other argument is placed as by `place`. Every result is the same on all devices, but for the first of
+        several where `state_argument` is given: that is a new one of this argument.
         """
         function = functools.partial(function, axis_name=DATA if self.mode == "pmap" else AXES)
         if jax.config.jax_debug_nans:
             donate = ()  # What has made a NaN is run again, operation by operation.
         if self.mode == "pmap":
-            return jax.pmap(
-                function, axis_name=DATA, devices=self.devices, donate_argnums=donate
-            )
+            return jax.pmap(function, axis_name=DATA, devices=self.devices, donate_argnums=donate)
 
         def mapped(*args):
             specs = [

@@ -29,32 +29,24 @@ def leads() -> bool:
 
 
 def start(
-    coordinator: Optional[str] = None,
-    num_processes: Optional[int] = None,
-    process_id: Optional[int] = None,
+    coordinator: Optional[str] = None, num_processes: Optional[int] = None, process_id: Optional[int] = None
 ) -> None:
     """Joins the processes of a run; before anything else is asked of JAX.
 
     Args:
-      coordinator: host:port of process 0; None finds it, and the rest, where the environment tells
-        (TPU pods, Slurm, ...).
+      coordinator: host:port of process 0; None finds it, and the rest, where the environment tells (TPU pods, Slurm,
+        ...).
       num_processes: of the run, with `coordinator`.
       process_id: of this one, from 0, with `coordinator`.
-
-    Raises:
-      ValueError: one without the others, or nothing given and nothing found.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
         for name, value in given.items():
             if value is None:
-                raise ValueError(
-                    f"{name}: expected a value, as {', '.join(given)} go together, got none."
-                )
+                raise ValueError(f"{name}: expected a value, as {', '.join(given)} go together, got none.")
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise ValueError(
-                f"process_id: expected a number from 0 to num_processes - 1 = {num_processes - 1}, "
-                f"got {process_id}."
+                f"process_id: expected a number from 0 to num_processes - 1 = {num_processes - 1}, got {process_id}."
             )
         if ":" not in coordinator:
             raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}.")
@@ -119,6 +111,5 @@ def check_same(field: str, text: str) -> None:
     different = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
     if different:
         raise ValueError(
-            f"{field}: expected the same in all {jax.process_count()} processes, got another in "
-            f"process {different[0]}."
+            f"{field}: expected the same in all {jax.process_count()} processes, got another in process {different[0]}."
         )

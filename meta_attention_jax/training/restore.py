@@ -21,20 +21,12 @@ ATTEMPTS = 10
 """Times that the checkpoints of a run that trains meanwhile are looked at anew."""
 
 
-def read_run(
-    workdir: str | pathlib.Path, step: int | str
-) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
-    """(config, step, all saved steps, parameters on this process's first device) of a run.
-
-    Raises:
-      ValueError: no run there, or no such step.
-    """
+def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
+    """(config, step, all saved steps, parameters on this process's first device) of a run."""
     path = run_directory("workdir", workdir)
     stored = path / "config.json"
     if not stored.is_file():
-        raise ValueError(
-            f"workdir: expected a run directory with config.json, got {str(workdir)!r}."
-        )
+        raise ValueError(f"workdir: expected a run directory with config.json, got {str(workdir)!r}.")
     config = dict_to_config(read_config(stored))
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"workdir: expected checkpoints in {str(workdir)!r}, got none.")
@@ -44,11 +36,10 @@ def read_run(
 def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...], Any]:
     """(step, all saved steps, parameters), also of a run that is being trained.
 
-    What trains it deletes old checkpoints, and may do so between the look at the list and the end of
-    the reading; then it is looked at anew. Only what stays where it is, is damaged.
+    What trains it deletes old checkpoints, and may do so between the look at the list and the end of the reading; then
+    it is looked at anew. Only what stays where it is, is damaged.
 
     Raises:
-      ValueError: no such step.
       Damaged: it cannot be read.
     """
     for attempt in range(ATTEMPTS):
@@ -73,8 +64,8 @@ def _listed(directory: pathlib.Path) -> set[str]:
 
 
 def _changes(directory: pathlib.Path, before: set[str]) -> bool:
-    """Whether the list of checkpoints differs from `before`, or does so in a moment: a checkpoint that
-    is being deleted loses its files first."""
+    """Whether the list of checkpoints differs from `before`, or does so in a moment: a checkpoint that is being deleted
+    loses its files first."""
     for _ in range(20):
         if _listed(directory) != before:
             return True
@@ -82,19 +73,11 @@ def _changes(directory: pathlib.Path, before: set[str]) -> bool:
     return False
 
 
-def initial_params(
-    source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer
-) -> Any:
-    """The newest parameters of the run in `source`, for another run of the same model to start from.
-
-    Raises:
-      ValueError: no run there, parameters of another model, or tokens that mean something else.
-    """
+def initial_params(source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer) -> Any:
+    """The newest parameters of the run in `source`, for another run of the same model to start from."""
     path = run_directory("train.init_from", source)
     if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
-        raise ValueError(
-            f"train.init_from: expected a run directory with checkpoints, got {str(source)!r}."
-        )
+        raise ValueError(f"train.init_from: expected a run directory with checkpoints, got {str(source)!r}.")
     try:
         _, _, params = _read(path / "checkpoints", "latest")
         check_params(params, model)
@@ -130,6 +113,5 @@ def check_params(params: Any, model: LanguageModel) -> None:
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
             raise ValueError(
-                f"expected parameters of the config's model, {name} of shape {wanted.get(name)}, "
-                f"got {got.get(name)}."
+                f"expected parameters of the config's model, {name} of shape {wanted.get(name)}, got {got.get(name)}."
             )

@@ -16,11 +16,7 @@ LAYERS = 10_000
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks every field that can be checked without reading data; fills in what `check_fields` does.
-
-    Raises:
-      ValueError: one sentence with the field, what was expected, and what it got.
-    """
+    """Checks every field that can be checked without reading data; fills in what `check_fields` does."""
     check_fields(config)
     model, train = config.model, config.train
     expect(
@@ -59,11 +55,8 @@ def validate(config: ConfigDict) -> None:
         expect(name in mechanisms, "controller.fixed", f"mechanisms among {mechanisms}", name)
     expect(len(config.controller.fixed) > 0, "controller.fixed", "at least one mechanism", ())
     if model.scan_layers and config.controller.name == "fixed":
-        layers = {config.controller.fixed[i % len(config.controller.fixed)]
-                  for i in range(model.num_layers)}
-        expect(
-            len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True
-        )
+        layers = {config.controller.fixed[i % len(config.controller.fixed)] for i in range(model.num_layers)}
+        expect(len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True)
     expect(
         -1 <= train.profile_step < train.steps,
         "train.profile_step",
@@ -100,11 +93,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def final_threshold(config: ConfigDict) -> float:
-    """The last theta of the gate, in [0, 1], whatever its unit.
-
-    Raises:
-      ValueError: out of range, or nats of a measure that has none.
-    """
+    """The last theta of the gate, in [0, 1], whatever its unit."""
     gate, measure = config.gate, config.controller.uncertainty
     if gate.unit == "theta":
         expect(0 <= gate.threshold <= 1, "gate.threshold", "theta in [0, 1]", gate.threshold)
@@ -117,19 +106,15 @@ def final_threshold(config: ConfigDict) -> float:
 
 
 def last_mode(config: ConfigDict) -> str:
-    """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last theta is
-    below 1, else "hard". A `settled` gate is taken to have opened."""
+    """The mode that training ends in: "soft" where the gate stays closed, "gated" where its last theta is below 1, else
+    "hard". A `settled` gate is taken to have opened."""
     if config.gate.kind == "none":
         return "soft"
     return "gated" if final_threshold(config) < 1 else "hard"
 
 
 def check_sizes(config: ConfigDict) -> None:
-    """Checks that no array of the run has 2^31 elements or more.
-
-    Raises:
-      ValueError: as `validate`.
-    """
+    """Checks that no array of the run has 2^31 elements or more."""
     data, model = config.data, config.model
     tokens = data.batch_size * data.sequence_length
     expect(tokens < 2**31, "data.batch_size", "fewer than 2^31 tokens in a batch", data.batch_size)

@@ -14,38 +14,23 @@ from meta_attention_jax.types import RoutingHypers, Scalar
 
 @flax.struct.dataclass
 class Hypers:
-    """Hyper-parameters that a sweep varies: array inputs of the step, never compiled in.
+    """Hyper-parameters that a sweep varies: array inputs of the step, never compiled in."""
 
-    Attributes:
-      learning_rate: peak of the warm-up cosine schedule.
-      beta: final weight of the KL, per nat.
-      routing: kappa, eta, c, and the *final* threshold theta of the gate.
-      gate: when the gate moves; None leaves it to the schedule.
-    """
-
-    learning_rate: Scalar
-    beta: Scalar
-    routing: RoutingHypers
-    gate: Optional[GateTimes] = None
+    learning_rate: Scalar  # peak of the warm-up cosine schedule
+    beta: Scalar  # final weight of the KL, per nat
+    routing: RoutingHypers  # kappa, eta, c, and the *final* threshold theta of the gate
+    gate: Optional[GateTimes] = None  # when the gate moves; None leaves it to the schedule
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a resumed run needs besides its config.
+    """Everything that a resumed run needs besides its config."""
 
-    Attributes:
-      step: optimizer steps done.
-      params: parameters.
-      opt_state: the optimizer's moments.
-      gate: state of the soft-to-hard gate (an average of past routing entropy).
-      key: the run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r).
-    """
-
-    step: Int[Array, ""]
-    params: Any
-    opt_state: Any
-    gate: GateState
-    key: Key[Array, ""]
+    step: Int[Array, ""]  # optimizer steps done
+    params: Any  # parameters
+    opt_state: Any  # the optimizer's moments
+    gate: GateState  # state of the soft-to-hard gate (an average of past routing entropy)
+    key: Key[Array, ""]  # the run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r)
 
 
 def row_keys(key: Key[Array, ""], step: Array, row: Int[Array, "batch"]) -> Key[Array, "batch"]:

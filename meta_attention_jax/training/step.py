@@ -32,23 +32,14 @@ Axes = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Shapes in time; the sizes are in `Hypers`. Compiled in.
+    """Shapes in time; the sizes are in `Hypers`. Compiled in."""
 
-    Attributes:
-      total_steps: steps of the whole run.
-      warmup_steps: of the learning rate, linear from 0.
-      final_fraction: of the peak learning rate that the cosine ends at.
-      beta_warmup_steps: beta rises linearly from 0 over this many steps.
-      gate: the soft-to-hard schedule.
-      temperature_ratio: of the `gumbel` controller, first temperature / last.
-    """
-
-    total_steps: int
-    warmup_steps: int
-    final_fraction: float
-    beta_warmup_steps: int
-    gate: gate.GateSchedule
-    temperature_ratio: float = 1.0
+    total_steps: int  # steps of the whole run
+    warmup_steps: int  # of the learning rate, linear from 0
+    final_fraction: float  # of the peak learning rate that the cosine ends at
+    beta_warmup_steps: int  # beta rises linearly from 0 over this many steps
+    gate: gate.GateSchedule  # the soft-to-hard schedule
+    temperature_ratio: float = 1.0  # of the `gumbel` controller, first temperature / last
 
     def temperature(self, step: Array, end: Array) -> Scalar:
         """Geometric fall to step `end`, the gate's, as a multiple of the last temperature."""
@@ -76,26 +67,19 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """The static side of a step: model, optimizer, schedules and sizes.
+    """The static side of a step: model, optimizer, schedules and sizes."""
 
-    Attributes:
-      model: the language model.
-      optimizer: gives the update direction; the step multiplies it by minus the learning rate.
-      schedule: shapes in time.
-      num_kinds: kinds of tokens that the corpus tells apart.
-      accumulate: micro-batches per device that make one step.
-      packed: train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so
-        the controller has no honest gradient: it is frozen, but for `dense_rows`.
-      dense_rows: share of the rows (see `num_dense_rows`) that still run all mechanisms with the
-        straight-through gradient and the KL; the controller learns from these alone.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the language model
+    # gives the update direction; the step multiplies it by minus the learning rate
     optimizer: optax.GradientTransformationExtraArgs
-    schedule: Schedule
-    num_kinds: int = 1
-    accumulate: int = 1
+    schedule: Schedule  # shapes in time
+    num_kinds: int = 1  # kinds of tokens that the corpus tells apart
+    accumulate: int = 1  # micro-batches per device that make one step
+    # train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so the controller has no
+    # honest gradient: it is frozen, but for `dense_rows`.
     packed: bool = False
+    # share of the rows (see `num_dense_rows`) that still run all mechanisms with the straight-through gradient and the
+    # KL; the controller learns from these alone
     dense_rows: float = 0.0
 
 
@@ -122,9 +106,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
 
-    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is
-    applied by the step and not in here. Weight decay is for matrices (kernels, embeddings) alone, by
-    name: scanned layers stack the norm scales and biases of all layers, which then have two axes too.
+    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is applied by the step
+    and not in here. Weight decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm
+    scales and biases of all layers, which then have two axes too.
     """
 
     def decays(path, _):
@@ -160,25 +144,19 @@ def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> Trai
 def routing_hypers(spec: StepSpec, state: TrainState, hypers: Hypers) -> RoutingHypers:
     """The routing hypers in force at `state.step`: theta follows the gate's schedule, tau falls."""
     times = hypers.gate or spec.schedule.gate.times
-    threshold = gate.threshold(
-        spec.schedule.gate, state.gate, state.step, hypers.routing.threshold, times
-    )
+    threshold = gate.threshold(spec.schedule.gate, state.gate, state.step, hypers.routing.threshold, times)
     temperature = hypers.routing.temperature * spec.schedule.temperature(state.step, times.end)
     return hypers.routing.replace(threshold=threshold, temperature=temperature)
 
 
-def gradient_sums(
-    spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers
-) -> tuple[Any, Sums]:
+def gradient_sums(spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers) -> tuple[Any, Sums]:
     """Gradients and sums over this device's rows, in `accumulate` micro-batches; not normalised."""
     beta = hypers.beta * spec.schedule.beta(state.step)
     routing = routing_hypers(spec, state, hypers)
 
     def dense_loss(params, rows: Batch):
         keys = row_keys(state.key, state.step, rows.row)
-        sums = apply_sums(
-            spec.model, params, rows, routing, num_kinds=spec.num_kinds, keys=keys
-        )
+        sums = apply_sums(spec.model, params, rows, routing, num_kinds=spec.num_kinds, keys=keys)
         return objective(sums, beta), sums
 
     def packed_loss(params, rows: Batch):
@@ -198,35 +176,26 @@ def gradient_sums(
     gradient = jax.grad(loss, has_aux=True)
     if spec.accumulate == 1:
         return gradient(state.params, batch)
-    micro = jax.tree.map(
-        lambda leaf: leaf.reshape(spec.accumulate, -1, *leaf.shape[1:]), batch
-    )
+    micro = jax.tree.map(lambda leaf: leaf.reshape(spec.accumulate, -1, *leaf.shape[1:]), batch)
     add = lambda total, new: jax.tree.map(jnp.add, total, new)  # noqa: E731
     first = jax.tree.map(lambda leaf: leaf[0], micro)
     rest = jax.tree.map(lambda leaf: leaf[1:], micro)
     total, _ = jax.lax.scan(
-        lambda total, rows: (add(total, gradient(state.params, rows)), None),
-        gradient(state.params, first),
-        rest,
+        lambda total, rows: (add(total, gradient(state.params, rows)), None), gradient(state.params, first), rest
     )
     return total
 
 
 def train_step(
-    spec: StepSpec,
-    state: TrainState,
-    batch: Batch,
-    hypers: Hypers,
-    *,
-    axis_name: Optional[Axes] = None,
+    spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers, *, axis_name: Optional[Axes] = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step: (state, batch, hypers) -> (state, metrics).
 
-    `axis_name`: the axes over which rows are split. Where the model has a `shard_axis`, one of them, the
-    state holds this device's shards, and so does the new one.
+    `axis_name`: the axes over which rows are split. Where the model has a `shard_axis`, one of them, the state holds
+    this device's shards, and so does the new one.
 
-    Metrics: "sums" (a `Sums`, over the global batch), "gradient_norm" (before clipping), "threshold",
-    "beta", "learning_rate", "finite" (of `finite_parts`: loss, routing, gradients, new parameters).
+    Metrics: "sums" (a `Sums`, over the global batch), "gradient_norm" (before clipping), "threshold", "beta",
+    "learning_rate", "finite" (of `finite_parts`: loss, routing, gradients, new parameters).
     """
     shard_axis = spec.model.shard_axis
     gradients, sums = gradient_sums(spec, state, batch, hypers)
@@ -238,9 +207,7 @@ def train_step(
 
     norm = global_norm(gradients, shard_axis)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies counts with floats.
-        direction, opt_state = spec.optimizer.update(
-            gradients, state.opt_state, state.params, norm=norm
-        )
+        direction, opt_state = spec.optimizer.update(gradients, state.opt_state, state.params, norm=norm)
     if spec.packed and not spec.dense_rows:
         # Without gradients, momentum and weight decay would still move the controller.
         direction = jax.tree_util.tree_map_with_path(
