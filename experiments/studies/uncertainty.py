@@ -26,8 +26,8 @@ from absl import flags
 from experiments import common
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
+from meta_attention_jax.analysis import frontier_figure, risk_coverage_figure
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
-from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
 from meta_attention_jax.controller.baselines import measures_of
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.run import Run

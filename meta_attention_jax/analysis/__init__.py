@@ -1,8 +1,15 @@
 """Results to tables, figures and HTML. Reads plain arrays and dicts; knows nothing of models."""
 
+# ruff: noqa: F401
 from meta_attention_jax.analysis.canvas import save
 from meta_attention_jax.analysis.figures import loss_curves, routing_by_layer
-from meta_attention_jax.analysis.page import Section, figure_html, figure_png_base64, html_page, table_html
+from meta_attention_jax.analysis.page import (
+    Section,
+    figure_html,
+    figure_png_base64,
+    html_page,
+    table_html,
+)
 from meta_attention_jax.analysis.palette import Style, arm_styles, mechanism_styles
 from meta_attention_jax.analysis.posterior_figures import (
     dynamics_figure,
@@ -11,8 +18,13 @@ from meta_attention_jax.analysis.posterior_figures import (
     routing_by_position,
     simplex_figure,
 )
-from meta_attention_jax.analysis.price_figure import prices_figure
-from meta_attention_jax.analysis.sweep_figures import against_figure, pareto_figure
+from meta_attention_jax.analysis.sweep_figures import (
+    against_figure,
+    frontier_figure,
+    pareto_figure,
+    prices_figure,
+    risk_coverage_figure,
+)
 from meta_attention_jax.analysis.tables import (
     Column,
     column_notes,
@@ -28,43 +40,3 @@ from meta_attention_jax.analysis.tables import (
 )
 from meta_attention_jax.analysis.text import coloured_html, coloured_terminal, visible_pieces
 from meta_attention_jax.analysis.text_figure import coloured_figure
-from meta_attention_jax.analysis.uncertainty_figures import frontier_figure, risk_coverage_figure
-
-__all__ = [
-    "Column",
-    "Section",
-    "Style",
-    "against_figure",
-    "arm_styles",
-    "coloured_figure",
-    "coloured_html",
-    "coloured_terminal",
-    "column_notes",
-    "comparison_rows",
-    "demo_columns",
-    "dynamics_figure",
-    "entropy_parts",
-    "entropy_split_figure",
-    "figure_html",
-    "figure_png_base64",
-    "format_value",
-    "frontier_figure",
-    "html_page",
-    "html_table",
-    "loss_curves",
-    "markdown_table",
-    "mechanism_styles",
-    "pareto_figure",
-    "prices_figure",
-    "risk_coverage_figure",
-    "routing_by_layer",
-    "routing_by_position",
-    "save",
-    "simplex_figure",
-    "table_html",
-    "terminal_table",
-    "visible_pieces",
-    "with_interval",
-    "write_json",
-    "write_text",
-]

@@ -9,15 +9,18 @@ import io
 import os
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.text import Text
+from matplotlib.ticker import PercentFormatter
 
+from meta_attention_jax.analysis import palette
 from meta_attention_jax.files import write_whole
 
 FONT = 10
@@ -92,21 +95,31 @@ def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     box = figure.legend(
         handles=handles,
         labels=["name"] * len(handles),  # Their own come below: one that begins with "_" is left out.
-        loc="upper left",
-        bbox_to_anchor=(0.72 / width, 1 - 0.4 / height),
-        ncols=columns,
-        frameon=False,
-        fontsize=FONT,
-        borderaxespad=0,
-        borderpad=0,
-        handlelength=2.6,
-        handleheight=1.1,
-        columnspacing=1.6,
+        loc="upper left", bbox_to_anchor=(0.72 / width, 1 - 0.4 / height), ncols=columns, frameon=False, fontsize=FONT,
+        borderaxespad=0, borderpad=0, handlelength=2.6, handleheight=1.1, columnspacing=1.6,
     )
     for text, handle in zip(box.get_texts(), handles, strict=True):
         text.set_text(handle.get_label())
 
 
-def tidy(axes: Axes) -> None:
+def swatches(styles: Mapping[str, palette.Style]) -> list[Patch]:
+    """Of mechanisms, for a legend."""
+    return [
+        Patch(facecolor=style.fill, edgecolor=palette.TEXT, hatch=style.hatch, lw=0.6, label=name)
+        for name, style in styles.items()
+    ]
+
+
+def tidy(
+    axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", *, bold: bool = False, percent: str = ""
+) -> None:
+    """The words around a panel, no box, and whole per cents of 1 along the axes named in `percent`."""
+    if title:
+        axes.set_title(title, loc="left", fontsize=FONT + bold, weight="bold" if bold else "normal")
+    for write, words in ((axes.set_xlabel, xlabel), (axes.set_ylabel, ylabel)):
+        if words:
+            write(words, fontsize=FONT)
+    for name in percent:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=FONT)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from meta_attention_jax.analysis import palette
-from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
+from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, swatches, tidy
 
 _HARD, _SOFT = 0.46, 0.2  # Heights of a layer's two bars, in layers.
 _PANEL_HEIGHT = 3.3  # Inches, of the loss curves.
@@ -79,19 +79,14 @@ def loss_curves(runs: Sequence[Mapping[str, Any]], floor: Mapping[str, float] | 
     has = {y: any(_series(run, x, y)[0].size for run in runs) for x, y in _CURVES}
     shaded = any(run.get("gate_end") is not None for run in runs)
     figure, grid = frame(
-        len(corpora),
-        max(4.4, 9.0 / len(corpora)),
-        [_PANEL_HEIGHT],
-        "Loss of every arm",
+        len(corpora), max(4.4, 9.0 / len(corpora)), [_PANEL_HEIGHT], "Loss of every arm",
         "Validation loss is measured twice: soft (every token mixes the mechanisms) and hard (one "
         "mechanism per token). Where an arm's dashed line leaves its solid line, hardening costs. "
         "The axis begins after the first tenth of training; numbers are the last evaluations, on validation.",
     )
     for axes, corpus in zip(grid[0], corpora):
-        group = [run for run in runs if run["corpus"] == corpus]
-        _loss_panel(axes, group, styles, floor.get(corpus))
-        axes.set_title(corpus, loc="left", fontsize=FONT + 1, weight="bold")
-    grid[0][0].set_ylabel("nats per token", fontsize=FONT)
+        _loss_panel(axes, [run for run in runs if run["corpus"] == corpus], styles, floor.get(corpus))
+    tidy(grid[0][0], ylabel="nats per token")
     kinds = []
     if has["train_nll"]:
         kinds.append(Line2D([], [], color=GREY, alpha=0.45, lw=1.0, label="training batch"))
@@ -129,16 +124,8 @@ def _loss_panel(
             if not steps.size:
                 continue
             axes.plot(
-                steps,
-                values,
-                color=colour,
-                ls=dashes,
-                lw=width,
-                marker=marker,
-                ms=5,
-                mfc=face,
-                markevery=(i % steps.size, min(len(runs), steps.size)),
-                zorder=3,
+                steps, values, color=colour, ls=dashes, lw=width, marker=marker, ms=5, mfc=face,
+                markevery=(i % steps.size, min(len(runs), steps.size)), zorder=3,
             )
             numbers.append(f"{values[-1]:.3f} {key}")
         label = run["arm"] + (f": {', '.join(numbers)}" if numbers else "")
@@ -147,11 +134,10 @@ def _loss_panel(
         axes.set_ylim(*limits)
     axes.set_xlim(left=0)
     axes.margins(x=0.02)
-    axes.set_xlabel("step", fontsize=FONT)
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
     axes.legend(handles=entries, loc="upper right", fontsize=FONT, frameon=True, framealpha=0.9, edgecolor="none")
-    tidy(axes)
+    tidy(axes, runs[0]["corpus"], "step", bold=True)
 
 
 def _shares(result: Mapping[str, Any], key: str, mechanisms: Sequence[str]) -> Float[np.ndarray, "layer mechanism"]:
@@ -182,10 +168,7 @@ def routing_by_layer(results: Sequence[Mapping[str, Any]]) -> Figure:
     layers = [max(len(r["fractions"]) for r in results if r["corpus"] == c) for c in corpora]
     width = max(2.7, 8.6 / len(arms))
     figure, grid = frame(
-        len(arms),
-        width,
-        [0.5 * max(count, 2) for count in layers],
-        "Where each layer routes its tokens",
+        len(arms), width, [0.5 * max(count, 2) for count in layers], "Where each layer routes its tokens",
         "Thick bars: share of held-out tokens whose hard route is the mechanism. Thin bars below: "
         "mean weight of the mechanism in the soft mixture. Where the two differ, tokens are "
         "undecided between mechanisms. Layer 0 is next to the input.",
@@ -198,17 +181,12 @@ def routing_by_layer(results: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.remove()
                 continue
             _routing_panel(axes, panels[corpus, arm], styles, width)
-            axes.set_title(f"{corpus}: {arm}", loc="left", fontsize=FONT + 1, weight="bold")
-            if i == len(corpora) - 1 or (corpora[i + 1], arm) not in panels:
-                axes.set_xlabel("% of tokens / of weight", fontsize=FONT)
+            last = i == len(corpora) - 1 or (corpora[i + 1], arm) not in panels
+            tidy(axes, f"{corpus}: {arm}", "% of tokens / of weight" if last else "", bold=True)
             left = panels.get((corpus, arms[j - 1])) if j else None
             if left and len(left["fractions"]) == len(panels[corpus, arm]["fractions"]):
                 axes.set_yticklabels([])  # The panel to the left has them.
-    handles = [
-        Patch(facecolor=style.fill, edgecolor=palette.TEXT, hatch=style.hatch, lw=0.6, label=name)
-        for name, style in styles.items()
-    ]
-    legend(figure, handles, len(handles))
+    legend(figure, swatches(styles), len(styles))
     return figure
 
 
@@ -225,26 +203,14 @@ def _routing_panel(axes: Axes, result: Mapping[str, Any], styles: Mapping[str, p
             style = styles[name]
             thick = height == _HARD
             axes.barh(
-                middle,
-                shares[:, k],
-                height,
-                left=start,
-                color=style.fill if thick else palette.tint(style.fill, 0.55),
-                edgecolor=palette.TEXT,
-                lw=0.6,
-                hatch=style.hatch,
+                middle, shares[:, k], height, left=start, color=style.fill if thick else palette.tint(style.fill, 0.55),
+                edgecolor=palette.TEXT, lw=0.6, hatch=style.hatch,
             )
             for y, x, share in zip(middle, start, shares[:, k]):
                 if thick and share * width > 0.42:  # Inches that "100 %" needs.
                     axes.text(
-                        x + share / 2,
-                        y,
-                        f"{100 * share:.0f} %",
-                        ha="center",
-                        va="center",
-                        fontsize=FONT,
-                        color=palette.TEXT,
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+                        x + share / 2, y, f"{100 * share:.0f} %", ha="center", va="center", fontsize=FONT,
+                        color=palette.TEXT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
                     )
             start = start + shares[:, k]
     axes.set_xlim(0, 1)
@@ -252,4 +218,3 @@ def _routing_panel(axes: Axes, result: Mapping[str, Any], styles: Mapping[str, p
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
     axes.set_yticks(layer, [f"layer {i}" for i in layer])
     axes.tick_params(axis="y", length=0)
-    tidy(axes)

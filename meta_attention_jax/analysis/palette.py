@@ -8,15 +8,11 @@ so lines and letters use `ink`, the fill darkened until it reads.
 
 from __future__ import annotations
 
-import colorsys
 import dataclasses
 from collections.abc import Sequence
 
 TEXT = "#1a1a1a"
 """Colour of letters, on white and on every tint."""
-
-READABLE = 4.5
-"""The contrast ratio that WCAG 2.1 (criterion 1.4.3) asks of text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +53,16 @@ def tint(colour: str, amount: float) -> str:
     return _hex([amount * c + 1 - amount for c in _channels(colour)])
 
 
-def _ink(fill: str) -> str:
-    hue, lightness, saturation = colorsys.rgb_to_hls(*_channels(fill))
-    ink = fill
-    while contrast(ink, "#ffffff") < READABLE:
-        lightness -= 0.01
-        ink = _hex(colorsys.hls_to_rgb(hue, lightness, saturation))
-    return ink
-
-
-_LOOKS = (
-    # fill, hatch, underline, marker
-    ("#d55e00", "", "solid", "o"),  # full: vermillion
-    ("#0072b2", "....", "dotted", "s"),  # linear: blue
-    ("#f0e442", "////", "dashed", "^"),  # local: yellow
-    ("#009e73", "xxxx", "double", "D"),
-    ("#cc79a7", "----", "wavy", "v"),
-    ("#56b4e9", "++++", "solid", "P"),
-    ("#999999", "oo", "dotted", "X"),
+STYLES = (
+    Style(0, "#d55e00", "#c15500", "", "solid", "o"),  # full: vermillion
+    Style(1, "#0072b2", "#0072b2", "....", "dotted", "s"),  # linear: blue
+    Style(2, "#f0e442", "#80770a", "////", "dashed", "^"),  # local: yellow
+    Style(3, "#009e73", "#008460", "xxxx", "double", "D"),
+    Style(4, "#cc79a7", "#bb4d8a", "----", "wavy", "v"),
+    Style(5, "#56b4e9", "#177ab2", "++++", "solid", "P"),
+    Style(6, "#999999", "#757575", "oo", "dotted", "X"),
 )
-STYLES = tuple(
-    Style(slot, fill, _ink(fill), hatch, underline, marker)
-    for slot, (fill, hatch, underline, marker) in enumerate(_LOOKS)
-)
-NEUTRAL = Style(len(STYLES), "#666666", _ink("#666666"), "", "solid", "o")
+NEUTRAL = Style(len(STYLES), "#666666", "#666666", "", "solid", "o")
 """Belongs to no mechanism: for scales in legends."""
 
 _KNOWN = {"full": 0, "linear": 1, "local": 2}

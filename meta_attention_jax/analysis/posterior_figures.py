@@ -12,22 +12,14 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 from scipy.special import digamma
 
 from meta_attention_jax.analysis import palette
-from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, tidy
+from meta_attention_jax.analysis.canvas import FONT, GREY, frame, legend, swatches, tidy
 
 _MOST_POINTS = 1500
 _CORNERS = np.array([[0.5, math.sqrt(3) / 2], [0.0, 0.0], [1.0, 0.0]])
 _ALEATORIC, _EPISTEMIC = "#56b4e9", "#6b4fa0"
-
-
-def _handles(mechanisms: Sequence[str]) -> list[Patch]:
-    return [
-        Patch(facecolor=style.fill, edgecolor=palette.TEXT, hatch=style.hatch, lw=0.6, label=name)
-        for name, style in palette.mechanism_styles(mechanisms).items()
-    ]
 
 
 def simplex_figure(
@@ -40,10 +32,8 @@ def simplex_figure(
     """E[pi] of tokens in a triangle per layer; a corner is all weight on one mechanism.
 
     Args:
-      mean: E[pi] of every token.
-      mechanisms: three names.
+      mean: E[pi] of every token; of three mechanisms.
       prior: mean of the prior, marked by a cross.
-      title: of the figure.
     """
     mean = np.asarray(mean, float)
     if len(mechanisms) != 3 or mean.ndim != 3 or mean.shape[2] != 3:
@@ -142,10 +132,8 @@ def entropy_split_figure(
         axes.set_yticks(range(len(mechanisms)), mechanisms if not layer else [""] * len(mechanisms))
         axes.set_ylim(len(mechanisms) - 0.5, -0.5)
         axes.set_xlim(0, 1)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_title(f"layer {layer}", loc="left", fontsize=FONT + 1, weight="bold")
         axes.tick_params(axis="y", length=0)
-        tidy(axes)
+        tidy(axes, f"layer {layer}", bold=True, percent="x")
     legend(figure, [
         Patch(facecolor=_ALEATORIC, edgecolor=palette.TEXT, lw=0.6, label="aleatoric"),
         Patch(facecolor=_EPISTEMIC, edgecolor=palette.TEXT, hatch="////", lw=0.6, label="epistemic"),
@@ -160,15 +148,7 @@ def routing_by_position(
     title: str = "",
     bins: int = 32,
 ) -> Figure:
-    """Shares of the mechanisms over the position in the sequence, one panel per layer.
-
-    Args:
-      route: k* of every token.
-      real: False at padding.
-      mechanisms: their names.
-      title: of the figure.
-      bins: columns at most.
-    """
+    """Shares of k* over the position in the sequence, one panel per layer; `real` is False at padding."""
     route, real = np.asarray(route), np.asarray(real, bool)
     if route.ndim != 3 or route.shape[1:] != real.shape:
         raise ValueError(f"route: expected [layer, *{list(real.shape)}], got {list(route.shape)}.")
@@ -194,24 +174,16 @@ def routing_by_position(
             base = base + shares
         axes.set_xlim(0, time)
         axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        tidy(axes, f"layer {layer}", "position, tokens", bold=True, percent="y")
         if layer:
             axes.set_yticklabels([])
-        axes.set_title(f"layer {layer}", loc="left", fontsize=FONT + 1, weight="bold")
-        axes.set_xlabel("position, tokens", fontsize=FONT)
-        tidy(axes)
-    legend(figure, _handles(mechanisms), len(mechanisms))
+    legend(figure, swatches(styles), len(mechanisms))
     return figure
 
 
 def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[str], title: str = "") -> Figure:
-    """How routing developed in training: shares of k*, loss, and cost, entropy and hardness.
-
-    Args:
-      records: of `read_metrics`; its "train" and "eval" events are drawn.
-      mechanisms: their names.
-      title: of the figure.
-    """
+    """How routing developed in training: shares of k*, loss, and cost, entropy and hardness, of the "train" and "eval"
+    records of `read_metrics`."""
     trained = [r for r in records if r["event"] == "train"]
     held_out = [r for r in records if r["event"] == "eval"]
     if not trained:
@@ -233,7 +205,7 @@ def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[s
         area.set_hatch(styles[name].hatch)
     routes.set_ylim(0, 1)
     routes.legend(
-        handles=_handles(mechanisms), loc="lower center", fontsize=FONT - 1, ncols=len(mechanisms),
+        handles=swatches(styles), loc="lower center", fontsize=FONT - 1, ncols=len(mechanisms),
         bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.6, columnspacing=1.0,
     )
     arms = palette.arm_styles(["train", "soft", "hard"])
@@ -250,7 +222,6 @@ def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[s
     if late and max(late) > min(late):
         margin = 0.05 * (max(late) - min(late))
         loss.set_ylim(min(late) - margin, max(late) + margin)
-    loss.set_title("nats per token", loc="left", fontsize=FONT)
     loss.legend(frameon=False, fontsize=FONT - 1)
     lines = (("cost", "cost"), ("routing_entropy", "routing entropy"), ("hard_fraction", "hard"))
     for (name, label), (colour, marker) in zip(lines, palette.arm_styles("abc").values()):
@@ -265,8 +236,5 @@ def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[s
     )
     for axes in (routes, loss, rest):
         axes.set_xlim(0, steps[-1])
-        axes.set_xlabel("step", fontsize=FONT)
-        tidy(axes)
-    for axes in (routes, rest):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        tidy(axes, "nats per token" if axes is loss else "", "step", percent="" if axes is loss else "y")
     return figure

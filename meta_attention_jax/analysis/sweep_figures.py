@@ -1,4 +1,4 @@
-"""Sweeps as pictures: the front of nats against cost, and what the swept number does."""
+"""Lines over a number as pictures: sweeps, prices of a decision, and what uncertainty finds and buys."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from meta_attention_jax.analysis import palette
 from meta_attention_jax.analysis.canvas import FONT, GREY, drawable, frame, legend, tidy
 
 _HEIGHT = 4.0
+ONE = "one model, by lambda"
 _FAR = 6.0
 """A setting further above the best than so many times the middle one is left out of the picture."""
 
@@ -66,7 +67,6 @@ def pareto_figure(
       chosen: the setting that is ringed.
       field: dotted field whose value is written beside a point; None writes the setting.
       title: what was swept.
-      split: where it was measured.
     """
     if not lines:
         raise ValueError("lines: expected at least one, got none.")
@@ -110,14 +110,13 @@ def pareto_figure(
         )
         axes.set_xlim(limits[0])
         axes.set_ylim(limits[1])
-        axes.set_xlabel("cost of the hard routes, full attention = 100 %", fontsize=FONT)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(color="#dddddd", lw=0.6)
         axes.set_axisbelow(True)
-        tidy(axes)
+        tidy(axes, xlabel="cost of the hard routes, full attention = 100 %")
     # Many baselines alone: their names beside them, for colours would repeat.
     _label(panels[-1], [line for line in own or others if line not in far], field)
-    panels[0].set_ylabel("nats per token, hard", fontsize=FONT)
+    tidy(panels[0], ylabel="nats per token, hard")
     handles = [
         Line2D([], [], color=colour, marker=marker, lw=0, label=name)
         for name, (colour, marker) in styles.items()
@@ -168,8 +167,6 @@ def against_figure(lines: Sequence[Mapping[str, Any]], field: str, chosen: Optio
       lines: as in `pareto_figure`.
       field: dotted field with a number in the points without a name; settings that differ in other fields too make a
         line each.
-      chosen: the setting that is ringed.
-      title: what was swept.
     """
     own, _ = _families(lines)
     own = [line for line in own if isinstance(line["point"].get(field), (int, float))]
@@ -208,10 +205,97 @@ def against_figure(lines: Sequence[Mapping[str, Any]], field: str, chosen: Optio
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if name == "gap":
             axes.axhline(0.0, color=GREY, lw=1.0, ls=":")
-        axes.set_title(label, loc="left", fontsize=FONT)
-        axes.set_xlabel(field, fontsize=FONT)
-        tidy(axes)
+        tidy(axes, label, field)
     if len(series) > 1:
         handles = [Line2D([], [], color=styles[rest][0], marker=styles[rest][1], lw=1.5, label=rest) for rest in series]
         legend(figure, handles, min(len(handles), 4))
+    return figure
+
+
+def prices_figure(
+    rows: Sequence[Mapping[str, Any]],
+    beside: Sequence[Mapping[str, Any]] = (),
+    *,
+    title: str = "",
+    split: str = "validation",
+) -> Figure:
+    """Hard nats against cost: the curve of one model, and a mark per setting that was trained apart.
+
+    `rows`: of one model by rising price: `price`, `nll`, `cost`; `beside`: as `lines` of `pareto_figure`; `title`: of
+    the model.
+    """
+    if not rows:
+        raise ValueError("rows: expected at least one price, got none.")
+    kinds = dict.fromkeys(line["point"].get("name", "trained apart") for line in beside)
+    figure, [[axes]] = frame(
+        1, 8.0, [4.0], f"{title}: the price of full attention" if title else "The price of full attention",
+        f"A hard token takes argmax E pi - lambda c; numbers are lambda, 0 is the plain argmax. Measured "
+        f"on the {split} split. Down and to the left is better."
+        + (" Other marks: means over seeds of models trained apart, as their sweep reports them." if beside else ""),
+    )
+    styles = palette.arm_styles([ONE, *kinds])
+    for name in kinds:
+        own = [line for line in beside if line["point"].get("name", "trained apart") == name]
+        axes.plot([line["cost"] for line in own], [line["nll_hard"] for line in own], lw=0, ms=6,
+                  color=styles[name][0], marker=styles[name][1], label=name)
+    axes.plot([row["cost"] for row in rows], [row["nll"] for row in rows], lw=1.5, ms=6,
+              color=styles[ONE][0], marker=styles[ONE][1], label=ONE)
+    told: list[float] = []
+    for row in sorted(rows, key=lambda row: abs(row["price"])):  # 0 is told first.
+        # Prices that change little would be written on top of each other.
+        if all(abs(row["cost"] - cost) > 0.03 for cost in told):
+            axes.annotate(f"{row['price']:g}", (row["cost"], row["nll"]), (5, 6),
+                          textcoords="offset points", fontsize=FONT - 1)
+            told.append(row["cost"])
+    tidy(axes, "", "projected cost of the hard routes", "hard nats per token", percent="x")
+    legend(figure, axes.get_legend_handles_labels()[0], 5)
+    return figure
+
+
+def _curves(
+    curves: Mapping[str, Any], title: str, caption: str
+) -> tuple[Figure, Axes, list[tuple[str, Any, str, str]]]:
+    """One panel, and (name, curve, colour, marker) of all that it is to show."""
+    if not curves:
+        raise ValueError("curves: expected at least one, got none.")
+    figure, [[axes]] = frame(1, 7.2, [3.6], title, caption)
+    styles = palette.arm_styles(list(curves))
+    return figure, axes, [(name, curve, *styles[name]) for name, curve in curves.items()]
+
+
+def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
+    """Mean harm of the tokens hardened so far, over their share; one `statistics.risk_coverage` per measure."""
+    figure, axes, lines = _curves(
+        curves, title or "Does uncertainty find the tokens that hardening hurts?",
+        "Tokens are hardened in order of rising uncertainty. A measure that knows where it hurts "
+        "keeps its line low until the end; one that knows nothing lies on its dotted line, the mean over "
+        "all tokens, from the start. In brackets: the share of the possible gain over random order.",
+    )
+    for name, curve, colour, marker in lines:
+        axes.plot(
+            curve["coverage"][1:], curve["risk"][1:], color=colour, marker=marker, markevery=20, ms=5, lw=1.8,
+            label=f"{name} ({curve['gain']:.0%})",
+        )
+        axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
+    axes.legend(frameon=False, fontsize=FONT, loc="best")
+    axes.set_xlim(0, 1)
+    tidy(axes, "hard - soft, nats per hardened token", "share of tokens hardened")
+    return figure
+
+
+def frontier_figure(curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> Figure:
+    """Nats against cost in gated mode as theta rises, one line per measure or arm: points with `cost` and `nll`, in
+    order of theta."""
+    figure, axes, lines = _curves(
+        curves, title or "What does it cost to leave the uncertain tokens soft?",
+        "Gated mode, theta from 0 (right end, all soft: every mechanism is paid for) to 1 (left end, "
+        "all hard, ringed). Down and to the left is better; a line that falls to the left means "
+        "that soft tokens only cost.",
+    )
+    for name, points, colour, marker in lines:
+        cost, nll = (np.array([p[key] for p in points]) for key in ("cost", "nll"))
+        axes.plot(cost, nll, color=colour, marker=marker, ms=5, lw=1.6, label=name)
+        axes.plot(cost[-1], nll[-1], marker="o", ms=11, mfc="none", mec=GREY, lw=0)
+    axes.legend(frameon=False, fontsize=FONT, loc="best")
+    tidy(axes, "nats per token", "cost of the mechanisms that run, full attention = 1")
     return figure

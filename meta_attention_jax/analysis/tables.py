@@ -53,15 +53,11 @@ def demo_columns(corpus: str) -> list[Column]:
     columns += [
         Column("cost", "cost", ".1%", "projected cost of the hard routes; full attention is 100 %"),
         Column(
-            "routing_entropy",
-            "routing entropy",
-            ".1%",
+            "routing_entropy", "routing entropy", ".1%",
             "mean entropy of a token's mean weights, of log K: how undecided single tokens are",
         ),
         Column(
-            "usage_entropy",
-            "usage entropy",
-            ".1%",
+            "usage_entropy", "usage entropy", ".1%",
             "entropy of the mean route, of log K: how evenly the mechanisms are used",
         ),
     ]

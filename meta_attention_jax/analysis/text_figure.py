@@ -19,7 +19,14 @@ from matplotlib.transforms import Affine2D
 
 from meta_attention_jax.analysis import palette
 from meta_attention_jax.analysis.canvas import new_figure
-from meta_attention_jax.analysis.text import DEPTHS, UNDECODABLE, RoutedText, depth_labels, layer_headings, routed_text
+from meta_attention_jax.analysis.text import (
+    DEPTHS,
+    UNDECODABLE,
+    RoutedText,
+    depth_labels,
+    layer_headings,
+    routed_text,
+)
 
 Cell = tuple[str, int]  # A character and the token it belongs to.
 Run = tuple[str, palette.Style | None, int]  # Letters, style (None: no colour), depth.
@@ -136,11 +143,8 @@ def _draw_runs(axes: Axes, runs: Sequence[Run], x: float, y: float) -> None:
             fills.append(palette.tint(style.fill, DEPTHS[depth]))
             axes.add_collection(
                 LineCollection(
-                    [[(x, y + 0.87 * height), (right, y + 0.87 * height)]],
-                    colors=style.ink,
-                    linewidths=1.3,
-                    linestyles=[_DASHES[style.underline]],
-                    zorder=2,
+                    [[(x, y + 0.87 * height), (right, y + 0.87 * height)]], colors=style.ink, linewidths=1.3,
+                    linestyles=[_DASHES[style.underline]], zorder=2,
                 ),
                 autolim=False,
             )

@@ -8,15 +8,6 @@ from meta_attention_jax.data.recall_floor import entropy_floor
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 __all__ = [
-    "Corpus",
-    "Dataset",
-    "Document",
-    "RecallConfig",
-    "Tokenizer",
-    "entropy_floor",
-    "load_corpus",
-    "load_tokenizer",
-    "make_dataset",
-    "make_tokenizer",
-    "write_manifest",
+    "Corpus", "Dataset", "Document", "RecallConfig", "Tokenizer", "entropy_floor", "load_corpus", "load_tokenizer",
+    "make_dataset", "make_tokenizer", "write_manifest",
 ]

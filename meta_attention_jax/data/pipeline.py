@@ -156,13 +156,9 @@ class Dataset(abc.ABC):
         real = index < targets[:, None]
         following = np.where(real, windows[:, 1:], 0).astype(np.int32)
         return Batch(
-            tokens=np.where(real, windows[:, :-1], 0).astype(np.int32),
-            targets=following,
-            segment_ids=real.astype(np.int32),
-            positions=np.where(real, index, 0).astype(np.int32),
-            loss_mask=real,
-            kind=kind,
-            num_bytes=np.where(real, self.tokenizer.token_bytes[following], 0).astype(np.int32),
+            tokens=np.where(real, windows[:, :-1], 0).astype(np.int32), targets=following,
+            segment_ids=real.astype(np.int32), positions=np.where(real, index, 0).astype(np.int32), loss_mask=real,
+            kind=kind, num_bytes=np.where(real, self.tokenizer.token_bytes[following], 0).astype(np.int32),
             row=self.rows,
         )
 
@@ -311,9 +307,7 @@ def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> 
         )
     sizes = np.array([len(d) for d in documents])
     return _Split(
-        tokens=np.concatenate(documents),
-        offsets=_cumulative(sizes),
-        places=_cumulative(np.maximum(sizes - length, 1)),
+        tokens=np.concatenate(documents), offsets=_cumulative(sizes), places=_cumulative(np.maximum(sizes - length, 1)),
         windows=_cumulative(-(-(sizes - 1) // length)),
     )
 

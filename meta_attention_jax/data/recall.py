@@ -213,8 +213,7 @@ def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
     fillers = _orbits(config.num_fillers, body)[start, since]
 
     text = np.where(
-        ask,
-        config.query_offset + asked_keys,
+        ask, config.query_offset + asked_keys,
         np.where(answer, config.value_offset + answers, config.filler_offset + fillers),
     )
     if config.num_marks:

@@ -131,11 +131,8 @@ class Group:
         axes = [None if i == shared else 0 for i in range(count)]
         specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
         mapped = jax.shard_map(
-            jax.vmap(function, in_axes=tuple(axes)),
-            mesh=self.mesh,
-            in_specs=tuple(specs),
-            out_specs=PartitionSpec(POINTS),
-            check_vma=False,
+            jax.vmap(function, in_axes=tuple(axes)), mesh=self.mesh, in_specs=tuple(specs),
+            out_specs=PartitionSpec(POINTS), check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=donate)
 
@@ -169,8 +166,7 @@ class Group:
         states = [*states, *([states[-1]] * (len(self.padded) - len(states)))]
         return jax.tree.map(
             lambda leaf, like: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf,
-            self.place(_stack_on_host(states)),
-            self.abstract_states(),
+            self.place(_stack_on_host(states)), self.abstract_states(),
         )
 
     def _seeds(self) -> jax.Array:
@@ -227,8 +223,6 @@ class Group:
         """Metrics of one point from the sums of all."""
         job = self.jobs[index]
         return summarise(
-            point_of(sums, index),
-            mechanisms=tuple(job.config.model.mechanisms),
-            costs=jax.device_get(job.hypers.routing.costs),
-            **scalars,
+            point_of(sums, index), mechanisms=tuple(job.config.model.mechanisms),
+            costs=jax.device_get(job.hypers.routing.costs), **scalars,
         )

@@ -116,11 +116,8 @@ def train_together(
             say(str(jobs[0].dataset))
         config = jobs[0].config
         line = Progress(
-            label,
-            total=config.train.steps,
-            start=start,
-            tokens_per_step=config.data.batch_size * config.data.sequence_length * len(jobs),
-            enabled=progress,
+            label, total=config.train.steps, start=start,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length * len(jobs), enabled=progress,
         )
         stack_.callback(line.close)
         stop = min(stop_after or config.train.steps, config.train.steps)

@@ -26,13 +26,8 @@ def abstract_batch(rows: int, time: int) -> Batch:
     """Shapes and types of a batch."""
     ids = jax.ShapeDtypeStruct((rows, time), jnp.int32)
     return Batch(
-        tokens=ids,
-        targets=ids,
-        segment_ids=ids,
-        positions=ids,
-        loss_mask=jax.ShapeDtypeStruct((rows, time), jnp.bool_),
-        kind=ids,
-        num_bytes=ids,
+        tokens=ids, targets=ids, segment_ids=ids, positions=ids,
+        loss_mask=jax.ShapeDtypeStruct((rows, time), jnp.bool_), kind=ids, num_bytes=ids,
         row=jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
 
@@ -69,8 +64,7 @@ def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: i
     rows = NamedSharding(parallel.mesh, PartitionSpec(AXES))
     step = parallel.compile(functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,))
     return step.lower(
-        _placed(state, parallel.shardings(state)),
-        _placed(batch, jax.tree.map(lambda _: rows, batch)),
+        _placed(state, parallel.shardings(state)), _placed(batch, jax.tree.map(lambda _: rows, batch)),
         _placed(hypers, parallel.shardings(hypers)),
     )
 
@@ -91,20 +85,15 @@ def lower_decode(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: 
     token = jax.ShapeDtypeStruct((rows,), jnp.int32)
     by_row, by_second = PartitionSpec(AXES), PartitionSpec(None, AXES)
     step = jax.shard_map(
-        functools.partial(_decode_step, model),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), by_second, by_row, PartitionSpec()),
-        out_specs=(by_second, by_row),
-        check_vma=False,
+        functools.partial(_decode_step, model), mesh=mesh,
+        in_specs=(PartitionSpec(), by_second, by_row, PartitionSpec()), out_specs=(by_second, by_row), check_vma=False,
     )
 
     def placed(tree, spec):
         return _placed(tree, jax.tree.map(lambda _: NamedSharding(mesh, spec), tree))
 
     return jax.jit(step, donate_argnums=1).lower(
-        placed(params, PartitionSpec()),
-        placed(cache, by_second),
-        placed(token, by_row),
+        placed(params, PartitionSpec()), placed(cache, by_second), placed(token, by_row),
         placed(hypers, PartitionSpec()),
     )
 

@@ -59,11 +59,8 @@ def validate_without_devices(config: ConfigDict) -> None:
 def full_attention(config: ConfigDict) -> str:
     """The implementation of full attention that the config's model uses here."""
     return resolve_implementation(
-        config.model.implementation,
-        time=config.data.sequence_length,
-        dtype=config.model.dtype,
-        head_dim=config.model.model_dim // config.model.num_heads,
-        segments=PADDED,
+        config.model.implementation, time=config.data.sequence_length, dtype=config.model.dtype,
+        head_dim=config.model.model_dim // config.model.num_heads, segments=PADDED,
     )
 
 
@@ -88,11 +85,8 @@ def build_costs(
     try:
         costs = text if text.isalpha() else [float(part) for part in text.split(",")]
         return resolve_costs(
-            costs,
-            tuple(config.model.mechanisms),
-            time=config.data.sequence_length,
-            dim=config.model.model_dim // config.model.num_heads,
-            spec=build_attention(config),
+            costs, tuple(config.model.mechanisms), time=config.data.sequence_length,
+            dim=config.model.model_dim // config.model.num_heads, spec=build_attention(config),
         )
     except ValueError as error:
         if "expected" in str(error):
@@ -106,15 +100,9 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
     """What measured costs of this config hold for."""
     model = config.model
     return CostSetting(
-        mechanisms=tuple(model.mechanisms),
-        time=config.data.sequence_length,
-        window=model.window,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.model_dim // model.num_heads,
-        dtype=model.dtype,
-        implementation=model.implementation,
-        segments=PADDED,
+        mechanisms=tuple(model.mechanisms), time=config.data.sequence_length, window=model.window,
+        num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.model_dim // model.num_heads,
+        dtype=model.dtype, implementation=model.implementation, segments=PADDED,
     )
 
 
@@ -122,19 +110,14 @@ def build_schedule(config: ConfigDict) -> Schedule:
     """Shapes in time; shares of the run become steps."""
     steps = config.train.steps
     gate = GateSchedule(
-        kind=config.gate.kind,
-        start=round(config.gate.start * steps),
-        end=round(config.gate.end * steps),
+        kind=config.gate.kind, start=round(config.gate.start * steps), end=round(config.gate.end * steps),
         measure=config.controller.uncertainty,
     )
     gate.validate()
     return Schedule(
-        total_steps=steps,
-        warmup_steps=round(config.optimizer.warmup * steps),
-        final_fraction=config.optimizer.final_fraction,
-        beta_warmup_steps=round(config.objective.beta_warmup * steps),
-        gate=gate,
-        temperature_ratio=config.controller.temperature_start / config.controller.temperature,
+        total_steps=steps, warmup_steps=round(config.optimizer.warmup * steps),
+        final_fraction=config.optimizer.final_fraction, beta_warmup_steps=round(config.objective.beta_warmup * steps),
+        gate=gate, temperature_ratio=config.controller.temperature_start / config.controller.temperature,
     )
 
 
@@ -144,10 +127,8 @@ def build_parallel(config: ConfigDict) -> Parallel:
     wanted = config.parallel.devices or len(available)
     expect(wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted)
     expect(
-        wanted == len(available) or jax.process_count() == 1,
-        "parallel.devices",
-        f"0 or {len(available)}, all of them, with several processes",
-        wanted,
+        wanted == len(available) or jax.process_count() == 1, "parallel.devices",
+        f"0 or {len(available)}, all of them, with several processes", wanted,
     )
     return check_parallel(config, available[:wanted])
 
@@ -181,16 +162,10 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[
         distance = data.min_distance or max(config.model.window, 2)
         recall = RecallConfig(**{**own, "min_distance": distance})
     return make_dataset(
-        corpus=config.data.corpus,
-        tokenizer=config.data.tokenizer,
+        corpus=config.data.corpus, tokenizer=config.data.tokenizer,
         vocab_size=config.data.vocab_size if config.data.tokenizer == "bpe" else None,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        seed=data_seed(config),
-        recall=recall,
-        tokenizer_dir=tokenizer_dir,
-        rows=slice(None) if rows is None else rows,
-        split=config.data.split,
+        sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=data_seed(config),
+        recall=recall, tokenizer_dir=tokenizer_dir, rows=slice(None) if rows is None else rows, split=config.data.split,
     )
 
 
@@ -212,27 +187,14 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
     model, controller = config.model, config.controller
     return LanguageModel(
         ModelConfig(
-            vocab_size=vocab_size,
-            model_dim=model.model_dim,
-            num_layers=model.num_layers,
-            num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads,
-            mlp_dim=model.mlp_dim or None,
-            attention=build_attention(config, segments),
+            vocab_size=vocab_size, model_dim=model.model_dim, num_layers=model.num_layers, num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads, mlp_dim=model.mlp_dim or None, attention=build_attention(config, segments),
             router=Router(
-                mechanisms=model.mechanisms,
-                controller=controller.name,
-                hidden=controller.hidden,
-                prior=config.prior.family,
-                posterior=controller.posterior,
-                network=controller.network,
-                uncertainty=controller.uncertainty,
-                fallback=config.gate.fallback,
-                fixed=controller.fixed,
+                mechanisms=model.mechanisms, controller=controller.name, hidden=controller.hidden,
+                prior=config.prior.family, posterior=controller.posterior, network=controller.network,
+                uncertainty=controller.uncertainty, fallback=config.gate.fallback, fixed=controller.fixed,
             ),
-            scan_layers=model.scan_layers,
-            remat=model.remat,
-            dtype=jnp.dtype(model.dtype),
+            scan_layers=model.scan_layers, remat=model.remat, dtype=jnp.dtype(model.dtype),
         )
     )
 
@@ -240,15 +202,12 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
 def build_hypers(config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False) -> Hypers:
     """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
-        gate=build_schedule(config).gate.times,
-        learning_rate=jnp.float32(config.optimizer.learning_rate),
+        gate=build_schedule(config).gate.times, learning_rate=jnp.float32(config.optimizer.learning_rate),
         beta=jnp.float32(config.objective.beta),
         routing=RoutingHypers(
-            strength=jnp.float32(config.prior.strength),
-            preference=jnp.float32(config.prior.preference),
+            strength=jnp.float32(config.prior.strength), preference=jnp.float32(config.prior.preference),
             costs=jnp.asarray(build_costs(config, workdir, measure=measure)),
-            threshold=jnp.float32(final_threshold(config)),
-            price=jnp.float32(config.gate.price),
+            threshold=jnp.float32(final_threshold(config)), price=jnp.float32(config.gate.price),
             entropy_bonus=jnp.float32(config.controller.entropy_bonus),
             temperature=jnp.float32(config.controller.temperature),
         ),
@@ -267,9 +226,7 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     return StepSpec(
         model=build_model(config, vocab_size, PADDED).clone(shard_axis=shard_axis),
         optimizer=make_optimizer(optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip),
-        schedule=build_schedule(config),
-        num_kinds=num_kinds,
-        accumulate=optimizer.accumulate,
+        schedule=build_schedule(config), num_kinds=num_kinds, accumulate=optimizer.accumulate,
     )
 
 

@@ -88,14 +88,10 @@ class Checkpoints:
         )
         with _quiet() if read_only else contextlib.nullcontext():
             self._manager = _Manager(
-                self.directory,
-                item_names=("state", "config"),
+                self.directory, item_names=("state", "config"),
                 item_handlers={"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policy,
-                    best_fn=_metric,
-                    best_mode="min",
-                    create=not read_only,
+                    preservation_policy=policy, best_fn=_metric, best_mode="min", create=not read_only,
                     read_only=read_only,
                 ),
             )
@@ -114,8 +110,7 @@ class Checkpoints:
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         processes.together(functools.partial(self._check_room, step, needed))
         self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))),
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))),
             metrics={METRIC: math.inf if math.isnan(nll) else nll},
         )
 
@@ -123,8 +118,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(
-                errno.ENOSPC,
-                f"expected {needed:,} bytes for the checkpoint of step {step}, got {free:,}",
+                errno.ENOSPC, f"expected {needed:,} bytes for the checkpoint of step {step}, got {free:,}",
                 str(self.directory),
             )
 

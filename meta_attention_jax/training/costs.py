@@ -98,9 +98,7 @@ def _from_json(stored: dict[str, Any]) -> MeasuredCosts:
     setting = dict(stored["setting"])
     mechanisms = tuple(setting.pop("mechanisms"))
     return MeasuredCosts(
-        setting=CostSetting(mechanisms=mechanisms, **setting),
-        batch=stored["batch"],
-        seconds=tuple(stored["seconds"][name] for name in mechanisms),
-        device=stored["device"],
+        setting=CostSetting(mechanisms=mechanisms, **setting), batch=stored["batch"],
+        seconds=tuple(stored["seconds"][name] for name in mechanisms), device=stored["device"],
         versions=stored["versions"],
     )

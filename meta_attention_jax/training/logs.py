@@ -142,10 +142,8 @@ class Progress:
             # A name is text, whatever it looks like to rich.
             self._live = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", style="bold", markup=False),
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TextColumn("{task.fields[status]}", markup=False),
-                rich.progress.TimeRemainingColumn(),
+                rich.progress.BarColumn(bar_width=20), rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[status]}", markup=False), rich.progress.TimeRemainingColumn(),
                 console=rich.console.Console(file=out),
             )
             self._task = self._live.add_task(label, total=total, completed=start, status="compiling")

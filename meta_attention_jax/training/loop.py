@@ -157,11 +157,8 @@ def train(
         if start >= stop:
             return _last_evaluation(job.path)
         line = Progress(
-            label,
-            total=config.train.steps,
-            start=start,
-            tokens_per_step=config.data.batch_size * config.data.sequence_length,
-            enabled=progress,
+            label, total=config.train.steps, start=start,
+            tokens_per_step=config.data.batch_size * config.data.sequence_length, enabled=progress,
         )
         stack.callback(line.close)
         run = _Run(job, state, checkpoints, log, line, start=start, stop=stop)

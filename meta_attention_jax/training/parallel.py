@@ -152,11 +152,8 @@ class Parallel:
             # check_vma=False: gradients inside stay per device, as under pmap, and the step's own
             # psum adds them; the checker would insert a second one.
             return jax.shard_map(
-                function,
-                mesh=self.mesh,
-                in_specs=tuple(specs),
-                out_specs=out if state_argument is None else (specs[state_argument], out),
-                check_vma=False,
+                function, mesh=self.mesh, in_specs=tuple(specs),
+                out_specs=out if state_argument is None else (specs[state_argument], out), check_vma=False,
             )(*args)
 
         return jax.jit(mapped, donate_argnums=donate)

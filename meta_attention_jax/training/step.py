@@ -49,11 +49,8 @@ class Schedule:
     def learning_rate(self, step: Array) -> Scalar:
         """Linear warm-up, then cosine, as a fraction of the peak."""
         schedule = optax.warmup_cosine_decay_schedule(
-            init_value=0.0 if self.warmup_steps else 1.0,
-            peak_value=1.0,
-            warmup_steps=self.warmup_steps,
-            decay_steps=max(self.total_steps, self.warmup_steps + 1),
-            end_value=self.final_fraction,
+            init_value=0.0 if self.warmup_steps else 1.0, peak_value=1.0, warmup_steps=self.warmup_steps,
+            decay_steps=max(self.total_steps, self.warmup_steps + 1), end_value=self.final_fraction,
         )
         with jax.numpy_dtype_promotion("standard"):  # optax divides the step by floats.
             return schedule(step).astype(jnp.float32)
@@ -133,10 +130,7 @@ def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> Trai
     initialise = jax.jit(lambda key, tokens: model.init(key, tokens, hypers=hypers.routing))
     params = initialise(init_key, jnp.asarray(batch.tokens[:1]))["params"]
     return TrainState(
-        step=jnp.int32(0),
-        params=params,
-        opt_state=spec.optimizer.init(params),
-        gate=spec.schedule.gate.init_state(),
+        step=jnp.int32(0), params=params, opt_state=spec.optimizer.init(params), gate=spec.schedule.gate.init_state(),
         key=run_key,
     )
 
@@ -225,9 +219,7 @@ def train_step(
         bad = jax.lax.psum(jax.tree.map(lambda ok: (~ok).astype(jnp.int32), finite), shard_axis)
         finite = jax.tree.map(lambda count: count == 0, bad)
     new_state = state.replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
+        step=state.step + 1, params=params, opt_state=opt_state,
         gate=gate.update(spec.schedule.gate, state.gate, state.step, entropy, hypers.gate),
     )
     return new_state, {
