@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from meta_attention_jax.fields import expect
+
 TEXT = "#1a1a1a"
 """Colour of letters, on white and on every tint."""
 
@@ -75,15 +77,11 @@ def mechanism_styles(mechanisms: Sequence[str]) -> dict[str, Style]:
     styles in order.
     """
     names = list(mechanisms)
-    if len(set(names)) != len(names):
-        raise ValueError(f"mechanisms: expected distinct names, got {tuple(names)}.")
+    expect(len(set(names)) == len(names), "mechanisms", "distinct names", tuple(names))
     free = iter(range(len(_KNOWN), len(STYLES)))
     slots = {name: _KNOWN[name] if name in _KNOWN else next(free, None) for name in names}
-    if None in slots.values():
-        raise ValueError(
-            f"mechanisms: expected at most {len(STYLES) - len(_KNOWN)} names besides "
-            f"{', '.join(_KNOWN)} (one style each), got {tuple(names)}."
-        )
+    expect(None not in slots.values(), "mechanisms",
+           f"at most {len(STYLES) - len(_KNOWN)} names besides {', '.join(_KNOWN)} (one style each)", tuple(names))
     return {name: STYLES[slot] for name, slot in slots.items()}
 
 

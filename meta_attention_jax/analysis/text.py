@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from meta_attention_jax.analysis import palette
+from meta_attention_jax.fields import expect
 
 UNDECODABLE = "·"
 DEPTHS = (0.70, 0.54, 0.40, 0.27, 0.15)
@@ -101,11 +102,8 @@ def routed_text(
     route = np.asarray(route)
     if route.size and route.dtype.kind not in "iu":
         raise ValueError(f"route: expected integers, got {route.dtype}.")
-    if route.ndim not in (1, 2) or route.shape[-1] != len(pieces):
-        raise ValueError(
-            f"route: expected [time] or [layer, time] with one entry per piece ({len(pieces)}), "
-            f"got {list(route.shape)}."
-        )
+    expect(route.ndim in (1, 2) and route.shape[-1] == len(pieces), "route",
+           f"[time] or [layer, time] with one entry per piece ({len(pieces)})", list(route.shape))
     shape = route.shape
     route = np.atleast_2d(route)
     if route.size and not (0 <= route.min() and route.max() < len(styles)):
@@ -113,14 +111,12 @@ def routed_text(
             f"route: expected indices of the {len(styles)} mechanisms, got {route.min()} to {route.max()}."
         )
     u = np.zeros(shape) if uncertainty is None else np.asarray(uncertainty, float)
-    if u.shape != shape:
-        raise ValueError(f"uncertainty: expected the shape of route {list(shape)}, got {list(u.shape)}.")
+    expect(u.shape == shape, "uncertainty", f"the shape of route {list(shape)}", list(u.shape))
     if not ((-1e-4 <= u) & (u <= 1 + 1e-4)).all():
         raise ValueError(f"uncertainty: expected values in [0, 1], got {u.min()} to {u.max()}.")
     if names is None:
         names = [f"layer {i}" for i in range(len(route))] if len(route) > 1 else [""]
-    if len(names) != len(route):
-        raise ValueError(f"layer_names: expected one name per layer ({len(route)}), got {len(names)}.")
+    expect(len(names) == len(route), "layer_names", f"one name per layer ({len(route)})", len(names))
     edges = _edges(u)
     depth = np.searchsorted(edges, np.atleast_2d(u), side="left")
     return RoutedText(visible_pieces(pieces), styles, route, depth, edges, list(names))
@@ -183,8 +179,7 @@ def coloured_html(
     u = np.asarray(uncertainty, float).reshape(routed.route.shape)
     if mean is not None:
         expected = (*np.shape(route), len(mechanisms))
-        if np.shape(mean) != expected:
-            raise ValueError(f"mean: expected {list(expected)}, got {list(np.shape(mean))}.")
+        expect(np.shape(mean) == expected, "mean", f"{list(expected)}", list(np.shape(mean)))
         mean = np.asarray(mean, float).reshape(*routed.route.shape, len(mechanisms))
     names, slots = list(mechanisms), [style.slot for style in routed.styles.values()]
 

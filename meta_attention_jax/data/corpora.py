@@ -34,6 +34,7 @@ from typing import Any
 from meta_attention_jax.data.parts import Parts, cut
 from meta_attention_jax.data.splits import RULES, SPLITS, split_of, split_word
 from meta_attention_jax.data.texts import read_file, read_folder, read_text
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
 
 CORPORA = ("sotu", "stdlib", "recall", "path:FILE_OR_FOLDER", "hf:NAME[/CONFIG]")
@@ -152,8 +153,7 @@ def load_corpus(spec: str, split: str = "auto") -> Corpus:
 
 def check_split(spec: str, split: str) -> None:
     """Raises ValueError unless `split` is a rule that the corpus called `spec` can have."""
-    if split not in RULES:
-        raise ValueError(f"data.split: expected one of {', '.join(RULES)}, got {split!r}.")
+    expect(split in RULES, "data.split", f"one of {', '.join(RULES)}", split)
     if split != "auto" and (spec in ("sotu", "stdlib", "recall") or spec.startswith("hf:")):
         raise ValueError(f"data.split: expected 'auto' for {spec!r}, which has splits of its own, got {split!r}.")
 
@@ -240,8 +240,7 @@ def _hub(spec: str, rest: str) -> Corpus:
     A split that has not its usual name is found by the words of `splits.split_word`.
     """
     parts = rest.split("/")
-    if not all(parts) or len(parts) > 3:
-        raise ValueError(f"corpus: expected hf:NAME[/CONFIG], NAME with its owner, got {spec!r}.")
+    expect(all(parts) and len(parts) <= 3, "corpus", "hf:NAME[/CONFIG], NAME with its owner", spec)
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
             f"corpus: expected the package datasets for {spec!r}, got none installed; run 'pip install datasets'."
@@ -254,12 +253,10 @@ def _hub(spec: str, rest: str) -> Corpus:
         said = [name for name in loaded if split_word(name) == split]
         for name in [split] if split in loaded else sorted(said):
             columns = loaded[name].column_names
-            if "text" not in columns:
-                raise ValueError(f"corpus: expected a column 'text' in {spec!r}, got {columns}.")
+            expect("text" in columns, "corpus", f"a column 'text' in {spec!r}", columns)
             lines = (row.removesuffix("\n") + "\n" for row in loaded[name]["text"])
             texts[split].append((name, "".join(lines).encode("utf-8")))
-    if not texts["train"]:
-        raise ValueError(f"corpus: expected a split 'train' in {spec!r}, got {sorted(loaded)}.")
+    expect(bool(texts["train"]), "corpus", f"a split 'train' in {spec!r}", sorted(loaded))
     missing = [split for split in SPLITS[1:] if not texts[split]]
     pieces = [piece for name, data in texts["train"] for piece in cut(name, data, missing)]
     pieces += [(split, text) for split in SPLITS[1:] for text in texts[split]]

@@ -19,6 +19,7 @@ from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Batch
 
 _TRAIN = len(SPLITS)  # stream of the training steps; `recall`'s held-out splits use their own index
@@ -55,10 +56,8 @@ def make_dataset(
       split: of files of one's own, "auto", "names" or "hash"; see `data/splits.py`.
     """
     for field, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{field}: expected at least 1, got {value}.")
-    if seed < 0:
-        raise ValueError(f"seed: expected at least 0, got {seed}.")
+        expect(value >= 1, field, "at least 1", value)
+    expect(seed >= 0, "seed", "at least 0", seed)
     if not np.arange(batch_size)[rows].size:
         raise ValueError(f"rows: expected some of the batch's {batch_size} rows, got {rows}.")
     shape = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed, rows=rows)
@@ -317,7 +316,5 @@ def _cumulative(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n+1"]:
 
 
 def _check_eval(split: str, max_batches: int | None) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: expected at least 1, got {max_batches}.")
+    expect(split in SPLITS, "split", f"one of {', '.join(SPLITS)}", split)
+    expect(max_batches is None or max_batches >= 1, "max_batches", "at least 1", max_batches)

@@ -27,6 +27,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from meta_attention_jax.fields import expect
+
 KIND_OTHER, KIND_QUERY, KIND_AGGREGATE, KIND_LOCAL = 0, 1, 2, 3
 KINDS = ("other", "recall", "aggregate", "local")
 """Names of the kinds of tokens, by what it takes to predict the next one. With marks, `other` needs
@@ -65,25 +67,19 @@ class RecallConfig:
     def __post_init__(self) -> None:
         for field in ("num_keys", "num_values", "num_fillers", "num_pairs"):
             value = getattr(self, field)
-            if value < 1:
-                raise ValueError(f"recall.{field}: expected at least 1, got {value}.")
+            expect(value >= 1, f"recall.{field}", "at least 1", value)
         if self.num_pairs > self.num_keys:
             raise ValueError(f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got {self.num_pairs}.")
-        if self.min_distance < 2:
-            raise ValueError(f"recall.min_distance: expected at least 2, got {self.min_distance}.")
-        if not 0.0 < self.query_rate < 1.0:
-            raise ValueError(f"recall.query_rate: expected within (0, 1), got {self.query_rate}.")
-        if not 0.0 < self.jump_rate <= 1.0:
-            raise ValueError(f"recall.jump_rate: expected within (0, 1], got {self.jump_rate}.")
-        if self.num_marks < 0 or self.num_marks == 1:
-            raise ValueError(f"recall.num_marks: expected 0 or at least 2, got {self.num_marks}.")
+        expect(self.min_distance >= 2, "recall.min_distance", "at least 2", self.min_distance)
+        expect(0.0 < self.query_rate < 1.0, "recall.query_rate", "within (0, 1)", self.query_rate)
+        expect(0.0 < self.jump_rate <= 1.0, "recall.jump_rate", "within (0, 1]", self.jump_rate)
+        expect(self.num_marks >= 0 and self.num_marks != 1, "recall.num_marks", "0 or at least 2", self.num_marks)
         for field in ("mark_rate", "aggregate_rate"):
             value = getattr(self, field)
             if not (0.0 < value < 1.0 if self.num_marks else value == 0.0):
                 expected = "within (0, 1)" if self.num_marks else "0 without marks"
                 raise ValueError(f"recall.{field}: expected {expected}, got {value}.")
-        if not 0.0 < self.mark_bias <= 1.0:
-            raise ValueError(f"recall.mark_bias: expected within (0, 1], got {self.mark_bias}.")
+        expect(0.0 < self.mark_bias <= 1.0, "recall.mark_bias", "within (0, 1]", self.mark_bias)
         if self.ask_rate + self.mark_rate >= 1.0:
             raise ValueError(
                 "recall.query_rate + aggregate_rate + mark_rate: expected a sum below 1, got "

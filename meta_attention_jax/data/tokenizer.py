@@ -19,6 +19,7 @@ import tokenizers
 from jaxtyping import Int
 
 from meta_attention_jax.data.corpora import Corpus
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 
 FILE = "tokenizer.json"
@@ -85,8 +86,7 @@ class SymbolTokenizer:
         """Ids of names separated by blanks."""
         words = data.split()
         for word in words:
-            if word not in self._ids:
-                raise ValueError(f"text: expected names such as {self.symbols[0]}, got {word!r}.")
+            expect(word in self._ids, "text", f"names such as {self.symbols[0]}", word)
         return np.array([self._ids[word] for word in words], np.int32)
 
     def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
@@ -116,8 +116,7 @@ class BPETokenizer:
     @classmethod
     def train(cls, texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
         """Learns merges from `texts`; the same texts always give the same merges."""
-        if vocab_size < 256:
-            raise ValueError(f"vocab_size: expected at least the 256 bytes, got {vocab_size}.")
+        expect(vocab_size >= 256, "vocab_size", "at least the 256 bytes", vocab_size)
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -126,11 +125,8 @@ class BPETokenizer:
         )
         parts = (part for text in texts for chunk in _chunks(text) for part in _broken(chunk))
         tokenizer.train_from_iterator(parts, trainer)
-        if tokenizer.get_vocab_size() != vocab_size:
-            raise ValueError(
-                f"vocab_size: expected at most {tokenizer.get_vocab_size()}, all that the training "
-                f"text gives, got {vocab_size}."
-            )
+        expect(tokenizer.get_vocab_size() == vocab_size, "vocab_size",
+               f"at most {tokenizer.get_vocab_size()}, all that the training text gives", vocab_size)
         return cls(tokenizer.to_str())
 
     def encode(self, data: bytes) -> Ids:
@@ -159,11 +155,9 @@ def make_tokenizer(
       directory: where a trained tokenizer is kept: opened if one is there, else trained. Nothing is written: what else
         is wrong with the data is not known yet.
     """
-    if kind not in TOKENIZERS:
-        raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {kind!r}.")
+    expect(kind in TOKENIZERS, "tokenizer", f"one of {', '.join(TOKENIZERS)}", kind)
     if kind == ByteTokenizer.kind:
-        if vocab_size not in (None, ByteTokenizer.vocab_size):
-            raise ValueError(f"vocab_size: expected 256 for the tokenizer bytes, got {vocab_size}.")
+        expect(vocab_size in (None, ByteTokenizer.vocab_size), "vocab_size", "256 for the tokenizer bytes", vocab_size)
         return ByteTokenizer()
     if vocab_size is None:
         raise ValueError("vocab_size: expected a number for the tokenizer bpe, got None.")

@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from meta_attention_jax.config import ARRAY_INPUTS, config_to_dict, flat
+from meta_attention_jax.fields import expect
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.training.build import data_seed
 
@@ -115,10 +116,8 @@ def labels(points: Sequence[Point]) -> list[str]:
     for label in made:
         if made.count(label) > 1:
             raise ValueError(f"sweep: expected points that differ, got {label!r} twice.")
-        if label in (".", "..") or len(label) > LONGEST:
-            raise ValueError(
-                f"sweep: expected points whose names a folder can have, of at most {LONGEST} characters, got {label!r}."
-            )
+        expect(label not in (".", "..") and len(label) <= LONGEST, "sweep",
+               f"points whose names a folder can have, of at most {LONGEST} characters", label)
     return made
 
 
@@ -154,8 +153,7 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
         config.data.seed = config.seed  # One order of the data for all seeds of the points.
     known = dict(flat(config_to_dict(config)))
     for field, value in overrides.items():
-        if field not in known:
-            raise ValueError(f"sweep: expected a field of the config, got {field!r}.")
+        expect(field in known, "sweep", "a field of the config", field)
         try:
             if value is None:  # A ConfigDict would take it.
                 raise TypeError

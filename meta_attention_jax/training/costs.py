@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from meta_attention_jax.cost import CostSetting, MeasuredCosts, measure_costs
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 
 FILE = "costs.json"
@@ -63,10 +64,7 @@ def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarra
         raise ValueError(f"{FILE}: expected measured costs in {str(path)!r}, got something else.")
     for field in dataclasses.fields(CostSetting):
         wanted, got = getattr(setting, field.name), getattr(record.setting, field.name)
-        if wanted != got:
-            raise ValueError(
-                f"{FILE}: expected costs for {field.name} {wanted!r}, as in the config, in {str(path)!r}, got {got!r}."
-            )
+        expect(wanted == got, FILE, f"costs for {field.name} {wanted!r}, as in the config, in {str(path)!r}", got)
     return costs
 
 

@@ -13,8 +13,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.fields import expect
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import Sums, apply_sums, forward, loss_sums, predictive_nll, token_nll
+from meta_attention_jax.objective import (
+    Sums,
+    apply_sums,
+    forward,
+    loss_sums,
+    predictive_nll,
+    token_nll,
+)
 from meta_attention_jax.routing.accounting import Accounting, count_attention
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
@@ -56,8 +64,7 @@ class Evaluator:
           mode: "soft", "hard" or "gated".
           max_batches: at most so many, spread evenly over the split; None is all of it.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        expect(mode in MODES, "mode", f"one of {MODES}", mode)
         step = self._step(mode, functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds))
         return self._total(step, params, hypers, split, max_batches)
 
@@ -98,8 +105,7 @@ class Evaluator:
 
         The gate is off: every token mixes its sampled weights.
         """
-        if samples <= 0:
-            raise ValueError(f"samples: expected a number > 0, got {samples}.")
+        expect(samples > 0, "samples", "a number > 0", samples)
         step = self._step(
             ("samples", samples), functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples)
         )

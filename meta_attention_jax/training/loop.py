@@ -27,7 +27,13 @@ from meta_attention_jax.training.finite import Finite, not_finite
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.lock import hold
-from meta_attention_jax.training.logs import MetricsLog, Progress, SilentLog, read_metrics, status_line
+from meta_attention_jax.training.logs import (
+    MetricsLog,
+    Progress,
+    SilentLog,
+    read_metrics,
+    status_line,
+)
 from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.state import TrainState, count_parameters
 from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from meta_attention_jax.fields import expect
+
 Result = TypeVar("Result")
 
 _LONGEST = 1024
@@ -44,12 +46,9 @@ def start(
         for name, value in given.items():
             if value is None:
                 raise ValueError(f"{name}: expected a value, as {', '.join(given)} go together, got none.")
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise ValueError(
-                f"process_id: expected a number from 0 to num_processes - 1 = {num_processes - 1}, got {process_id}."
-            )
-        if ":" not in coordinator:
-            raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}.")
+        expect(num_processes >= 1 and 0 <= process_id < num_processes, "process_id",
+               f"a number from 0 to num_processes - 1 = {num_processes - 1}", process_id)
+        expect(":" in coordinator, "coordinator", "HOST:PORT", coordinator)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
