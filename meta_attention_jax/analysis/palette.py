@@ -1,9 +1,8 @@
 """Colours of mechanisms and arms, each with a second channel (hatch, underline, marker).
 
-The fills are Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008). Of its
-triples, vermillion, blue and yellow stay farthest apart under simulated protan, deutan and tritan
-vision, also as tints; they go to full, linear and local. Yellow is unreadable as a line on white,
-so lines and letters use `ink`, the fill darkened until it reads.
+The fills are Okabe and Ito's colour-blind-safe set ("Color Universal Design", 2008). Of its triples, vermillion, blue
+and yellow stay farthest apart under simulated protan, deutan and tritan vision, also as tints; they go to full, linear
+and local. Yellow is unreadable as a line on white, so lines and letters use `ink`, the fill darkened until it reads.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Pictures of posteriors: on the simplex, their entropy split in two, routes by position, and how all
-of it came about in training."""
+"""Pictures of posteriors: on the simplex, their entropy split in two, routes by position, and how all of it came about
+in training."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Text coloured by routing: HTML fragment, picture, terminal.
 
-The background says which mechanism a token is routed to, the underline says it again (for readers
-who do not tell the colours apart, and for photocopies), and the depth of the background says how
-certain the controller is: deep = certain, pale = uncertain.
+The background says which mechanism a token is routed to, the underline says it again (for readers who do not tell the
+colours apart, and for photocopies), and the depth of the background says how certain the controller is: deep = certain,
+pale = uncertain.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ A corpus is read whole into memory and named by one string:
   (WikiText's ``wiki.train.tokens``, ``data/train``), else by a hash: `data/splits.py` has the rule;
 * ``hf:NAME[/CONFIG]``: a data set of the Hugging Face hub, where `datasets` is installed.
 
-Of a folder, links are followed, hidden files left out, and files that are no text skipped with a
-warning. With a train file, the held-out files beside it that are named like it are read. Held-out
-documents that are in train too, byte for byte, are counted in a warning.
+Of a folder, links are followed, hidden files left out, and files that are no text skipped with a warning. With a train
+file, the held-out files beside it that are named like it are read. Held-out documents that are in train too, byte for
+byte, are counted in a warning.
 
 The generated corpus ``recall`` has no documents; see `meta_attention_jax.data.recall`.
 """
@@ -107,14 +107,9 @@ class Corpus:
             "source": self.source,
             "totals": self.totals(),
             "documents": [
-                {
-                    "name": document.name,
-                    "split": split,
-                    "bytes": len(document.data),
-                    "sha256": hashlib.sha256(document.data).hexdigest(),
-                }
+                dict(name=one.name, split=split, bytes=len(one.data), sha256=hashlib.sha256(one.data).hexdigest())
                 for split, documents in self.splits.items()
-                for document in documents
+                for one in documents
             ],
         }
 
@@ -122,9 +117,7 @@ class Corpus:
 def load_corpus(spec: str, split: str = "auto") -> Corpus:
     """Reads the corpus called `spec`: one of the names at the head of this module.
 
-    Args:
-      spec: its name.
-      split: "auto", "names" or "hash", for files of one's own; the others have splits.
+    `split`: "auto", "names" or "hash", for files of one's own; the others have splits.
 
     Raises:
       OSError: a file or folder that cannot be read.

@@ -12,6 +12,7 @@ from typing import Any
 from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.splits import RULES
+from meta_attention_jax.files import write_whole
 
 MANIFEST = "data_manifest.json"
 
@@ -100,8 +101,4 @@ def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
     """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change."""
     if check_manifest(dataset, directory):
         return
-    path = pathlib.Path(directory) / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    temporary.write_text(json.dumps(dataset.manifest(), indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(pathlib.Path(directory) / MANIFEST, json.dumps(dataset.manifest(), indent=1))

@@ -1,7 +1,7 @@
 """Batches of token windows, without any iterator state.
 
-Row r of training batch s is a function of (seed, s, r) alone: resuming needs the step, and a
-process that is given some of the rows makes exactly those. Everything is NumPy on the host.
+Row r of training batch s is a function of (seed, s, r) alone: resuming needs the step, and a process that is given some
+of the rows makes exactly those. Everything is NumPy on the host.
 """
 
 from __future__ import annotations
@@ -40,20 +40,15 @@ def make_dataset(
     rows: slice | np.ndarray = slice(None),
     split: str = "auto",
 ) -> Dataset:
-    """The data set of one experiment.
+    """The data set of one experiment: "recall", or a corpus that `load_corpus` knows.
 
     Args:
-      corpus: "recall", or a name that `load_corpus` knows.
-      sequence_length: inputs per row, T.
       batch_size: rows of the whole batch, over all processes.
-      seed: of the training batches, at least 0.
-      tokenizer: "bytes" or "bpe", for text; `recall` has a vocabulary of its own.
-      vocab_size: of BPE.
-      tokenizer_dir: where a trained tokenizer is kept: opened if it is there; nothing is written.
-      recall: the generator's parameters; None for the defaults.
+      seed: of the training batches.
+      tokenizer, vocab_size, tokenizer_dir: as `make_tokenizer`, for text; `recall` has a vocabulary of its own.
       window: raises recall's `min_distance` to at least the window of local attention.
       rows: the rows of every batch that this process makes.
-      split: of files of one's own, "auto", "names" or "hash"; see `data/splits.py`.
+      split: of files of one's own; see `data/splits.py`.
     """
     for field, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         expect(value >= 1, field, "at least 1", value)
@@ -72,17 +67,9 @@ def make_dataset(
 
 
 class Dataset(abc.ABC):
-    """Training batches by step, and held-out splits as fixed sequences of batches.
+    """Training batches by step, and held-out splits as fixed sequences of batches, all of one shape."""
 
-    Attributes:
-      tokenizer: renders token ids; its `vocab_size` and `token_bytes` are the data's.
-      num_kinds: kinds of tokens that `Batch.kind` tells apart.
-      sequence_length: T.
-      batch_size: rows of the whole batch.
-      rows: numbers of the rows made here, [local_batch].
-    """
-
-    num_kinds = 1
+    num_kinds = 1  # that `Batch.kind` tells apart
 
     def __init__(
         self,
@@ -95,13 +82,12 @@ class Dataset(abc.ABC):
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.rows = np.arange(batch_size, dtype=np.int32)[rows]
+        self.batch_size = batch_size  # of all processes
+        self.rows = np.arange(batch_size, dtype=np.int32)[rows]  # numbers of those made here
         self._seed = seed
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
         return self.tokenizer.vocab_size
 
     @abc.abstractmethod
@@ -133,12 +119,7 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
-        """The fixed batches of a split, independent of the seed; all of one shape.
-
-        Args:
-          split: "train", "validation" or "test".
-          max_batches: at most so many, spread evenly over the split; None for all.
-        """
+        """The fixed batches of a split, independent of the seed; at most so many, spread evenly over the split."""
 
     def _generator(self, seed: int, stream: int, number: int) -> np.random.Generator:
         sequence = np.random.SeedSequence(seed, spawn_key=(stream, number))
@@ -182,12 +163,10 @@ class TextDataset(Dataset):
             )
 
     def manifest(self) -> dict[str, Any]:
-        """The corpus's manifest, and the tokenizer's kind and size."""
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
         return {**self._corpus.manifest(), "tokenizer": named}
 
     def about(self) -> dict[str, Any]:
-        """See `Dataset.about`."""
         sizes = {
             split: {"files": total["documents"], "bytes": total["bytes"]}
             for split, total in self._corpus.totals().items()
@@ -195,7 +174,6 @@ class TextDataset(Dataset):
         return {"corpus": self._corpus.name, "split": self._corpus.split_by, **sizes}
 
     def train_batch(self, step: int) -> Batch:
-        """See `Dataset.train_batch`."""
         split = self._splits["train"]
         uniforms = self._generator(self._seed, _TRAIN, step).random(self.batch_size)[self.rows]
         place = (uniforms * split.places[-1]).astype(np.int64)
@@ -203,13 +181,12 @@ class TextDataset(Dataset):
         return self._windows(split, document, place - split.places[document])
 
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
-        """See `Dataset.num_eval_batches`."""
         _check_eval(split, max_batches)
         batches = -(-int(self._splits[split].windows[-1]) // self.batch_size)
         return batches if max_batches is None else min(batches, max_batches)
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
-        """See `Dataset.eval_batches`; the last batch is filled up with rows of padding."""
+        """The last one is filled up with rows of padding."""
         batches = self.num_eval_batches(split, max_batches=max_batches)
         return self._eval_batches(self._splits[split], batches)
 
@@ -239,11 +216,7 @@ class TextDataset(Dataset):
 
 
 class RecallDataset(Dataset):
-    """Generated sequences; every held-out split is a stream of its own, apart from any seed's.
-
-    Attributes:
-      config: the generator's parameters, with the distance in use.
-    """
+    """Generated sequences; every held-out split is a stream of its own, apart from any seed's."""
 
     def __init__(self, config: RecallConfig, **shape: Any) -> None:
         super().__init__(SymbolTokenizer(recall_lib.symbols(config)), **shape)
@@ -252,7 +225,6 @@ class RecallDataset(Dataset):
         self.num_kinds = config.num_kinds
 
     def manifest(self) -> dict[str, Any]:
-        """The generator's parameters and the size of its vocabulary."""
         parameters = dataclasses.asdict(self.config)
         if not self.config.num_marks:  # As before there were marks.
             for field in ("num_marks", "mark_rate", "mark_bias", "aggregate_rate"):
@@ -261,20 +233,17 @@ class RecallDataset(Dataset):
         return {"corpus": "recall", "recall": parameters, "tokenizer": named}
 
     def about(self) -> dict[str, Any]:
-        """See `Dataset.about`."""
         return {"corpus": "recall", "split": "by random numbers of its own, for it is generated"}
 
     def train_batch(self, step: int) -> Batch:
-        """See `Dataset.train_batch`."""
         return self._sequences(self._generator(self._seed, _TRAIN, step))
 
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
-        """See `Dataset.num_eval_batches`; a split has no end, None stands for 16."""
+        """A split has no end: None stands for 16."""
         _check_eval(split, max_batches)
         return _RECALL_EVAL_BATCHES if max_batches is None else max_batches
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
-        """See `Dataset.eval_batches`."""
         batches = self.num_eval_batches(split, max_batches=max_batches)
         stream = SPLITS.index(split)
         return (self._sequences(self._generator(0, stream, number)) for number in range(batches))

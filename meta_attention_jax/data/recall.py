@@ -1,23 +1,22 @@
 """`recall`: a generated corpus whose right routes are known.
 
-A sequence binds P random keys to values, one pair token each, then mixes a local grammar of fillers
-with queries, a key alone that is answered by its value:
+A sequence binds P random keys to values, one pair token each, then mixes a local grammar of fillers with queries, a key
+alone that is answered by its value:
 
     k3=v7 k0=v1 ... k9=v7  c5 c10 c3 ...  ?k0 v1  c0 c1 ?k9 v7 c6 ...
 
-A query stands at least `min_distance` tokens behind every binding, so a window of that size cannot
-see it: exact recall (full attention) is needed at query tokens. The rest follows from the last few
-tokens, but for which keys are bound, a set without order, worth log(num_keys / num_pairs) nats per
-query to whoever guesses the next one. A key that is asked twice may find its first answer nearby.
+A query stands at least `min_distance` tokens behind every binding, so a window of that size cannot see it: exact recall
+(full attention) is needed at query tokens. The rest follows from the last few tokens, but for which keys are bound, a
+set without order, worth log(num_keys / num_pairs) nats per query to whoever guesses the next one. A key that is asked
+twice may find its first answer nearby.
 
-With `num_marks` there is a third kind. Marks m0, m1, ... are strewn among the fillers, one of them
-oftener than the others in every sequence, and an aggregate query is answered by the most frequent
-mark so far:
+With `num_marks` there is a third kind. Marks m0, m1, ... are strewn among the fillers, one of them oftener than the
+others in every sequence, and an aggregate query is answered by the most frequent mark so far:
 
     ... c5 m2 c10 m0 m2 c3 ... ?most a2 c0 ...
 
-That is a statistic of the whole past without any position: linear attention suffices, where a window
-holds too few marks.
+That is a statistic of the whole past without any position: linear attention suffices, where a window holds too few
+marks.
 """
 
 from __future__ import annotations
@@ -68,42 +67,34 @@ class RecallConfig:
         for field in ("num_keys", "num_values", "num_fillers", "num_pairs"):
             value = getattr(self, field)
             expect(value >= 1, f"recall.{field}", "at least 1", value)
-        if self.num_pairs > self.num_keys:
-            raise ValueError(f"recall.num_pairs: expected at most num_keys = {self.num_keys}, got {self.num_pairs}.")
+        most = f"at most num_keys = {self.num_keys}"
+        expect(self.num_pairs <= self.num_keys, "recall.num_pairs", most, self.num_pairs)
         expect(self.min_distance >= 2, "recall.min_distance", "at least 2", self.min_distance)
         expect(0.0 < self.query_rate < 1.0, "recall.query_rate", "within (0, 1)", self.query_rate)
         expect(0.0 < self.jump_rate <= 1.0, "recall.jump_rate", "within (0, 1]", self.jump_rate)
         expect(self.num_marks >= 0 and self.num_marks != 1, "recall.num_marks", "0 or at least 2", self.num_marks)
         for field in ("mark_rate", "aggregate_rate"):
             value = getattr(self, field)
-            if not (0.0 < value < 1.0 if self.num_marks else value == 0.0):
-                expected = "within (0, 1)" if self.num_marks else "0 without marks"
-                raise ValueError(f"recall.{field}: expected {expected}, got {value}.")
+            ok = 0.0 < value < 1.0 if self.num_marks else value == 0.0
+            expect(ok, f"recall.{field}", "within (0, 1)" if self.num_marks else "0 without marks", value)
         expect(0.0 < self.mark_bias <= 1.0, "recall.mark_bias", "within (0, 1]", self.mark_bias)
-        if self.ask_rate + self.mark_rate >= 1.0:
-            raise ValueError(
-                "recall.query_rate + aggregate_rate + mark_rate: expected a sum below 1, got "
-                f"{self.ask_rate + self.mark_rate}."
-            )
+        rates = self.ask_rate + self.mark_rate
+        expect(rates < 1.0, "recall.query_rate + aggregate_rate + mark_rate", "a sum below 1", rates)
 
     @property
     def query_offset(self) -> int:
-        """Id of the first query token."""
         return self.num_keys * self.num_values
 
     @property
     def value_offset(self) -> int:
-        """Id of the first value token."""
         return self.query_offset + self.num_keys
 
     @property
     def filler_offset(self) -> int:
-        """Id of the first filler token."""
         return self.value_offset + self.num_values
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
         return self.mark_offset + (2 * self.num_marks + 1 if self.num_marks else 0)
 
     @property
@@ -113,7 +104,6 @@ class RecallConfig:
 
     @property
     def num_kinds(self) -> int:
-        """Kinds of tokens in use."""
         return 4 if self.num_marks else 2
 
     @property
@@ -161,10 +151,8 @@ def sample(rng: np.random.Generator, config: RecallConfig, rows: int, length: in
 def sequences(uniforms: Uniforms, config: RecallConfig, length: int) -> Sample:
     """Sequences as a deterministic function of uniform numbers.
 
-    Args:
-      uniforms: in [0, 1), independent; shape [rows, num_draws(config, length)].
-      config: the generator.
-      length: inputs per sequence, T.
+    `uniforms` are independent, in [0, 1), `num_draws(config, length)` in a row; `length` is T, the inputs of a
+    sequence.
 
     Returns:
       tokens: [rows, T + 1], inputs and targets overlapping by T - 1.

@@ -7,20 +7,19 @@
 * ``hash``: whatever the names, 90/5/5 by a hash of the path below the folder; one file is cut, 5 %
   of its bytes off the end for each of validation and test.
 
-Names say it where a train word and a held-out word stand side by side in one folder, at any depth:
-``data/train`` and ``data/test``, ``en.train.txt`` and ``en.dev.txt``. A word is a whole part of the
-name, between signs, digits or a change to capitals, in any case, also with "set", "data" or "split"
-behind it: train, training, trainval; valid, validation, val, dev, devel, development, eval,
-evaluation, newsdev; test, testing, tests, heldout, held-out, holdout, newstest. Train with a
-held-out word in one name says nothing; of two held-out words it is test. What lies below is of the
-same split; within train, names side by side may say more. Every text has to lie under one of the
-names. A split that they leave out is taken out of train (`data/parts.py`).
+Names say it where a train word and a held-out word stand side by side in one folder, at any depth: ``data/train`` and
+``data/test``, ``en.train.txt`` and ``en.dev.txt``. A word is a whole part of the name, between signs, digits or a
+change to capitals, in any case, also with "set", "data" or "split" behind it: train, training, trainval; valid,
+validation, val, dev, devel, development, eval, evaluation, newsdev; test, testing, tests, heldout, held-out, holdout,
+newstest. Train with a held-out word in one name says nothing; of two held-out words it is test. What lies below is of
+the same split; within train, names side by side may say more. Every text has to lie under one of the names. A split
+that they leave out is taken out of train (`data/parts.py`).
 
-In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and
-``test.py`` count only if no other program lies outside of such pairs, folders of programs only if
-most programs lie in them, and a folder ``tests`` never goes with a file ``train.py``. Beside text that
-says train, ``test.md`` or ``eval.yaml`` counts where nothing else is held out and no other page or
-program lies outside; so does text beside ``train.md``. What is not used is said in a note.
+In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and ``test.py`` count only if no
+other program lies outside of such pairs, folders of programs only if most programs lie in them, and a folder ``tests``
+never goes with a file ``train.py``. Beside text that says train, ``test.md`` or ``eval.yaml`` counts where nothing else
+is held out and no other page or program lies outside; so does text beside ``train.md``. What is not used is said in a
+note.
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """Tokenizers: bytes to token ids and back, with the bytes of every token for bits per byte.
 
-All of them have `encode`, `decode`, `vocab_size`, `token_bytes`, `kind` and `save`;
-`load_tokenizer` opens what any of them saved. There are no special tokens: padding is marked by
-segment ids, never by a token.
+There are no special tokens: padding is marked by segment ids, never by a token.
 """
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -31,25 +29,36 @@ _CHUNK = 1 << 20  # characters that are encoded at a time: bounds memory on file
 _WORD = re.compile(r"\S{1000}(?=\S)")  # training takes time of the square of a word's length
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the pipeline needs to know of a tokenizer."""
+class Tokenizer(abc.ABC):
+    """What the pipeline needs to know of a tokenizer; `load_tokenizer` opens what any of them saved."""
 
     kind: str  # its name in manifests
     vocab_size: int  # number of token ids
     token_bytes: Int[np.ndarray, "vocab"]  # UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing
 
+    @abc.abstractmethod
     def encode(self, data: bytes) -> Ids:
         """Token ids (int32) of a text; `decode` undoes it."""
 
     def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
         """The text of token ids; for a part of a text it may start or end within a character."""
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
+            raise ValueError(f"ids: expected within [0, {self.vocab_size}), got {ids.min()} to {ids.max()}.")
+        return self._decode(ids)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into `directory`, atomically."""
+        write_whole(pathlib.Path(directory) / FILE, self._content())
+
+    @abc.abstractmethod
+    def _decode(self, ids: Ids) -> bytes: ...
+
+    @abc.abstractmethod
+    def _content(self) -> str: ...
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token per byte, 256 in all."""
 
     kind = "bytes"
@@ -59,19 +68,16 @@ class ByteTokenizer:
         self.token_bytes = np.ones(self.vocab_size, np.int32)
 
     def encode(self, data: bytes) -> Ids:
-        """The bytes as int32."""
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
-        """The bytes."""
-        return _checked(ids, self.vocab_size).astype(np.uint8).tobytes()
+    def _decode(self, ids: Ids) -> bytes:
+        return ids.astype(np.uint8).tobytes()
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`."""
-        _write(directory, json.dumps({"kind": self.kind}))
+    def _content(self) -> str:
+        return json.dumps({"kind": self.kind})
 
 
-class SymbolTokenizer:
+class SymbolTokenizer(Tokenizer):
     """A fixed list of names separated by blanks, for generated corpora; `token_bytes` is 0."""
 
     kind = "symbols"
@@ -83,22 +89,19 @@ class SymbolTokenizer:
         self._ids = {symbol.encode(): i for i, symbol in enumerate(self.symbols)}
 
     def encode(self, data: bytes) -> Ids:
-        """Ids of names separated by blanks."""
         words = data.split()
         for word in words:
             expect(word in self._ids, "text", f"names such as {self.symbols[0]}", word)
         return np.array([self._ids[word] for word in words], np.int32)
 
-    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
-        """The names, each followed by a blank."""
-        return "".join(f"{self.symbols[i]} " for i in _checked(ids, self.vocab_size)).encode()
+    def _decode(self, ids: Ids) -> bytes:
+        return "".join(f"{self.symbols[i]} " for i in ids).encode()
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`."""
-        _write(directory, json.dumps({"kind": self.kind, "symbols": self.symbols}))
+    def _content(self) -> str:
+        return json.dumps({"kind": self.kind, "symbols": self.symbols})
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al., 2016; the byte form of GPT-2, 2019).
 
     The file it saves is that of the library `tokenizers`, which opens it too.
@@ -130,31 +133,21 @@ class BPETokenizer:
         return cls(tokenizer.to_str())
 
     def encode(self, data: bytes) -> Ids:
-        """Token ids of a text."""
         parts = [np.array(self._tokenizer.encode(chunk).ids, np.int32) for chunk in _chunks(data)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def decode(self, ids: Sequence[int | np.integer] | Ids) -> bytes:
-        """The bytes of the tokens."""
-        return b"".join(self._bytes[i] for i in _checked(ids, self.vocab_size))
+    def _decode(self, ids: Ids) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `tokenizer.json`."""
-        _write(directory, self._tokenizer.to_str())
+    def _content(self) -> str:
+        return self._tokenizer.to_str()
 
 
 def make_tokenizer(
     kind: str, corpus: Corpus, vocab_size: int | None = None, directory: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
-    """A tokenizer for `corpus`: "bytes", or "bpe" trained on its training split.
-
-    Args:
-      kind: "bytes" or "bpe".
-      corpus: whose training split BPE learns from.
-      vocab_size: of BPE, at least 256; for bytes None or 256.
-      directory: where a trained tokenizer is kept: opened if one is there, else trained. Nothing is written: what else
-        is wrong with the data is not known yet.
-    """
+    """A tokenizer for `corpus`: "bytes", or "bpe" of `vocab_size` tokens: opened if one is kept in `directory`, else
+    trained on the training split. Nothing is written: what else is wrong with the data is not known yet."""
     expect(kind in TOKENIZERS, "tokenizer", f"one of {', '.join(TOKENIZERS)}", kind)
     if kind == ByteTokenizer.kind:
         expect(vocab_size in (None, ByteTokenizer.vocab_size), "vocab_size", "256 for the tokenizer bytes", vocab_size)
@@ -190,11 +183,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level BPE.
-
-    A byte that is a visible Latin-1 character stands for itself; the others, in order, take the characters from U+0100
-    on.
-    """
+    """The printable character of each byte in byte-level BPE: a visible Latin-1 character stands for itself; the other
+    bytes, in order, take the characters from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = sorted(set(range(256)) - visible)
     return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
@@ -222,14 +212,3 @@ def _broken(text: str) -> Iterator[str]:
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]
-
-
-def _checked(ids: Sequence[int | np.integer] | Ids, vocab_size: int) -> Ids:
-    ids = np.asarray(ids, np.int64)
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-        raise ValueError(f"ids: expected within [0, {vocab_size}), got {ids.min()} to {ids.max()}.")
-    return ids
-
-
-def _write(directory: str | os.PathLike[str], text: str) -> None:
-    write_whole(pathlib.Path(directory) / FILE, text)

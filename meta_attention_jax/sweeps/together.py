@@ -1,8 +1,8 @@
 """Runs that differ in array inputs alone, trained as one program: `vmap` of the training step.
 
-Every run keeps its own directory, as if it had been trained alone; the order of the data is shared.
-Several devices share the points, each training its own; nothing is communicated. Evaluation in mode
-hard runs all mechanisms and selects, since packed dispatch has trip counts of its own for every point.
+Every run keeps its own directory, as if it had been trained alone; the order of the data is shared. Several devices
+share the points, each training its own; nothing is communicated. Evaluation in mode hard runs all mechanisms and
+selects, since packed dispatch has trip counts of its own for every point.
 """
 
 from __future__ import annotations

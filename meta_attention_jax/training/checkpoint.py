@@ -1,7 +1,7 @@
 """Orbax checkpoints behind one thin class: the latest N and the best, written in the background.
 
-Layout of `checkpoints/<step>/`: `state` (the whole `TrainState`), `config` (JSON), `metrics` (JSON,
-with the validation nats that decide what is best).
+Layout of `checkpoints/<step>/`: `state` (the whole `TrainState`), `config` (JSON), `metrics` (JSON, with the validation
+nats that decide what is best).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The order of things in training: a step, then what is due after it. The same for one run and for many
-that are trained together."""
+"""The order of things in training: a step, then what is due after it. The same for one run and for many that are
+trained together."""
 
 from __future__ import annotations
 

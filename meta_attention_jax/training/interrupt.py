@@ -1,8 +1,7 @@
-"""SIGTERM and SIGINT, and what schedulers and lost terminals send, end a training loop between two steps,
-after a save.
+"""SIGTERM and SIGINT, and what schedulers and lost terminals send, end a training loop between two steps, after a save.
 
-With several processes it is enough that one of them gets the signal. They stop after the same step, on
-which JAX's preemption service makes them agree.
+With several processes it is enough that one of them gets the signal. They stop after the same step, on which JAX's
+preemption service makes them agree.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A run that is ready to start: its config and data checked, its directory made.
 
-A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`,
-`tensorboard/`, `checkpoints/`, and `costs.json` when costs are measured.
+A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`, `tensorboard/`,
+`checkpoints/`, and `costs.json` when costs are measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Two ways to run the same per-device function on many devices: jit over a mesh, and pmap.
 
-Both give each device its rows; the numbers are the same. The mesh form is `jit(shard_map(...))`: what is
-inside is written per device, which keeps every collective where the step put it (sums at the end, and the
-gathers of `sharding` where parameters are split), and out of the loops of attention and accumulation.
+Both give each device its rows; the numbers are the same. The mesh form is `jit(shard_map(...))`: what is inside is
+written per device, which keeps every collective where the step put it (sums at the end, and the gathers of `sharding`
+where parameters are split), and out of the loops of attention and accumulation.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The training step, a pure function of arrays.
 
-Inside a mesh or pmap it runs per device on that device's rows: every device sums over its own
-tokens, one psum at the end adds the sums, and only then is anything divided by the global number of
-tokens. Gradients are therefore those of the whole batch however uneven its shards are, and no
-collective stands inside a loop, but for the parameters of scanned layers where a model's `shard_axis`
-splits them (see `sharding`).
+Inside a mesh or pmap it runs per device on that device's rows: every device sums over its own tokens, one psum at the
+end adds the sums, and only then is anything divided by the global number of tokens. Gradients are therefore those of
+the whole batch however uneven its shards are, and no collective stands inside a loop, but for the parameters of scanned
+layers where a model's `shard_axis` splits them (see `sharding`).
 """
 
 from __future__ import annotations
