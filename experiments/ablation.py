@@ -38,9 +38,9 @@ from meta_attention_jax.data.manifest import MANIFEST
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, train
+from meta_attention_jax.training.processes import Busy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = common.define_path("workdir", None, "Where all runs and the tables go.")

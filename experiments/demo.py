@@ -23,7 +23,7 @@ from experiments import common
 from experiments.studies import arms, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
-from meta_attention_jax.data.recall_floor import entropy_floor
+from meta_attention_jax.data.recall import entropy_floor
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run

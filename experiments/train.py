@@ -20,8 +20,8 @@ from ml_collections import config_flags
 from experiments import common
 from meta_attention_jax.training import processes
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.lock import Busy
 from meta_attention_jax.training.loop import Diverged, train
+from meta_attention_jax.training.processes import Busy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 WORKDIR = common.define_path("workdir", None, "The run directory.")

@@ -43,7 +43,7 @@ from meta_attention_jax.training.evaluation import Evaluator, logits_and_routing
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import last_mode
-from meta_attention_jax.training.state import Hypers
+from meta_attention_jax.training.step import Hypers
 from meta_attention_jax.types import Batch, Routing, RoutingHypers
 
 if TYPE_CHECKING:

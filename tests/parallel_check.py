@@ -24,8 +24,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.evaluation import eval_step
 from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.state import in_controller
-from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+from meta_attention_jax.training.step import gradient_sums, in_controller, init_state, train_step
 from tests.close import distance
 
 

@@ -16,8 +16,7 @@ from meta_attention_jax.objective import apply_sums, objective
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.state import in_controller
-from meta_attention_jax.training.step import init_state, routing_hypers
+from meta_attention_jax.training.step import in_controller, init_state, routing_hypers
 from meta_attention_jax.types import Router, RoutingHypers
 from tests import making
 from tests.close import assert_close

@@ -24,8 +24,7 @@ from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build, interrupt
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.drive import drive
-from meta_attention_jax.training.finite import not_finite
+from meta_attention_jax.training.drive import drive, not_finite
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import MetricsLog, read_metrics

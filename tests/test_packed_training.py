@@ -16,8 +16,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import dense_row_share, train
-from meta_attention_jax.training.state import in_controller
-from meta_attention_jax.training.step import gradient_sums, init_state, train_step
+from meta_attention_jax.training.step import gradient_sums, in_controller, init_state, train_step
 from tests.close import assert_close, distance
 
 

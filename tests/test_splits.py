@@ -13,9 +13,8 @@ import pytest
 
 from meta_attention_jax.data import splits
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
-from meta_attention_jax.data.parts import cut
 from meta_attention_jax.data.pipeline import make_dataset
-from meta_attention_jax.data.texts import walk
+from meta_attention_jax.data.texts import cut, walk
 from tests.test_corpora import write
 
 TEXT = "".join(f"line {i} of a text – é\n" for i in range(60))

@@ -13,9 +13,9 @@ from configs import smoke
 from experiments.studies import outcome, pinned, sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.processes import hold
 from tests.close import assert_close
 from tests.test_commands import ROOT, check_mistake, check_success, command, environment  # noqa: F401
 

@@ -21,9 +21,9 @@ from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
 from meta_attention_jax.training.loop import Diverged, train
+from meta_attention_jax.training.processes import Busy, hold
 from meta_attention_jax.training.step import make_optimizer
 from tests.close import assert_close
 

@@ -21,8 +21,8 @@ from meta_attention_jax.sweeps.together import Lost, Moved, train_together
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.job import Job, prepare
-from meta_attention_jax.training.lock import Busy, hold
 from meta_attention_jax.training.loop import Diverged, train
+from meta_attention_jax.training.processes import Busy, hold
 from meta_attention_jax.training.restore import initial_params
 
 if TYPE_CHECKING:

@@ -31,9 +31,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from meta_attention_jax.data.parts import Parts, cut
 from meta_attention_jax.data.splits import RULES, SPLITS, split_of, split_word
-from meta_attention_jax.data.texts import read_file, read_folder, read_text
+from meta_attention_jax.data.texts import Parts, cut, read_file, read_folder, read_text
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
 

@@ -13,7 +13,7 @@ change to capitals, in any case, also with "set", "data" or "split" behind it: t
 validation, val, dev, devel, development, eval, evaluation, newsdev; test, testing, tests, heldout, held-out, holdout,
 newstest. Train with a held-out word in one name says nothing; of two held-out words it is test. What lies below is of
 the same split; within train, names side by side may say more. Every text has to lie under one of the names. A split
-that they leave out is taken out of train (`data/parts.py`).
+that they leave out is taken out of train (`data/texts.py`).
 
 In a program or a page (`TOPICAL`) the words are topics. Under ``auto``, ``train.py`` and ``test.py`` count only if no
 other program lies outside of such pairs, folders of programs only if most programs lie in them, and a folder ``tests``

@@ -16,8 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.training.evaluation import eval_step, in_both_modes, sum_batches
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.state import TrainState
-from meta_attention_jax.training.step import init_state, train_step
+from meta_attention_jax.training.step import TrainState, init_state, train_step
 
 POINTS = "points"
 

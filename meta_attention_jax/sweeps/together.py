@@ -24,7 +24,7 @@ from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.logs import MetricsLog, Progress
 from meta_attention_jax.training.loop import describe, divergence, headline, save
-from meta_attention_jax.training.state import TrainState
+from meta_attention_jax.training.step import TrainState
 
 MEMORY_SHARE = 0.8
 """Of a device's memory, what a program may need; the rest is for data and for what was not counted."""

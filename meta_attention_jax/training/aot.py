@@ -17,8 +17,7 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.sharding import AXES, split_axis
 from meta_attention_jax.training import build
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.state import in_controller
-from meta_attention_jax.training.step import init_state, train_step
+from meta_attention_jax.training.step import in_controller, init_state, train_step
 from meta_attention_jax.types import Batch
 
 

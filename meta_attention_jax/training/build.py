@@ -25,8 +25,7 @@ from meta_attention_jax.sharding import FSDP
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import final_threshold, validate
-from meta_attention_jax.training.state import Hypers
-from meta_attention_jax.training.step import Schedule, StepSpec, make_optimizer
+from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_optimizer
 from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
 
 PADDED = "padded"

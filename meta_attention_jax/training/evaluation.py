@@ -27,8 +27,7 @@ from meta_attention_jax.routing.accounting import Accounting, count_attention
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.state import row_keys
-from meta_attention_jax.training.step import Axes
+from meta_attention_jax.training.step import Axes, row_keys
 from meta_attention_jax.types import Batch, Positions, Routing, RoutingHypers, SegmentIds
 
 

@@ -21,8 +21,7 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params
-from meta_attention_jax.training.state import Hypers
-from meta_attention_jax.training.step import StepSpec
+from meta_attention_jax.training.step import Hypers, StepSpec
 
 
 @dataclasses.dataclass(frozen=True)

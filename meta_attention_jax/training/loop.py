@@ -21,12 +21,10 @@ from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.drive import Tally, drive
+from meta_attention_jax.training.drive import Finite, Tally, drive, not_finite
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
-from meta_attention_jax.training.finite import Finite, not_finite
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.lock import hold
 from meta_attention_jax.training.logs import (
     MetricsLog,
     Progress,
@@ -34,9 +32,16 @@ from meta_attention_jax.training.logs import (
     read_metrics,
     status_line,
 )
+from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
-from meta_attention_jax.training.state import TrainState, count_parameters
-from meta_attention_jax.training.step import StepSpec, init_state, num_dense_rows, train_step
+from meta_attention_jax.training.step import (
+    StepSpec,
+    TrainState,
+    count_parameters,
+    init_state,
+    num_dense_rows,
+    train_step,
+)
 from meta_attention_jax.types import Batch
 
 PROFILED_STEPS = 3
