@@ -210,9 +210,9 @@ class Group:
         sums: dict[str, Any] = {}
         for mode in self.modes:
             step = self.evaluation(mode)
+            batches = dataset.eval_batches("validation", max_batches=config.train.eval_batches)
             sums[mode] = jax.device_get(sum_batches(
-                lambda batch: step(states.params, self.replicate(batch), self.hypers.routing),
-                dataset, split="validation", max_batches=config.train.eval_batches,
+                lambda batch: step(states.params, self.replicate(batch), self.hypers.routing), batches
             ))
         return [
             in_both_modes(self.fixed, lambda mode: self.report(index, sums[mode])) for index in range(len(self.jobs))

@@ -18,12 +18,12 @@ from meta_attention_jax.console import say
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.sweeps.group import Group, device_bytes, point_of, points_that_fit, to_host
 from meta_attention_jax.sweeps.space import program
-from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
+from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.logs import MetricsLog, Progress
-from meta_attention_jax.training.loop import describe, divergence, headline, save
+from meta_attention_jax.training.logs import Progress
+from meta_attention_jax.training.loop import Book, describe, divergence, headline, live_line
 from meta_attention_jax.training.step import TrainState
 
 MEMORY_SHARE = 0.8
@@ -58,12 +58,10 @@ def train_together(
 
     Args:
       jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if other processes may
-        train them too, each held by this one (`lock.hold`) since that was seen.
-      label: of the live line.
+        train them too, each held by this one (`processes.hold`) since that was seen.
       names: of the points, for what is said of them.
       start: steps done before.
       stop_after: stop (with checkpoints) after this step.
-      progress: show the live line.
       memory: bytes per device that a program may need; None is a share of what the device has. Groups that need more
         are trained in parts.
       failed: called with a point's name and what went wrong, as soon as it is known.
@@ -100,53 +98,38 @@ def train_together(
         ]
     with contextlib.ExitStack() as stack_:
         asked = stack_.enter_context(interruptible())  # As in `loop.train`.
-        runs = [_Point(job, name, start, stack_) for job, name in zip(jobs, names, strict=True)]
+        books = [Book(job, stack_, name) for job, name in zip(jobs, names, strict=True)]
         if start:
             template = group.abstract_point()
             # Over the host: one device would not hold the states of all.
-            states = group.from_host([to_host(run.restore(template)) for run in runs])
+            states = group.from_host([to_host(_restored(book, start, template)) for book in books])
         else:
             states = group.states()
         about = describe(jobs[0], group.abstract_point().params)
-        for run in runs:
-            run.log.write("resume" if start else "start", start, {} if start else about)
+        for book in books:
+            book.open_log(start, about)
         if progress:
             where = f"{group.mesh.size} x {devices[0].platform}"
             say(headline(label, about, where, job=jobs[0], start=start, runs=len(jobs)))
             say(str(jobs[0].dataset))
         config = jobs[0].config
-        line = Progress(
-            label, total=config.train.steps, start=start,
-            tokens_per_step=config.data.batch_size * config.data.sequence_length * len(jobs), enabled=progress,
-        )
-        stack_.callback(line.close)
+        line = live_line(label, config, stack_, start=start, enabled=progress, runs=len(jobs))
         stop = min(stop_after or config.train.steps, config.train.steps)
-        many = _Many(group, runs, states, line, names, failed or (lambda name, sentence: None))
+        many = _Many(group, books, states, line, failed or (lambda name, sentence: None))
         del states  # The step takes them over.
         drive(many, config.train, asked, start=start, stop=stop)
-        return [run.failure for run in runs]
+        return [book.failure for book in books]
 
 
-class _Point:
-    """The open files of one point, and how it fares."""
-
-    def __init__(self, job: Job, name: str, start: int, stack_: contextlib.ExitStack):
-        self.config, self.name = job.config, name
-        self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
-        stack_.callback(self.checkpoints.close)
-        self.log = MetricsLog(job.path, start=start)
-        stack_.callback(self.log.close)
-        self.good: Optional[int] = start or None
-        self.failure: Optional[str] = None
-
-    def restore(self, template: TrainState) -> TrainState:
-        try:
-            found, state = self.checkpoints.restore_newest(template)
-        except Damaged as error:
-            raise Lost(self.name, error) from error
-        if found != self.good:
-            raise Moved(found)
-        return state
+def _restored(book: Book, start: int, template: TrainState) -> TrainState:
+    """The newest state of a point, which is at step `start`."""
+    try:
+        found, state = book.checkpoints.restore_newest(template)
+    except Damaged as error:
+        raise Lost(book.name, error) from error
+    if found != start:
+        raise Moved(found)
+    return state
 
 
 class _Many:
@@ -155,21 +138,19 @@ class _Many:
     def __init__(
         self,
         group: Group,
-        runs: list[_Point],
+        books: list[Book],
         states: TrainState,
         line: Progress,
-        names: Sequence[str],
         failed: Callable[[str, str], None],
     ):
-        self.group, self.runs, self.states, self.line = group, runs, states, line
-        self.names, self.failed = names, failed
+        self.group, self.books, self.states, self.line, self.failed = group, books, states, line, failed
         self.tally = Tally(jax.device_get)
         self.evaluations: list[dict[str, Any]] = []
 
     @property
     def alive(self) -> list[int]:
         """Points that have not diverged."""
-        return [index for index, run in enumerate(self.runs) if run.failure is None]
+        return [index for index, book in enumerate(self.books) if book.failure is None]
 
     def step(self, number: int) -> None:
         batch = self.group.replicate(self.group.jobs[0].dataset.train_batch(number))
@@ -179,33 +160,30 @@ class _Many:
     def log(self, done: int) -> bool:
         sums, finite, scalars = self.tally.read()
         for index in self.alive:
-            run = self.runs[index]
+            book = self.books[index]
             own = jax.tree.map(lambda flags: flags[:, index], finite)
-            run.failure = divergence(done - len(own["loss"]) + 1, own, run.good)
-            if run.failure is not None:
-                self.line.say(f"{self.names[index]}: {run.failure}")
-                self.failed(self.names[index], run.failure)
+            book.failure = divergence(done - len(own["loss"]) + 1, own, book.good)
+            if book.failure is not None:
+                self.line.say(f"{book.name}: {book.failure}")
+                self.failed(book.name, book.failure)
         records = []
         for index in self.alive:
             own = {name: float(values[index]) for name, values in scalars.items()}
             records.append({**self.group.report(index, sums, beta=own["beta"]), **own})
-            self.runs[index].log.write("train", done, records[-1])
+            self.books[index].log.write("train", done, records[-1])
         if records:
-            self.line.update(done, _status(records, len(self.runs)))
+            self.line.update(done, _status(records, len(self.books)))
         return bool(records)
 
     def evaluate(self, done: int) -> None:
         self.evaluations = self.group.evaluate(self.states)
         for index in self.alive:
-            self.runs[index].log.write("eval", done, self.evaluations[index])
+            self.books[index].log.write("eval", done, self.evaluations[index])
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
         for index in self.alive:
-            run = self.runs[index]
-            state = point_of(self.states, index)
             evaluation = self.evaluations[index] if evaluated else None
-            save(run.checkpoints, done, state, run.config, evaluation)
-            run.good = done
+            self.books[index].save(done, point_of(self.states, index), evaluation)
 
 
 def _status(records: list[dict[str, Any]], count: int) -> str:

@@ -125,10 +125,8 @@ def build_parallel(config: ConfigDict) -> Parallel:
     available = jax.devices()
     wanted = config.parallel.devices or len(available)
     expect(wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted)
-    expect(
-        wanted == len(available) or jax.process_count() == 1, "parallel.devices",
-        f"0 or {len(available)}, all of them, with several processes", wanted,
-    )
+    expect(wanted == len(available) or jax.process_count() == 1, "parallel.devices",
+           f"0 or {len(available)}, all of them, with several processes", wanted)
     return check_parallel(config, available[:wanted])
 
 

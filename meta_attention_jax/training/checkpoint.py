@@ -70,22 +70,15 @@ class Damaged(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores training states of one run directory.
-
-    Args:
-      directory: the folder of all steps; made when missing unless `read_only`.
-      keep_latest: newest steps that stay.
-      read_only: never write, never delete.
-    """
+    """Saves and restores training states of one run directory, in the folder of all steps, which is made when missing
+    unless `read_only`."""
 
     def __init__(self, directory: str | pathlib.Path, *, keep_latest: int = 2, read_only: bool = False):
         self.directory = pathlib.Path(directory).absolute()
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep_latest),
-                preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
-            ]
-        )
+        policy = preservation_policy.AnyPreservationPolicy([
+            preservation_policy.LatestN(keep_latest),
+            preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
+        ])
         with _quiet() if read_only else contextlib.nullcontext():
             self._manager = _Manager(
                 self.directory, item_names=("state", "config"),
@@ -155,7 +148,6 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         with self._readable(step):
-            self._manager.check_metrics(step)
             return self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )["state"]
@@ -194,7 +186,6 @@ class Checkpoints:
           Damaged: one cannot be read.
         """
         with self._readable(step):
-            self._manager.check_metrics(step)
             # Not as an address, where "#", "%" and "?" of a name mean something.
             place = {"driver": "file", "path": f"{self.directory / str(step) / 'state'}/"}
             base = {"driver": "ocdbt", "base": place}
@@ -225,8 +216,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
-        """Raises what goes wrong with the files of a step as `Damaged`."""
+        """Checks the metrics of a step, and raises what goes wrong with its files as `Damaged`."""
         try:
+            self._manager.check_metrics(step)
             yield
         except MemoryError:
             raise
@@ -245,24 +237,13 @@ class Checkpoints:
         Raises:
           Damaged: nothing that can be read at that step.
         """
-        with self._readable(step):
-            self._manager.check_metrics(step)
-            return self._restore_params(step)
-
-    def _restore_params(self, step: int) -> Any:
-        tree = self._manager.item_metadata(step)["state"].tree
         sharding = SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), {"params": tree["params"]}
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(
-                self.directory / str(step) / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-                ),
-            )
-        return restored["params"]
+        with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            tree = {"params": self._manager.item_metadata(step)["state"].tree["params"]}
+            wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+            how = ocp.checkpoint_utils.construct_restore_args(wanted)
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+            return reader.restore(self.directory / str(step) / "state", args=args)["params"]
 
     def wait(self) -> None:
         """Returns when everything started has been written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -32,13 +32,8 @@ from meta_attention_jax.types import Batch, Positions, Routing, RoutingHypers, S
 
 
 class Evaluator:
-    """Compiles the evaluation steps of one model once and reuses them.
-
-    Args:
-      model: the language model, in any mode.
-      dataset: where the batches come from.
-      parallel: where they run; parameters and hypers given later are placed there.
-    """
+    """Compiles the evaluation steps of one model, in any mode, once and reuses them; what it is given later is placed by
+    `parallel`."""
 
     def __init__(self, model: nn.Module, dataset: Dataset, parallel: Parallel):
         self.model = model
@@ -46,26 +41,20 @@ class Evaluator:
         self.parallel = parallel
         self._compiled: dict[Any, Any] = {}
 
-    def _step(self, kind: Any, function: Any) -> Any:
+    def _step(self, step: Callable[..., Any], mode: str, number: int) -> Any:
+        kind = step, mode, number
         if kind not in self._compiled:
+            function = functools.partial(step, self.model.clone(mode=mode), number)
             self._compiled[kind] = self.parallel.compile(function, batch_argument=1)
         return self._compiled[kind]
 
     def sums(
         self, params: Any, hypers: RoutingHypers, *, split: str, mode: str, max_batches: Optional[int] = None
     ) -> Sums:
-        """Sums over the split at the posterior mean.
-
-        Args:
-          params: placed parameters.
-          hypers: placed; theta counts in mode "gated" only.
-          split: "train", "validation" or "test".
-          mode: "soft", "hard" or "gated".
-          max_batches: at most so many, spread evenly over the split; None is all of it.
-        """
+        """Sums over the split at the posterior mean; theta counts in mode "gated" only. `max_batches` as in
+        `Dataset.eval_batches`."""
         expect(mode in MODES, "mode", f"one of {MODES}", mode)
-        step = self._step(mode, functools.partial(eval_step, self.model.clone(mode=mode), self.dataset.num_kinds))
-        return self._total(step, params, hypers, split, max_batches)
+        return self._total(self._step(eval_step, mode, self.dataset.num_kinds), params, hypers, split, max_batches)
 
     def accounted(
         self, params: Any, hypers: RoutingHypers, *, split: str, max_batches: Optional[int] = None
@@ -75,18 +64,14 @@ class Evaluator:
         Executed numbers are those of batches and devices as they are here: a device runs a mechanism without a packed
         form if one token of its rows asks for it.
         """
-        step = self._step(
-            "accounted", functools.partial(accounted_eval_step, self.model.clone(mode="hard"), self.dataset.num_kinds)
-        )
+        step = self._step(accounted_eval_step, "hard", self.dataset.num_kinds)
         sums, accounting = self._total(step, params, hypers, split, max_batches)
         return sums, accounting.per_token()
 
     @without_mesh
     def _total(self, step: Any, params: Any, hypers: RoutingHypers, split: str, max_batches: Optional[int]) -> Any:
-        total = sum_batches(
-            lambda batch: step(params, self.parallel.shard(batch), hypers), self.dataset,
-            split=split, max_batches=max_batches,
-        )
+        batches = self.dataset.eval_batches(split, max_batches=max_batches)
+        total = sum_batches(lambda batch: step(params, self.parallel.shard(batch), hypers), batches)
         return jax.device_get(self.parallel.unreplicate(total))
 
     @without_mesh
@@ -105,9 +90,7 @@ class Evaluator:
         The gate is off: every token mixes its sampled weights.
         """
         expect(samples > 0, "samples", "a number > 0", samples)
-        step = self._step(
-            ("samples", samples), functools.partial(sampled_eval_step, self.model.clone(mode="soft"), samples)
-        )
+        step = self._step(sampled_eval_step, "soft", samples)
         hypers = hypers.replace(threshold=jnp.zeros_like(hypers.threshold))
         key = self.parallel.make(lambda: jax.random.key(seed))
         total = {"tokens": 0.0, "predictive": 0.0, "elbo": 0.0}
@@ -120,22 +103,17 @@ class Evaluator:
         return {name: total[name] / total["tokens"] for name in ("predictive", "elbo")}
 
 
-def sum_batches(step: Callable[[Batch], Any], dataset: Dataset, *, split: str, max_batches: Optional[int]) -> Any:
-    """The sum of `step` over the batches of a split, on the devices."""
+def sum_batches(step: Callable[[Batch], Any], batches: Iterable[Batch]) -> Any:
+    """The sum of `step` over batches, on the devices."""
     total = None
-    for batch in dataset.eval_batches(split, max_batches=max_batches):
-        sums = step(batch)
+    for sums in map(step, batches):
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     return total
 
 
 def in_both_modes(fixed: bool, metrics_of: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has.
-
-    Args:
-      fixed: whether the route is; both are then the same thing, and measured once.
-      metrics_of: of a mode.
-    """
+    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has. With a fixed route both are
+    the same thing, and measured once."""
     soft = metrics_of("soft")
     hard = soft if fixed else metrics_of("hard")
     gap = {"hard_minus_soft": hard["nll"] - soft["nll"]}
@@ -198,9 +176,7 @@ def accounted_eval_step(
 ) -> tuple[Sums, Accounting]:
     """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
     output = forward(model, params, batch, hypers)
-    def count(route):
-        return count_attention(route, model.config, segment_ids=batch.segment_ids)
-
+    count = functools.partial(count_attention, config=model.config, segment_ids=batch.segment_ids)
     layers = jax.lax.map(count, output.routing.route)
     accounting = jax.tree.map(lambda x: x.sum(0), layers)
     accounting = accounting.replace(tokens=layers.tokens[0])  # The same tokens in every layer.
@@ -218,20 +194,9 @@ def token_arrays(
     split: str,
     max_batches: Optional[int] = None,
 ) -> dict[str, np.ndarray]:
-    """What a model says of every single loss token, on this process's first device.
-
-    Args:
-      model: its mode counts.
-      dataset: where the batches come from.
-      params: of the model.
-      hypers: kappa, eta, c, theta.
-      split: "train", "validation" or "test".
-      max_batches: at most so many, spread evenly over the split.
-
-    Returns:
-      nll (nats), correct and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token];
-      concentration [layer token mechanism] where there is one.
-    """
+    """What a model, in its mode, says of every single loss token, on this process's first device: nll (nats), correct
+    and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token]; concentration
+    [layer token mechanism] and log_uncertainty [layer token] where there is one."""
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
         tokens, layers = jax.device_get(_token_step(model, params, batch, hypers))
@@ -240,8 +205,7 @@ def token_arrays(
             parts.setdefault(name, []).append(np.asarray(values)[keep])
         for name, values in layers.items():
             parts.setdefault(name, []).append(values[:, keep])
-    axis = {"nll": 0, "correct": 0, "kind": 0}
-    return {name: np.concatenate(part, axis=axis.get(name, 1)) for name, part in parts.items()}
+    return {name: np.concatenate(part, axis=int(name in layers)) for name, part in parts.items()}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -268,9 +232,6 @@ def _token_step(
     tokens = dict(
         nll=token_nll(output.logits, batch.targets), correct=jnp.argmax(output.logits, axis=-1) == batch.targets
     )
-    layers = dict(mean=routing.mean, uncertainty=routing.uncertainty, route=routing.route, hard=routing.hard)
-    if routing.log_uncertainty is not None:
-        layers["log_uncertainty"] = routing.log_uncertainty
-    if routing.concentration is not None:
-        layers["concentration"] = routing.concentration
-    return tokens, layers
+    names = ("mean", "uncertainty", "route", "hard", "log_uncertainty", "concentration")
+    layers = {name: getattr(routing, name) for name in names}
+    return tokens, {name: values for name, values in layers.items() if values is not None}

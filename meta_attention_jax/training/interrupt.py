@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 from jax.experimental import multihost_utils
@@ -32,12 +32,7 @@ after every step."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the training after a save.
-
-    Attributes:
-      signal: which.
-      step: that is saved; None if the training had come to its end.
-    """
+    """A signal ended the training after a save, of `step` unless the training had come to its end."""
 
     def __init__(self, number: signal.Signals, step: Optional[int] = None):
         after = "" if step is None else f" after step {step}"
@@ -59,16 +54,31 @@ def interruptible() -> Iterator[Asked]:
     Raises:
       Interrupted: at the end of the block, if a signal came that nobody asked for.
     """
-    caught: list[signal.Signals] = []
-    began = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield lambda done: None
-        return
-    if processes.several():
+    elif processes.several():
         with _agreed() as asked:
             yield asked
-        return
+    else:
+        caught: list[signal.Signals] = []
+        with _taken(SIGNALS, caught.append):
+            yield lambda done: caught[0] if caught else None
+        if caught:
+            raise Interrupted(caught[0])
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[Asked]:
+    """`interruptible` for several processes. The preemption service has taken SIGTERM for itself."""
+    with _taken(SIGNALS[1:], lambda number: os.kill(os.getpid(), signal.SIGTERM)):
+        yield lambda done: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
+
+
+@contextlib.contextmanager
+def _taken(numbers: Sequence[signal.Signals], first: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Inside the block the first of these signals calls `first`; one after its echo does what it did before."""
     before: dict[signal.Signals, Any] = {}
+    began: Optional[float] = None
 
     def restore() -> None:
         for number, handler in before.items():
@@ -76,54 +86,23 @@ def interruptible() -> Iterator[Asked]:
 
     def catch(number: int, frame: Any) -> None:
         nonlocal began
-        if not caught:
-            caught.append(signal.Signals(number))
+        if began is None:
             began = time.monotonic()
+            first(signal.Signals(number))
         elif time.monotonic() - began > REPEAT:
             restore()
             signal.raise_signal(number)
 
-    for number in SIGNALS:
+    for number in numbers:
         if _ours(number):
             before[number] = signal.signal(number, catch)
     try:
-        yield lambda done: caught[0] if caught else None
+        yield
     finally:
         restore()
-    if caught:
-        raise Interrupted(caught[0])
 
 
 def _ours(number: signal.Signals) -> bool:
     """Whether a signal may be taken over."""
     handler = signal.getsignal(number)
     return handler is signal.SIG_DFL if number in _HINTS else handler not in (signal.SIG_IGN, None)
-
-
-@contextlib.contextmanager
-def _agreed() -> Iterator[Asked]:
-    """`interruptible` for several processes. The preemption service has taken SIGTERM for itself."""
-    began = None
-
-    def forward(number: int, frame: Any) -> None:
-        nonlocal began
-        if began is None:
-            began = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif time.monotonic() - began > REPEAT:
-            restore()
-            signal.raise_signal(number)
-
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in SIGNALS[1:]:
-        if _ours(number):
-            before[number] = signal.signal(number, forward)
-    try:
-        yield lambda done: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(done) else None
-    finally:
-        restore()

@@ -100,13 +100,8 @@ def _where(job: Job) -> str:
 
 
 def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]:
-    """What is said of a run whose numbers are not finite; None if they are.
-
-    Args:
-      first: number of the first step of `finite`, from 1.
-      finite: of `Tally.read`, of one run.
-      good: step of its last checkpoint.
-    """
+    """What is said of a run whose numbers, from step `first` on, are not finite; None if they are. `good` is the step of
+    its last checkpoint."""
     found = not_finite(finite)
     if found is None:
         return None
@@ -124,11 +119,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint if there is one.
 
-    Args:
-      job: of `prepare`.
-      stop_after: stop (with a checkpoint) after this step, as an interruption would.
-      progress: show the live line.
-      label: of the live line; the config's name when None.
+    Stops (with a checkpoint) after step `stop_after`, as an interruption would. `label` is of the live line; the
+    config's name when None.
 
     Returns:
       The last evaluation on the validation split: {"soft": metrics, "hard": metrics}.
@@ -148,31 +140,21 @@ def train(
         # Left last: what is being saved when a signal comes is saved whole.
         asked = stack.enter_context(interruptible())
         _hold(job.path, stack)
-        checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=config.train.keep_latest)
-        stack.callback(checkpoints.close)
-        start, restored = checkpoints.restore_newest(parallel.unreplicate(state))
-        log = MetricsLog(job.path, start=start) if processes.leads() else SilentLog()
-        stack.callback(log.close)
+        book = Book(job, stack)
+        start, restored = book.checkpoints.restore_newest(parallel.unreplicate(state))
         about = describe(job, parallel.unreplicate(state).params)
+        book.open_log(start, about)
         if start:
             state = parallel.place(restored)
-            log.write("resume", start, {})
-        else:
-            if job.initial is not None:
-                state = state.replace(params=parallel.place(job.initial))
-            log.write("start", 0, about)
+        elif job.initial is not None:
+            state = state.replace(params=parallel.place(job.initial))
         if progress:
             say(headline(label, about, _where(job), start=start, job=job))
             say(str(job.dataset))
         stop = min(stop_after or config.train.steps, config.train.steps)
         if start >= stop:
             return _last_evaluation(job.path)
-        line = Progress(
-            label, total=config.train.steps, start=start,
-            tokens_per_step=config.data.batch_size * config.data.sequence_length, enabled=progress,
-        )
-        stack.callback(line.close)
-        run = _Run(job, state, checkpoints, log, line, start=start, stop=stop)
+        run = _Run(book, state, live_line(label, config, stack, start=start, enabled=progress), start=start, stop=stop)
         drive(run, config.train, asked, start=start, stop=stop)
         return run.evaluation
 
@@ -197,23 +179,49 @@ def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
     return {mode: evaluations[-1][mode] for mode in ("soft", "hard")} if evaluations else {}
 
 
+def live_line(
+    label: str, config: ConfigDict, stack: contextlib.ExitStack, *, start: int, enabled: bool, runs: int = 1
+) -> Progress:
+    """Until the stack is left."""
+    tokens = config.data.batch_size * config.data.sequence_length * runs
+    line = Progress(label, total=config.train.steps, start=start, tokens_per_step=tokens, enabled=enabled)
+    stack.callback(line.close)
+    return line
+
+
+class Book:
+    """The open files of one run, until the stack is left, and how it fares."""
+
+    def __init__(self, job: Job, stack: contextlib.ExitStack, name: str = ""):
+        self.job, self._stack, self.name = job, stack, name
+        self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
+        stack.callback(self.checkpoints.close)
+        self.good: Optional[int] = None  # step of the last checkpoint
+        self.failure: Optional[str] = None  # in words, of a run that has diverged
+
+    def open_log(self, start: int, about: Mapping[str, Any]) -> None:
+        """Tells that the run goes on from step `start`, or begins and is about this."""
+        self.good = start or None
+        self.log = MetricsLog(self.job.path, start=start) if processes.leads() else SilentLog()
+        self._stack.callback(self.log.close)
+        self.log.write("resume" if start else "start", start, {} if start else about)
+
+    def save(self, done: int, state: TrainState, evaluation: Optional[Mapping[str, Any]]) -> None:
+        """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the run, of the
+        fewest soft nats where none does; one without an evaluation comes after all others."""
+        config = self.job.config
+        mode = "soft" if config.gate.kind == "none" else "hard"
+        nll = math.inf if evaluation is None else evaluation[mode]["nll"]
+        self.checkpoints.save(done, state, config=config_to_dict(config), nll=nll)
+        self.good = done
+
+
 class _Run:
     """One run between its first and its last step, as `drive` works it."""
 
-    def __init__(
-        self,
-        job: Job,
-        state: TrainState,
-        checkpoints: Checkpoints,
-        log: MetricsLog | SilentLog,
-        line: Progress,
-        *,
-        start: int,
-        stop: int,
-    ):
-        config, parallel = job.config, job.parallel
-        self.job, self.checkpoints, self.records, self.line = job, checkpoints, log, line
-        self.start, self.stop = start, stop
+    def __init__(self, book: Book, state: TrainState, line: Progress, *, start: int, stop: int):
+        job, config, parallel = book.job, book.job.config, book.job.parallel
+        self.job, self.book, self.line, self.start, self.stop = job, book, line, start, stop
         self.mechanisms = tuple(config.model.mechanisms)
         costs = jax.device_get(job.hypers.routing.costs)
         self.report = functools.partial(summarise, mechanisms=self.mechanisms, costs=costs)
@@ -225,14 +233,13 @@ class _Run:
         self.state, self.hypers = state, parallel.place(job.hypers)
         self.tally = Tally(lambda tree: jax.device_get(parallel.unreplicate(tree)))
         self.evaluation: dict[str, Any] = {}
-        self.good = start or None
         self._traced = False
 
     def step(self, number: int) -> None:
         job, profile = self.job, self.job.config.train.profile_step
         if number == max(self.packed_from, self.start) and self.packed_from < self.stop:
             self.compiled = _compile(job, packed_spec(job))
-            self.records.write("packed", number, {"controller_rows": self.dense_share})
+            self.book.log.write("packed", number, {"controller_rows": self.dense_share})
             self.line.say(_packed_note(number, self.dense_share))
         if number == profile:
             jax.profiler.start_trace(str(job.path / "profile"))
@@ -248,13 +255,13 @@ class _Run:
 
     def log(self, done: int) -> bool:
         sums, finite, scalars = self.tally.read()
-        if sentence := divergence(done - len(finite["loss"]) + 1, finite, self.good):
+        if sentence := divergence(done - len(finite["loss"]) + 1, finite, self.book.good):
             raise Diverged(sentence)
         scalars = {name: float(value) for name, value in scalars.items()}
         if done > self.packed_from and not self.dense_share:
             scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
         record = {**self.report(sums, beta=scalars["beta"]), **scalars}
-        self.records.write("train", done, record)
+        self.book.log.write("train", done, record)
         self.line.update(done, status_line(record, self.mechanisms))
         return True
 
@@ -268,23 +275,10 @@ class _Run:
             ))
 
         self.evaluation = in_both_modes(config.controller.name == "fixed", metrics_of)
-        self.records.write("eval", done, self.evaluation)
+        self.book.log.write("eval", done, self.evaluation)
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
-        state = self.job.parallel.unreplicate(self.state)
-        evaluation = self.evaluation if evaluated else None
-        save(self.checkpoints, done, state, self.job.config, evaluation)
-        self.good = done
-
-
-def save(
-    checkpoints: Checkpoints, step: int, state: TrainState, config: ConfigDict, evaluation: Optional[Mapping[str, Any]]
-) -> None:
-    """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the run, of the fewest
-    soft nats where none does; one without an evaluation comes after all others."""
-    mode = "soft" if config.gate.kind == "none" else "hard"
-    nll = math.inf if evaluation is None else evaluation[mode]["nll"]
-    checkpoints.save(step, state, config=config_to_dict(config), nll=nll)
+        self.book.save(done, self.job.parallel.unreplicate(self.state), self.evaluation if evaluated else None)
 
 
 def packed_spec(job: Job) -> StepSpec:

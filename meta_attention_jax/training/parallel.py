@@ -17,32 +17,26 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meta_attention_jax.config import SCHEMA
+from meta_attention_jax.fields import expect
 from meta_attention_jax.sharding import AXES, DATA, FSDP, partition
 
 PARALLEL_MODES = SCHEMA["parallel.mode"].choices
 
 
 class Parallel:
-    """Places arrays and compiles per-device functions over the devices.
-
-    Attributes:
-      mode: "jit" (mesh of data x fsdp) or "pmap" (data alone).
-      devices: all devices, of all processes.
-      shard_axis: the mesh axis that parameters and moments are split over; None where each device
-        has all of them.
-    """
+    """Places arrays and compiles per-device functions over all devices of all processes, by "jit" (mesh of data x fsdp)
+    or "pmap" (data alone)."""
 
     def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None, fsdp: int = 1):
-        if mode not in PARALLEL_MODES:
-            raise ValueError(f"parallel.mode: expected one of {PARALLEL_MODES}, got {mode!r}.")
+        expect(mode in PARALLEL_MODES, "parallel.mode", f"one of {PARALLEL_MODES}", mode)
         self.mode = mode
         self.devices = tuple(jax.devices() if devices is None else devices)
-        if fsdp < 1 or len(self.devices) % fsdp:
-            raise ValueError(f"parallel.fsdp: expected a divisor of the {len(self.devices)} devices, got {fsdp}.")
+        divides = fsdp >= 1 and len(self.devices) % fsdp == 0
+        expect(divides, "parallel.fsdp", f"a divisor of the {len(self.devices)} devices", fsdp)
         several = len({device.process_index for device in self.devices}) > 1
-        if mode == "pmap" and (fsdp > 1 or several):
-            what = "several processes" if several else f"parallel.fsdp = {fsdp}"
-            raise ValueError(f"parallel.mode: expected 'jit' with {what}, got 'pmap'.")
+        what = "several processes" if several else f"parallel.fsdp = {fsdp}"
+        expect(mode != "pmap" or (fsdp == 1 and not several), "parallel.mode", f"'jit' with {what}", mode)
+        # The mesh axis that parameters and moments are split over; None where each device has all of them.
         self.shard_axis: Optional[str] = FSDP if fsdp > 1 else None
         shape = (len(self.devices) // fsdp, fsdp)
         # Auto: Linen and distrax do not know explicit axes.
@@ -55,11 +49,9 @@ class Parallel:
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuses a batch that does not split over devices and micro-batches."""
         share = len(self.devices) * accumulate
-        if batch_size % share:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of devices x optimizer.accumulate = "
-                f"{len(self.devices)} x {accumulate} = {share}, got {batch_size}."
-            )
+        product = f"{len(self.devices)} x {accumulate} = {share}"
+        expect(batch_size % share == 0, "data.batch_size", f"a multiple of devices x optimizer.accumulate = {product}",
+               batch_size)
 
     @property
     def _rows(self) -> NamedSharding:

@@ -19,61 +19,42 @@ def validate(config: ConfigDict) -> None:
     """Checks every field that can be checked without reading data; fills in what `check_fields` does."""
     check_fields(config)
     model, train = config.model, config.train
-    expect(
-        model.model_dim % (2 * model.num_heads) == 0, "model.num_heads",
-        f"a divisor of model_dim = {model.model_dim} with an even head width", model.num_heads,
-    )
-    expect(
-        model.num_heads % model.num_kv_heads == 0, "model.num_kv_heads", f"a divisor of num_heads = {model.num_heads}",
-        model.num_kv_heads,
-    )
+    expect(model.model_dim % (2 * model.num_heads) == 0, "model.num_heads",
+           f"a divisor of model_dim = {model.model_dim} with an even head width", model.num_heads)
+    expect(model.num_heads % model.num_kv_heads == 0, "model.num_kv_heads",
+           f"a divisor of num_heads = {model.num_heads}", model.num_kv_heads)
     check_sizes(config)
     mechanisms = tuple(model.mechanisms)
-    expect(
-        len(mechanisms) > 1 and len(set(mechanisms)) == len(mechanisms), "model.mechanisms",
-        "two or more distinct names", mechanisms,
-    )
+    expect(len(mechanisms) > 1 and len(set(mechanisms)) == len(mechanisms), "model.mechanisms",
+           "two or more distinct names", mechanisms)
     for name in mechanisms:
         try:
             get_mechanism(name)
         except ValueError as error:
             raise ValueError(f"model.mechanisms: {error}") from None
     final_threshold(config)
-    expect(
-        config.gate.fallback == "soft" or "full" in mechanisms, "gate.fallback",
-        f"'soft' without full attention among {mechanisms}", config.gate.fallback,
-    )
+    expect(config.gate.fallback == "soft" or "full" in mechanisms, "gate.fallback",
+           f"'soft' without full attention among {mechanisms}", config.gate.fallback)
     for name in config.controller.fixed:
         expect(name in mechanisms, "controller.fixed", f"mechanisms among {mechanisms}", name)
     expect(len(config.controller.fixed) > 0, "controller.fixed", "at least one mechanism", ())
     if model.scan_layers and config.controller.name == "fixed":
         layers = {config.controller.fixed[i % len(config.controller.fixed)] for i in range(model.num_layers)}
         expect(len(layers) == 1, "model.scan_layers", "False with a pattern of several mechanisms", True)
-    expect(
-        -1 <= train.profile_step < train.steps, "train.profile_step", f"-1 or a step below train.steps = {train.steps}",
-        train.profile_step,
-    )
+    expect(-1 <= train.profile_step < train.steps, "train.profile_step",
+           f"-1 or a step below train.steps = {train.steps}", train.profile_step)
     if train.packed:
-        expect(
-            round(config.gate.end * train.steps) < train.steps, "train.packed",
-            "False unless gate.end leaves steps after it", True,
-        )
-        expect(
-            config.gate.kind in ("linear", "cosine") and final_threshold(config) == 1.0, "train.packed",
-            "False unless gate.kind is 'linear' or 'cosine' and gate.threshold 1, which make every "
-            "token hard at a known step",
-            True,
-        )
-        expect(
-            config.controller.name != "fixed", "train.packed",
-            "False with a fixed controller, which runs one mechanism as it is", True,
-        )
+        expect(round(config.gate.end * train.steps) < train.steps, "train.packed",
+               "False unless gate.end leaves steps after it", True)
+        expect(config.gate.kind in ("linear", "cosine") and final_threshold(config) == 1.0, "train.packed",
+               "False unless gate.kind is 'linear' or 'cosine' and gate.threshold 1, which make every "
+               "token hard at a known step", True)
+        expect(config.controller.name != "fixed", "train.packed",
+               "False with a fixed controller, which runs one mechanism as it is", True)
     known = measures_of(config.controller.name)
-    expect(
-        config.controller.uncertainty in known, "controller.uncertainty",
-        f"one of {known}, the measures with controller.name = {config.controller.name!r}",
-        config.controller.uncertainty,
-    )
+    expect(config.controller.uncertainty in known, "controller.uncertainty",
+           f"one of {known}, the measures with controller.name = {config.controller.name!r}",
+           config.controller.uncertainty)
 
 
 def final_threshold(config: ConfigDict) -> float:
@@ -103,13 +84,9 @@ def check_sizes(config: ConfigDict) -> None:
     tokens = data.batch_size * data.sequence_length
     expect(tokens < 2**31, "data.batch_size", "fewer than 2^31 tokens in a batch", data.batch_size)
     symbols = data.num_keys * data.num_values + 2 * data.num_marks
-    expect(
-        data.corpus != "recall" or symbols <= SYMBOLS, "data.num_keys",
-        f"at most {SYMBOLS} pairs of a key and a value, twice the marks included", data.num_keys,
-    )
+    expect(data.corpus != "recall" or symbols <= SYMBOLS, "data.num_keys",
+           f"at most {SYMBOLS} pairs of a key and a value, twice the marks included", data.num_keys)
     widest = max(model.model_dim, model.mlp_dim, 3 * model.model_dim, config.controller.hidden)
-    expect(
-        model.model_dim * widest < 2**31, "model.model_dim",
-        "fewer than 2^31 weights in a matrix, the MLP's and the controller's included", model.model_dim,
-    )
+    expect(model.model_dim * widest < 2**31, "model.model_dim",
+           "fewer than 2^31 weights in a matrix, the MLP's and the controller's included", model.model_dim)
     expect(model.num_layers <= LAYERS, "model.num_layers", f"at most {LAYERS}", model.num_layers)
