@@ -68,11 +68,9 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
 def frame(
     columns: int, panel_width: float, heights: Sequence[float], title: str, caption: str, gap_x: float = 0.35
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Rows of panels of the given heights, a title above and a caption below.
-
-    Measured in inches rather than left to a layout engine, so that nothing overlaps or shrinks. Panels with numbers of
-    their own on the left need a `gap_x` of about 0.8.
-    """
+    """Rows of panels of the given heights, a title above and a caption below. Measured in inches rather than left to a
+    layout engine, so that nothing overlaps or shrinks. Panels with numbers of their own on the left need a `gap_x` of
+    about 0.8."""
     left, right, top, gap_y = 0.75, 0.2, 0.96, 0.75
     width = left + columns * panel_width + (columns - 1) * gap_x + right
     caption = textwrap.fill(caption, int(12.8 * (width - left - right)))

@@ -36,11 +36,9 @@ def _series(run: Mapping[str, Any], x: str, y: str) -> tuple[np.ndarray, np.ndar
 
 
 def _limits(runs: Sequence[Mapping[str, Any]], floor: float | None) -> tuple[float, float] | None:
-    """Limits of the loss axis: everything after the first tenth of training, where arms differ.
-
-    The plunge before it would squeeze the differences between arms into a line's width. Curves stay below the legend,
-    which takes a line per run in the upper right corner.
-    """
+    """Limits of the loss axis: everything after the first tenth of training, where arms differ. The plunge before it
+    would squeeze the differences between arms into a line's width. Curves stay below the legend, which takes a line per
+    run in the upper right corner."""
     curves = [(y, *_series(run, x, y)) for run in runs for x, y in _CURVES]
     last = max((steps.max() for _, steps, _ in curves if steps.size), default=0)
     kept = [] if floor is None else [floor]

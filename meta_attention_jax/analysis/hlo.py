@@ -47,10 +47,8 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of an optimised HLO module.
-
-    What the TPU compiler spreads over other work (its asynchronous collective fusions) counts once, where it starts.
-    """
+    """All collectives of an optimised HLO module. What the TPU compiler spreads over other work (its asynchronous
+    collective fusions) counts once, where it starts."""
     computations, entry = _computations(text)
     counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:10_000])]
     everybody = math.prod(counts)

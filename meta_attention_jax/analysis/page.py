@@ -83,13 +83,8 @@ def table_html(rows: Sequence[tables.Row], columns: Sequence[tables.Column]) -> 
 
 
 def html_page(title: str, sections: Sequence[Section], text: str = "") -> str:
-    """A whole HTML document, fit for print, that loads nothing from anywhere.
-
-    Args:
-      title: title and first heading; plain text.
-      sections: in order.
-      text: a plain paragraph under the title.
-    """
+    """A whole HTML document, fit for print, that loads nothing from anywhere; `text` is a plain paragraph under the
+    title."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if text:
         parts.append(f"<p>{html.escape(text)}</p>")

@@ -70,11 +70,8 @@ _KNOWN = {"full": 0, "linear": 1, "local": 2}
 
 
 def mechanism_styles(mechanisms: Sequence[str]) -> dict[str, Style]:
-    """A style per mechanism, in the order given.
-
-    full, linear and local always look the same, whatever the order and the others are; further names take the next
-    styles in order.
-    """
+    """A style per mechanism, in the order given. full, linear and local always look the same, whatever the order and
+    the others are; further names take the next styles in order."""
     names = list(mechanisms)
     expect(len(set(names)) == len(names), "mechanisms", "distinct names", tuple(names))
     free = iter(range(len(_KNOWN), len(STYLES)))

@@ -29,12 +29,8 @@ def simplex_figure(
     prior: Optional[Float[np.ndarray, "mechanism"]] = None,
     title: str = "",
 ) -> Figure:
-    """E[pi] of tokens in a triangle per layer; a corner is all weight on one mechanism.
-
-    Args:
-      mean: E[pi] of every token; of three mechanisms.
-      prior: mean of the prior, marked by a cross.
-    """
+    """E[pi] of tokens in a triangle per layer; a corner is all weight on one of three mechanisms, a cross the prior's
+    mean."""
     mean = np.asarray(mean, float)
     if len(mechanisms) != 3 or mean.ndim != 3 or mean.shape[2] != 3:
         raise ValueError(

@@ -14,10 +14,8 @@ LEVEL = 0.95
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half-width of the 95 % interval) by Student's t over independent seeds.
-
-    One value has no interval: its half-width is NaN.
-    """
+    """(mean, half-width of the 95 % interval) by Student's t over independent seeds. One value has no interval: its
+    half-width is NaN."""
     x = np.asarray(values, np.float64)
     if not x.size:
         raise ValueError("values: expected at least one, got none.")
@@ -36,10 +34,8 @@ def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tup
 
 
 def auroc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> float:
-    """P(score of a positive > score of a negative) + P(equal) / 2; NaN without either of them.
-
-    The Mann-Whitney statistic, by mid-ranks.
-    """
+    """P(score of a positive > score of a negative) + P(equal) / 2; NaN without either of them. The Mann-Whitney
+    statistic, by mid-ranks."""
     positive = np.asarray(positive, bool)
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
@@ -56,19 +52,9 @@ def routing_truth(
     mechanism: int,
     needed: int,
 ) -> list[dict[str, float]]:
-    """How each layer's use of a mechanism meets the tokens of the kind that needs it.
-
-    Args:
-      mean: E pi of every token.
-      route: k* of every token.
-      kind: of every token.
-      mechanism: index of the mechanism.
-      needed: the kind that needs it.
-
-    Returns:
-      Per layer: precision P(kind | k* is the mechanism) (NaN if never used), recall P(k* is the mechanism | kind),
-        other P(k* is the mechanism | another kind), and auroc of E pi_mechanism for the kind.
-    """
+    """How each layer's use (E pi, k*) of a mechanism meets the tokens of the kind that needs it. Per layer: precision
+    P(kind | k* is the mechanism) (NaN if never used), recall P(k* is the mechanism | kind), other P(k* is the mechanism
+    | another kind), and auroc of E pi_mechanism for the kind."""
     truth = np.asarray(kind) == needed
     rows = []
     for layer_mean, layer_route in zip(mean, route, strict=True):
@@ -111,15 +97,9 @@ def risk_coverage(
     Tokens enter in order of rising score (those of equal score together, at their mean harm), so a measure that knows
     where it hurts keeps the curve low until the end. Random order is flat.
 
-    Args:
-      score: u of every token; higher is hardened later.
-      harm: what hardening the token costs, nats.
-      points: of the curve.
-
-    Returns:
-      coverage and risk [points]; area, the mean of the risk over all coverages; random, the mean harm; best, the area
-      of the order by harm itself; gain, how much of the way from random to best the area goes (NaN where all tokens are
-      alike).
+    `score` is u of every token (higher is hardened later), `harm` what hardening it costs (nats). Returns coverage and
+    risk [points]; area, the mean of the risk over all coverages; random, the mean harm; best, the area of the order by
+    harm itself; gain, how much of the way from random to best the area goes (NaN where all tokens are alike).
     """
     score, harm = np.asarray(score, np.float64), np.asarray(harm, np.float64)
     if score.shape != harm.shape or not score.size:

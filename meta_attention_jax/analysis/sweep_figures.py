@@ -79,7 +79,8 @@ def pareto_figure(
     ]
     both = bool(own and others)  # Baselines far off would press the sweep together.
     figure, [panels] = frame(
-        *((2, 4.9) if both else (1, 9.0)), [_HEIGHT], f"{title}: hard nats against cost" if title else "Hard nats against cost",
+        *((2, 4.9) if both else (1, 9.0)), [_HEIGHT],
+        f"{title}: hard nats against cost" if title else "Hard nats against cost",
         f"Means over seeds on the {split} split, bars: 95 % intervals. Down and to the left is better. "
         "The stepped line joins the settings that no other beats in both."
         + (" On the right the sweep alone." if both else "")
@@ -219,11 +220,8 @@ def prices_figure(
     title: str = "",
     split: str = "validation",
 ) -> Figure:
-    """Hard nats against cost: the curve of one model, and a mark per setting that was trained apart.
-
-    `rows`: of one model by rising price: `price`, `nll`, `cost`; `beside`: as `lines` of `pareto_figure`; `title`: of
-    the model.
-    """
+    """Hard nats against cost: the curve of one model, and a mark per setting that was trained apart. `rows`: of one
+    model by rising price: `price`, `nll`, `cost`; `beside`: as `lines` of `pareto_figure`; `title`: of the model."""
     if not rows:
         raise ValueError("rows: expected at least one price, got none.")
     kinds = dict.fromkeys(line["point"].get("name", "trained apart") for line in beside)

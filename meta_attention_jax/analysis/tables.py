@@ -34,11 +34,9 @@ _HARD = "run with one mechanism per token"
 
 
 def demo_columns(corpus: str) -> list[Column]:
-    """Columns of the comparison table for one corpus.
-
-    Every corpus: nats soft and hard, their gap, projected cost, routing and usage entropy, route fractions. `recall`
-    adds what is known about its queries; the others, being text, bits/byte.
-    """
+    """Columns of the comparison table for one corpus. Every corpus: nats soft and hard, their gap, projected cost,
+    routing and usage entropy, route fractions. `recall` adds what is known about its queries; the others, being text,
+    bits/byte."""
     columns = [
         Column("arm", "arm"),
         Column("nll_soft", "nats soft", ".3f", f"{_NATS}; {_SOFT}"),
@@ -78,10 +76,8 @@ def demo_columns(corpus: str) -> list[Column]:
 
 
 def comparison_rows(results: Sequence[Row]) -> list[dict[str, Any]]:
-    """Results as table rows, grouped by corpus in order of first appearance, with `gap` (nats).
-
-    gap = nll_hard - nll_soft, left out where either is missing.
-    """
+    """Results as table rows, grouped by corpus in order of first appearance, with `gap` (nats). gap = nll_hard -
+    nll_soft, left out where either is missing."""
     for result in results:
         for key in ("corpus", "arm"):
             if key not in result:
@@ -171,10 +167,8 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def terminal_table(rows: Sequence[Row], columns: Sequence[Column], width: int = 120) -> str:
-    """Aligned plain text; headings stack their words.
-
-    Columns that do not fit into `width` go below, the first column repeated.
-    """
+    """Aligned plain text; headings stack their words. Columns that do not fit into `width` go below, the first column
+    repeated."""
     cells = _cells(rows, columns)
     heads = [column.title.split() or [""] for column in columns]
     widths = [max(map(len, [*head, *(line[i] for line in cells)])) for i, head in enumerate(heads)]

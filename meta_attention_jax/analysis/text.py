@@ -48,12 +48,9 @@ TEXT_CSS = "\n".join(
 
 
 def visible_pieces(pieces: Sequence[str | bytes]) -> list[str]:
-    """What to show for every token; never empty, so that every token's colour is seen.
-
-    Bytes are decoded as one UTF-8 stream: a character of several byte tokens appears at the last, the others show "·".
-    So do undecodable bytes, empty pieces, control characters and invisible ones. Newlines become "↵" and a line break,
-    tabs "⇥".
-    """
+    """What to show for every token; never empty, so that every token's colour is seen. Bytes are decoded as one UTF-8
+    stream: a character of several byte tokens appears at the last, the others show "·". So do undecodable bytes, empty
+    pieces, control characters and invisible ones. Newlines become "↵" and a line break, tabs "⇥"."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     shown = []
     for piece in pieces:
@@ -123,10 +120,8 @@ def routed_text(
 
 
 def _edges(u: Float[np.ndarray, "..."]) -> list[float]:
-    """Upper edges of all depths but the last, evenly spaced over where most of the data lies.
-
-    Over [0, 1] differences within one model would be invisible; the legend prints the edges.
-    """
+    """Upper edges of all depths but the last, evenly spaced over where most of the data lies. Over [0, 1] differences
+    within one model would be invisible; the legend prints the edges."""
     low, high = np.quantile(u, [0.02, 0.98]) if u.size else (0.0, 1.0)
     if high - low < 0.02:
         low, high = 0.0, 1.0
@@ -169,10 +164,6 @@ def coloured_html(
       pieces: the tokens, decoded or as bytes (`visible_pieces` says how they are shown).
       route: index into `mechanisms` per token; [time] for one layer, [layer, time] for several.
       uncertainty: u in [0, 1], the shape of `route`.
-      mechanisms: their names.
-      title: heading of the fragment.
-      caption: what the text is and what to see.
-      mean: E[pi] per token.
       layer_names: headings of the layers; default "layer 0", ... if there are several.
     """
     routed = routed_text(pieces, route, uncertainty, mechanisms, layer_names)

@@ -162,10 +162,8 @@ def _draw_runs(axes: Axes, runs: Sequence[Run], x: float, y: float) -> None:
 
 @functools.cache
 def _glyph(character: str) -> Path:
-    """Outline in inches, baseline at 0, y downwards; "·" for what the font does not have.
-
-    Outlines rather than text objects: these sit exactly on the grid at every resolution.
-    """
+    """Outline in inches, baseline at 0, y downwards; "·" for what the font does not have. Outlines rather than text
+    objects: these sit exactly on the grid at every resolution."""
     if not get_font(findfont(_MONO)).get_char_index(ord(character)):
         character = UNDECODABLE
     path = TextPath((0, 0), character, size=_SIZE, prop=_MONO)

@@ -114,13 +114,8 @@ class Corpus:
 
 
 def load_corpus(spec: str, split: str = "auto") -> Corpus:
-    """Reads the corpus called `spec`: one of the names at the head of this module.
-
-    `split`: "auto", "names" or "hash", for files of one's own; the others have splits.
-
-    Raises:
-      OSError: a file or folder that cannot be read.
-    """
+    """Reads the corpus called `spec`: one of the names at the head of this module. `split`: "auto", "names" or "hash",
+    for files of one's own; the others have splits. OSError if a file or folder cannot be read."""
     check_split(spec, split)
     scheme, colon, rest = spec.partition(":")
     if spec == "sotu":
@@ -227,10 +222,8 @@ def _path(spec: str, rest: str, split: str) -> Corpus:
 
 
 def _hub(spec: str, rest: str) -> Corpus:
-    """One document per split, its rows joined: many sets store a paragraph or a line per row.
-
-    A split that has not its usual name is found by the words of `splits.split_word`.
-    """
+    """One document per split, its rows joined: many sets store a paragraph or a line per row. A split that has not its
+    usual name is found by the words of `splits.split_word`."""
     parts = rest.split("/")
     expect(all(parts) and len(parts) <= 3, "corpus", "hf:NAME[/CONFIG], NAME with its owner", spec)
     if importlib.util.find_spec("datasets") is None:

@@ -18,11 +18,8 @@ MANIFEST = "data_manifest.json"
 
 
 def same_data(stored: Any, given: dict[str, Any]) -> bool:
-    """Whether two manifests are of the same data.
-
-    Of files of one's own that is the documents' bytes, splits and order, and the tokenizer: neither where they lie nor
-    what they are called.
-    """
+    """Whether two manifests are of the same data. Of files of one's own that is the documents' bytes, splits and order,
+    and the tokenizer: neither where they lie nor what they are called."""
     if not _of_files(stored) or not _of_files(given):
         return stored == json.loads(json.dumps(given))
     return _documents(stored) == _documents(given) and stored["tokenizer"] == given["tokenizer"]

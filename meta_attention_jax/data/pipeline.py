@@ -144,12 +144,9 @@ class Dataset(abc.ABC):
 
 
 class TextDataset(Dataset):
-    """Windows of a corpus of documents.
-
-    Training windows start uniformly at every place of the training split whose T + 1 tokens stay within one document; a
-    shorter document is one window, padded. Held-out documents are cut into windows that do not overlap, so that every
-    token but a document's first is a target once.
-    """
+    """Windows of a corpus of documents. Training windows start uniformly at every place of the training split whose T +
+    1 tokens stay within one document; a shorter document is one window, padded. Held-out documents are cut into windows
+    that do not overlap, so that every token but a document's first is a target once."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **shape: Any) -> None:
         super().__init__(tokenizer, **shape)

@@ -44,11 +44,8 @@ Sample = tuple[Int[np.ndarray, "rows length_and_next"], Int[np.ndarray, "rows le
 
 @dataclasses.dataclass(frozen=True)
 class RecallConfig:
-    """The generator's parameters.
-
-    Token ids, in this order: pairs (key-major), queries, values, fillers, and with marks: marks, the aggregate query,
-    its answers.
-    """
+    """The generator's parameters. Token ids, in this order: pairs (key-major), queries, values, fillers, and with
+    marks: marks, the aggregate query, its answers."""
 
     num_keys: int = 16  # keys that exist
     num_values: int = 16  # values that exist; several keys may share one
@@ -301,11 +298,9 @@ def _mark_places(config: RecallConfig, quiet: int, active: int) -> Float[np.ndar
 
 
 def _mark_entropies(config: RecallConfig, most: int) -> Float[np.ndarray, "marks"]:
-    """h_k = E H(mark k | marks before), k = 1 .. most, by the reader who knows all but the favourite.
-
-    With counts n_j so far, P(favourite = j) is proportional to r^n_j, r = 1 + M b / (1 - b), and P(next = j) = b
-    P(favourite = j) + (1 - b) / M.
-    """
+    """h_k = E H(mark k | marks before), k = 1 .. most, by the reader who knows all but the favourite. With counts n_j
+    so far, P(favourite = j) is proportional to r^n_j, r = 1 + M b / (1 - b), and P(next = j) = b P(favourite = j) + (1
+    - b) / M."""
     num, bias = config.num_marks, config.mark_bias
     rng = np.random.default_rng(0)
     rows = 4000

@@ -66,10 +66,8 @@ _SHARD = re.compile(r"\d+-of-\d+")
 
 
 def split_of(path: str) -> str:
-    """The split of a file without one of its own: 90/5/5 by a hash of its relative path.
-
-    It depends on nothing but the path, so adding a file never moves another.
-    """
+    """The split of a file without one of its own: 90/5/5 by a hash of its relative path. It depends on nothing but the
+    path, so adding a file never moves another."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
     u = int.from_bytes(digest[:8], "big") / 2**64
     return "train" if u < VALIDATION_FROM else "validation" if u < TEST_FROM else "test"
@@ -97,10 +95,8 @@ def _word(part: str) -> str | None:
 
 
 def same_but_split(a: str, b: str, *, loosely: bool = False) -> bool:
-    """Whether names are the same but for the words of their splits and the numbers of shards.
-
-    `loosely`: and for `_BARE` parts and the endings of plain text.
-    """
+    """Whether names are the same but for the words of their splits and the numbers of shards. `loosely`: and for
+    `_BARE` parts and the endings of plain text."""
     rests = []
     for name in (a, b):
         stem, ending = os.path.splitext(name)
@@ -132,12 +128,7 @@ class Assigned:
 
 
 def assign(names: Sequence[str], rule: str) -> Assigned:
-    """The split of every file of a folder by the rule at the head of this module.
-
-    Args:
-      names: paths below the folder, with "/".
-      rule: one of `RULES`.
-    """
+    """The split of every file of a folder, by its path below it, by the rule at the head of this module."""
     notes: list[str] = []
     groups = [] if rule == "hash" else _groups(names, mixed=rule == "names")
     if rule == "auto":

@@ -29,11 +29,7 @@ class NotText(ValueError):
 
 
 def read_text(path: pathlib.Path) -> bytes:
-    """The bytes of a text file.
-
-    Raises:
-      NotText: an empty file, or what is no UTF-8 or has zeros in it.
-    """
+    """The bytes of a text file; NotText if it is empty, no UTF-8 or has zeros in it."""
     with open(path, "rb") as file:
         data = file.read(_LOOKED_AT)  # Not all of a film, to see that it is none.
         data += b"" if b"\0" in data else file.read()
@@ -49,10 +45,8 @@ def read_text(path: pathlib.Path) -> bytes:
 
 
 def read_folder(root: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
-    """(texts by split, what says the split, notes) of the files below a folder.
-
-    Files that are no text are skipped, and counted in a note.
-    """
+    """(texts by split, what says the split, notes) of the files below a folder. Files that are no text are skipped, and
+    counted in a note."""
     names, notes = walk(root)
     if not names:
         raise ValueError(f"corpus: expected text files in {str(root)!r}, got an empty folder.")
@@ -117,17 +111,9 @@ def read_file(path: pathlib.Path, rule: str) -> tuple[Parts, str, list[str]]:
 
 
 def walk(root: pathlib.Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, and what was left out, a sentence each.
-
-    Links are followed, every real folder once, so that cycles end. What is hidden (a dot in front) is left out, as are
-    pipes and the like.
-
-    Returns:
-      Paths below `root`, sorted, with "/"; notes on links that lead nowhere, or where we were.
-
-    Raises:
-      OSError: a folder that cannot be read.
-    """
+    """All files below a folder, and what was left out, a sentence each. Links are followed, every real folder once, so
+    that cycles end. What is hidden (a dot in front) is left out, as are pipes and the like; notes are on links that
+    lead nowhere, or where we were. OSError if a folder cannot be read."""
     names: list[str] = []
     broken: list[str] = []
     again: list[str] = []
@@ -179,11 +165,8 @@ Parts = dict[str, list[Text]]
 
 def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:
     """Held-out files by split in the folder of a train file, named like it but for that word, and notes of one that is
-    not; where there is none of a split, `loosely`.
-
-    None for the rule "hash", and, with a note, for "auto" where the train file is a program or page and others are in
-    its folder.
-    """
+    not; where there is none of a split, `loosely`. None for the rule "hash", and, with a note, for "auto" where the
+    train file is a program or page and others are in its folder."""
     held: dict[str, list[pathlib.Path]] = {}
     notes: list[str] = []
     if rule != "hash" and split_word(path.name) == "train":
@@ -214,13 +197,8 @@ def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]]
 
 
 def fill(parts: Parts) -> str:
-    """Takes the splits that are missing out of train, in place.
-
-    By the hash of the train files' paths; where that leaves a split without a file, 5 % of the bytes off the end of
-    every train file.
-
-    Returns:
-      What was done, in words; "" for nothing.
+    """Takes the splits that are missing out of train, in place, and says what was done, "" for nothing: by the hash of
+    the train files' paths; where that leaves a split without a file, 5 % of the bytes off the end of every train file.
     """
     missing = [split for split in SPLITS[1:] if not parts[split]]
     if not missing:
@@ -238,12 +216,10 @@ def fill(parts: Parts) -> str:
 
 
 def cut(name: str, data: bytes, splits: Sequence[str] = SPLITS[1:]) -> list[tuple[str, Text]]:
-    """One UTF-8 text cut at line ends: 5 % of its bytes off the end for each of `splits`, in order.
-
-    A hash of one file cannot split it, and scattered lines would put neighbours in two splits. Where lines are so long
-    that a part would be empty or train less than half, it is cut at the last line end of the 5 % before, or, without
-    one there, between two characters.
-    """
+    """One UTF-8 text cut at line ends: 5 % of its bytes off the end for each of `splits`, in order. A hash of one file
+    cannot split it, and scattered lines would put neighbours in two splits. Where lines are so long that a part would
+    be empty or train less than half, it is cut at the last line end of the 5 % before, or, without one there, between
+    two characters."""
     share = TEST_FROM - VALIDATION_FROM
     goals = [round(len(data) * (1.0 - share * (len(splits) - i))) for i in range(len(splits))]
     starts = [0]

@@ -102,10 +102,8 @@ class SymbolTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding (Sennrich et al., 2016; the byte form of GPT-2, 2019).
-
-    The file it saves is that of the library `tokenizers`, which opens it too.
-    """
+    """Byte-level byte-pair encoding (Sennrich et al., 2016; the byte form of GPT-2, 2019). The file it saves is that of
+    the library `tokenizers`, which opens it too."""
 
     kind = "bpe"
 

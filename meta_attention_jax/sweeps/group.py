@@ -67,17 +67,8 @@ def device_bytes(device: jax.Device) -> Optional[int]:
 
 
 def points_that_fit(needed: int, one: int, points: int, memory: int) -> int:
-    """How many points a device may train at once: the rest of the memory over a point's bytes.
-
-    Args:
-      needed: bytes of a program of `points` points per device.
-      one: bytes of a program of one.
-      points: per device, at least 2.
-      memory: bytes that a device has for them.
-
-    Returns:
-      At least 1, at most `points`.
-    """
+    """How many points a device may train at once, 1 to `points` (at least 2): the rest of its `memory` over a point's
+    bytes, from the bytes `needed` by a program of all and of `one`."""
     each = max((needed - one) / (points - 1), 1.0)
     return min(max(1 + int((memory - one) / each), 1), points)
 
@@ -96,12 +87,7 @@ def bytes_needed(compiled: Any) -> int:
 
 
 class Group:
-    """The compiled programs of a group of points, and where its points lie.
-
-    Args:
-      jobs: of one `program`, at least one.
-      devices: that share the points.
-    """
+    """The compiled programs of a group of points, of one `space.program`, and on which of the devices each lies."""
 
     def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
         self.jobs = list(jobs)

@@ -41,10 +41,8 @@ def sweep(field: str, values: Iterable[Any]) -> Sweep:
 
 
 def log_spaced(first: float, last: float, count: int) -> list[float]:
-    """`count` numbers from `first` to `last`, each the same multiple of the one before.
-
-    Rounded to 6 digits, so that they read well in names and tables.
-    """
+    """`count` numbers from `first` to `last`, each the same multiple of the one before. Rounded to 6 digits, so that
+    they read well in names and tables."""
     first, last = real("log_spaced", first), real("log_spaced", last)
     count = whole("log_spaced", count)
     if not (0 < first < math.inf and 0 < last < math.inf):
@@ -165,10 +163,8 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 def program(config: ConfigDict) -> Hashable:
     """What is the same for all points that one vmapped program can train; None if the point has to be trained alone.
-
     Alone: packed dispatch (its trip counts follow the data of one run), costs measured in the run's own directory, a
-    profile, and pmap.
-    """
+    profile, and pmap."""
     if (
         config.train.packed
         or config.prior.costs == "measured"

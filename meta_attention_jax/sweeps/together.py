@@ -54,21 +54,19 @@ def train_together(
     memory: Optional[int] = None,
     failed: Optional[Callable[[str, str], None]] = None,
 ) -> list[Optional[str]]:
-    """Trains all to `train.steps`; every job's directory is that of an ordinary run.
+    """Trains all to `train.steps`, or to `stop_after`, with checkpoints; every job's directory is that of an ordinary
+    run.
+
+    Returns what went wrong with each, None where nothing did: a point that diverges is left where its last checkpoint
+    is, and the others go on.
 
     Args:
       jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if other processes may
         train them too, each held by this one (`processes.hold`) since that was seen.
       names: of the points, for what is said of them.
-      start: steps done before.
-      stop_after: stop (with checkpoints) after this step.
       memory: bytes per device that a program may need; None is a share of what the device has. Groups that need more
         are trained in parts.
       failed: called with a point's name and what went wrong, as soon as it is known.
-
-    Returns:
-      What went wrong with each, None where nothing did: a point that diverges is left where its last checkpoint is, and
-        the others go on.
 
     Raises:
       Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
@@ -136,12 +134,7 @@ class _Many:
     """All points between their first and their last step, as `drive` works them."""
 
     def __init__(
-        self,
-        group: Group,
-        books: list[Book],
-        states: TrainState,
-        line: Progress,
-        failed: Callable[[str, str], None],
+        self, group: Group, books: list[Book], states: TrainState, line: Progress, failed: Callable[[str, str], None]
     ):
         self.group, self.books, self.states, self.line, self.failed = group, books, states, line, failed
         self.tally = Tally(jax.device_get)

@@ -44,14 +44,8 @@ def abstract_state(config: ConfigDict, vocab_size: int) -> Any:
 
 
 def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, *, packed: bool = False) -> Any:
-    """The step that `loop.train` runs on these devices, lowered; `compile()` is left to do.
-
-    Args:
-      config: checked.
-      devices: real ones, or those of `jax.experimental.topologies`.
-      vocab_size: V.
-      packed: the step after the gate has ended, with packed dispatch.
-    """
+    """The step that `loop.train` runs on these devices, real ones or those of `jax.experimental.topologies`, lowered;
+    `compile()` is left to do. `packed`: that after the gate has ended, with packed dispatch."""
     parallel = build.check_parallel(config, devices)
     spec = build.spec_for(config, vocab_size, 1)
     if packed:
@@ -69,10 +63,8 @@ def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: i
 
 
 def lower_decode(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int) -> Any:
-    """One more token for every row of a batch, hard, from a cache of `data.sequence_length` tokens.
-
-    Parameters are whole on every device and rows split over all, so nothing has to be sent.
-    """
+    """One more token for every row of a batch, hard, from a cache of `data.sequence_length` tokens. Parameters are
+    whole on every device and rows split over all, so nothing has to be sent."""
     mesh = Parallel("jit", devices).mesh
     rows = config.data.batch_size
     if rows % len(devices):

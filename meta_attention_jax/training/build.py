@@ -29,7 +29,7 @@ from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_op
 from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
 
 PADDED = "padded"
-"""What is known of the segments of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
+"""Of the segments of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
 
 
 def check(config: ConfigDict) -> None:
@@ -66,13 +66,8 @@ def full_attention(config: ConfigDict) -> str:
 def build_costs(
     config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False
 ) -> np.ndarray:
-    """c on the config's mechanism axis, largest 1.
-
-    Args:
-      config: checked.
-      workdir: of the run, where measured costs are frozen; None refuses them.
-      measure: measure and freeze them if they are not there yet, instead of an error.
-    """
+    """c on the config's mechanism axis, largest 1. Measured costs are frozen in the run's `workdir`, None refuses them;
+    `measure` makes them if they are not there yet, instead of an error."""
     text = config.prior.costs
     if text == "measured" and workdir is not None:
         setting = build_cost_setting(config)
@@ -177,10 +172,8 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
 
 
 def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> LanguageModel:
-    """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard.
-
-    `segments`: what is known of the batches that it will see, as `AttentionSpec.segments`.
-    """
+    """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard. `segments`: what is known of
+    the batches that it will see, as `AttentionSpec.segments`."""
     model, controller = config.model, config.controller
     return LanguageModel(
         ModelConfig(

@@ -90,13 +90,9 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: Any, *, config: Mapping[str, Any], nll: float) -> None:
-        """Starts writing `state`; nll (nats, validation) decides what is best.
-
-        A NaN would make every comparison false and so corrupt "best": it is written as infinity.
-
-        Raises:
-          OSError: less room on the disk than the state has bytes; nothing is written.
-        """
+        """Starts writing `state`; nll (nats, validation) decides what is best. A NaN would make every comparison false
+        and so corrupt "best": it is written as infinity. With less room on the disk than the state has bytes nothing is
+        written, but OSError raised."""
         nll = float(nll)
         # Seen before, it is one error; met halfway, it is one in every thread of the writer.
         self._manager.wait_until_finished()  # Or its writing would not be counted.
@@ -141,11 +137,7 @@ class Checkpoints:
         return int(found)
 
     def restore(self, template: Any, step: int) -> Any:
-        """The state at `step`, with the shapes, types and placement of `template`.
-
-        Raises:
-          Damaged: it cannot be read.
-        """
+        """The state at `step`, with the shapes, types and placement of `template`; Damaged if it cannot be read."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         with self._readable(step):
             return self._manager.restore(
@@ -153,13 +145,8 @@ class Checkpoints:
             )["state"]
 
     def restore_newest(self, template: Any) -> tuple[int, Any]:
-        """(step, state) of the newest checkpoint that can be read; (0, None) without any.
-
-        Newer ones are damaged: they are set aside, and a warning names them.
-
-        Raises:
-          Damaged: none can be read; all stay where they are.
-        """
+        """(step, state) of the newest checkpoint that can be read; (0, None) without any. Newer ones are damaged: they
+        are set aside, and a warning names them. Damaged if none can be read; all stay where they are."""
         passed: list[int] = []
         for step in reversed(self.steps):
             try:
@@ -180,11 +167,8 @@ class Checkpoints:
         return 0, None
 
     def _check_share(self, step: int) -> None:
-        """Reads the arrays of a step that fall to this process, all of them whole, and forgets them.
-
-        Raises:
-          Damaged: one cannot be read.
-        """
+        """Reads the arrays of a step that fall to this process, all of them whole, and forgets them; Damaged if one
+        cannot be read."""
         with self._readable(step):
             # Not as an address, where "#", "%" and "?" of a name mean something.
             place = {"driver": "file", "path": f"{self.directory / str(step) / 'state'}/"}
@@ -233,10 +217,7 @@ class Checkpoints:
 
     def restore_params(self, step: int) -> Any:
         """The parameters at `step` on this process's first device, without knowing their tree; nothing else is read.
-
-        Raises:
-          Damaged: nothing that can be read at that step.
-        """
+        Damaged if they cannot be."""
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = {"params": self._manager.item_metadata(step)["state"].tree["params"]}

@@ -19,16 +19,8 @@ FILE = "costs.json"
 
 
 def freeze_costs(directory: str | pathlib.Path, setting: CostSetting, *, batch: int) -> np.ndarray:
-    """c of the run in `directory`: as frozen there, else measured now and frozen.
-
-    Of several processes, the first one reads, measures and writes, and the others get its numbers; all must call
-    together.
-
-    Args:
-      directory: of the run; it exists.
-      setting: what the costs must hold for.
-      batch: sequences of a timed call.
-    """
+    """c of the run in `directory`, for this setting: as frozen there, else measured now, `batch` sequences a call, and
+    frozen. Of several processes, which must call together, the first one does it and the others get its numbers."""
     if jax.process_count() == 1:
         return _freeze(directory, setting, batch)
     costs, failure = np.full(len(setting.mechanisms), np.nan, np.float32), None
@@ -82,14 +74,8 @@ def _named(record: MeasuredCosts, values: Any) -> dict[str, float]:
 
 
 def _to_json(record: MeasuredCosts) -> dict[str, Any]:
-    return {
-        "costs": _named(record, record.costs),
-        "seconds": _named(record, record.seconds),
-        "setting": dataclasses.asdict(record.setting),
-        "batch": record.batch,
-        "device": record.device,
-        "versions": record.versions,
-    }
+    named = {"costs": _named(record, record.costs), "seconds": _named(record, record.seconds)}
+    return {**named, **{name: value for name, value in dataclasses.asdict(record).items() if name not in named}}
 
 
 def _from_json(stored: dict[str, Any]) -> MeasuredCosts:

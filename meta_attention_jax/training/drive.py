@@ -4,7 +4,7 @@ trained together."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, Protocol, runtime_checkable
+from typing import Any, Optional, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,6 @@ from meta_attention_jax.training.interrupt import Asked, Interrupted
 
 SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
 """Of a step's metrics, what is logged as it is."""
-
-
-class Due(NamedTuple):
-    """What comes after a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-
-
-def due(every: ConfigDict, done: int, stop: int) -> Due:
-    """What comes after step `done`, by the fields of `config.train`; all of it after the last one.
-
-    What is saved is evaluated, or it could not be the best; what is evaluated is logged.
-    """
-    save = done % every.checkpoint_every == 0 or done == stop
-    evaluate = save or done % every.eval_every == 0
-    return Due(evaluate or done % every.log_every == 0, evaluate, save)
 
 
 @runtime_checkable
@@ -55,34 +37,31 @@ class Work(Protocol):
 
 
 def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int) -> None:
-    """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`.
+    """Steps `start` to `stop`, and what is due by the fields `every` of `config.train`; all of it after the last one.
+    What is saved is evaluated, or it could not be the best; what is evaluated is logged.
 
     Raises:
       Interrupted: `asked` told of a signal. The step that was under way is saved, without the evaluation that a save
-        has otherwise, for who sends signals does not wait for long; but the last step has all that is due, since
-        nothing would come after it.
+        has otherwise, for who sends signals does not wait for long.
     """
     for number in range(start, stop):
         work.step(number)
         done, signal = number + 1, asked(number + 1)
         cut = signal is not None and done < stop
-        now = Due(log=True, evaluate=False, save=True) if cut else due(every, done, stop)
-        if now.log and not work.log(done):
+        save = cut or done % every.checkpoint_every == 0 or done == stop
+        evaluate = not cut and (save or done % every.eval_every == 0)
+        if (save or evaluate or done % every.log_every == 0) and not work.log(done):
             return
-        if now.evaluate:
+        if evaluate:
             work.evaluate(done)
-        if now.save:
-            work.save(done, evaluated=now.evaluate)
+        if save:
+            work.save(done, evaluated=evaluate)
         if signal is not None:
             raise Interrupted(signal, done)
 
 
 class Tally:
-    """What the steps since the last reading have measured; on the devices until it is read.
-
-    Args:
-      get: a tree on the devices -> the same on the host.
-    """
+    """What the steps since the last reading have measured; on the devices until `get` gives it to the host."""
 
     def __init__(self, get: Callable[[Any], Any]):
         self._get = get
@@ -116,12 +95,9 @@ Finite = dict[str, Any]
 
 
 def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite:
-    """What of a step is finite.
+    """What of a step is finite; of penalty and routing by layer, of gradients and parameters by module, and by layer
+    where a module stacks them."""
 
-    Returns:
-      {"loss": [], "penalty": [layer], "routing": [layer], "gradients": by module, "norm": [] (of the gradients),
-      "parameters": by module}; a module that stacks its layers has [layer].
-    """
     def of(tree: Any) -> dict[str, Bool[Array, "..."]]:
         found = {}
         for name, module in tree.items():
@@ -143,14 +119,8 @@ def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite
 
 
 def not_finite(finite: Finite) -> Optional[tuple[int, str]]:
-    """The first step with something that is not finite, and what it is.
-
-    Args:
-      finite: of `finite_parts`, every leaf with a leading axis of steps.
-
-    Returns:
-      (index of the step, words); None if all is finite.
-    """
+    """(index of the first step with something that is not finite, what it is in words), from `finite_parts` with a
+    leading axis of steps; None if all is finite."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(finite)]
     good = np.all([leaf.reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
     if good.all():

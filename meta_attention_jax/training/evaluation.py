@@ -32,8 +32,8 @@ from meta_attention_jax.types import Batch, Positions, Routing, RoutingHypers, S
 
 
 class Evaluator:
-    """Compiles the evaluation steps of one model, in any mode, once and reuses them; what it is given later is placed by
-    `parallel`."""
+    """Compiles the evaluation steps of one model, in any mode, once and reuses them; what it is given later is placed
+    by `parallel`."""
 
     def __init__(self, model: nn.Module, dataset: Dataset, parallel: Parallel):
         self.model = model
@@ -59,11 +59,9 @@ class Evaluator:
     def accounted(
         self, params: Any, hypers: RoutingHypers, *, split: str, max_batches: Optional[int] = None
     ) -> tuple[Sums, Accounting]:
-        """`sums` in mode "hard", and what attention spends on its routes, per token, all layers.
-
-        Executed numbers are those of batches and devices as they are here: a device runs a mechanism without a packed
-        form if one token of its rows asks for it.
-        """
+        """`sums` in mode "hard", and what attention spends on its routes, per token, all layers. Executed numbers are
+        those of batches and devices as they are here: a device runs a mechanism without a packed form if one token of
+        its rows asks for it."""
         step = self._step(accounted_eval_step, "hard", self.dataset.num_kinds)
         sums, accounting = self._total(step, params, hypers, split, max_batches)
         return sums, accounting.per_token()
@@ -85,10 +83,8 @@ class Evaluator:
         seed: int = 0,
         max_batches: Optional[int] = None,
     ) -> dict[str, float]:
-        """{"predictive", "elbo"} in nats per token, from `samples` soft samples of pi.
-
-        The gate is off: every token mixes its sampled weights.
-        """
+        """{"predictive", "elbo"} in nats per token, from `samples` soft samples of pi. The gate is off: every token
+        mixes its sampled weights."""
         expect(samples > 0, "samples", "a number > 0", samples)
         step = self._step(sampled_eval_step, "soft", samples)
         hypers = hypers.replace(threshold=jnp.zeros_like(hypers.threshold))
@@ -112,8 +108,8 @@ def sum_batches(step: Callable[[Batch], Any], batches: Iterable[Batch]) -> Any:
 
 
 def in_both_modes(fixed: bool, metrics_of: Callable[[str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has. With a fixed route both are
-    the same thing, and measured once."""
+    """{"soft": metrics, "hard": metrics}, each with hard nats less soft nats: what a log has. With a fixed route both
+    are the same thing, and measured once."""
     soft = metrics_of("soft")
     hard = soft if fixed else metrics_of("hard")
     gap = {"hard_minus_soft": hard["nll"] - soft["nll"]}
@@ -144,11 +140,8 @@ def sampled_eval_step(
     *,
     axis_name: Optional[Axes] = None,
 ) -> dict[str, Array]:
-    """Sums over S samples of pi per token and layer: the predictive and the ELBO.
-
-    Returns:
-      "tokens"; "predictive": -log (1/S) sum_s p(target | pi_s); "elbo": mean_s NLL_s + KL, beta = 1.
-    """
+    """Sums over S samples of pi per token and layer: "tokens"; "predictive", -log (1/S) sum_s p(target | pi_s); "elbo",
+    mean_s NLL_s + KL, beta = 1."""
 
     def once(sample: Array):
         keys = row_keys(key, sample, batch.row)
@@ -195,8 +188,8 @@ def token_arrays(
     max_batches: Optional[int] = None,
 ) -> dict[str, np.ndarray]:
     """What a model, in its mode, says of every single loss token, on this process's first device: nll (nats), correct
-    and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token]; concentration
-    [layer token mechanism] and log_uncertainty [layer token] where there is one."""
+    and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token]; concentration [layer
+    token mechanism] and log_uncertainty [layer token] where there is one."""
     parts: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
         tokens, layers = jax.device_get(_token_step(model, params, batch, hypers))

@@ -26,10 +26,8 @@ from meta_attention_jax.training.step import Hypers, StepSpec
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run that is ready to start: checked, and with its directory made.
-
-    `initial`: parameters to start from, of `train.init_from`, on the host; None to draw them.
-    """
+    """A run that is ready to start: checked, and with its directory made. `initial`: parameters to start from, of
+    `train.init_from`, on the host; None to draw them."""
 
     config: ConfigDict
     path: pathlib.Path
@@ -68,12 +66,9 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
 
 
 def prepare(config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None) -> Job:
-    """Checks the config, the data and the directory, in this order; only then writes anything.
-
-    Of several processes the first is ahead of the others in each part, and what is wrong in one is said by all.
-
-    `dataset`: of another run with the same data; None opens it.
-    """
+    """Checks the config, the data and the directory, in this order; only then writes anything. Of several processes the
+    first is ahead of the others in each part, and what is wrong in one is said by all. `dataset`: of another run with
+    the same data; None opens it."""
     workdir = files.run_directory("workdir", workdir)
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
     parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))

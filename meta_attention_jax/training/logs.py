@@ -36,15 +36,10 @@ def _json_ready(value: Any) -> Any:
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there.
-
-    A resumed run appends {"event": "resume", "step": s}; `read_metrics` then drops the records after step s that an
-    interrupted run had written before, and all that stood before a new "start".
-
-    Args:
-      directory: of the run.
-      start: steps done before; TensorBoard drops what an interrupted run had logged after them.
-    """
+    """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there. A resumed run appends
+    {"event": "resume", "step": s}; `read_metrics` then drops the records after step s that an interrupted run had
+    written before, and all that stood before a new "start"; TensorBoard drops what an interrupted run had logged after
+    step `start`."""
 
     def __init__(self, directory: str | pathlib.Path, *, start: int = 0):
         directory = pathlib.Path(directory)
@@ -56,8 +51,7 @@ class MetricsLog:
         (directory / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
         self._board = EventsWriter(str(directory / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
-        purge = SessionLog(status=SessionLog.START)
-        self._event(start + 1, session_log=purge)
+        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One record; `event` is "start", "train", "eval", "packed" or "resume"."""
@@ -81,17 +75,15 @@ class SilentLog:
     """What all processes but the first have in the place of `MetricsLog`."""
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
 def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl` in order, without those that a resumed run has redone.
-
-    A line cut short by a crash, or that is no record, is left out.
-    """
+    """Records of `metrics.jsonl` in order, without those that a resumed run has redone. A line cut short by a crash, or
+    that is no record, is left out."""
     records: list[dict[str, Any]] = []
     path = pathlib.Path(directory) / "metrics.jsonl"
     if not path.is_file():
@@ -101,9 +93,7 @@ def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if not isinstance(record, dict) or not {"event", "step"} <= record.keys():
-            continue
-        if not isinstance(record["step"], int):
+        if not isinstance(record, dict) or "event" not in record or not isinstance(record.get("step"), int):
             continue
         if record["event"] == "start":
             records = []
@@ -120,15 +110,8 @@ def status_line(metrics: Mapping[str, Any], mechanisms: Sequence[str]) -> str:
 
 
 class Progress:
-    """A live line in a terminal; a plain line now and then elsewhere.
-
-    Args:
-      label: what runs.
-      total: steps of the run.
-      start: steps done before.
-      tokens_per_step: for tokens per second.
-      enabled: False says nothing.
-    """
+    """A live line in a terminal; a plain line now and then elsewhere; nothing unless `enabled`. `total` are the steps
+    of the run, `start` those done before."""
 
     def __init__(self, label: str, *, total: int, start: int, tokens_per_step: int, enabled: bool = True):
         self._label, self._total, self._first = label, total, 0
@@ -164,8 +147,7 @@ class Progress:
             self._live.update(self._task, completed=step, status=status)
         elif now - self._spoke >= PLAIN_SECONDS or step >= self._total:
             self._spoke = now
-            eta = (self._total - step) * seconds_per_step if done else math.inf
-            eta = f"{eta:.0f}s" if math.isfinite(eta) else "?"
+            eta = f"{(self._total - step) * seconds_per_step:.0f}s" if done else "?"
             say(f"{self._label}  {step}/{self._total}  {status} · eta {eta}")
 
     def say(self, text: str) -> None:

@@ -100,8 +100,8 @@ def _where(job: Job) -> str:
 
 
 def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]:
-    """What is said of a run whose numbers, from step `first` on, are not finite; None if they are. `good` is the step of
-    its last checkpoint."""
+    """What is said of a run whose numbers, from step `first` on, are not finite; None if they are. `good` is the step
+    of its last checkpoint."""
     found = not_finite(finite)
     if found is None:
         return None
@@ -117,13 +117,9 @@ def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]
 def train(
     job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None
 ) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest checkpoint if there is one.
-
-    Stops (with a checkpoint) after step `stop_after`, as an interruption would. `label` is of the live line; the
-    config's name when None.
-
-    Returns:
-      The last evaluation on the validation split: {"soft": metrics, "hard": metrics}.
+    """Trains to `train.steps`, from the newest checkpoint if there is one, and returns the last evaluation on the
+    validation split: {"soft": metrics, "hard": metrics}. Stops (with a checkpoint) after step `stop_after`, as an
+    interruption would. `label` is of the live line; the config's name when None.
 
     Raises:
       Diverged: NaN or infinity; names the step and the last good checkpoint.

@@ -124,11 +124,9 @@ class Parallel:
         state_argument: Optional[int] = None,
         donate: tuple[int, ...] = (),
     ) -> Callable[..., Any]:
-        """Compiles `function(*args, axis_name=...)`, whose argument `batch_argument` is split by rows.
-
-        Every other argument is placed as by `place`. Every result is the same on all devices, but for the first of
-        several where `state_argument` is given: that is a new one of this argument.
-        """
+        """Compiles `function(*args, axis_name=...)`, whose argument `batch_argument` is split by rows. Every other
+        argument is placed as by `place`. Every result is the same on all devices, but for the first of several where
+        `state_argument` is given: that is a new one of this argument."""
         function = functools.partial(function, axis_name=DATA if self.mode == "pmap" else AXES)
         if jax.config.jax_debug_nans:
             donate = ()  # What has made a NaN is run again, operation by operation.

@@ -36,14 +36,8 @@ def leads() -> bool:
 def start(
     coordinator: Optional[str] = None, num_processes: Optional[int] = None, process_id: Optional[int] = None
 ) -> None:
-    """Joins the processes of a run; before anything else is asked of JAX.
-
-    Args:
-      coordinator: host:port of process 0; None finds it, and the rest, where the environment tells (TPU pods, Slurm,
-        ...).
-      num_processes: of the run, with `coordinator`.
-      process_id: of this one, from 0, with `coordinator`.
-    """
+    """Joins the processes of a run, this one by its number, from 0; before anything else is asked of JAX. `coordinator`
+    is host:port of process 0; None finds it, and the rest, where the environment tells (TPU pods, Slurm, ...)."""
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
         for name, value in given.items():
@@ -63,11 +57,8 @@ def start(
 
 
 def agree(error: Optional[BaseException]) -> None:
-    """Raises in every process what went wrong in any; the first process's sentence counts.
-
-    Raises:
-      the error itself where it came up; in the other processes ValueError, or OSError for a full disk.
-    """
+    """Raises in every process what went wrong in any, the first process's sentence: the error itself where it came up,
+    in the others ValueError, or OSError for a full disk."""
     if not several():
         if error is not None:
             raise error
@@ -126,13 +117,8 @@ class Busy(ValueError):
 
 @contextlib.contextmanager
 def hold(path: pathlib.Path) -> Iterator[None]:
-    """This process alone trains the run in `path`, until the end of the block.
-
-    The lock is the kernel's and goes with the process, however it ends; the file stays.
-
-    Raises:
-      Busy: another one does.
-    """
+    """This process alone trains the run in `path`, until the end of the block; Busy if another one does. The lock is
+    the kernel's and goes with the process, however it ends; the file stays."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path / LOCK, "w"))

@@ -34,14 +34,9 @@ def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, 
 
 
 def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...], Any]:
-    """(step, all saved steps, parameters), also of a run that is being trained.
-
-    What trains it deletes old checkpoints, and may do so between the look at the list and the end of the reading; then
-    it is looked at anew. Only what stays where it is, is damaged.
-
-    Raises:
-      Damaged: it cannot be read.
-    """
+    """(step, all saved steps, parameters), also of a run that is being trained. What trains it deletes old checkpoints,
+    and may do so between the look at the list and the end of the reading; then it is looked at anew. Only what stays
+    where it is and cannot be read is Damaged."""
     for attempt in range(ATTEMPTS):
         before = _listed(directory)
         try:

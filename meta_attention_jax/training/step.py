@@ -144,12 +144,10 @@ def _clip(largest: float) -> optax.GradientTransformationExtraArgs:
 def make_optimizer(
     name: str, *, weight_decay: float, clip: float, b1: float = 0.9, b2: float = 0.99
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled.
-
-    `update` takes `norm`, that of the whole gradient. The learning rate is an array input, so it is applied by the step
-    and not in here. Weight decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm
-    scales and biases of all layers, which then have two axes too.
-    """
+    """Clipping by global norm, then AdamW's direction or plain gradients ("sgd"), unscaled. `update` takes `norm`, that
+    of the whole gradient. The learning rate is an array input, so it is applied by the step and not in here. Weight
+    decay is for matrices (kernels, embeddings) alone, by name: scanned layers stack the norm scales and biases of all
+    layers, which then have two axes too."""
 
     def decays(path, _):
         return getattr(path[-1], "key", None) in ("kernel", "embedding")
