@@ -50,18 +50,12 @@ def demo_columns(corpus: str) -> list[Column]:
         ]
     columns += [
         Column("cost", "cost", ".1%", "projected cost of the hard routes; full attention is 100 %"),
-        Column(
-            "routing_entropy", "routing entropy", ".1%",
-            "mean entropy of a token's mean weights, of log K: how undecided single tokens are",
-        ),
-        Column(
-            "usage_entropy", "usage entropy", ".1%",
-            "entropy of the mean route, of log K: how evenly the mechanisms are used",
-        ),
-    ]
-    columns += [
-        Column(f"fraction_{name}", f"to {name}", ".1%", "share of tokens by hard route, all layers")
-        for name in ("full", "linear", "local")
+        Column("routing_entropy", "routing entropy", ".1%",
+               "mean entropy of a token's mean weights, of log K: how undecided single tokens are"),
+        Column("usage_entropy", "usage entropy", ".1%",
+               "entropy of the mean route, of log K: how evenly the mechanisms are used"),
+        *(Column(f"fraction_{name}", f"to {name}", ".1%", "share of tokens by hard route, all layers")
+          for name in ("full", "linear", "local")),
     ]
     if corpus == "recall":
         answer = "share of queries whose likeliest next token is the right value"
@@ -135,18 +129,15 @@ def with_interval(row: Row, key: str, format: str) -> str:
 def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
     if not columns:
         raise ValueError("columns: expected at least one Column, got none.")
-    cells = []
-    for row in rows:
-        line = []
-        for column in columns:
-            try:
-                line.append(format_value(row.get(column.key), column.format))
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{column.key}: expected a value that {column.format!r} can format, got {row.get(column.key)!r}."
-                ) from None
-        cells.append(line)
-    return cells
+
+    def cell(value: Any, column: Column) -> str:
+        try:
+            return format_value(value, column.format)
+        except (TypeError, ValueError):
+            can = f"a value that {column.format!r} can format"
+            raise ValueError(f"{column.key}: expected {can}, got {value!r}.") from None
+
+    return [[cell(row.get(column.key), column) for column in columns] for row in rows]
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:

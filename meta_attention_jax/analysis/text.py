@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import html
+import itertools
 import unicodedata
 from collections.abc import Sequence
 
@@ -196,18 +197,16 @@ def coloured_html(
         f'<span class="m{palette.NEUTRAL.slot} d{depth}">&nbsp;{html.escape(label)}&nbsp;</span>'
         for depth, label in enumerate(depth_labels(routed.edges))
     )
-    return "\n".join(
-        [
-            f"<style>{TEXT_CSS}</style>",
-            f"<h3>{html.escape(title)}</h3>",
-            f"<p>{html.escape(caption)}</p>" if caption else "",
-            '<div class="routed-legend">',
-            f'<div>mechanism <span class="routed">{swatches}</span></div>',
-            f'<div>certain <span class="routed">{scale}</span> uncertain</div>',
-            "</div>",
-            *blocks,
-        ]
-    )
+    return "\n".join([
+        f"<style>{TEXT_CSS}</style>",
+        f"<h3>{html.escape(title)}</h3>",
+        f"<p>{html.escape(caption)}</p>" if caption else "",
+        '<div class="routed-legend">',
+        f'<div>mechanism <span class="routed">{swatches}</span></div>',
+        f'<div>certain <span class="routed">{scale}</span> uncertain</div>',
+        "</div>",
+        *blocks,
+    ])
 
 
 # Underlined, plain, italic, ...: the terminal's second channel, by palette slot.
@@ -229,12 +228,8 @@ def coloured_terminal(pieces: Sequence[str | bytes], route: Int[np.ndarray, " ti
         return "\n".join(f"{codes[k]}{line}\x1b[0m" if line else "" for line in text.split("\n"))
 
     legend = " ".join(paint(k, f" {name} ") for k, name in enumerate(routed.styles))
-    text, start = "", 0
-    ends = [*(np.flatnonzero(np.diff(routed.route[0])) + 1), len(routed.pieces)]
-    for end in ends:
-        if end > start:
-            text += paint(routed.route[0, start], "".join(routed.pieces[start:end]))
-        start = end
+    runs = itertools.groupby(zip(routed.route[0], routed.pieces), key=lambda token: token[0])
+    text = "".join(paint(k, "".join(piece for _, piece in run)) for k, run in runs)
     return f"{legend}\n{text}\n"
 
 

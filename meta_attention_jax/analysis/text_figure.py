@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import textwrap
 from collections.abc import Sequence
 
@@ -120,14 +121,12 @@ def _draw_lines(
     axes: Axes, lines: Sequence[Sequence[Cell]], routed: RoutedText, layer: int, x: float, y: float
 ) -> None:
     styles = list(routed.styles.values())
+
+    def look(cell: Cell) -> tuple[palette.Style, int]:
+        return styles[routed.route[layer, cell[1]]], int(routed.depth[layer, cell[1]])
+
     for row, line in enumerate(lines):
-        runs: list[Run] = []
-        for character, token in line:
-            look = (styles[routed.route[layer, token]], int(routed.depth[layer, token]))
-            if runs and runs[-1][1:] == look:
-                runs[-1] = (runs[-1][0] + character, *look)
-            else:
-                runs.append((character, *look))
+        runs = [("".join(letter for letter, _ in run), *key) for key, run in itertools.groupby(line, key=look)]
         _draw_runs(axes, runs, x, y + row * _LINE * _EM)
 
 

@@ -21,13 +21,9 @@ from meta_attention_jax.training.step import TrainState, init_state, train_step
 POINTS = "points"
 
 
-def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one shape, as one with a leading axis of points."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _stack_on_host(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+def stack(trees: Sequence[Any], on: Any = jnp) -> Any:
+    """Trees of one shape, as one with a leading axis of points; on the host with NumPy."""
+    return jax.tree.map(lambda *leaves: on.stack(leaves), *trees)
 
 
 def point_of(tree: Any, index: int) -> Any:
@@ -92,6 +88,8 @@ class Group:
     def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
         self.jobs = list(jobs)
         self.spec = jobs[0].spec
+        self.fixed = jobs[0].config.controller.name == "fixed"  # the routes are
+        self.modes = ("soft",) if self.fixed else ("soft", "hard")  # to evaluate: of a fixed route one is enough
         devices = list(devices)[: len(jobs)]
         # A device more than fits would have no points: the last one is trained as often as needed.
         rows = -(-len(jobs) // len(devices)) * len(devices)
@@ -130,7 +128,7 @@ class Group:
                 point_of(drawn, index) if job.initial is None else to_host(job.initial)
                 for index, job in enumerate(self.padded)
             ]
-            states = states.replace(params=self.place(_stack_on_host(params)))
+            states = states.replace(params=self.place(stack(params, np)))
         return states
 
     def abstract_states(self) -> TrainState:
@@ -151,7 +149,7 @@ class Group:
         states = [*states, *([states[-1]] * (len(self.padded) - len(states)))]
         return jax.tree.map(
             lambda leaf, like: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf,
-            self.place(_stack_on_host(states)), self.abstract_states(),
+            self.place(stack(states, np)), self.abstract_states(),
         )
 
     def _seeds(self) -> jax.Array:
@@ -173,16 +171,6 @@ class Group:
             batch = self.replicate(dataset.train_batch(0))
             self._evaluations[mode] = step.lower(self.abstract_states().params, batch, self.hypers.routing).compile()
         return self._evaluations[mode]
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the routes are."""
-        return self.jobs[0].config.controller.name == "fixed"
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """Modes to evaluate: of a fixed route one is enough."""
-        return ("soft",) if self.fixed else ("soft", "hard")
 
     def needed(self) -> int:
         """Bytes per device: of a step, or of an evaluation beside the states it leaves alone."""

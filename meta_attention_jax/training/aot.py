@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.sharding import AXES, split_axis
 from meta_attention_jax.training import build
 from meta_attention_jax.training.parallel import Parallel
-from meta_attention_jax.training.step import in_controller, init_state, train_step
+from meta_attention_jax.training.step import in_controller, init_state
 from meta_attention_jax.types import Batch
 
 
@@ -48,15 +47,12 @@ def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: i
     `compile()` is left to do. `packed`: that after the gate has ended, with packed dispatch."""
     parallel = build.check_parallel(config, devices)
     spec = build.spec_for(config, vocab_size, 1)
-    if packed:
-        dense_rows = config.train.packed_dense_rows
-        spec = dataclasses.replace(spec, packed=True, dense_rows=dense_rows)
+    spec = build.packed_spec(config, spec) if packed else spec
     state = abstract_state(config, vocab_size)
     hypers = jax.eval_shape(lambda: build.build_hypers(config))
     batch = abstract_batch(config.data.batch_size, config.data.sequence_length)
     rows = NamedSharding(parallel.mesh, PartitionSpec(AXES))
-    step = parallel.compile(functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,))
-    return step.lower(
+    return build.compile_step(parallel, spec).lower(
         _placed(state, parallel.shardings(state)), _placed(batch, jax.tree.map(lambda _: rows, batch)),
         _placed(hypers, parallel.shardings(hypers)),
     )

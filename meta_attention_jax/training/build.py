@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -25,7 +26,7 @@ from meta_attention_jax.sharding import FSDP
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import final_threshold, validate
-from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_optimizer
+from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_optimizer, train_step
 from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
 
 PADDED = "padded"
@@ -218,6 +219,16 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
         optimizer=make_optimizer(optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip),
         schedule=build_schedule(config), num_kinds=num_kinds, accumulate=optimizer.accumulate,
     )
+
+
+def packed_spec(config: ConfigDict, spec: StepSpec) -> StepSpec:
+    """The step once every token is hard."""
+    return dataclasses.replace(spec, packed=True, dense_rows=config.train.packed_dense_rows)
+
+
+def compile_step(parallel: Parallel, spec: StepSpec) -> Any:
+    """(state, batch, hypers) -> (state, metrics) over the devices; the old state is given up."""
+    return parallel.compile(functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,))
 
 
 def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:

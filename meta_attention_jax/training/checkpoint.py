@@ -185,18 +185,16 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint to `damaged/` beside the folder: in its place it would keep new ones of its step from
         being written."""
-        processes.together(functools.partial(self._move, step))
-        self._manager.reload()
 
-    def _move(self, step: int) -> None:
-        if not processes.leads():
-            return
-        folder = self.directory.parent / "damaged"
-        folder.mkdir(exist_ok=True)
-        place = folder / str(step)
-        while place.exists():
-            place = place.with_name(f"{place.name}_")
-        (self.directory / str(step)).rename(place)
+        def move() -> None:
+            place = self.directory.parent / "damaged" / str(step)
+            place.parent.mkdir(exist_ok=True)
+            while place.exists():
+                place = place.with_name(f"{place.name}_")
+            (self.directory / str(step)).rename(place)
+
+        processes.together(move if processes.leads() else lambda: None)
+        self._manager.reload()
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:

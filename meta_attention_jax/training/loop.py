@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.console import say
-from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
@@ -35,14 +33,11 @@ from meta_attention_jax.training.logs import (
 from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.step import (
-    StepSpec,
     TrainState,
     count_parameters,
     init_state,
     num_dense_rows,
-    train_step,
 )
-from meta_attention_jax.types import Batch
 
 PROFILED_STEPS = 3
 
@@ -131,11 +126,13 @@ def train(
     label = label or config.name
     progress = progress and processes.leads()
     parallel = job.parallel
-    state = parallel.make(lambda: init_state(job.spec, jax.random.key(config.seed), _blank(job.dataset), job.hypers))
+    blank = jax.tree.map(np.zeros_like, job.dataset.train_batch(0))  # for the shapes
+    state = parallel.make(lambda: init_state(job.spec, jax.random.key(config.seed), blank, job.hypers))
     with contextlib.ExitStack() as stack:
         # Left last: what is being saved when a signal comes is saved whole.
         asked = stack.enter_context(interruptible())
-        _hold(job.path, stack)
+        # The run's lock; one process has it for all.
+        processes.together(lambda: stack.enter_context(hold(job.path)) if processes.leads() else None)
         book = Book(job, stack)
         start, restored = book.checkpoints.restore_newest(parallel.unreplicate(state))
         about = describe(job, parallel.unreplicate(state).params)
@@ -153,21 +150,6 @@ def train(
         run = _Run(book, state, live_line(label, config, stack, start=start, enabled=progress), start=start, stop=stop)
         drive(run, config.train, asked, start=start, stop=stop)
         return run.evaluation
-
-
-def _blank(dataset: Dataset) -> Batch:
-    """A batch of nothing, for the shapes."""
-    return jax.tree.map(np.zeros_like, dataset.train_batch(0))
-
-
-def _hold(path: pathlib.Path, stack: contextlib.ExitStack) -> None:
-    """The run's lock, until the stack is left; one process has it for all."""
-
-    def taken() -> None:
-        if processes.leads():
-            stack.enter_context(hold(path))
-
-    processes.together(taken)
 
 
 def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
@@ -221,7 +203,7 @@ class _Run:
         self.mechanisms = tuple(config.model.mechanisms)
         costs = jax.device_get(job.hypers.routing.costs)
         self.report = functools.partial(summarise, mechanisms=self.mechanisms, costs=costs)
-        self.compiled = _compile(job, job.spec)
+        self.compiled = build.compile_step(parallel, job.spec)
         # Every token is hard from here on: theta is 1.
         self.packed_from = job.spec.schedule.gate.end if config.train.packed else stop
         self.dense_share = dense_row_share(config, len(parallel.devices))
@@ -234,7 +216,7 @@ class _Run:
     def step(self, number: int) -> None:
         job, profile = self.job, self.job.config.train.profile_step
         if number == max(self.packed_from, self.start) and self.packed_from < self.stop:
-            self.compiled = _compile(job, packed_spec(job))
+            self.compiled = build.compile_step(job.parallel, build.packed_spec(job.config, job.spec))
             self.book.log.write("packed", number, {"controller_rows": self.dense_share})
             self.line.say(_packed_note(number, self.dense_share))
         if number == profile:
@@ -277,21 +259,10 @@ class _Run:
         self.book.save(done, self.job.parallel.unreplicate(self.state), self.evaluation if evaluated else None)
 
 
-def packed_spec(job: Job) -> StepSpec:
-    """The step once every token is hard."""
-    dense_rows = job.config.train.packed_dense_rows
-    return dataclasses.replace(job.spec, packed=True, dense_rows=dense_rows)
-
-
 def dense_row_share(config: ConfigDict, devices: int) -> float:
     """Share of the rows that run all mechanisms in packed training, as `num_dense_rows` rounds it."""
     rows = config.data.batch_size // (devices * config.optimizer.accumulate)
     return num_dense_rows(config.train.packed_dense_rows, rows) / rows
-
-
-def _compile(job: Job, spec: StepSpec) -> Any:
-    step = functools.partial(train_step, spec)
-    return job.parallel.compile(step, batch_argument=1, state_argument=0, donate=(0,))
 
 
 def _packed_note(step: int, dense_rows: float) -> str:

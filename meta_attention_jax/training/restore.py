@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import time
 from typing import Any
@@ -38,7 +39,7 @@ def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...
     and may do so between the look at the list and the end of the reading; then it is looked at anew. Only what stays
     where it is and cannot be read is Damaged."""
     for attempt in range(ATTEMPTS):
-        before = _listed(directory)
+        before = set(os.listdir(directory))
         try:
             checkpoints = Checkpoints(directory, read_only=True)
             try:
@@ -54,15 +55,11 @@ def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...
     raise AssertionError("unreachable")
 
 
-def _listed(directory: pathlib.Path) -> set[str]:
-    return {entry.name for entry in directory.iterdir()}
-
-
 def _changes(directory: pathlib.Path, before: set[str]) -> bool:
     """Whether the list of checkpoints differs from `before`, or does so in a moment: a checkpoint that is being deleted
     loses its files first."""
     for _ in range(20):
-        if _listed(directory) != before:
+        if set(os.listdir(directory)) != before:
             return True
         time.sleep(0.05)
     return False
