@@ -17,8 +17,7 @@ from meta_attention_jax.analysis.canvas import FONT, GREY, drawable, frame, lege
 
 _HEIGHT = 4.0
 ONE = "one model, by lambda"
-_FAR = 6.0
-"""A setting further above the best than so many times the middle one is left out of the picture."""
+_FAR = 6.0  # A setting further above the best than so many times the middle one is left out of the picture
 
 _LEGEND_COLUMNS = 6
 

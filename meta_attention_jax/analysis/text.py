@@ -21,8 +21,7 @@ from meta_attention_jax.analysis import palette
 from meta_attention_jax.fields import expect
 
 UNDECODABLE = "·"
-DEPTHS = (0.70, 0.54, 0.40, 0.27, 0.15)
-"""How much of a mechanism's colour its tokens carry, from certain to uncertain."""
+DEPTHS = (0.70, 0.54, 0.40, 0.27, 0.15)  # How much of a mechanism's colour its tokens carry, from certain to uncertain
 
 _VISIBLE = {"\n": "↵\n", "\t": "⇥"}
 

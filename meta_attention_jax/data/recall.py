@@ -35,8 +35,7 @@ KINDS = ("other", "recall", "aggregate", "local")
 nothing but the token itself (fillers, and the head, whose next token is random); without, it holds the
 local ones too."""
 
-TRUE_MECHANISMS = (None, "full", "linear", "local")
-"""The cheapest mechanism that suffices for each kind; None for any."""
+TRUE_MECHANISMS = (None, "full", "linear", "local")  # The cheapest mechanism that suffices for each kind; None for any
 
 Uniforms = Float[np.ndarray, "rows draws"]
 Sample = tuple[Int[np.ndarray, "rows length_and_next"], Int[np.ndarray, "rows length"]]

@@ -34,8 +34,7 @@ from collections.abc import Iterable, Mapping, Sequence
 SPLITS = ("train", "validation", "test")
 RULES = ("auto", "names", "hash")
 
-VALIDATION_FROM, TEST_FROM = 0.90, 0.95
-"""Of files or of bytes, where nothing else says the split."""
+VALIDATION_FROM, TEST_FROM = 0.90, 0.95  # Of files or of bytes, where nothing else says the split
 
 TOPICAL = {
     **dict.fromkeys(
@@ -56,11 +55,9 @@ _WORDS = {
     "test": re.compile(r"(dev|news(discuss)?)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"),
 }
 _PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # a camelCase word, a number
-_BARE = ("set", "data", "split")
-"""Parts of a name that say no more than that it is one of a split."""
+_BARE = ("set", "data", "split")  # Parts of a name that say no more than that it is one of a split
 
-_TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")
-"""Endings of text without a form of its own."""
+_TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")  # Endings of text without a form of its own
 
 _SHARD = re.compile(r"\d+-of-\d+")
 

@@ -24,8 +24,7 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.scalars import plain, real, whole
 from meta_attention_jax.training.build import data_seed
 
-LONGEST = 200
-"""Characters of a point's name: file systems take 255 bytes, and files beside a point say more."""
+LONGEST = 200  # Characters of a point's name: file systems take 255 bytes, and files beside a point say more
 
 Point = dict[str, Any]
 Sweep = list[Point]

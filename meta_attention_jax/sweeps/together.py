@@ -26,8 +26,7 @@ from meta_attention_jax.training.logs import Progress
 from meta_attention_jax.training.loop import Book, describe, divergence, headline, live_line
 from meta_attention_jax.training.step import TrainState
 
-MEMORY_SHARE = 0.8
-"""Of a device's memory, what a program may need; the rest is for data and for what was not counted."""
+MEMORY_SHARE = 0.8  # Of a device's memory, what a program may need; the rest is for data and for what was not counted
 
 
 class Lost(Damaged):

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.objective import Sums
 from meta_attention_jax.training.interrupt import Asked, Interrupted
 
-SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")
-"""Of a step's metrics, what is logged as it is."""
+SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")  # Of a step's metrics, what is logged as it is
 
 
 @runtime_checkable
@@ -88,8 +87,7 @@ class Tally:
         return sums, jax.tree.map(lambda *flags: np.stack(flags), *finite), last
 
 
-STACKED = "layers"
-"""The module whose parameters have a leading axis of layers, where layers are scanned."""
+STACKED = "layers"  # The module whose parameters have a leading axis of layers, where layers are scanned
 
 Finite = dict[str, Any]
 

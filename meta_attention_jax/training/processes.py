@@ -19,8 +19,7 @@ from meta_attention_jax.fields import expect
 
 Result = TypeVar("Result")
 
-_LONGEST = 1024
-"""Bytes of a sentence that travel."""
+_LONGEST = 1024  # Bytes of a sentence that travel
 
 
 def several() -> bool:

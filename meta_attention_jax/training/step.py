@@ -43,7 +43,7 @@ class TrainState:
     """Everything that a resumed run needs besides its config."""
 
     step: Int[Array, ""]  # optimizer steps done
-    params: Any  # parameters
+    params: Any
     opt_state: Any  # the optimizer's moments
     gate: GateState  # state of the soft-to-hard gate (an average of past routing entropy)
     key: Key[Array, ""]  # the run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r)
@@ -81,7 +81,7 @@ class Schedule:
     warmup_steps: int  # of the learning rate, linear from 0
     final_fraction: float  # of the peak learning rate that the cosine ends at
     beta_warmup_steps: int  # beta rises linearly from 0 over this many steps
-    gate: gate.GateSchedule  # the soft-to-hard schedule
+    gate: gate.GateSchedule
     temperature_ratio: float = 1.0  # of the `gumbel` controller, first temperature / last
 
     def temperature(self, step: Array, end: Array) -> Scalar:
@@ -109,10 +109,10 @@ class Schedule:
 class StepSpec:
     """The static side of a step: model, optimizer, schedules and sizes."""
 
-    model: nn.Module  # the language model
+    model: nn.Module
     # gives the update direction; the step multiplies it by minus the learning rate
     optimizer: optax.GradientTransformationExtraArgs
-    schedule: Schedule  # shapes in time
+    schedule: Schedule
     num_kinds: int = 1  # kinds of tokens that the corpus tells apart
     accumulate: int = 1  # micro-batches per device that make one step
     # train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so the controller has no
