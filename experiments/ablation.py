@@ -93,8 +93,7 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))["chosen"]
     base = arms.configured(config, arm)
-    fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors)
-              for field, factors in arms.grids(arm)]
+    fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors) for field, factors in arms.grids(arm)]
     best = {field: float(value) for field, value, _ in fields}
     tried: dict[str, dict[str, Any]] = {}
     for field, start, factors in fields:
@@ -109,8 +108,7 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
         if field == LEARNING_RATE:
             best = min(tried.values(), key=lambda result: result["nll"])["settings"]
         else:
-            at_rate = [result for result in tried.values()
-                       if result["settings"][LEARNING_RATE] == best[LEARNING_RATE]]
+            at_rate = [result for result in tried.values() if result["settings"][LEARNING_RATE] == best[LEARNING_RATE]]
             best = choose(at_rate)
     analysis.write_json(done, {"chosen": best, "tried": list(tried.values())})
     return best
@@ -159,9 +157,7 @@ def main() -> None:
         if not ARMS.value or len(set(ARMS.value)) != len(ARMS.value):
             raise ValueError(f"arms: expected distinct names, at least one, got {ARMS.value}.")
         if CONFIG.value.prior.costs == "measured":
-            raise ValueError(
-                "prior.costs: expected costs that are the same for all runs, got 'measured'."
-            )
+            raise ValueError("prior.costs: expected costs that are the same for all runs, got 'measured'.")
         configs = {arm: arms.configured(CONFIG.value, arm) for arm in ARMS.value}
         for config in configs.values():
             build.check(config)

@@ -19,12 +19,7 @@ import jax
 from absl import flags, logging
 from ml_collections.config_flags import tuple_parser
 
-from meta_attention_jax.config import (
-    SCHEMA,
-    check_fields,
-    help_table,
-    near,
-)
+from meta_attention_jax.config import SCHEMA, check_fields, help_table, near
 from meta_attention_jax.console import tolerant_streams
 from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
@@ -159,9 +154,7 @@ def check_output(field: str, path: str | pathlib.Path) -> None:
         return
     above = next(parent for parent in path.parents if parent.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(
-            f"{field}: expected a file in a folder that can be written, got {str(path)!r}."
-        )
+        raise ValueError(f"{field}: expected a file in a folder that can be written, got {str(path)!r}.")
 
 
 def no_room(error: BaseException) -> bool:

@@ -62,20 +62,12 @@ def evaluate(run: Run) -> dict[str, dict[str, Any]]:
     params, hypers = parallel.place((run.params, run.hypers.routing))
     results = {}
     for mode in ("soft", "hard"):
-        sums = evaluator.sums(
-            params, hypers, split="test", mode=mode, max_batches=1 if QUICK.value else TEST_BATCHES
-        )
-        results[mode] = summarise(
-            sums,
-            mechanisms=run.config.model.mechanisms,
-            costs=run.hypers.routing.costs,
-        )
+        sums = evaluator.sums(params, hypers, split="test", mode=mode, max_batches=1 if QUICK.value else TEST_BATCHES)
+        results[mode] = summarise(sums, mechanisms=run.config.model.mechanisms, costs=run.hypers.routing.costs)
     return results
 
 
-def table_row(
-    corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]
-) -> dict[str, Any]:
+def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]) -> dict[str, Any]:
     """One row of the comparison table; routes are those of the hard run."""
     soft, hard = results["soft"], results["hard"]
     row = {
@@ -205,9 +197,7 @@ def write_report(
         print(analysis.terminal_table(timing, columns))
         table = analysis.markdown_table(timing, columns)
         markdown.append(f"## Measured evaluation\n\n{table}\n")
-        sections.append(
-            analysis.Section("Measured evaluation", analysis.table_html(timing, columns))
-        )
+        sections.append(analysis.Section("Measured evaluation", analysis.table_html(timing, columns)))
         analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
     with common.spared("pictures"):

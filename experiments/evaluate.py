@@ -162,9 +162,7 @@ def main() -> None:
             sums, executed = evaluator.sums(params, hypers, mode=mode, **where), {}
         metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
         rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics, **executed})
-    columns = COLUMNS + [
-        analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms
-    ]
+    columns = COLUMNS + [analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms]
     print(f"{run.path.name} at step {run.step}, {SPLIT.value} split")
     print(run.dataset)
     print(analysis.terminal_table(rows, columns))

@@ -27,9 +27,7 @@ UNEVEN = (0.0, 0.05, 0.10, 0.25)
 """Shares of full attention of the four sequences of an uneven batch."""
 
 
-def interleave(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
-) -> dict[str, np.ndarray]:
+def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
     """Times every function once per round; the order rotates from round to round.
 
     Args:
@@ -56,9 +54,7 @@ def interleave(
     return seconds
 
 
-def ratio_row(
-    name: str, seconds: Mapping[str, np.ndarray], numerator: str, denominator: str, **sizes: Any
-) -> Row:
+def ratio_row(name: str, seconds: Mapping[str, np.ndarray], numerator: str, denominator: str, **sizes: Any) -> Row:
     """One row: the ratio of two interleaved sides.
 
     `ratio` is the median over rounds of seconds[numerator] / seconds[denominator] (below 1: the

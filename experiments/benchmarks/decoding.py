@@ -77,9 +77,7 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
     All sides use one cache of `context` tokens with random content; each call has its buffers back.
     """
     try:
-        register_mechanism(
-            "full_dense", dataclasses.replace(get_mechanism("full"), step=decode_dense)
-        )
+        register_mechanism("full_dense", dataclasses.replace(get_mechanism("full"), step=decode_dense))
     except ValueError:
         pass  # Registered by an earlier call in this process.
     model = make(sizes)
@@ -113,7 +111,5 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
 
     calls = {"hard": call(model, draw_routes(sizes))}
     for side, name in BASELINES.items():
-        calls[side] = call(
-            make(sizes, controller="fixed", mechanisms=(name,), fixed=(name,)), None
-        )
+        calls[side] = call(make(sizes, controller="fixed", mechanisms=(name,), fixed=(name,)), None)
     return calls, params

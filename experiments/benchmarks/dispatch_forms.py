@@ -63,9 +63,7 @@ def bucketed(q, k, v, chosen):
 
     capacities = [time >> shift for shift in reversed(range(BUCKETS))]
     needed = jnp.searchsorted(jnp.asarray(capacities), chosen.sum(1).max())
-    return jax.lax.switch(
-        needed, [functools.partial(branch, capacity) for capacity in capacities], q, k, v
-    )
+    return jax.lax.switch(needed, [functools.partial(branch, capacity) for capacity in capacities], q, k, v)
 
 
 def looped(q, k, v, chosen):
@@ -101,12 +99,8 @@ def rows_of(time: int, fractions: list[float], direction: str) -> list[common.Ro
         for x, y in zip(leaves, results["loops"], strict=True):
             np.testing.assert_allclose(x, y, atol=1e-4 * float(jnp.abs(y).max()), err_msg=name)
     seconds = common.interleave(calls, ROUNDS.value)
-    sizes = dict(
-        T=time, batch=len(fractions), fraction_full=float(np.mean(fractions)), direction=direction
-    )
-    return [
-        common.ratio_row(name, seconds, name, "loops", **sizes) for name in SIDES if name != "loops"
-    ]
+    sizes = dict(T=time, batch=len(fractions), fraction_full=float(np.mean(fractions)), direction=direction)
+    return [common.ratio_row(name, seconds, name, "loops", **sizes) for name in SIDES if name != "loops"]
 
 
 def main() -> None:

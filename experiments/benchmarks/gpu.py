@@ -96,8 +96,7 @@ def tasks_of(sizes: Sizes) -> list[Task]:
         for direction in ("forward", "forward+backward")
     ]
     models = [
-        Task("timings, train step", 45,
-             part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
+        Task("timings, train step", 45, part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
         Task("timings, decoding", 25, part(timings.decode_rows, sizes.decode, sizes.rounds)),
     ]
     return tables[:4] + models + tables[4:]
@@ -127,9 +126,7 @@ def checked(path: str) -> list[dict[str, Any]]:
     return sections
 
 
-def run_tasks(
-    tasks: Sequence[Task], budget: float, began: float, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def run_tasks(tasks: Sequence[Task], budget: float, began: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Sections {name, kind, seconds, rows} of the record.
 
     Args:
@@ -257,8 +254,7 @@ def page(header: dict[str, Any], sections: Sequence[dict[str, Any]]) -> str:
     for section in sections:
         rows = section["rows"]
         if section["kind"] == "check":
-            rows = [dict(row, passed={True: "yes", False: "**NO**"}.get(row["passed"], "not run"))
-                    for row in rows]
+            rows = [dict(row, passed={True: "yes", False: "**NO**"}.get(row["passed"], "not run")) for row in rows]
         rows = [{name: cell(value) for name, value in row.items()} for row in rows]
         lines += ["", f"## {section['name']} ({section['seconds']} s)", "", markdown(rows)]
     lines += ["", "Ratios are medians over interleaved rounds, below 1 the first side is faster; "
@@ -293,8 +289,7 @@ def main() -> None:
         sections = checked(CHECKS.value) if CHECKS.value else []
     device = device_or_fail(PLATFORM.value)
     sizes = Sizes() if PLATFORM.value == "gpu" else TINY
-    print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}",
-          flush=True)
+    print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not jax.config.jax_compilation_cache_dir:  # Some programs are compiled twice.
             jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")

@@ -71,9 +71,7 @@ def without(what: str, note: str, **sizes: Any) -> Row:
 def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
     """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
     try:
-        full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one"
-        )
+        full.resolve_implementation("cudnn", time=time, dtype=dtype, head_dim=dim, segments="one")
     except ValueError as error:
         return str(error)
     return None
@@ -86,9 +84,7 @@ def cudnn_window(q, k, v, window: int):
     )
 
 
-def mechanism_rows(
-    time: int, dim: int, window: int, direction: str, rounds: int, heads: int = 8
-) -> list[Row]:
+def mechanism_rows(time: int, dim: int, window: int, direction: str, rounds: int, heads: int = 8) -> list[Row]:
     """All forms against full attention by cuDNN and by blocks; batch 1, bfloat16, one segment."""
     dtype = jnp.bfloat16
     keys = jax.random.split(jax.random.key(0), 3)
@@ -103,9 +99,7 @@ def mechanism_rows(
     }
     refusal = cudnn_refusal(dtype, dim, time)
     if not refusal:
-        forms["cuDNN full"] = functools.partial(
-            attend, "full", spec=AttentionSpec(implementation="cudnn")
-        )
+        forms["cuDNN full"] = functools.partial(attend, "full", spec=AttentionSpec(implementation="cudnn"))
         forms["cuDNN window"] = functools.partial(cudnn_window, window=window)
 
     def timed(form):
@@ -186,9 +180,7 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
     batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
 
     def step_of(spec, hypers, state) -> Call:
-        return functools.partial(
-            jax.jit(functools.partial(train_step, spec)), state, batch, hypers
-        )
+        return functools.partial(jax.jit(functools.partial(train_step, spec)), state, batch, hypers)
 
     spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     state = init_state(spec, jax.random.key(0), batch, hypers)

@@ -63,9 +63,7 @@ def sides(time: int, batch: int, fractions, direction: str):
     if batch * time <= PACKED_TOKENS:
         calls["full packed"] = timed(hard, everything)
     if time <= SQUARE_TIME:
-        calls["full xla"] = timed(
-            functools.partial(full.attend, spec=AttentionSpec(implementation="xla"))
-        )
+        calls["full xla"] = timed(functools.partial(full.attend, spec=AttentionSpec(implementation="xla")))
     for label, rows in fractions.items():
         calls[label] = timed(hard, jnp.asarray(common.random_routes(rows, time)))
     return calls

@@ -62,9 +62,7 @@ def main() -> None:
         **{name: float(s) for name, s in zip(run.config.model.mechanisms, shares)},
     )
     seconds = common.interleave(calls, ROUNDS.value)
-    table = [
-        common.ratio_row(name, seconds, name, "dense", **sizes) for name in specs if name != "dense"
-    ]
+    table = [common.ratio_row(name, seconds, name, "dense", **sizes) for name in specs if name != "dense"]
     print(common.environment())
     print(common.markdown(table))
     if JSON.value:

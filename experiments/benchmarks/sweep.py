@@ -66,9 +66,7 @@ def processes(rounds: int) -> common.Row:
             with tempfile.TemporaryDirectory() as folder:
                 if side == "together":
                     # No test split: the eight commands do not read it either.
-                    seconds[side][r] = command(
-                        "sweep", f"--workdir={folder}/sweep", "--test_batches=0"
-                    )
+                    seconds[side][r] = command("sweep", f"--workdir={folder}/sweep", "--test_batches=0")
                     continue
                 seconds[side][r] = sum(
                     command("train", f"--workdir={folder}/{i}",
@@ -98,9 +96,7 @@ def warm(width: int, rounds: int) -> common.Row:
     group = Group(jobs, jax.devices()[:1])
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
-    alone = [
-        init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs
-    ]
+    alone = [init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs]
     many = group.over_points(functools.partial(train_step, group.spec), 1, 3)
     states, shared = group.states(), group.replicate(batch)
     local = jax.tree.map(jnp.asarray, batch)
@@ -119,12 +115,8 @@ def warm(width: int, rounds: int) -> common.Row:
             state, _ = many(state, shared, group.hypers)
         return state
 
-    seconds = common.interleave(
-        {"one after another": one_after_another, "at once": at_once}, rounds
-    )
-    row = common.ratio_row(
-        "warm steps", seconds, "one after another", "at once", points=len(jobs), size=width
-    )
+    seconds = common.interleave({"one after another": one_after_another, "at once": at_once}, rounds)
+    row = common.ratio_row("warm steps", seconds, "one after another", "at once", points=len(jobs), size=width)
     return {**row, "speedup_warm": row["ratio"]}
 
 

@@ -21,9 +21,7 @@ JSON = commands.define_path("json", None, "Write the rows here.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", 1)
 SIZES = {
     name: flags.DEFINE_integer(name, default, "Size.", 1)
-    for name, default in dict(
-        model_dim=256, layers=4, heads=4, time=1024, window=128, batch=8
-    ).items()
+    for name, default in dict(model_dim=256, layers=4, heads=4, time=1024, window=128, batch=8).items()
 }
 ARMS = {"bayesian": "bayesian", "prior-free": "softmax", "full-only": "fixed"}
 

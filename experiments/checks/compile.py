@@ -86,9 +86,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     """
     try:
         if topology == "h100":
-            return list(topologies.get_topology_desc(
-                platform="cuda", target_config=H100, topology="1x1x1"
-            ).devices)
+            return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices)
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # The plugin's errors have no common class.
         reason = (str(error).splitlines() or [""])[0][:200]
@@ -98,12 +96,8 @@ def devices_of(topology: str) -> list[jax.Device]:
                 f"CUDA_VISIBLE_DEVICES=-1), got: {reason}"
             ) from None
         if "not installed" in reason or importlib.util.find_spec("libtpu") is None:
-            raise ValueError(
-                f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}"
-            ) from None
-        raise ValueError(
-            f"topology: expected chips like 'v5e:16x16', got {topology!r}: {reason}"
-        ) from None
+            raise ValueError(f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}") from None
+        raise ValueError(f"topology: expected chips like 'v5e:16x16', got {topology!r}: {reason}") from None
 
 
 def vocabulary(config: ConfigDict) -> int:
@@ -140,9 +134,7 @@ def compiled(name: str, lowered: Any, limit: str) -> Any:
                 ) from None
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             reason = str(error).splitlines()[0][:200]
-            raise DoesNotFit(
-                f"memory: expected the {name} to fit into {limit} per device, got: {reason}"
-            ) from None
+            raise DoesNotFit(f"memory: expected the {name} to fit into {limit} per device, got: {reason}") from None
         raise
 
 
@@ -170,8 +162,7 @@ def sent_rows(found: list[Collective]) -> list[dict[str, Any]]:
         turns = " x ".join("?" if n is None else str(n) for n in collective.loops)
         row = rows.setdefault(
             (collective.kind, turns),
-            {"kind": collective.kind, "in loops of": turns or "-", "places": 0, "times": 0,
-             "MB": 0.0, "MB sent": 0.0},
+            {"kind": collective.kind, "in loops of": turns or "-", "places": 0, "times": 0, "MB": 0.0, "MB sent": 0.0},
         )
         row["places"] += 1
         row["times"] += collective.times
@@ -180,9 +171,7 @@ def sent_rows(found: list[Collective]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["MB"])
 
 
-def too_deep(
-    found: list[Collective], config: ConfigDict, program: str = "soft"
-) -> list[Collective]:
+def too_deep(found: list[Collective], config: ConfigDict, program: str = "soft") -> list[Collective]:
     """Collectives inside loops other than those over micro-batches and scanned layers: of the sampler,
     of attention or of dispatch, where nothing may wait for another device."""
     allowed: list[int] = []
@@ -247,9 +236,7 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
         return _report(config, topology, programs, devices)
 
 
-def _report(
-    config: ConfigDict, topology: str, programs: list[str], devices: list[jax.Device]
-) -> dict[str, Any]:
+def _report(config: ConfigDict, topology: str, programs: list[str], devices: list[jax.Device]) -> dict[str, Any]:
     """`report`, once it is known for which devices."""
     if "packed" in programs and config.controller.name == "fixed":
         programs = [program for program in programs if program != "packed"]
@@ -272,8 +259,7 @@ def _report(
     }
     for number, program in enumerate(programs, 1):
         name = PROGRAMS[program]
-        print(f"[{number}/{len(programs)}] {name}: compiling (minutes, for large models) ...",
-              flush=True)
+        print(f"[{number}/{len(programs)}] {name}: compiling (minutes, for large models) ...", flush=True)
         began = time.monotonic()
         lowered = lower(program, config, devices, vocab)
         executable = compiled(name, lowered, limit)
@@ -281,9 +267,7 @@ def _report(
         results["programs"][program] = told
         # Not every program that is too large is refused by the compiler; the chip would.
         if has and (total := told["memory"]["total"]) > has * GIB:
-            raise DoesNotFit(
-                f"memory: expected at most {limit} per device for the {name}, got {amount(total)}."
-            )
+            raise DoesNotFit(f"memory: expected at most {limit} per device for the {name}, got {amount(total)}.")
         if told["collectives_in_inner_loops"] or told.get("gathered", 0) > 1.01 * told.get("needed", 0):
             results["wrong"] = name
     results["count"] = counted(config, devices[0])

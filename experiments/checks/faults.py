@@ -56,9 +56,7 @@ class Trial:
       processes: of a run.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, *, steps: int, devices: int = 1, processes: int = 1
-    ):
+    def __init__(self, folder: pathlib.Path, *, steps: int, devices: int = 1, processes: int = 1):
         self.folder, self.steps = folder, steps
         self.devices, self.processes = devices, processes
 
@@ -183,9 +181,7 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
     }
 
 
-def signals(
-    trial: Trial, wanted: list[np.ndarray], number: signal.Signals, count: int
-) -> dict[str, Any]:
+def signals(trial: Trial, wanted: list[np.ndarray], number: signal.Signals, count: int) -> dict[str, Any]:
     """`count` signals over one run, each to one of its processes."""
     path, draw = trial.folder / f"{number.name}{trial.processes}", random.Random(int(number))
     told = signal.SIGTERM if trial.processes > 1 else number

@@ -42,9 +42,7 @@ run = quick_run(ROOT / WORKDIR, **{"train.steps": STEPS, "gate.kind": "none"})
 # %%
 def arrays(mode, measure="entropy"):
     model = run.model.clone(mode=mode).routed_by(uncertainty=measure)
-    return token_arrays(
-        model, run.dataset, run.params, run.hypers.routing, split="validation", max_batches=4
-    )
+    return token_arrays(model, run.dataset, run.params, run.hypers.routing, split="validation", max_batches=4)
 
 
 soft, hard = arrays("soft"), arrays("hard")

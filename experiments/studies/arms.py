@@ -57,9 +57,7 @@ def overrides(
     pattern = tuple(arm.split("+"))
     if set(pattern) <= set(mechanisms):
         if num_layers is not None and num_layers % len(pattern):
-            raise ValueError(
-                f"arms: expected a pattern whose length divides the {num_layers} layers, got {arm!r}."
-            )
+            raise ValueError(f"arms: expected a pattern whose length divides the {num_layers} layers, got {arm!r}.")
         return {"controller.name": "fixed", "controller.fixed": pattern}
     raise ValueError(
         f"arms: expected some of {tuple(NAMED)} or patterns of {mechanisms} such as 'local+full', "

@@ -70,9 +70,7 @@ def long_evaluation(
     """
     base, run = (load_run(p, sequence_length=length, batch_size=rows) for p in (full_only, routed))
     if not same_data(base.dataset.manifest(), run.dataset.manifest()):
-        raise ValueError(
-            f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others."
-        )
+        raise ValueError(f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others.")
     name = run.config.controller.name
     if name == "fixed":
         raise ValueError(f"routed: expected a run that routes, got {str(routed)!r}.")

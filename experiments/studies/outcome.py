@@ -72,9 +72,7 @@ def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
             measured = _measured(path)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"{label}: expected the files of a run, got damaged ones ({reason}).", stacklevel=2
-            )
+            warnings.warn(f"{label}: expected the files of a run, got damaged ones ({reason}).", stacklevel=2)
             continue
         if measured is not None:
             found.append({**row, **measured})
@@ -159,10 +157,7 @@ def chosen(made: Sequence[dict[str, Any]]) -> Optional[str]:
     candidates = [line for line in candidates if line["seeds"] and not line["diverged"]]
     if not candidates:
         return None
-    return choose([
-        {"settings": line["setting"], "nll": line["nll_hard"], "cost": line["cost"]}
-        for line in candidates
-    ])
+    return choose([{"settings": line["setting"], "nll": line["nll_hard"], "cost": line["cost"]} for line in candidates])
 
 
 def swept(made: Sequence[dict[str, Any]]) -> Optional[str]:

@@ -44,9 +44,7 @@ def measured(run: Run) -> dict[str, Any]:
     `projected_cost` and `expected_cost` are those of the soft run's posterior means, by their argmax and
     as they are; `cost` is what the hard run's routes cost; `prior_cost` what the prior's mean does.
     """
-    soft, hard = (
-        run.evaluate("test", mode=mode, max_batches=TEST_BATCHES.value) for mode in ("soft", "hard")
-    )
+    soft, hard = (run.evaluate("test", mode=mode, max_batches=TEST_BATCHES.value) for mode in ("soft", "hard"))
     found = {
         "step": run.step, "tokens": hard["tokens"],
         "nll_soft": soft["nll"], "nll_hard": hard["nll"], "gap": hard["nll"] - soft["nll"],
@@ -70,9 +68,7 @@ def groups_of(points: Sequence[Point]) -> list[list[Point]]:
     return list(arms.values())
 
 
-def arm_rows(
-    root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence[Point]
-) -> Iterator[dict[str, Any]]:
+def arm_rows(root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """Trains what is not trained, as one program, and yields the rows."""
     with common.user_mistakes():
         configs = {

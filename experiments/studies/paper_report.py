@@ -34,8 +34,7 @@ COLUMNS = [Column("arm", "arm"), Column("seeds", "seeds", "d"),
 
 PRIOR_FREE = ("paper, KL weight 0", "softmax")
 PUBLISHED = (
-    ("projected cost, Bayesian", 0.251, ("paper",),
-     ("projected_cost", "cost", "expected_cost", "prior_cost")),
+    ("projected cost, Bayesian", 0.251, ("paper",), ("projected_cost", "cost", "expected_cost", "prior_cost")),
     ("projected cost, prior-free", 0.593, PRIOR_FREE, ("projected_cost", "cost", "expected_cost")),
     ("routing entropy, Bayesian", 0.433, ("paper",), ("routing_entropy", "usage_entropy")),
     ("routing entropy, prior-free", 0.558, PRIOR_FREE, ("routing_entropy", "usage_entropy")),

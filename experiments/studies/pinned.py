@@ -11,12 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
-from meta_attention_jax.config import (
-    completed,
-    config_difference,
-    may_change,
-    read_stored,
-)
+from meta_attention_jax.config import completed, config_difference, may_change, read_stored
 from meta_attention_jax.data.manifest import check_manifest, digest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.files import partial, run_directory, write_whole
@@ -71,9 +66,7 @@ def pin(
     if not path.exists():
         others = [entry for entry in path.parent.glob("*") if not entry.name.startswith(f".{path.name}")]
         if others and not path.exists():
-            raise ValueError(
-                f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}."
-            )
+            raise ValueError(f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}.")
         _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
     for key in (key for key, value in mine.items() if isinstance(value, dict)):

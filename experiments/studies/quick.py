@@ -13,11 +13,7 @@ from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
 
 
-def quick_run(
-    workdir: str | pathlib.Path,
-    existing: Optional[str | pathlib.Path] = None,
-    **overrides: Any,
-) -> Run:
+def quick_run(workdir: str | pathlib.Path, existing: Optional[str | pathlib.Path] = None, **overrides: Any) -> Run:
     """Opens `existing` if it is a run, else the run in `workdir`, trained first if it is not finished.
 
     Args:

@@ -49,8 +49,7 @@ def rows_table(stored: Mapping[str, Any]) -> str:
     """Rows of a benchmark; columns that say the same in all rows become a line above."""
     rows = [{k: v for k, v in row.items() if _scalar(v)} for row in stored["rows"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    same = [key for key in columns
-            if len(rows) > 1 and len({repr(row.get(key)) for row in rows}) == 1]
+    same = [key for key in columns if len(rows) > 1 and len({repr(row.get(key)) for row in rows}) == 1]
     said = ", ".join(f"{key} {_text(rows[0][key])}" for key in same)
     left = [key for key in columns if key not in same]
     shown = [{key: _text(row.get(key)) for key in left} for row in rows]
@@ -167,11 +166,9 @@ RECORDS = (
     Record("Decoding", "decode.json", "python -m experiments.benchmarks.decode --rounds=15", rows_table),
     Record("Linear and local against full attention", "mechanisms.json",
            "python -m experiments.benchmarks.mechanisms --rounds=5", rows_table),
-    Record("Training steps", "train_step.json",
-           "python -m experiments.benchmarks.train_step --rounds=7", rows_table),
+    Record("Training steps", "train_step.json", "python -m experiments.benchmarks.train_step --rounds=7", rows_table),
     Record("Memory", "memory.json", "python -m experiments.benchmarks.memory", rows_table),
-    Record("One program for many runs", "sweep_timing.json",
-           "python -m experiments.benchmarks.sweep", rows_table),
+    Record("One program for many runs", "sweep_timing.json", "python -m experiments.benchmarks.sweep", rows_table),
     Record("What a run survives", "faults.json", "python -m experiments.checks.faults", rows_table),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",

@@ -64,9 +64,7 @@ def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], 
                 )
         run.dataset  # Opened now, for what can be wrong with it.
         return "run", functools.partial(run_page, run)
-    raise ValueError(
-        f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}."
-    )
+    raise ValueError(f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}.")
 
 
 def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
@@ -75,9 +73,7 @@ def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
     parts = [stored.get(key) for key in keys]
     ok = all(isinstance(part, dict) for part in parts) and isinstance(parts[0].get("name"), str)
     if not (ok and all(isinstance(point, dict) for part in parts[1:] for point in part.values())):
-        raise ValueError(
-            f"workdir: expected {' and '.join(keys)} in {str(path)!r}, got something else."
-        )
+        raise ValueError(f"workdir: expected {' and '.join(keys)} in {str(path)!r}, got something else.")
     return stored
 
 
@@ -158,9 +154,7 @@ def risk_figure(run: Run) -> Any:
     }
     harm = arrays["hard"]["nll"] - arrays["soft"]["nll"]
     name = run.config.controller.uncertainty
-    return analysis.risk_coverage_figure(
-        {name: risk_coverage(arrays["soft"]["uncertainty"].mean(0), harm)}
-    )
+    return analysis.risk_coverage_figure({name: risk_coverage(arrays["soft"]["uncertainty"].mean(0), harm)})
 
 
 def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:

@@ -59,9 +59,7 @@ def show_routes(
     return "\n".join(lines)
 
 
-def lettered(
-    pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]
-) -> str:
+def lettered(pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]) -> str:
     """Lines of text, each with a line of letters below: F full, L linear, w local (window)."""
     known = {"full": "F", "linear": "L", "local": "w"}
     letters = [known.get(name, str(k)) for k, name in enumerate(mechanisms)]

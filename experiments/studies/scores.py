@@ -21,9 +21,7 @@ SAMPLED = ("bayesian", "gumbel")
 TOKEN_BATCHES = 8
 
 
-def scores(
-    run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] = SAMPLES
-) -> dict[str, Any]:
+def scores(run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] = SAMPLES) -> dict[str, Any]:
     """Soft and hard nats, cost, entropies, what routes know of the kinds, ELBO and predictive nats.
 
     Routes, cost and entropies are those of the hard run. `truth` (corpora that know it): how full
@@ -78,9 +76,7 @@ def scores(
             out["truth_layer"] = int(np.argmax([row["recall"] - row["other"] for row in before]))
     if name in SAMPLED:
         for count in samples:
-            sampled = evaluator.sampled(
-                params, hypers, split=split, samples=count, max_batches=max_batches
-            )
+            sampled = evaluator.sampled(params, hypers, split=split, samples=count, max_batches=max_batches)
             out[f"predictive_{count}"] = sampled["predictive"]
             if name == SAMPLED[0]:
                 out["elbo"] = sampled["elbo"]

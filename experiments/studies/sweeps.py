@@ -49,9 +49,7 @@ def load_sweep(path: str | pathlib.Path) -> Sweep:
             f"{type(error).__name__}: {error}."
         ) from None
     if not (isinstance(points, list) and all(isinstance(point, dict) for point in points)):
-        raise ValueError(
-            f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
-        )
+        raise ValueError(f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}.")
     points = [{field: plain(value) for field, value in point.items()} for point in points]
     labels(points)  # Says what is wrong with them.
     return points
@@ -88,19 +86,12 @@ def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
     return {key: build.build_dataset(config) for key, config in distinct.items()}
 
 
-def data_of(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> dict[str, Data]:
+def data_of(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Data]:
     """What the points read, by label, for `pinned.pin`."""
-    return {
-        label: Data(datasets[_data(config)], [root / "points" / label])
-        for label, config in configs.items()
-    }
+    return {label: Data(datasets[_data(config)], [root / "points" / label]) for label, config in configs.items()}
 
 
-def check_starts(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> None:
+def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> None:
     """Reads what new points start from: a mistake in it must come before anything is written.
 
     Raises:
@@ -115,9 +106,7 @@ def check_starts(
             seen.append(start)
 
 
-def prepared(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> dict[str, Job]:
+def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Job]:
     """Jobs of the points by label, but for those that diverged.
 
     Raises:
@@ -146,9 +135,7 @@ def steps_done(path: pathlib.Path) -> int:
         checkpoints.close()
 
 
-def train_points(
-    root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0
-) -> None:
+def train_points(root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0) -> None:
     """Trains what is not finished: the same program from the same step on as one group.
 
     Args:
@@ -164,9 +151,7 @@ def train_points(
         left = _train_left(root, left, together, at_once)
 
 
-def _train_left(
-    root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int
-) -> dict[str, Job]:
+def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int) -> dict[str, Job]:
     """Trains all but the groups that it returns."""
     again: dict[str, Job] = {}
     groups: dict[Any, list[str]] = {}

@@ -87,9 +87,7 @@ def both_splits(run: Run, measure: str) -> dict[str, Any]:
 
 def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Curves and points of several seeds, averaged place by place."""
-    curve = {
-        key: np.mean([r["curve"][key] for r in results], axis=0) for key in results[0]["curve"]
-    }
+    curve = {key: np.mean([r["curve"][key] for r in results], axis=0) for key in results[0]["curve"]}
     points = [
         {key: float(np.mean([p[key] for p in same])) for key in same[0]}
         for same in zip(*(r["frontier"] for r in results))
