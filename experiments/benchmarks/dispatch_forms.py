@@ -19,6 +19,7 @@ float32, H 4, d 64, full attention of the chosen queries alone, at random positi
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +82,9 @@ SIDES = {"loops": looped, "buckets": bucketed, "dense": dense}
 
 def rows_of(time: int, fractions: list[float], direction: str) -> list[common.Row]:
     """Checks that the sides agree, times them and makes their rows."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (len(fractions), time, HEADS, DIM)) for key in keys)
+    qkv = common.random_qkv(len(fractions), time, HEADS, DIM)
     chosen = jnp.asarray(common.random_routes(fractions, time) == 0)
-
-    def side(function):
-        def gradients(q, k, v, chosen):
-            loss = lambda *x: jnp.sum(jnp.square(function(*x, chosen)))  # noqa: E731
-            return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-        call = jax.jit(function if direction == "forward" else gradients)
-        return functools.partial(call, q, k, v, chosen)
-
-    calls = {name: side(function) for name, function in SIDES.items()}
+    calls = {name: common.timed(function, direction, qkv, chosen) for name, function in SIDES.items()}
     results = {name: jax.tree.leaves(call()) for name, call in calls.items()}
     for name, leaves in results.items():
         for x, y in zip(leaves, results["loops"], strict=True):
@@ -108,18 +99,9 @@ def main() -> None:
         times = common.numbers("times", TIMES.value, "multiples of 2048", lambda x: x and x % 2048 == 0)
         batches = common.numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(common.UNEVEN)))
         percents = common.numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
-    print(common.environment())
-    rows = []
-    for time in times:
-        for batch in batches:
-            cases = [list(common.UNEVEN)] if batch > 1 else [[percent / 100] for percent in percents]
-            for fractions in cases:
-                for direction in ("forward", "forward+backward"):
-                    new = rows_of(time, fractions, direction)
-                    print(common.markdown(new), flush=True)
-                    rows += new
-                    if JSON.value:
-                        common.write_json(JSON.value, rows)
+    single = [[percent / 100] for percent in percents]
+    cases = [fractions for batch in batches for fractions in ([list(common.UNEVEN)] if batch > 1 else single)]
+    common.tell(itertools.starmap(rows_of, itertools.product(times, cases, common.DIRECTIONS)), JSON.value)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,8 @@ def main() -> None:
     state = state.replace(params=run.params, step=hardened)
     packed = dataclasses.replace(spec, packed=True)
     rows = num_dense_rows(DENSE_ROWS.value, len(batch.row))
-    specs = {
-        "dense": spec,
-        "packed": packed,
-        f"{rows} of {len(batch.row)} rows dense":
-            dataclasses.replace(packed, dense_rows=DENSE_ROWS.value),
-    }
+    part = dataclasses.replace(packed, dense_rows=DENSE_ROWS.value)
+    specs = {"dense": spec, "packed": packed, f"{rows} of {len(batch.row)} rows dense": part}
     calls = {
         name: functools.partial(jax.jit(functools.partial(train_step, s)), state, batch, hypers)
         for name, s in specs.items()
@@ -63,10 +59,7 @@ def main() -> None:
     )
     seconds = common.interleave(calls, ROUNDS.value)
     table = [common.ratio_row(name, seconds, name, "dense", **sizes) for name in specs if name != "dense"]
-    print(common.environment())
-    print(common.markdown(table))
-    if JSON.value:
-        common.write_json(JSON.value, table)
+    common.tell([table], JSON.value)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from configs import sweep_timing
@@ -46,37 +44,31 @@ STEPS = 10
 """Steps per timed call: long against the cost of a call."""
 
 
-def command(name: str, *arguments: str) -> float:
-    """Seconds of a whole command, started anew."""
+def command(name: str, *arguments: str) -> None:
+    """A whole command, started anew."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
-    began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", "--config=configs/sweep_timing.py", *arguments],
-        check=True, env=environment, stdout=subprocess.DEVNULL,
-    )
-    return time.perf_counter() - began
+    asked = [sys.executable, "-m", f"experiments.{name}", "--config=configs/sweep_timing.py", *arguments]
+    subprocess.run(asked, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def processes(rounds: int) -> common.Row:
     """Eight commands against one; the order changes from round to round."""
     points = sweep_timing.get_sweep()
-    seconds = {"processes": np.zeros(rounds), "together": np.zeros(rounds)}
-    for r in range(rounds):
-        for side in ("processes", "together") if r % 2 == 0 else ("together", "processes"):
-            with tempfile.TemporaryDirectory() as folder:
-                if side == "together":
-                    # No test split: the eight commands do not read it either.
-                    seconds[side][r] = command("sweep", f"--workdir={folder}/sweep", "--test_batches=0")
-                    continue
-                seconds[side][r] = sum(
-                    command("train", f"--workdir={folder}/{i}",
-                            *(f"--config.{field}={value}" for field, value in point.items()))
-                    for i, point in enumerate(points)
-                )
-    row = common.ratio_row(
-        "whole commands", seconds, "processes", "together", points=len(points),
-        size=sweep_timing.get_config().model.model_dim,
-    )
+
+    def one_by_one():
+        with tempfile.TemporaryDirectory() as folder:
+            for i, point in enumerate(points):
+                changes = (f"--config.{field}={value}" for field, value in point.items())
+                command("train", f"--workdir={folder}/{i}", *changes)
+
+    def together():
+        with tempfile.TemporaryDirectory() as folder:
+            # No test split: the eight commands do not read it either.
+            command("sweep", f"--workdir={folder}/sweep", "--test_batches=0")
+
+    seconds = common.interleave({"processes": one_by_one, "together": together}, rounds, warmup=0)
+    size = sweep_timing.get_config().model.model_dim
+    row = common.ratio_row("whole commands", seconds, "processes", "together", points=len(points), size=size)
     return {**row, "speedup_vs_processes": row["ratio"]}
 
 
@@ -85,14 +77,12 @@ def warm(width: int, rounds: int) -> common.Row:
     base = sweep_timing.get_config()
     base.model.model_dim = width
     base.model.num_heads = base.model.num_kv_heads = max(width // 16, 1)
-    jobs = []
     dataset = build.build_dataset(base)
-    for point in sweep_timing.get_sweep():
-        config = configured(base, point)
-        jobs.append(Job(
-            config=config, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
-            spec=build.build_spec(config, dataset), hypers=build.build_hypers(config),
-        ))
+    jobs = [
+        Job(config=config, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
+            spec=build.build_spec(config, dataset), hypers=build.build_hypers(config))
+        for config in (configured(base, point) for point in sweep_timing.get_sweep())
+    ]
     group = Group(jobs, jax.devices()[:1])
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
@@ -126,10 +116,7 @@ def main() -> None:
     rows = [warm(width, ROUNDS.value) for width in widths]
     if PROCESS_ROUNDS.value:
         rows.append(processes(PROCESS_ROUNDS.value))
-    print(common.environment())
-    print(common.markdown(rows))
-    if JSON.value:
-        common.write_json(JSON.value, rows)
+    common.tell([rows], JSON.value)
 
 
 if __name__ == "__main__":
