@@ -20,19 +20,10 @@ LINE = 80
 
 
 def show_routes(
-    run: Run,
-    ids: Int[np.ndarray, "tokens"],
-    trace: Trace,
-    *,
-    layer: Optional[int] = None,
-    colour: bool = False,
+    run: Run, ids: Int[np.ndarray, "tokens"], trace: Trace, *, layer: Optional[int] = None, colour: bool = False
 ) -> str:
-    """Shares of all layers, then prompt and continuation with the routes of one layer.
-
-    Args:
-      ids, trace: of `Run.generate`.
-      layer: None is the one that uses full most.
-      colour: ANSI backgrounds; else a line of letters below each line of text.
+    """Shares of all layers, then prompt and continuation of `Run.generate` with the routes of one layer, by
+    default the one that uses full most: by ANSI backgrounds, or a line of letters below each line of text.
 
     k* of a token that mixes all mechanisms is only the likeliest of them: how many do is said.
     """
@@ -43,20 +34,15 @@ def show_routes(
         most = mechanisms.index("full") if "full" in mechanisms else 0
         layer = int(np.argmax(np.asarray(shares)[:, most]))
     pieces = run.pieces(ids)
-    lines = [
-        f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
-        for i, row in enumerate(shares)
-    ]
+    lines = [f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
+             for i, row in enumerate(shares)]
     hard = np.concatenate([trace.prompt_hard[:, 0], trace.hard[:, 0]], axis=1)[layer]
     prompt = route.shape[1] - trace.tokens.shape[1]
     lines.append(f"\nroutes of layer {layer}, the prompt's {prompt} tokens first")
     if not hard.all():
         lines.append(f"k* only: {np.mean(~hard):.0%} of these tokens mix all mechanisms")
-    if colour:
-        lines.append(analysis.coloured_terminal(pieces, route[layer], mechanisms))
-    else:
-        lines.append(lettered(pieces, route[layer], mechanisms))
-    return "\n".join(lines)
+    shown = analysis.coloured_terminal if colour else lettered
+    return "\n".join([*lines, shown(pieces, route[layer], mechanisms)])
 
 
 def lettered(pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]) -> str:
