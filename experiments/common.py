@@ -21,6 +21,8 @@ from ml_collections.config_flags import tuple_parser
 
 from meta_attention_jax.config import SCHEMA, check_fields, help_table, near
 from meta_attention_jax.console import tolerant_streams
+from meta_attention_jax.data.splits import RULES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
@@ -46,6 +48,13 @@ class _PathParser(flags.ArgumentParser):
 def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolder[str]:
     """A flag that says where something is: `~` and `file://` are resolved, other addresses refused."""
     return flags.DEFINE(_PathParser(), name, default, help)
+
+
+def define_data() -> Callable[[], dict[str, Optional[str]]]:
+    """The flags of a command that says where the data of runs are now; gives them as `load_run` takes them."""
+    corpus = flags.DEFINE_string("corpus", None, "Where the data of runs are now: path:FILE_OR_FOLDER.")
+    split = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
+    return lambda: {"corpus": corpus.value, "data_split": split.value}
 
 
 def fail(message: object) -> None:
@@ -137,32 +146,26 @@ def spared(what: str) -> Iterator[None]:
 
 
 def check_output(field: str, path: str | pathlib.Path) -> None:
-    """Checks that a file can be written at `path`, before hours of work end there.
-
-    Raises:
-      ValueError: a folder stands there, or a file where a folder has to be.
-    """
+    """Checks that a file can be written at `path`, before hours of work end there."""
     path = pathlib.Path(os.path.abspath(path))
     if path.is_dir():
         raise ValueError(f"{field}: expected a file to write, got the folder {str(path)!r}.")
     if path.exists() and not path.is_file():  # A terminal, a pipe: written through.
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{field}: expected what can be written to, got {str(path)!r}.")
+        expect(os.access(path, os.W_OK), field, "what can be written to", str(path))
         return
     path = pathlib.Path(os.path.realpath(path))
     if path.is_file() and os.access(path, os.W_OK):  # In place, if it cannot be replaced.
         return
     above = next(parent for parent in path.parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(f"{field}: expected a file in a folder that can be written, got {str(path)!r}.")
+    free = above.is_dir() and os.access(above, os.W_OK)
+    expect(free, field, "a file in a folder that can be written", str(path))
 
 
 def no_room(error: BaseException) -> bool:
     """Whether a full disk is behind it. Orbax says so in words of its own, from a thread."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -214,12 +217,10 @@ def run(main: Callable[[], None], *, prints: bool = False) -> None:
     written, the command has failed. Elsewhere printing costs nothing but the words.
     """
     tolerant_streams()
-    if "--help_config" in sys.argv[1:]:
-        print(help_table())
-        check_printed()
-        return
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
+    given = sys.argv[1:]
+    if "--help_config" in given or {"--help", "-h"} & set(given):
+        about = (sys.modules["__main__"].__doc__ or "").strip()
+        print(help_table() if "--help_config" in given else f"{about}\n{flags.FLAGS.main_module_help()}")
         check_printed()
         return
     try:

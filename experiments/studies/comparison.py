@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.studies.arms import base_arm
@@ -80,6 +80,16 @@ def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
     best = min(result["nll"] for result in tried)
     near = [result for result in tried if result["nll"] <= best + TOLERANCE]
     return min(near, key=lambda r: (round(r["cost"], 6), r["nll"]))["settings"]
+
+
+def demo_parts(
+    rows: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[dict[str, Any]], list[analysis.Column], str]]:
+    """(corpus, its rows, their columns, notes on these as Markdown) of `analysis.comparison_rows`."""
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        columns = analysis.demo_columns(corpus)
+        notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
+        yield corpus, [row for row in rows if row["corpus"] == corpus], columns, notes
 
 
 def collect(root: pathlib.Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from experiments import common
@@ -23,26 +23,17 @@ from meta_attention_jax.analysis import Column
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 Row = dict[str, Any]
-SIZES = ("T", "H", "d", "w", "D", "L", "batch", "rows", "points", "size", "rounds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One recorded run.
-
-    Attributes:
-      title: what was asked.
-      path: of its rows, below `RESULTS`: a file, or a folder.
-      command: what made them; run lengths and hardware are in `FINDINGS.md` where the rows lack them.
-      table: (folder or content of the file) -> Markdown.
-      commit: where the rows do not say it.
-    """
+    """One recorded run; run lengths and hardware are in `FINDINGS.md` where the rows lack them."""
 
     title: str
-    path: str
+    path: str  # Of its rows, below `RESULTS`: a file, or a folder.
     command: str
-    table: Callable[[Any], str]
-    commit: Optional[str] = None
+    table: Callable[[Any], str]  # Of the folder, or the content of the file; Markdown.
+    commit: Optional[str] = None  # Where the rows do not say it.
 
 
 def rows_table(stored: Mapping[str, Any]) -> str:
@@ -53,7 +44,8 @@ def rows_table(stored: Mapping[str, Any]) -> str:
     said = ", ".join(f"{key} {_text(rows[0][key])}" for key in same)
     left = [key for key in columns if key not in same]
     shown = [{key: _text(row.get(key)) for key in left} for row in rows]
-    shape = [Column(key, key, "" if _words(rows, key) else "s") for key in left]  # Numbers to the right.
+    words = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    shape = [Column(key, key, "" if key in words else "s") for key in left]  # Numbers to the right.
     table = analysis.markdown_table(shown, shape)
     return f"In all rows: {said}.\n\n{table}" if said else table
 
@@ -62,24 +54,17 @@ def _scalar(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def _words(rows: Sequence[Row], key: str) -> bool:
-    return any(isinstance(row.get(key), str) for row in rows)
-
-
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if value is None or isinstance(value, (bool, str)):
         return {True: "yes", False: "no", None: analysis.format_value(None)}.get(value, str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def demo_table(folder: pathlib.Path) -> str:
     """The arms of `experiments.demo`, a table per corpus, and one long sequence."""
-    rows, parts = analysis.comparison_rows(_read(folder / "table.json")), []
-    for corpus in dict.fromkeys(row["corpus"] for row in rows):
-        columns = analysis.demo_columns(corpus)
-        own = [row for row in rows if row["corpus"] == corpus]
-        notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
-        parts.append(f"**{corpus}**, test split\n\n{analysis.markdown_table(own, columns)}\n{notes}")
+    rows = analysis.comparison_rows(_read(folder / "table.json"))
+    parts = [f"**{corpus}**, test split\n\n{analysis.markdown_table(own, columns)}\n{notes}"
+             for corpus, own, columns, notes in comparison.demo_parts(rows)]
     timing = _read(folder / "timing.json")
     parts.append("One long sequence through the trained models of tiny_lm\n\n"
                  + analysis.markdown_table(timing, long.columns_of(timing)))
@@ -122,6 +107,20 @@ def uncertainty_table(folder: pathlib.Path) -> str:
     parts = [f"{name}\n\n{analysis.markdown_table(_read(folder / f'{name}.json')['rows'], UNCERTAINTY_COLUMNS)}"
              for name in ("soft", "hardened")]
     return "\n".join(parts) + _pictures(folder)
+
+
+def compiled_table(stored: Mapping[str, Any]) -> str:
+    """Memory and collectives of the programs of `experiments.checks.compile`."""
+    [report] = stored["rows"]
+    said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
+    rows = []
+    for name, program in report["programs"].items():
+        rows.append({"program": name})
+        for key, value in program.items():
+            inner = {f"{key}, {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            rows[-1] |= {k: _text(v) for k, v in inner.items() if _scalar(v)}
+    columns = [Column(key, key) for key in dict.fromkeys(key for row in rows for key in row)]
+    return f"{said}.\n\n{analysis.markdown_table(rows, columns)}"
 
 
 def _pictures(folder: pathlib.Path) -> str:
@@ -172,28 +171,12 @@ RECORDS = (
     Record("What a run survives", "faults.json", "python -m experiments.checks.faults", rows_table),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
-           lambda stored: programs_table(stored["rows"][0])),
+           compiled_table),
     Record("A train step for an H100, compiled without one and not run", "compile_h100.json",
            "python -m experiments.checks.compile --config=configs/smoke.py --topology=h100 "
            "--config.model.dtype=bfloat16 --config.model.num_layers=1 --programs=soft",
-           lambda stored: programs_table(stored["rows"][0])),
+           compiled_table),
 )
-
-
-def programs_table(report: Mapping[str, Any]) -> str:
-    """Memory and collectives of the programs of `experiments.checks.compile`."""
-    said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
-    rows = []
-    for name, program in report["programs"].items():
-        flat = {"program": name}
-        for key, value in program.items():
-            if _scalar(value):
-                flat[key] = _text(value)
-            elif isinstance(value, dict):
-                flat |= {f"{key}, {k}": _text(v) for k, v in value.items() if _scalar(v)}
-        rows.append(flat)
-    columns = [Column(key, key) for key in dict.fromkeys(key for row in rows for key in row)]
-    return f"{said}.\n\n{analysis.markdown_table(rows, columns)}"
 
 
 def _read(path: pathlib.Path) -> Any:

@@ -1,19 +1,20 @@
-"""Showing the routes of a continuation: what `generate` and `demo` share."""
+"""Showing the routes of texts: what `generate`, `demo` and `report` share."""
 
 from __future__ import annotations
 
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from meta_attention_jax import analysis
 from meta_attention_jax.generation import Trace
 from meta_attention_jax.run import Run
+from meta_attention_jax.types import Batch, Routing
 
 LINE = 80
 """Characters after which a line is broken."""
@@ -60,6 +61,27 @@ def lettered(pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanis
             lines += [top, bottom]
             top, bottom = "", ""
     return "\n".join(lines + ([top, bottom] if top else []))
+
+
+def text_of(
+    run: Run, batch: Batch, routing: Routing, keep: Bool[np.ndarray, "row time"], *, apart: bool = True
+) -> dict[str, Any]:
+    """What `analysis.coloured_html` takes of the tokens to `keep` of a batch's first rows; a line each where
+    rows have nothing to do with each other (`apart`)."""
+    rows = len(keep)
+    pieces = run.pieces(np.asarray(batch.tokens)[:rows][keep])
+    for end in np.cumsum(keep.sum(axis=1)) - 1 if apart else ():
+        pieces[end] += b"\n"
+    shown = {name: np.asarray(getattr(routing, name))[:, :rows][:, keep] for name in ("route", "uncertainty", "mean")}
+    return {"pieces": pieces, **shown, "mechanisms": run.mechanisms}
+
+
+def layer_shares(run: Run, corpus: str, arm: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """For `analysis.routing_by_layer`: fractions of the hard run, mean weights of the soft one."""
+    return {
+        "corpus": corpus, "arm": arm, "mechanisms": run.mechanisms,
+        "fractions": results["hard"]["layers"]["fractions"], "mean_weights": results["soft"]["layers"]["mean"],
+    }
 
 
 def wants_colour() -> bool:
