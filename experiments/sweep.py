@@ -27,10 +27,8 @@ from ml_collections import config_flags
 from experiments import common
 from experiments.studies import outcome, pinned, sweeps
 from experiments.studies.comparison import parse_shard
-from experiments.studies.scores import scores
-from meta_attention_jax import analysis
+from experiments.studies.scores import measure
 from meta_attention_jax.config import config_to_dict
-from meta_attention_jax.runs import load_run
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Damaged
@@ -70,17 +68,13 @@ def main() -> None:
     if len(found) == len(points) and TEST_BATCHES.value:
         pick = outcome.chosen(outcome.lines(found))
         for row in found:
-            path = root / "points" / row["label"]
-            if row["setting"] == pick and not (path / "test.json").exists():
+            if row["setting"] == pick:
+                label, config = row["label"], configs[row["label"]]
                 try:
-                    config = configs[row["label"]]
-                    data = dict(corpus=config.data.corpus, data_split=config.data.split)
-                    run = load_run(path, step=config.train.steps, **data)
+                    path = root / "points" / label
+                    measure(path, config, step=config.train.steps, max_batches=TEST_BATCHES.value)
                 except Damaged as error:
-                    print(f"{row['label']}: {error}")
-                    continue
-                measured = scores(run, "test", max_batches=TEST_BATCHES.value)
-                analysis.write_json(path / "test.json", measured)
+                    print(f"{label}: {error}")
     print()
     outcome.write_results(root, points, base.name)
 

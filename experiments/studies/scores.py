@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from meta_attention_jax import analysis
 from meta_attention_jax.analysis import statistics
 from meta_attention_jax.data import recall
 from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
 
@@ -65,6 +69,13 @@ def scores(run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] =
             if name == SAMPLED[0]:
                 out["elbo"] = sampled["elbo"]
     return out
+
+
+def measure(path: pathlib.Path, config: ConfigDict, *, max_batches: int, step: str | int = "latest") -> None:
+    """`test.json` of a finished run, once; its data are where `config` says."""
+    if not (path / "test.json").exists():
+        run = load_run(path, step=step, corpus=config.data.corpus, data_split=config.data.split)
+        analysis.write_json(path / "test.json", scores(run, "test", max_batches=max_batches))
 
 
 def truth(run: Run, split: str) -> list[dict[str, float]]:
