@@ -150,8 +150,7 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
         seeds = by_arm[view, arm]
         line: dict[str, Any] = {"view": view, "arm": arm, "seeds": len(seeds)}
         for name in MEANS:
-            values = [s[name] for s in seeds.values() if name in s]
-            if values:
+            if values := [s[name] for s in seeds.values() if name in s]:
                 line[name], line[f"{name}_pm"] = interval(values)
         for other in ("full-only", "prior-free"):
             base = by_arm.get((view, other))

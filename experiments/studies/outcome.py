@@ -112,8 +112,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "diverged": len(group) - len(good),
         }
         for name in MEASURES:
-            values = [row[name] for row in good if row.get(name) is not None]
-            if values:
+            if values := [row[name] for row in good if row.get(name) is not None]:
                 line[name], line[f"{name}_pm"] = interval(values)
         tested = [row["test"] for row in good if "test" in row]
         for name in ("nll_hard", "cost") if tested else ():
