@@ -85,9 +85,8 @@ def validation(path: pathlib.Path) -> dict[str, float]:
 def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str, float]]:
     """Settings of an arm, chosen on validation; None if all diverged.
 
-    The learning rate is that of the best hard nats. Then, after each further field of `arms.grids`,
-    the search goes on from the cheapest setting tried at this learning rate that is within TOLERANCE
-    of the best of them.
+    The learning rate is that of the best hard nats. Then, after each further field of `arms.grids`, the search goes on
+    from the cheapest setting tried at this learning rate that is within TOLERANCE of the best of them.
     """
     done = root / "chosen.json"
     if done.exists():

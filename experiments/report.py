@@ -2,8 +2,7 @@
 
 python -m experiments.report --workdir=runs/recall [--out=FILE] [--corpus=path:WHERE_THE_DATA_ARE_NOW]
 
-Written to `<workdir>/report/index.html` unless --out is given. No scripts, no requests; all text is
-escaped.
+Written to `<workdir>/report/index.html` unless --out is given. No scripts, no requests; all text is escaped.
 """
 
 from __future__ import annotations

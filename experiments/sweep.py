@@ -3,18 +3,16 @@
 python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep
     [--shard=0/4] [--points_at_once=8] [--notogether] [--test_batches=32]
 
-The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`,
-`zipped`, `chain`, `sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order
-of the data is that of the config's own seed for all points; `seed` of a point is that of parameters
-and samples.
+The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`, `zipped`, `chain`,
+`sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order of the data is that of the config's own
+seed for all points; `seed` of a point is that of parameters and samples.
 
-Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that
-diverges is reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the
-others go on. With --shard=i/n this process
-takes every n-th point (an array job of any scheduler); whoever is last writes all results: `rows.json`,
-`table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting
-alone, once no point is left. A sweep may gain points afterwards, but lose and change none; what it then
-chooses is chosen after the test split was read.
+Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that diverges is
+reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the others go on. With
+--shard=i/n this process takes every n-th point (an array job of any scheduler); whoever is last writes all results:
+`rows.json`, `table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting alone,
+once no point is left. A sweep may gain points afterwards, but lose and change none; what it then chooses is chosen
+after the test split was read.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 python -m experiments.benchmarks.decode [--json=FILE] [--context=32768] [--fraction_full=0.1]
     [--batch=8] [--steps=16] [--rounds=5]
 
-Routes are drawn at random and forced: `fraction_full` of the tokens full, the rest half linear and
-half local. Caches start with random content of `context` tokens, so there is no prefill. The
-baseline is the model with `controller="fixed"`; with `full` as it decodes here (row by row, by
-blocks in use) and with one dense product over the whole capacity, whichever is faster. All sides
-share one cache, each call has its buffers back.
+Routes are drawn at random and forced: `fraction_full` of the tokens full, the rest half linear and half local. Caches
+start with random content of `context` tokens, so there is no prefill. The baseline is the model with
+`controller="fixed"`; with `full` as it decodes here (row by row, by blocks in use) and with one dense product over the
+whole capacity, whichever is faster. All sides share one cache, each call has its buffers back.
 
 `floor` counts the bytes that a step must move at the least: parameters once, and per row the keys
 and values that its routes name and its linear state (read and written). `ideal` is the ratio of the

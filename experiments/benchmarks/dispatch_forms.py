@@ -12,8 +12,7 @@ float32, H 4, d 64, full attention of the chosen queries alone, at random positi
   autodiff. With static shapes every block meets all T keys, and a batch pays for its maximum.
 * `dense`: blockwise full attention of all tokens, then a select.
 
-`ratio` is a side's time over that of `loops`, same process, interleaved. Batch 4: sequences of 0, 5,
-10 and 25 % full.
+`ratio` is a side's time over that of `loops`, same process, interleaved. Batch 4: sequences of 0, 5, 10 and 25 % full.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
 python -m experiments.benchmarks.hard_routing [--json=FILE] [--times=2048,8192,32768] [--rounds=5]
     [--fractions=5,10,25] [--batches=1,4] [--max_tokens=131072]
 
-One layer's attention, float32, H 4, d 64, w 256, routes at random positions, what is not full half
-linear half local. `speedup`: the fastest full attention at hand / packed dispatch, in the same
-process, interleaved, median of the rounds' ratios; `spread` its interquartile range. `efficiency`:
-(f t_full + t_linear + t_local) / measured, each the best there is. Batch 4: sequences of their own
-fractions, 0, 5, 10 and 25 % full (`fraction_full` is their mean).
+One layer's attention, float32, H 4, d 64, w 256, routes at random positions, what is not full half linear half local.
+`speedup`: the fastest full attention at hand / packed dispatch, in the same process, interleaved, median of the rounds'
+ratios; `spread` its interquartile range. `efficiency`: (f t_full + t_linear + t_local) / measured, each the best there
+is. Batch 4: sequences of their own fractions, 0, 5, 10 and 25 % full (`fraction_full` is their mean).
 """
 
 from __future__ import annotations

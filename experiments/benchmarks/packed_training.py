@@ -3,10 +3,9 @@
 python -m experiments.benchmarks.packed_training --workdir=runs/a [--json=FILE] [--rounds=5]
     [--dense_rows=0.5]
 
-The whole step (loss, gradients, optimizer) of a trained run at its last step, on its own data and
-routes: all mechanisms with the straight-through gradient (`dense`), against packed dispatch with the
-controller frozen (`packed`) and with a share of the rows dense (`dense rows`). `ratio` is time over
-that of `dense`, same process, interleaved.
+The whole step (loss, gradients, optimizer) of a trained run at its last step, on its own data and routes: all
+mechanisms with the straight-through gradient (`dense`), against packed dispatch with the controller frozen (`packed`)
+and with a share of the rows dense (`dense rows`). `ratio` is time over that of `dense`, same process, interleaved.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 python -m experiments.benchmarks.sweep [--json=FILE] [--rounds=5] [--widths=32,64,128,256]
     [--process_rounds=2]
 
-`speedup_vs_processes`: whole commands by the wall clock. Eight `experiments.train`, one after another
-as a shell loop would run them, against one `experiments.sweep` of the same eight points
-(`configs/sweep_timing.py`: D 64, L 2, T 64, batch 8, 300 steps); start-up, compilation, evaluation and
-checkpoints included, no compilation cache.
+`speedup_vs_processes`: whole commands by the wall clock. Eight `experiments.train`, one after another as a shell loop
+would run them, against one `experiments.sweep` of the same eight points (`configs/sweep_timing.py`: D 64, L 2, T 64,
+batch 8, 300 steps); start-up, compilation, evaluation and checkpoints included, no compilation cache.
 
 `speedup_warm`: training steps alone, everything compiled: eight steps of one run each against one step
 of eight points, same process, interleaved, by model width (L 2, T 64, batch 8). Below 1 it does not pay.

@@ -40,11 +40,7 @@ from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.targets import compiling_for  # noqa: E402
 from meta_attention_jax.training import aot, build  # noqa: E402
 
-PROGRAMS = {
-    "soft": "train step, soft",
-    "packed": "train step, packed hard",
-    "decode": "decode step, hard",
-}
+PROGRAMS = {"soft": "train step, soft", "packed": "train step, packed hard", "decode": "decode step, hard"}
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "NVIDIA H100 80GB HBM3": 80}
 """GiB per chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
 RESERVED = 0.25

@@ -65,10 +65,9 @@ def configured(config: ConfigDict, arm: str, **changes: Any) -> ConfigDict:
 def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     """What is chosen for an arm, one field after the other: (field, factors of its value).
 
-    Everybody's learning rate; beta of those with a penalty; strength of those with a Dirichlet prior
-    and preference of those with any; rho of `cost_penalty`, the temperature of `gumbel`. The
-    prior-free router, `switch` and fixed patterns have no more to choose: tables say how many settings
-    an arm has tried.
+    Everybody's learning rate; beta of those with a penalty; strength of those with a Dirichlet prior and preference of
+    those with any; rho of `cost_penalty`, the temperature of `gumbel`. The prior-free router, `switch` and fixed
+    patterns have no more to choose: tables say how many settings an arm has tried.
     """
     own = overrides(arm)
     name = own["controller.name"]

@@ -20,8 +20,7 @@ TOLERANCE = 0.005
 """Nats within which a cheaper setting counts as equal."""
 
 SAME = "same_as_tokens"
-"""In `equal_flops/<arm>/`: the arm's step costs what the reference's does, its runs are those of
-equal tokens."""
+"""In `equal_flops/<arm>/`: the arm's step costs what the reference's does, its runs are those of equal tokens."""
 
 VIEWS = {"tokens": "runs", "flops": "equal_flops"}
 """Folders of the runs of an ablation, by what is equal for all arms."""

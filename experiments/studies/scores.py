@@ -28,9 +28,8 @@ TOKEN_BATCHES = 8
 def scores(run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] = SAMPLES) -> dict[str, Any]:
     """Soft and hard nats, cost, entropies, what routes know of the kinds, ELBO and predictive nats.
 
-    Routes, cost and entropies are those of the hard run. `truth` (corpora that know it): how full
-    attention meets the recall tokens, by layer; `truth_layer` is the one that does the recall, by the
-    validation split.
+    Routes, cost and entropies are those of the hard run. `truth` (corpora that know it): how full attention meets the
+    recall tokens, by layer; `truth_layer` is the one that does the recall, by the validation split.
     """
     soft, hard = (run.evaluate(split, mode=mode, max_batches=max_batches) for mode in ("soft", "hard"))
     mechanisms, name = run.mechanisms, run.config.controller.name
