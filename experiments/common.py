@@ -69,8 +69,7 @@ def _flag_mistake(words: str) -> Optional[str]:
         return f"{missing[1]}: expected a value, for --{missing[1]} must have a value, got none."
     if bare := re.match(r"Missing value for flag --?(\S+)", words):
         return f"{bare[1]}: expected a value, got none."
-    wrong = re.match(r"flag --([^=]+)=(.*?): (.*)", words, re.DOTALL)
-    if not wrong:
+    if not (wrong := re.match(r"flag --([^=]+)=(.*?): (.*)", words, re.DOTALL)):
         return None
     name, value, reason = wrong.groups()
     field, parser = name.removeprefix("config."), flags.FLAGS[name].parser
@@ -104,8 +103,7 @@ def sentence(error: Exception) -> str:
         meant = re.search(r"Did you mean: (\S+) ", str(error))
         hint = f"; did you mean --{meant[1]}?" if meant else "."
         return f"flags: expected one that this command has, got --{error.flagname}{hint}"
-    unknown = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words))
-    if unknown:
+    if unknown := re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words)):
         field, meant = unknown.groups()
         hint = f"; did you mean {meant!r}?" if meant else "."
         return f"config: expected a field of the config, got {field!r}{hint}"
@@ -114,8 +112,7 @@ def sentence(error: Exception) -> str:
     for flag in sys.argv:  # ml_collections has many words for a field of what has no fields.
         field = re.match(r"--?(?:no)?config\.([^=]*)", flag)
         if field and field[1] not in SCHEMA and not isinstance(error, SyntaxError):
-            hint = near(field[1], SCHEMA)
-            return f"config: expected a field of the config, got {field[1]!r}{hint}"
+            return f"config: expected a field of the config, got {field[1]!r}{near(field[1], SCHEMA)}"
     kind = "" if isinstance(error, (AttributeError, flags.Error)) else f"{type(error).__name__}: "
     return f"config: expected a Python file that runs and has get_config(), got {kind}{words}."
 
@@ -203,8 +200,7 @@ def quiet_threads() -> None:
 def check_printed() -> None:
     """Fails if words that a command has printed are lost, but for those that nobody wanted to read."""
     sys.stdout.flush()
-    lost = getattr(sys.stdout, "lost", None)
-    if lost is not None:
+    if (lost := getattr(sys.stdout, "lost", None)) is not None:
         words = getattr(lost, "strerror", None) or str(lost)
         fail(f"stdout: expected room for what this command prints, got {words!r}.")
 

@@ -48,10 +48,7 @@ def arm_config(corpus: str, arm: str) -> ConfigDict:
     """The corpus's config with the arm's controller."""
     config = arms.configured(importlib.import_module(f"configs.{corpus}").get_config(), arm)
     if QUICK.value:
-        config.train.steps = 20
-        config.train.eval_every = config.train.checkpoint_every = 20
-        config.train.log_every = 5
-        config.train.eval_batches = 1
+        config.train.update(steps=20, eval_every=20, checkpoint_every=20, log_every=5, eval_batches=1)
     return config
 
 
@@ -72,8 +69,7 @@ def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]], mechani
         full = fractions[:, :, mechanisms.index("full")]
         layer = int(np.argmax(full[:, query] - full[:, other]))
         row |= {
-            "accuracy_queries_soft": soft["kinds"]["accuracy"][query],
-            "accuracy_queries_hard": hard["kinds"]["accuracy"][query],
+            **{f"accuracy_queries_{mode}": results[mode]["kinds"]["accuracy"][query] for mode in ("soft", "hard")},
             "queries_full": float(full[layer, query]),
             "others_full": float(full[layer, other]),
             "route_layer": layer,
@@ -128,18 +124,16 @@ def write_report(
     rows = analysis.comparison_rows(rows)
     analysis.write_json(out / "table.json", rows)
     markdown, sections, text_sections = [], [], []
+
+    def table(title: str, said: str, part: Rows, columns: list[analysis.Column], notes: str) -> None:
+        print(f"\n{said}\n{analysis.terminal_table(part, columns)}")
+        markdown.append(f"## {title}\n\n{analysis.markdown_table(part, columns)}\n{notes}")
+        sections.append(analysis.Section(title, analysis.table_html(part, columns)))
+
     for corpus, part, columns, notes in comparison.demo_parts(rows):
-        print(f"\n{corpus}: test split, {part[0]['tokens']:,} tokens")
-        print(analysis.terminal_table(part, columns))
-        markdown.append(f"## {corpus}\n\n{analysis.markdown_table(part, columns)}\n\n{notes}")
-        sections.append(analysis.Section(corpus, analysis.table_html(part, columns)))
+        table(corpus, f"{corpus}: test split, {part[0]['tokens']:,} tokens", part, columns, f"\n{notes}")
     if timing:
-        print("\none long sequence, measured")
-        columns = long.columns_of(timing)
-        print(analysis.terminal_table(timing, columns))
-        table = analysis.markdown_table(timing, columns)
-        markdown.append(f"## Measured evaluation\n\n{table}\n")
-        sections.append(analysis.Section("Measured evaluation", analysis.table_html(timing, columns)))
+        table("Measured evaluation", "one long sequence, measured", timing, long.columns_of(timing), "")
         analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
     with common.spared("pictures"):
@@ -149,10 +143,8 @@ def write_report(
             analysis.save(figure, out / f"{title.lower()}.png")
             sections.append(analysis.Section(title, analysis.figure_html(figure, description)))
     for corpus, text in texts.items():
-        about = dict(
-            title=f"{corpus}: where the Bayesian arm routes held-out text",
-            caption="Each token is coloured by the mechanism it uses; pale means uncertain.",
-        )
+        about = dict(title=f"{corpus}: where the Bayesian arm routes held-out text",
+                     caption="Each token is coloured by the mechanism it uses; pale means uncertain.")
         mean = text.pop("mean")
         with common.spared("pictures"):
             analysis.save(analysis.coloured_figure(**text, **about), out / f"text_{corpus}.png")
@@ -193,12 +185,9 @@ def main() -> None:
         show_sample(load_run(jobs[corpus, "bayesian"].path))
     timing = []
     if TIMED_CORPUS in CORPORA.value:
-        timing = long.long_evaluation(
-            jobs[TIMED_CORPUS, "full-only"].path,
-            jobs[TIMED_CORPUS, "bayesian"].path,
-            length=512 if QUICK.value else TIMED_LENGTH,
-            rounds=1 if QUICK.value else TIMED_ROUNDS,
-        )
+        length, rounds = (512, 1) if QUICK.value else (TIMED_LENGTH, TIMED_ROUNDS)
+        sides = (jobs[TIMED_CORPUS, arm].path for arm in ("full-only", "bayesian"))
+        timing = long.long_evaluation(*sides, length=length, rounds=rounds)
     out = root / "report"
     write_report(out, rows, runs, routes, texts, floor, timing)
     print(f"\nreport: {out}/index.html   ({(time.monotonic() - began) / 60:.1f} minutes)")

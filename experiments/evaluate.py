@@ -110,13 +110,12 @@ def price_curve(run: Run, prices: Sequence[float], beside: Sequence[dict[str, An
         found = run.at(price=price).evaluate(SPLIT.value, mode="hard", max_batches=MAX_BATCHES.value)
         rows.append({"price": price, "step": run.step, "split": SPLIT.value, **found})
     columns = [analysis.Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms]
-    print(f"One model, mode hard: argmax E pi - lambda c\n"
-          f"{analysis.terminal_table(rows, PRICE_COLUMNS + columns)}")
+    print(f"One model, mode hard: argmax E pi - lambda c\n{analysis.terminal_table(rows, PRICE_COLUMNS + columns)}")
     figure = analysis.prices_figure(rows, beside, title=run.config.name, split=SPLIT.value)
     with common.user_mistakes():
         analysis.write_json(run.path / "prices.json", rows)
         analysis.save(figure, run.path / "prices.png")
-    print(f"{run.path / 'prices.png'}")
+    print(run.path / "prices.png")
 
 
 def main() -> None:
@@ -153,7 +152,7 @@ def main() -> None:
         if mode == "hard":
             sums, accounting = evaluator.accounted(params, hypers, **where)
             spent = dataclasses.asdict(jax.tree.map(float, accounting))
-            executed = {"flops": spent["flops"], "bytes": spent["bytes"]}
+            executed = {name: spent[name] for name in ("flops", "bytes")}
         else:
             sums, executed = evaluator.sums(params, hypers, mode=mode, **where), {}
         metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
@@ -161,9 +160,8 @@ def main() -> None:
     columns = COLUMNS + [analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms]
     print(f"{run.path.name} at step {run.step}, {SPLIT.value} split\n{run.dataset}")
     print(analysis.terminal_table(rows, columns))
-    for row in rows:
-        if "flops" in row:
-            print(executed_table(row, run))
+    for row in (row for row in rows if "flops" in row):
+        print(executed_table(row, run))
     if SAMPLES.value:
         sampled = evaluator.sampled(params, hypers, samples=SAMPLES.value, **where)
         rows.append({"mode": "sampled", "samples": SAMPLES.value, **sampled})

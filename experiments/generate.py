@@ -42,8 +42,8 @@ def main() -> None:
         theta = THRESHOLD.value  # absl lets NaN through.
         expect(theta is None or 0 <= theta <= 1, "threshold", "theta in [0, 1]", theta)
         run = load_run(WORKDIR.value, step=STEP.value).at(price=PRICE.value)
-        if LAYER.value is not None and LAYER.value >= run.config.model.num_layers:
-            raise ValueError(f"layer: expected less than {run.config.model.num_layers}, got {LAYER.value}.")
+        layers = run.config.model.num_layers
+        expect(LAYER.value is None or LAYER.value < layers, "layer", f"less than {layers}", LAYER.value)
         prompt = run.encode(PROMPT.value)
     made = run.generate(prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, **draw)
     print(samples.printable(made.text))

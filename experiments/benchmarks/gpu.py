@@ -126,8 +126,7 @@ def run_tasks(tasks: Sequence[Task], budget: float, began: float, say: Callable[
         sections.append(dict(name=task.name, kind="timing", seconds=round(took, 1), rows=rows))
         left = pace * sum(t.seconds for t in tasks[number:])
         left = min(left, max(budget - (time.monotonic() - began), 0.0))
-        say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), "
-            f"about {left:.0f} s left")
+        say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), about {left:.0f} s left")
     return sections
 
 

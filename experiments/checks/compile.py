@@ -280,8 +280,7 @@ def _told(
     if program != "decode" and (needed := aot.gathered_bytes(config, vocab)):
         gathered = sum(c.times * c.size for c in found if c.kind == "all-gather")
         result["gathered"], result["needed"] = gathered, needed
-        print(f"gathered: {gathered / 1e6:.1f} MB, {gathered / needed:.3f} of what the split parameters "
-              "need")
+        print(f"gathered: {gathered / 1e6:.1f} MB, {gathered / needed:.3f} of what the split parameters need")
     deep = too_deep(found, config, program)
     result["collectives_in_inner_loops"] = len(deep)
     print("collectives inside loops of sampler, attention or dispatch: "

@@ -190,8 +190,7 @@ def signals(trial: Trial, number: signal.Signals, count: int) -> dict[str, Any]:
         newest, _ = checkpoint(path)
         good += codes == [128 + told] * len(running) and steps == {newest} and None not in stops
         late = max(late, newest - at)
-        _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, "
-             f"ended after {took:.1f} s")
+        _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, ended after {took:.1f} s")
     trial.finish(path)
     who = "" if trial.processes == 1 else f" to one of {trial.processes} processes"
     seen = (f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "

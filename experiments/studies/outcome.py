@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from matplotlib.figure import Figure
 
 from experiments.common import spared
-from experiments.studies.comparison import TOLERANCE, choose, with_intervals
+from experiments.studies.comparison import MEANS, TOLERANCE, choose, with_intervals
 from experiments.studies.sweeps import failed
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
@@ -26,12 +26,9 @@ if TYPE_CHECKING:
 RULE = f"the cheapest within {TOLERANCE} nats of the best, hard, on validation"
 
 MEASURES = {
-    "nll_hard": ("nats hard", ".4f"),
-    "nll_soft": ("nats soft", ".4f"),
+    **{name: MEANS[name] for name in ("nll_hard", "nll_soft")},
     "gap": ("gap", "+.4f"),
-    "cost": ("cost", ".1%"),
-    "routing_entropy": ("routing entropy", ".1%"),
-    "usage_entropy": ("usage entropy", ".1%"),
+    **{name: MEANS[name] for name in ("cost", "routing_entropy", "usage_entropy")},
     "full": ("full", ".1%"),
     "kl": ("KL, nats", ".4f"),
 }

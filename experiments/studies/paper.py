@@ -92,9 +92,8 @@ def arm_rows(root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence
 def stored_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """What the study has found so far; raises ValueError for a file of something else."""
     rows = read_stored(path, "rows of this study").get("rows")
-    if not (isinstance(rows, list) and all(
-        isinstance(row, dict) and {"corpus", "arm", "seed", "beta"} <= row.keys() for row in rows
-    )):
+    whole = lambda row: isinstance(row, dict) and {"corpus", "arm", "seed", "beta"} <= row.keys()  # noqa: E731
+    if not (isinstance(rows, list) and all(map(whole, rows))):
         raise ValueError(f"out: expected rows of this study in {str(path)!r}, got something else.")
     return rows
 
@@ -104,10 +103,8 @@ def main() -> None:
     out = pathlib.Path(OUT.value or WORKDIR.value)
     # Runs of one arm and split are one program, compiled once.
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
-    rows = []
-    if (out / "rows.json").exists():
-        with common.user_mistakes():
-            rows = stored_rows(out / "rows.json")
+    with common.user_mistakes():
+        rows = stored_rows(out / "rows.json") if (out / "rows.json").exists() else []
     total = sum(len(module.get_sweep()) for module in CORPORA.values())
     for corpus, module in CORPORA.items():
         base, groups = module.get_config(), groups_of(module.get_sweep())
