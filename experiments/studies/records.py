@@ -25,17 +25,6 @@ RESULTS = pathlib.Path(__file__).parent.parent / "results"
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One recorded run; run lengths and hardware are in `FINDINGS.md` where the rows lack them."""
-
-    title: str
-    path: str  # Of its rows, below `RESULTS`: a file, or a folder.
-    command: str
-    table: Callable[[Any], str]  # Of the folder, or the content of the file; Markdown.
-    commit: Optional[str] = None  # Where the rows do not say it.
-
-
 def rows_table(stored: Mapping[str, Any]) -> str:
     """Rows of a benchmark; columns that say the same in all rows become a line above."""
     rows = [{k: v for k, v in row.items() if _scalar(v)} for row in stored["rows"]]
@@ -128,54 +117,52 @@ def _pictures(folder: pathlib.Path) -> str:
     return "".join(f"\n![{name[:-4]}]({folder.name}/{name})\n" for name in names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One recorded run; run lengths and hardware are in `FINDINGS.md` where the rows lack them."""
+
+    title: str
+    path: str  # Of its rows, below `RESULTS`: a file, or a folder.
+    command: str  # Of `python -m experiments.`, or of `make`.
+    table: Callable[[Any], str] = rows_table  # Of the folder, or the content of the file; Markdown.
+    commit: Optional[str] = None  # Where the rows do not say it.
+
+
 RECORDS = (
     Record("The demo", "demo", "make demo", demo_table, "03ec59a"),
     Record("Arms on recall, 8 keys", "ablation_recall",
-           "python -m experiments.ablation --config=configs/recall.py --workdir=runs/ablation-recall8 "
-           "--views=tokens --arms=bayesian,prior-free,full-only,local+full,linear,full+local,local",
-           ablation_table, "7c3075d"),
+           "ablation --config=configs/recall.py --workdir=runs/ablation-recall8 --views=tokens "
+           "--arms=bayesian,prior-free,full-only,local+full,linear,full+local,local", ablation_table, "7c3075d"),
     Record("Arms on recall with aggregates, 4 keys", "ablation_recall_oracle",
-           "python -m experiments.ablation --config=configs/recall_oracle.py "
-           "--workdir=runs/ablation-recall --views=tokens", ablation_table, "e820864"),
-    Record("Arms on State of the Union addresses", "ablation_sotu",
-           "python -m experiments.ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu "
-           "--seeds=3 --views=tokens --arms=bayesian,prior-free,full-only,local+full,local",
+           "ablation --config=configs/recall_oracle.py --workdir=runs/ablation-recall --views=tokens",
            ablation_table, "e820864"),
-    Record("The paper's numbers, run", "paper", "python -m experiments.studies.paper --workdir=runs/paper",
-           paper_table, "b9bd5af"),
+    Record("Arms on State of the Union addresses", "ablation_sotu",
+           "ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu --seeds=3 --views=tokens "
+           "--arms=bayesian,prior-free,full-only,local+full,local", ablation_table, "e820864"),
+    Record("The paper's numbers, run", "paper", "studies.paper --workdir=runs/paper", paper_table, "b9bd5af"),
     Record("What uncertainty finds", "uncertainty",
-           "python -m experiments.studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table,
-           "e820864"),
+           "studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table, "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",
-           "python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep",
-           sweep_table, "9a3f822"),
+           "sweep --config=configs/sweep_concentration.py --workdir=runs/sweep", sweep_table, "9a3f822"),
     Record("The strength of the prior, on State of the Union addresses", "sweep_sotu",
-           "python -m experiments.sweep --config=configs/sweep_concentration_sotu.py "
-           "--workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
-    Record("Hard routing against the fastest full attention", "hard_routing.json",
-           "python -m experiments.benchmarks.hard_routing", rows_table),
-    Record("Packed full attention against its alternatives", "dispatch_forms.json",
-           "python -m experiments.benchmarks.dispatch_forms", rows_table),
+           "sweep --config=configs/sweep_concentration_sotu.py --workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
+    Record("Hard routing against the fastest full attention", "hard_routing.json", "benchmarks.hard_routing"),
+    Record("Packed full attention against its alternatives", "dispatch_forms.json", "benchmarks.dispatch_forms"),
     Record("Evaluation of a long context that needs full attention", "long_evaluation.json",
-           "python -m experiments.benchmarks.long_evaluation --full_only=runs/long-full-only "
-           "--routed=runs/long-bayesian", long_table),
+           "benchmarks.long_evaluation --full_only=runs/long-full-only --routed=runs/long-bayesian", long_table),
     Record("Packed training steps", "packed_training.json",
-           "python -m experiments.benchmarks.packed_training --workdir=runs/long-bayesian --rounds=7",
-           rows_table),
-    Record("Decoding", "decode.json", "python -m experiments.benchmarks.decode --rounds=15", rows_table),
-    Record("Linear and local against full attention", "mechanisms.json",
-           "python -m experiments.benchmarks.mechanisms --rounds=5", rows_table),
-    Record("Training steps", "train_step.json", "python -m experiments.benchmarks.train_step --rounds=7", rows_table),
-    Record("Memory", "memory.json", "python -m experiments.benchmarks.memory", rows_table),
-    Record("One program for many runs", "sweep_timing.json", "python -m experiments.benchmarks.sweep", rows_table),
-    Record("What a run survives", "faults.json", "python -m experiments.checks.faults", rows_table),
+           "benchmarks.packed_training --workdir=runs/long-bayesian --rounds=7"),
+    Record("Decoding", "decode.json", "benchmarks.decode --rounds=15"),
+    Record("Linear and local against full attention", "mechanisms.json", "benchmarks.mechanisms --rounds=5"),
+    Record("Training steps", "train_step.json", "benchmarks.train_step --rounds=7"),
+    Record("Memory", "memory.json", "benchmarks.memory"),
+    Record("One program for many runs", "sweep_timing.json", "benchmarks.sweep"),
+    Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
-           "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
-           compiled_table),
+           "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),
     Record("A train step for an H100, compiled without one and not run", "compile_h100.json",
-           "python -m experiments.checks.compile --config=configs/smoke.py --topology=h100 "
-           "--config.model.dtype=bfloat16 --config.model.num_layers=1 --programs=soft",
-           compiled_table),
+           "checks.compile --config=configs/smoke.py --topology=h100 --config.model.dtype=bfloat16 "
+           "--config.model.num_layers=1 --programs=soft", compiled_table),
 )
 
 
@@ -197,7 +184,8 @@ def page(results: pathlib.Path = RESULTS) -> str:
         stored = path if path.is_dir() else _read(path)
         where = {"commit": record.commit} if path.is_dir() else stored["environment"]
         said = ", ".join(f"{key} {value}" for key, value in where.items())
-        parts.append(f"## {record.title}\n\n    {record.command}\n\n{said}\n\n{record.table(stored)}")
+        command = record.command if record.command.startswith("make ") else f"python -m experiments.{record.command}"
+        parts.append(f"## {record.title}\n\n    {command}\n\n{said}\n\n{record.table(stored)}")
     return "\n".join(parts)
 
 
