@@ -74,17 +74,16 @@ class Task:
 
 def tasks_of(sizes: Sizes) -> list[Task]:
     """The most important first."""
-    part = functools.partial
+
+    def task(name: str, seconds: float, rows: Callable[..., list[Row]], *of: Any) -> Task:
+        return Task(f"timings, {name}", seconds, functools.partial(rows, *of, sizes.rounds))
+
     tables = [
-        Task(f"timings, T {length}, d {dim}, {direction}", 14,
-             part(timings.mechanism_rows, length, dim, window, direction, sizes.rounds))
-        for length, dim, window in sizes.tables
-        for direction in DIRECTIONS
+        task(f"T {length}, d {dim}, {direction}", 14, timings.mechanism_rows, length, dim, window, direction)
+        for length, dim, window in sizes.tables for direction in DIRECTIONS
     ]
-    models = [
-        Task("timings, train step", 45, part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
-        Task("timings, decoding", 25, part(timings.decode_rows, sizes.decode, sizes.rounds)),
-    ]
+    models = [task("train step", 45, timings.train_step_rows, dict(sizes.train_step)),
+              task("decoding", 25, timings.decode_rows, sizes.decode)]
     return tables[:4] + models + tables[4:]
 
 
@@ -135,19 +134,15 @@ def attempt(task: Task) -> list[Row]:
     try:
         return task.rows()
     except Exception as error:
-        note = f"{type(error).__name__}: {sentence(error)}"
-        return [timings.without(task.name, note) | {"passed": False}]
+        return [timings.without(task.name, f"{type(error).__name__}: {sentence(error)}") | {"passed": False}]
 
 
 def count(rows: Sequence[Row]) -> dict[str, int]:
     """How many rows passed, were timed, failed, and were not run."""
     found = dict.fromkeys(("passed", "timed", "failed", "not run"), 0)
     for row in rows:
-        passed = row.get("passed")
-        if passed is None:
-            found["not run" if row.get("ratio") is None else "timed"] += 1
-        else:
-            found["passed" if passed else "failed"] += 1
+        without = "not run" if row.get("ratio") is None else "timed"
+        found[{True: "passed", False: "failed"}.get(row.get("passed"), without)] += 1
     return found
 
 
@@ -256,11 +251,9 @@ def main() -> None:
     header = about(device, sections, began)
     path = write(pathlib.Path(OUT.value or RESULTS), header, sections)
     rows = [row for section in sections for row in section["rows"]]
-    for row in rows:
-        if row.get("passed") is False:
-            what = row.get("check", row.get("what"))
-            print(f"failed: {what}: {row.get('value')}, expected at most {row.get('tolerance')}"
-                  f"{' ' * ('note' in row)}{row.get('note', '')}", file=sys.stderr)
+    for row in (row for row in rows if row.get("passed") is False):
+        what, note = row.get("check", row.get("what")), f" {row['note']}" if "note" in row else ""
+        print(f"failed: {what}: {row.get('value')}, expected at most {row.get('tolerance')}{note}", file=sys.stderr)
     print(f"{header['minutes']} minutes: {verdict(rows)}; {path} and .md")
     if header["rows"]["failed"]:
         raise SystemExit(1)

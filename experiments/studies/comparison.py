@@ -102,14 +102,10 @@ def collect(root: pathlib.Path) -> list[dict[str, Any]]:
             config = read_config(path.parent / "config.json")
             try:
                 rows.append({
-                    "view": view,
-                    "arm": path.parent.parent.name,
-                    "seed": config["seed"],
-                    "steps": config["train"]["steps"],
-                    "learning_rate": config["optimizer"]["learning_rate"],
+                    "view": view, "arm": path.parent.parent.name, "seed": config["seed"],
+                    "steps": config["train"]["steps"], "learning_rate": config["optimizer"]["learning_rate"],
                     "beta": config["objective"]["beta"],
-                    "strength": config["prior"]["strength"],
-                    "preference": config["prior"]["preference"],
+                    **{name: config["prior"][name] for name in ("strength", "preference")},
                     **read_stored(path, "a result"),
                 })
             except (KeyError, TypeError):

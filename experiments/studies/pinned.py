@@ -54,9 +54,8 @@ def pin(
         expect(free, "workdir", f"a new directory or one of {what}", str(path.parent))
         _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
-    for key in (key for key, value in mine.items() if isinstance(value, dict)):
-        if not isinstance(stored.get(key), dict):
-            raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
+    if any(isinstance(value, dict) and not isinstance(stored.get(key), dict) for key, value in mine.items()):
+        raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
     known, compared = dict(stored), dict(mine)
     for plain in (known, compared):  # Of versions with fewer fields.
         if isinstance(plain.get("config"), dict):
@@ -75,8 +74,8 @@ def pin(
 
 
 def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
-    manifests = {id(one.dataset): one.dataset for one in data.values()}
-    digests = {key: digest(dataset.manifest()) for key, dataset in manifests.items()}
+    datasets = {id(one.dataset): one.dataset for one in data.values()}
+    digests = {key: digest(dataset.manifest()) for key, dataset in datasets.items()}
     given = {name: digests[id(one.dataset)] for name, one in data.items()}
     if not path.exists():
         for one in data.values():  # Of a version that did not write it: what is trained says more.
@@ -86,10 +85,8 @@ def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
     for name, found in given.items():
         if stored.get(name, found) != found:
             data[name].check()  # Knows in what they differ.
-            raise ValueError(
-                f"data: expected the data that {str(path.parent)!r} was begun with, got other data; "
-                "use another workdir."
-            )
+            begun = f"the data that {str(path.parent)!r} was begun with"
+            raise ValueError(f"data: expected {begun}, got other data; use another workdir.")
     if given.keys() - stored.keys():
         write_whole(path, json.dumps({**stored, **given}, indent=1) + "\n")
 

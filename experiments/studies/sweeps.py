@@ -39,10 +39,8 @@ def load_sweep(path: str | pathlib.Path) -> Sweep:
     except Exception as error:  # The user's own code.
         if isinstance(error, ValueError) and ": expected " in str(error):  # Of the algebra.
             raise
-        raise ValueError(
-            f"config: expected a get_sweep() that runs in {str(path)!r}, got "
-            f"{type(error).__name__}: {error}."
-        ) from None
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"config: expected a get_sweep() that runs in {str(path)!r}, got {got}.") from None
     ok = isinstance(points, list) and all(isinstance(point, dict) for point in points)
     expect(ok, "config", "get_sweep() to return a list of dicts of overrides", points)
     points = [{field: plain(value) for field, value in point.items()} for point in points]
@@ -134,11 +132,8 @@ def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_
         if start < job.config.train.steps and not failed(root, label).exists():
             same = program(job.config) if together else None
             groups.setdefault((same or label, start), []).append(label)
-    parts = [
-        (members[i : i + (at_once or len(members))], start)
-        for (_, start), members in groups.items()
-        for i in range(0, len(members), at_once or len(members))
-    ]
+    parts = [(members[i : i + (at_once or len(members))], start) for (_, start), members in groups.items()
+             for i in range(0, len(members), at_once or len(members))]
     for count, (members, start) in enumerate(parts, 1):
         print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
         if len(members) > 1:
