@@ -2,12 +2,11 @@
 
 python -m experiments.train --config=configs/paper.py --workdir=runs/paper
 
-alpha_t = beta0 (1 - c) + epsilon + softplus(f(h_t)), weights of f from N(0, 0.02), KL weight 1 from the
-first step, one sample in training and the mean in evaluation, a gate on the posterior's differential
-entropy whose default of 1 nat makes every token hard in evaluation; training stays soft. One deviation:
-f sees log(1 + position) and not position / T, which would make a route depend on the text that follows.
-With `--config.objective.beta=0` it is their prior-free arm. No run of this file is recorded yet; those of
-configs/paper_recall.py are, in experiments/results/paper/.
+alpha_t = beta0 (1 - c) + epsilon + softplus(f(h_t)), weights of f from N(0, 0.02), KL weight 1 from the first step, one
+sample in training and the mean in evaluation, a gate on the posterior's differential entropy whose default of 1 nat
+makes every token hard in evaluation; training stays soft. One deviation: f sees log(1 + position) and not position / T,
+which would make a route depend on the text that follows. With `--config.objective.beta=0` it is their prior-free arm.
+No run of this file is recorded yet; those of configs/paper_recall.py are, in experiments/results/paper/.
 """
 
 from configs import tiny_lm

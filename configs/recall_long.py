@@ -9,9 +9,8 @@ python -m experiments.train --config=configs/recall_long.py --workdir=runs/long-
     --config.train.init_from=runs/demo/recall-full-only --config.controller.name=fixed
 python -m experiments.benchmarks.long_evaluation --full_only=runs/long-full-only --routed=runs/long-bayesian
 
-Eleven minutes an arm on one CPU core each. Recorded (seed 0, jax 0.10.2, commit 03ec59a), validation:
-Bayesian 1.212 nats hard, 100 % of the queries answered, cost 26.5 %, in 0.32 of full-only's time;
-full-only 1.226 nats, 97.5 %.
+Eleven minutes an arm on one CPU core each. Recorded (seed 0, jax 0.10.2, commit 03ec59a), validation: Bayesian 1.212
+nats hard, 100 % of the queries answered, cost 26.5 %, in 0.32 of full-only's time; full-only 1.226 nats, 97.5 %.
 """
 
 from configs import recall

@@ -29,13 +29,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
-from experiments.studies import arms, pinned
+from experiments.studies import arms, comparison, pinned
 from experiments.studies.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
-from experiments.studies.scores import scores
+from experiments.studies.scores import measure
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.data.manifest import MANIFEST
-from meta_attention_jax.runs import load_run
+from meta_attention_jax.fields import expect
 from meta_attention_jax.training import build
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
@@ -85,16 +85,14 @@ def validation(path: pathlib.Path) -> dict[str, float]:
 def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str, float]]:
     """Settings of an arm, chosen on validation; None if all diverged.
 
-    The learning rate is that of the best hard nats. Then, after each further field of `arms.grids`,
-    the search goes on from the cheapest setting tried at this learning rate that is within TOLERANCE
-    of the best of them.
+    The learning rate is that of the best hard nats. Then, after each further field of `arms.grids`, the search goes on
+    from the cheapest setting tried at this learning rate that is within TOLERANCE of the best of them.
     """
     done = root / "chosen.json"
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))["chosen"]
     base = arms.configured(config, arm)
-    fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors)
-              for field, factors in arms.grids(arm)]
+    fields = [(field, base[field.split(".")[0]][field.split(".")[1]], factors) for field, factors in arms.grids(arm)]
     best = {field: float(value) for field, value, _ in fields}
     tried: dict[str, dict[str, Any]] = {}
     for field, start, factors in fields:
@@ -109,20 +107,10 @@ def tune(config: ConfigDict, arm: str, root: pathlib.Path) -> Optional[dict[str,
         if field == LEARNING_RATE:
             best = min(tried.values(), key=lambda result: result["nll"])["settings"]
         else:
-            at_rate = [result for result in tried.values()
-                       if result["settings"][LEARNING_RATE] == best[LEARNING_RATE]]
+            at_rate = [result for result in tried.values() if result["settings"][LEARNING_RATE] == best[LEARNING_RATE]]
             best = choose(at_rate)
     analysis.write_json(done, {"chosen": best, "tried": list(tried.values())})
     return best
-
-
-def measure(path: pathlib.Path) -> None:
-    """`test.json` of a finished run, once."""
-    if not (path / "test.json").exists():
-        data = CONFIG.value.data
-        run = load_run(path, corpus=data.corpus, data_split=data.split)
-        measured = scores(run, "test", max_batches=TEST_BATCHES.value)
-        analysis.write_json(path / "test.json", measured)
 
 
 def compare(arm: str, ratio: float, root: pathlib.Path) -> None:
@@ -147,39 +135,32 @@ def compare(arm: str, ratio: float, root: pathlib.Path) -> None:
             path = root / folder / arm / f"seed{seed}"
             changes = {**chosen, "seed": seed, "train.steps": count}
             if run_one(arms.configured(CONFIG.value, arm, **changes), path) is None:
-                measure(path)
+                measure(path, CONFIG.value, max_batches=TEST_BATCHES.value)
 
 
 def main() -> None:
     root = pathlib.Path(WORKDIR.value)
     with common.user_mistakes():
         index, number = parse_shard(SHARD.value)
-        if unknown := set(VIEWS.value) - {"tokens", "flops"}:
-            raise ValueError(f"views: expected tokens or flops, got {sorted(unknown)[0]!r}.")
-        if not ARMS.value or len(set(ARMS.value)) != len(ARMS.value):
-            raise ValueError(f"arms: expected distinct names, at least one, got {ARMS.value}.")
+        for view in sorted(VIEWS.value):
+            expect(view in comparison.VIEWS, "views", "tokens or flops", view)
+        distinct = ARMS.value and len(set(ARMS.value)) == len(ARMS.value)
+        expect(distinct, "arms", "distinct names, at least one", ARMS.value)
         if CONFIG.value.prior.costs == "measured":
-            raise ValueError(
-                "prior.costs: expected costs that are the same for all runs, got 'measured'."
-            )
+            raise ValueError("prior.costs: expected costs that are the same for all runs, got 'measured'.")
         configs = {arm: arms.configured(CONFIG.value, arm) for arm in ARMS.value}
         for config in configs.values():
             build.check(config)
         dataset = build.build_dataset(configs[ARMS.value[0]])
         shared = {
-            "config": config_to_dict(CONFIG.value),
-            "tune": TUNE.value,
-            "test_batches": TEST_BATCHES.value,
-            "reference": ARMS.value[0],
-            "tolerance": TOLERANCE,
+            "config": config_to_dict(CONFIG.value), "tune": TUNE.value, "test_batches": TEST_BATCHES.value,
+            "reference": ARMS.value[0], "tolerance": TOLERANCE,
         }
         begun = [path.parent for path in sorted(root.glob(f"*/*/*/{MANIFEST}"))]
         data = {"all": pinned.Data(dataset, begun)}
         pinned.pin(root / "ablation.json", shared, "a comparison", data=data)
-    flops = {
-        arm: build.soft_flops(config, build.build_flops(config, dataset.vocab_size))
-        for arm, config in configs.items()
-    }
+    flops = {arm: build.soft_flops(config, build.build_flops(config, dataset.vocab_size))
+             for arm, config in configs.items()}
     # Arms that share their settings stay together, or two processes would choose them at once.
     bases = list(dict.fromkeys(map(arms.base_arm, ARMS.value)))[index::number]
     for arm in ARMS.value:

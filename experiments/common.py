@@ -19,13 +19,10 @@ import jax
 from absl import flags, logging
 from ml_collections.config_flags import tuple_parser
 
-from meta_attention_jax.config import (
-    SCHEMA,
-    check_fields,
-    help_table,
-    near,
-)
+from meta_attention_jax.config import SCHEMA, check_fields, help_table, near
 from meta_attention_jax.console import tolerant_streams
+from meta_attention_jax.data.splits import RULES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
@@ -53,6 +50,13 @@ def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolde
     return flags.DEFINE(_PathParser(), name, default, help)
 
 
+def define_data() -> Callable[[], dict[str, Optional[str]]]:
+    """The flags of a command that says where the data of runs are now; gives them as `load_run` takes them."""
+    corpus = flags.DEFINE_string("corpus", None, "Where the data of runs are now: path:FILE_OR_FOLDER.")
+    split = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
+    return lambda: {"corpus": corpus.value, "data_split": split.value}
+
+
 def fail(message: object) -> None:
     """Ends the program with one sentence, on one line of stderr, and exit code 2."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -65,8 +69,7 @@ def _flag_mistake(words: str) -> Optional[str]:
         return f"{missing[1]}: expected a value, for --{missing[1]} must have a value, got none."
     if bare := re.match(r"Missing value for flag --?(\S+)", words):
         return f"{bare[1]}: expected a value, got none."
-    wrong = re.match(r"flag --([^=]+)=(.*?): (.*)", words, re.DOTALL)
-    if not wrong:
+    if not (wrong := re.match(r"flag --([^=]+)=(.*?): (.*)", words, re.DOTALL)):
         return None
     name, value, reason = wrong.groups()
     field, parser = name.removeprefix("config."), flags.FLAGS[name].parser
@@ -100,8 +103,7 @@ def sentence(error: Exception) -> str:
         meant = re.search(r"Did you mean: (\S+) ", str(error))
         hint = f"; did you mean --{meant[1]}?" if meant else "."
         return f"flags: expected one that this command has, got --{error.flagname}{hint}"
-    unknown = re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words))
-    if unknown:
+    if unknown := re.fullmatch(r"'(\w+)'(?:\nDid you mean \"(\w+)\" .*)?", str(words)):
         field, meant = unknown.groups()
         hint = f"; did you mean {meant!r}?" if meant else "."
         return f"config: expected a field of the config, got {field!r}{hint}"
@@ -110,8 +112,7 @@ def sentence(error: Exception) -> str:
     for flag in sys.argv:  # ml_collections has many words for a field of what has no fields.
         field = re.match(r"--?(?:no)?config\.([^=]*)", flag)
         if field and field[1] not in SCHEMA and not isinstance(error, SyntaxError):
-            hint = near(field[1], SCHEMA)
-            return f"config: expected a field of the config, got {field[1]!r}{hint}"
+            return f"config: expected a field of the config, got {field[1]!r}{near(field[1], SCHEMA)}"
     kind = "" if isinstance(error, (AttributeError, flags.Error)) else f"{type(error).__name__}: "
     return f"config: expected a Python file that runs and has get_config(), got {kind}{words}."
 
@@ -142,34 +143,26 @@ def spared(what: str) -> Iterator[None]:
 
 
 def check_output(field: str, path: str | pathlib.Path) -> None:
-    """Checks that a file can be written at `path`, before hours of work end there.
-
-    Raises:
-      ValueError: a folder stands there, or a file where a folder has to be.
-    """
+    """Checks that a file can be written at `path`, before hours of work end there."""
     path = pathlib.Path(os.path.abspath(path))
     if path.is_dir():
         raise ValueError(f"{field}: expected a file to write, got the folder {str(path)!r}.")
     if path.exists() and not path.is_file():  # A terminal, a pipe: written through.
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{field}: expected what can be written to, got {str(path)!r}.")
+        expect(os.access(path, os.W_OK), field, "what can be written to", str(path))
         return
     path = pathlib.Path(os.path.realpath(path))
     if path.is_file() and os.access(path, os.W_OK):  # In place, if it cannot be replaced.
         return
     above = next(parent for parent in path.parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise ValueError(
-            f"{field}: expected a file in a folder that can be written, got {str(path)!r}."
-        )
+    free = above.is_dir() and os.access(above, os.W_OK)
+    expect(free, field, "a file in a folder that can be written", str(path))
 
 
 def no_room(error: BaseException) -> bool:
     """Whether a full disk is behind it. Orbax says so in words of its own, from a thread."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC) in str(error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -190,9 +183,8 @@ def missing_platform() -> Optional[str]:
 
 
 def quiet_threads() -> None:
-    """From here on nothing is heard of what threads and coroutines of libraries say, at length, of
-    an error that is raised as well: TensorBoard's of a full disk, Orbax's that still read when
-    another file turned out damaged."""
+    """From here on nothing is heard of what threads and coroutines of libraries say, at length, of an error that is
+    raised as well: TensorBoard's of a full disk, Orbax's that still read when another file turned out damaged."""
     of_threads, ignored = threading.excepthook, sys.unraisablehook
 
     def unraisable(args: Any) -> None:
@@ -208,8 +200,7 @@ def quiet_threads() -> None:
 def check_printed() -> None:
     """Fails if words that a command has printed are lost, but for those that nobody wanted to read."""
     sys.stdout.flush()
-    lost = getattr(sys.stdout, "lost", None)
-    if lost is not None:
+    if (lost := getattr(sys.stdout, "lost", None)) is not None:
         words = getattr(lost, "strerror", None) or str(lost)
         fail(f"stdout: expected room for what this command prints, got {words!r}.")
 
@@ -221,12 +212,10 @@ def run(main: Callable[[], None], *, prints: bool = False) -> None:
     written, the command has failed. Elsewhere printing costs nothing but the words.
     """
     tolerant_streams()
-    if "--help_config" in sys.argv[1:]:
-        print(help_table())
-        check_printed()
-        return
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print((sys.modules["__main__"].__doc__ or "").strip() + "\n" + flags.FLAGS.main_module_help())
+    given = sys.argv[1:]
+    if "--help_config" in given or {"--help", "-h"} & set(given):
+        about = (sys.modules["__main__"].__doc__ or "").strip()
+        print(help_table() if "--help_config" in given else f"{about}\n{flags.FLAGS.main_module_help()}")
         check_printed()
         return
     try:

@@ -14,28 +14,28 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import common
-from experiments.studies import arms, long, samples
+from experiments.studies import arms, comparison, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.data.recall import entropy_floor
-from meta_attention_jax.objective import summarise
+from meta_attention_jax.fields import expect
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training.evaluation import Evaluator
+from meta_attention_jax.training.evaluation import logits_and_routing
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, train
-from meta_attention_jax.training.parallel import Parallel
 
 WORKDIR = common.define_path("workdir", "runs/demo", "Where the arms and the report go.")
 CORPORA = flags.DEFINE_list("corpora", ["recall", "tiny_lm"], "Config files of configs/.")
 QUICK = flags.DEFINE_bool("quick", False, "A few steps of each arm: tries everything in a minute.")
+
+Rows = list[dict[str, Any]]
 
 ARMS = ("bayesian", "prior-free", "full-only")
 TEST_BATCHES = 32
@@ -48,49 +48,19 @@ def arm_config(corpus: str, arm: str) -> ConfigDict:
     """The corpus's config with the arm's controller."""
     config = arms.configured(importlib.import_module(f"configs.{corpus}").get_config(), arm)
     if QUICK.value:
-        config.train.steps = 20
-        config.train.eval_every = config.train.checkpoint_every = 20
-        config.train.log_every = 5
-        config.train.eval_batches = 1
+        config.train.update(steps=20, eval_every=20, checkpoint_every=20, log_every=5, eval_batches=1)
     return config
 
 
-def evaluate(run: Run) -> dict[str, dict[str, Any]]:
-    """Test metrics of a run, soft and hard."""
-    parallel = Parallel("jit", jax.devices()[:1])
-    evaluator = Evaluator(run.model, run.dataset, parallel)
-    params, hypers = parallel.place((run.params, run.hypers.routing))
-    results = {}
-    for mode in ("soft", "hard"):
-        sums = evaluator.sums(
-            params, hypers, split="test", mode=mode, max_batches=1 if QUICK.value else TEST_BATCHES
-        )
-        results[mode] = summarise(
-            sums,
-            mechanisms=run.config.model.mechanisms,
-            costs=run.hypers.routing.costs,
-        )
-    return results
-
-
-def table_row(
-    corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]
-) -> dict[str, Any]:
+def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]) -> dict[str, Any]:
     """One row of the comparison table; routes are those of the hard run."""
     soft, hard = results["soft"], results["hard"]
+    same = ("kl", "cost", "routing_entropy", "usage_entropy", "collapsed_layers")
     row = {
-        "corpus": corpus,
-        "arm": arm,
-        "tokens": hard["tokens"],
-        "nll_soft": soft["nll"],
-        "nll_hard": hard["nll"],
-        "bpb_soft": soft["bits_per_byte"],
-        "bpb_hard": hard["bits_per_byte"],
-        "kl": hard["kl"],
-        "cost": hard["cost"],
-        "routing_entropy": hard["routing_entropy"],
-        "usage_entropy": hard["usage_entropy"],
-        "collapsed_layers": hard["collapsed_layers"],
+        "corpus": corpus, "arm": arm, "tokens": hard["tokens"],
+        "nll_soft": soft["nll"], "nll_hard": hard["nll"],
+        "bpb_soft": soft["bits_per_byte"], "bpb_hard": hard["bits_per_byte"],
+        **{key: hard[key] for key in same},
         **{k.replace("/", "_"): v for k, v in hard.items() if k.startswith("fraction/")},
     }
     if "kinds" in hard:
@@ -99,8 +69,7 @@ def table_row(
         full = fractions[:, :, mechanisms.index("full")]
         layer = int(np.argmax(full[:, query] - full[:, other]))
         row |= {
-            "accuracy_queries_soft": soft["kinds"]["accuracy"][query],
-            "accuracy_queries_hard": hard["kinds"]["accuracy"][query],
+            **{f"accuracy_queries_{mode}": results[mode]["kinds"]["accuracy"][query] for mode in ("soft", "hard")},
             "queries_full": float(full[layer, query]),
             "others_full": float(full[layer, other]),
             "route_layer": layer,
@@ -111,12 +80,10 @@ def table_row(
 def curves(corpus: str, arm: str, run: Run) -> dict[str, Any]:
     """Training and validation nats of a run, from its own log."""
     records = read_metrics(run.path)
-    trained = [r for r in records if r["event"] == "train"]
-    held_out = [r for r in records if r["event"] == "eval"]
+    trained, held_out = ([r for r in records if r["event"] == event] for event in ("train", "eval"))
     steps, gate = run.config.train.steps, run.config.gate
     return {
-        "corpus": corpus,
-        "arm": arm,
+        "corpus": corpus, "arm": arm,
         "steps": [r["step"] for r in trained],
         "train_nll": [r["nll"] for r in trained],
         "eval_steps": [r["step"] for r in held_out],
@@ -127,44 +94,15 @@ def curves(corpus: str, arm: str, run: Run) -> dict[str, Any]:
     }
 
 
-def layers(corpus: str, arm: str, run: Run, results: dict[str, Any]) -> dict[str, Any]:
-    """Route fractions (hard run) and mean weights (soft run) per layer."""
-    return {
-        "corpus": corpus,
-        "arm": arm,
-        "fractions": results["hard"]["layers"]["fractions"],
-        "mean_weights": results["soft"]["layers"]["mean"],
-        "mechanisms": tuple(run.config.model.mechanisms),
-    }
-
-
 def shown_text(run: Run) -> dict[str, Any]:
     """The first test tokens with route, uncertainty and mean weights of every layer."""
-    batch = next(run.dataset.eval_batches("test", max_batches=None))
-    output = jax.jit(run.model.clone(mode="hard").apply)(
-        {"params": run.params},
-        batch.tokens,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        hypers=run.hypers.routing,
+    batch = next(run.dataset.eval_batches("test"))
+    _, routing = logits_and_routing(
+        run.model.clone(mode="hard"), run.params, batch.tokens, batch.segment_ids, batch.positions, run.hypers.routing
     )
+    generated = run.dataset.num_kinds > 1  # Sequences that have nothing to do with each other.
     rows = -(-SHOWN_TOKENS // run.dataset.sequence_length)
-    if run.dataset.num_kinds > 1:
-        rows = min(rows, 6)
-    keep = batch.loss_mask[:rows]
-    routing = jax.device_get(output.routing)
-    take = lambda values: np.asarray(values)[:, :rows][:, keep]  # noqa: E731
-    pieces = run.pieces(batch.tokens[:rows][keep])
-    if run.dataset.num_kinds > 1:  # Generated sequences have nothing to do with each other.
-        for end in np.cumsum(keep.sum(axis=1)) - 1:
-            pieces[end] += b"\n"
-    return {
-        "pieces": pieces,
-        "route": take(routing.route),
-        "uncertainty": take(routing.uncertainty),
-        "mean": take(routing.mean),
-        "mechanisms": tuple(run.config.model.mechanisms),
-    }
+    return samples.text_of(run, batch, routing, batch.loss_mask[: min(rows, 6) if generated else rows], apart=generated)
 
 
 def show_sample(run: Run) -> None:
@@ -179,50 +117,34 @@ def show_sample(run: Run) -> None:
 
 
 def write_report(
-    out: pathlib.Path,
-    rows: list[dict[str, Any]],
-    runs: list[dict[str, Any]],
-    routes: list[dict[str, Any]],
-    texts: dict[str, dict[str, Any]],
-    floor: dict[str, float],
-    timing: list[dict[str, Any]],
+    out: pathlib.Path, rows: Rows, runs: Rows, routes: Rows, texts: dict[str, dict[str, Any]], floor: dict[str, float],
+    timing: Rows,
 ) -> None:
     """table.md, table.json, loss.png, routing.png, text_<corpus>.png, text.html, index.html."""
     rows = analysis.comparison_rows(rows)
     analysis.write_json(out / "table.json", rows)
     markdown, sections, text_sections = [], [], []
-    for corpus in dict.fromkeys(row["corpus"] for row in rows):
-        part = [row for row in rows if row["corpus"] == corpus]
-        columns = analysis.demo_columns(corpus)
-        print(f"\n{corpus}: test split, {part[0]['tokens']:,} tokens")
-        print(analysis.terminal_table(part, columns))
-        notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
-        markdown.append(f"## {corpus}\n\n{analysis.markdown_table(part, columns)}\n\n{notes}")
-        sections.append(analysis.Section(corpus, analysis.table_html(part, columns)))
+
+    def table(title: str, said: str, part: Rows, columns: list[analysis.Column], notes: str) -> None:
+        print(f"\n{said}\n{analysis.terminal_table(part, columns)}")
+        markdown.append(f"## {title}\n\n{analysis.markdown_table(part, columns)}\n{notes}")
+        sections.append(analysis.Section(title, analysis.table_html(part, columns)))
+
+    for corpus, part, columns, notes in comparison.demo_parts(rows):
+        table(corpus, f"{corpus}: test split, {part[0]['tokens']:,} tokens", part, columns, f"\n{notes}")
     if timing:
-        print("\none long sequence, measured")
-        columns = long.columns_of(timing)
-        print(analysis.terminal_table(timing, columns))
-        table = analysis.markdown_table(timing, columns)
-        markdown.append(f"## Measured evaluation\n\n{table}\n")
-        sections.append(
-            analysis.Section("Measured evaluation", analysis.table_html(timing, columns))
-        )
+        table("Measured evaluation", "one long sequence, measured", timing, long.columns_of(timing), "")
         analysis.write_json(out / "timing.json", timing)
     analysis.write_text(out / "table.md", "\n".join(markdown))
     with common.spared("pictures"):
-        loss, routing = analysis.loss_curves(runs, floor), analysis.routing_by_layer(routes)
-        analysis.save(loss, out / "loss.png")
-        analysis.save(routing, out / "routing.png")
-        sections += [
-            analysis.Section("Loss", analysis.figure_html(loss, "Loss curves")),
-            analysis.Section("Routing", analysis.figure_html(routing, "Routing per layer")),
-        ]
+        figures = {"Loss": ("Loss curves", analysis.loss_curves(runs, floor)),
+                   "Routing": ("Routing per layer", analysis.routing_by_layer(routes))}
+        for title, (description, figure) in figures.items():
+            analysis.save(figure, out / f"{title.lower()}.png")
+            sections.append(analysis.Section(title, analysis.figure_html(figure, description)))
     for corpus, text in texts.items():
-        about = dict(
-            title=f"{corpus}: where the Bayesian arm routes held-out text",
-            caption="Each token is coloured by the mechanism it uses; pale means uncertain.",
-        )
+        about = dict(title=f"{corpus}: where the Bayesian arm routes held-out text",
+                     caption="Each token is coloured by the mechanism it uses; pale means uncertain.")
         mean = text.pop("mean")
         with common.spared("pictures"):
             analysis.save(analysis.coloured_figure(**text, **about), out / f"text_{corpus}.png")
@@ -239,8 +161,7 @@ def main() -> None:
     jobs = {}
     with common.user_mistakes():
         for corpus in CORPORA.value:
-            if not pathlib.Path(f"configs/{corpus}.py").is_file():
-                raise ValueError(f"corpora: expected files of configs/, got {corpus!r}.")
+            expect(pathlib.Path(f"configs/{corpus}.py").is_file(), "corpora", "files of configs/", corpus)
             for arm in ARMS:
                 jobs[corpus, arm] = prepare(arm_config(corpus, arm), root / f"{corpus}-{arm}")
     rows, runs, routes, texts, floor = [], [], [], {}, {}
@@ -251,10 +172,11 @@ def main() -> None:
         except Diverged as error:
             common.fail(error)
         run = load_run(job.path)
-        results = evaluate(run)
-        rows.append(table_row(corpus, arm, results, tuple(run.config.model.mechanisms)))
+        most = 1 if QUICK.value else TEST_BATCHES
+        results = {mode: run.evaluate("test", mode=mode, max_batches=most) for mode in ("soft", "hard")}
+        rows.append(table_row(corpus, arm, results, run.mechanisms))
         runs.append(curves(corpus, arm, run))
-        routes.append(layers(corpus, arm, run, results))
+        routes.append(samples.layer_shares(run, corpus, arm, results))
         if arm == "bayesian":
             texts[corpus] = shown_text(run)
         if run.dataset.num_kinds > 1:
@@ -263,12 +185,9 @@ def main() -> None:
         show_sample(load_run(jobs[corpus, "bayesian"].path))
     timing = []
     if TIMED_CORPUS in CORPORA.value:
-        timing = long.long_evaluation(
-            jobs[TIMED_CORPUS, "full-only"].path,
-            jobs[TIMED_CORPUS, "bayesian"].path,
-            length=512 if QUICK.value else TIMED_LENGTH,
-            rounds=1 if QUICK.value else TIMED_ROUNDS,
-        )
+        length, rounds = (512, 1) if QUICK.value else (TIMED_LENGTH, TIMED_ROUNDS)
+        sides = (jobs[TIMED_CORPUS, arm].path for arm in ("full-only", "bayesian"))
+        timing = long.long_evaluation(*sides, length=length, rounds=rounds)
     out = root / "report"
     write_report(out, rows, runs, routes, texts, floor, timing)
     print(f"\nreport: {out}/index.html   ({(time.monotonic() - began) / 60:.1f} minutes)")

@@ -28,7 +28,6 @@ from experiments import common
 from experiments.studies import outcome
 from meta_attention_jax import analysis
 from meta_attention_jax.budgets import check_budget
-from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
@@ -47,12 +46,11 @@ THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.
 SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats and ELBO.", 0)
 MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
 JSON = common.define_path("json", None, "Write the rows to this file as well.")
-CORPUS = flags.DEFINE_string("corpus", None, "Where the run's data are now: path:FILE_OR_FOLDER.")
+DATA = common.define_data()
 PRICES = flags.DEFINE_list("prices", [], "Lambdas of the curve of this model; 0 is the plain argmax.")
 BESIDE = common.define_path("beside", None, "A sweep's results (rows.json), to draw beside the prices.")
 BUDGET_COST = flags.DEFINE_float("budget_cost", None, "Find the price for this projected cost, of 1.")
 BUDGET_SHARE = flags.DEFINE_float("budget_share", None, "Find it for this share of tokens on full.")
-DATA_SPLIT = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
 flags.mark_flag_as_required("workdir")
 
 COLUMNS = [
@@ -112,27 +110,25 @@ def price_curve(run: Run, prices: Sequence[float], beside: Sequence[dict[str, An
         found = run.at(price=price).evaluate(SPLIT.value, mode="hard", max_batches=MAX_BATCHES.value)
         rows.append({"price": price, "step": run.step, "split": SPLIT.value, **found})
     columns = [analysis.Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms]
-    print(f"One model, mode hard: argmax E pi - lambda c\n"
-          f"{analysis.terminal_table(rows, PRICE_COLUMNS + columns)}")
+    print(f"One model, mode hard: argmax E pi - lambda c\n{analysis.terminal_table(rows, PRICE_COLUMNS + columns)}")
     figure = analysis.prices_figure(rows, beside, title=run.config.name, split=SPLIT.value)
     with common.user_mistakes():
         analysis.write_json(run.path / "prices.json", rows)
         analysis.save(figure, run.path / "prices.png")
-    print(f"{run.path / 'prices.png'}")
+    print(run.path / "prices.png")
 
 
 def main() -> None:
     with common.user_mistakes():
         prices = prices_given()
         beside = outcome.stored_lines(BESIDE.value) if BESIDE.value else []
-        if unknown := set(MODE.value) - set(MODES):
-            raise ValueError(f"modes: expected some of {MODES}, got {sorted(unknown)[0]!r}.")
+        for mode in sorted(MODE.value):
+            expect(mode in MODES, "modes", f"some of {MODES}", mode)
         if not MODE.value:
             raise ValueError(f"modes: expected some of {MODES}, got none.")
         # absl lets NaN through.
         expect(0 <= THRESHOLD.value <= 1, "threshold", "theta in [0, 1]", THRESHOLD.value)
-        data = dict(corpus=CORPUS.value, data_split=DATA_SPLIT.value)
-        run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value, **data)
+        run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value, **DATA())
         run.dataset  # Opened here, where its errors are the user's.
         budget = {"cost": BUDGET_COST.value, "share": BUDGET_SHARE.value}
         routes = run.config.controller.name != "fixed"
@@ -150,34 +146,27 @@ def main() -> None:
     evaluator = Evaluator(run.model, run.dataset, parallel)
     hypers = run.hypers.routing.replace(threshold=jnp.float32(THRESHOLD.value))
     params, hypers = parallel.place((run.params, hypers))
-    where = dict(split=SPLIT.value, max_batches=MAX_BATCHES.value)
-    mechanisms = tuple(run.config.model.mechanisms)
+    where, mechanisms = dict(split=SPLIT.value, max_batches=MAX_BATCHES.value), run.mechanisms
     rows = []
     for mode in MODE.value:
         if mode == "hard":
             sums, accounting = evaluator.accounted(params, hypers, **where)
             spent = dataclasses.asdict(jax.tree.map(float, accounting))
-            executed = {"flops": spent["flops"], "bytes": spent["bytes"]}
+            executed = {name: spent[name] for name in ("flops", "bytes")}
         else:
             sums, executed = evaluator.sums(params, hypers, mode=mode, **where), {}
         metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
         rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics, **executed})
-    columns = COLUMNS + [
-        analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms
-    ]
-    print(f"{run.path.name} at step {run.step}, {SPLIT.value} split")
-    print(run.dataset)
+    columns = COLUMNS + [analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms]
+    print(f"{run.path.name} at step {run.step}, {SPLIT.value} split\n{run.dataset}")
     print(analysis.terminal_table(rows, columns))
-    for row in rows:
-        if "flops" in row:
-            print(executed_table(row, run))
+    for row in (row for row in rows if "flops" in row):
+        print(executed_table(row, run))
     if SAMPLES.value:
         sampled = evaluator.sampled(params, hypers, samples=SAMPLES.value, **where)
         rows.append({"mode": "sampled", "samples": SAMPLES.value, **sampled})
-        print(
-            f"{SAMPLES.value} samples of pi: predictive {sampled['predictive']:.4f} nats, "
-            f"ELBO {sampled['elbo']:.4f} nats"
-        )
+        print(f"{SAMPLES.value} samples of pi: predictive {sampled['predictive']:.4f} nats, "
+              f"ELBO {sampled['elbo']:.4f} nats")
     if JSON.value:
         with common.user_mistakes():
             analysis.write_json(JSON.value, rows)

@@ -21,9 +21,7 @@ from meta_attention_jax.runs import load_run
 WORKDIR = common.define_path("workdir", None, "The run directory.")
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
 MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
-THRESHOLD = flags.DEFINE_float(
-    "threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0
-)
+THRESHOLD = flags.DEFINE_float("threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0)
 PRICE = flags.DEFINE_float("price", None, "lambda of the decision; the run's own when absent.")
 STEPS = flags.DEFINE_integer("steps", 200, "Tokens to generate.", 1, 10**6)
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
@@ -44,14 +42,10 @@ def main() -> None:
         theta = THRESHOLD.value  # absl lets NaN through.
         expect(theta is None or 0 <= theta <= 1, "threshold", "theta in [0, 1]", theta)
         run = load_run(WORKDIR.value, step=STEP.value).at(price=PRICE.value)
-        if LAYER.value is not None and LAYER.value >= run.config.model.num_layers:
-            raise ValueError(
-                f"layer: expected less than {run.config.model.num_layers}, got {LAYER.value}."
-            )
+        layers = run.config.model.num_layers
+        expect(LAYER.value is None or LAYER.value < layers, "layer", f"less than {layers}", LAYER.value)
         prompt = run.encode(PROMPT.value)
-    made = run.generate(
-        prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, **draw
-    )
+    made = run.generate(prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, **draw)
     print(samples.printable(made.text))
     if SHOW_ROUTES.value:
         colour = COLOR.value == "always" or (COLOR.value == "auto" and samples.wants_colour())

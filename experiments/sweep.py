@@ -3,18 +3,16 @@
 python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep
     [--shard=0/4] [--points_at_once=8] [--notogether] [--test_batches=32]
 
-The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`,
-`zipped`, `chain`, `sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order
-of the data is that of the config's own seed for all points; `seed` of a point is that of parameters
-and samples.
+The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`, `zipped`, `chain`,
+`sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order of the data is that of the config's own
+seed for all points; `seed` of a point is that of parameters and samples.
 
-Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that
-diverges is reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the
-others go on. With --shard=i/n this process
-takes every n-th point (an array job of any scheduler); whoever is last writes all results: `rows.json`,
-`table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting
-alone, once no point is left. A sweep may gain points afterwards, but lose and change none; what it then
-chooses is chosen after the test split was read.
+Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that diverges is
+reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the others go on. With
+--shard=i/n this process takes every n-th point (an array job of any scheduler); whoever is last writes all results:
+`rows.json`, `table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting alone,
+once no point is left. A sweep may gain points afterwards, but lose and change none; what it then chooses is chosen
+after the test split was read.
 """
 
 from __future__ import annotations
@@ -27,10 +25,8 @@ from ml_collections import config_flags
 from experiments import common
 from experiments.studies import outcome, pinned, sweeps
 from experiments.studies.comparison import parse_shard
-from experiments.studies.scores import scores
-from meta_attention_jax import analysis
+from experiments.studies.scores import measure
 from meta_attention_jax.config import config_to_dict
-from meta_attention_jax.runs import load_run
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Damaged
@@ -70,17 +66,13 @@ def main() -> None:
     if len(found) == len(points) and TEST_BATCHES.value:
         pick = outcome.chosen(outcome.lines(found))
         for row in found:
-            path = root / "points" / row["label"]
-            if row["setting"] == pick and not (path / "test.json").exists():
+            if row["setting"] == pick:
+                label, config = row["label"], configs[row["label"]]
                 try:
-                    config = configs[row["label"]]
-                    data = dict(corpus=config.data.corpus, data_split=config.data.split)
-                    run = load_run(path, step=config.train.steps, **data)
+                    path = root / "points" / label
+                    measure(path, config, step=config.train.steps, max_batches=TEST_BATCHES.value)
                 except Damaged as error:
-                    print(f"{row['label']}: {error}")
-                    continue
-                measured = scores(run, "test", max_batches=TEST_BATCHES.value)
-                analysis.write_json(path / "test.json", measured)
+                    print(f"{label}: {error}")
     print()
     outcome.write_results(root, points, base.name)
 

@@ -6,6 +6,7 @@ that a slow minute of the machine slows both. Times are seconds of wall clock.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,12 +14,15 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs import base
 from meta_attention_jax.files import write_whole
 
 Row = dict[str, Any]
@@ -26,22 +30,12 @@ Row = dict[str, Any]
 UNEVEN = (0.0, 0.05, 0.10, 0.25)
 """Shares of full attention of the four sequences of an uneven batch."""
 
+DIRECTIONS = ("forward", "forward+backward")
 
-def interleave(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
-) -> dict[str, np.ndarray]:
-    """Times every function once per round; the order rotates from round to round.
 
-    Args:
-      functions: name -> call without arguments; its result is waited for (jax.block_until_ready).
-      rounds: timed rounds, at least 1.
-      warmup: untimed calls of each function first (compilation, caches).
-
-    Returns:
-      name -> seconds, shape [rounds]; entry r of every name belongs to the same round.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}.")
+def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
+    """name -> seconds of every round, shape [rounds]: each function is called once per round, waited for,
+    in an order that rotates from round to round; before that `warmup` times untimed (compilation, caches)."""
     names = list(functions)
     for name in names:
         for _ in range(warmup):
@@ -56,26 +50,41 @@ def interleave(
     return seconds
 
 
-def ratio_row(
-    name: str, seconds: Mapping[str, np.ndarray], numerator: str, denominator: str, **sizes: Any
-) -> Row:
-    """One row: the ratio of two interleaved sides.
-
-    `ratio` is the median over rounds of seconds[numerator] / seconds[denominator] (below 1: the
-    numerator is faster), `spread` its interquartile range.
-    """
-    ratios = seconds[numerator] / seconds[denominator]
+def median_and_spread(ratios: np.ndarray) -> tuple[float, float]:
+    """Over the rounds; the spread is the interquartile range."""
     low, high = np.percentile(ratios, [25, 75])
+    return float(np.median(ratios)), float(high - low)
+
+
+def ratio_row(name: str, seconds: Mapping[str, np.ndarray], numerator: str, denominator: str, **sizes: Any) -> Row:
+    """One row: `ratio` of two interleaved sides; below 1 the numerator is faster."""
+    ratio, spread = median_and_spread(seconds[numerator] / seconds[denominator])
     return {
         "name": name,
         **sizes,
-        "ratio": float(np.median(ratios)),
-        "spread": float(high - low),
-        "rounds": int(ratios.size),
+        "ratio": ratio,
+        "spread": spread,
+        "rounds": len(seconds[numerator]),
         "seconds": float(np.median(seconds[numerator])),
         "baseline": denominator,
         "baseline_seconds": float(np.median(seconds[denominator])),
     }
+
+
+def random_qkv(batch: int, time: int, heads: int, dim: int, dtype: Any = jnp.float32) -> list[jax.Array]:
+    """Queries, keys and values, [B, T, H, d] each."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (batch, time, heads, dim), dtype) for key in keys]
+
+
+def timed(function: Callable[..., jax.Array], direction: str, qkv: Sequence[jax.Array], *more: Any) -> Callable:
+    """A compiled call of `function(q, k, v, *more)`, or of its gradients: of the sum of squares, by q, k, v."""
+
+    def gradients(q, k, v, *more):
+        loss = lambda *x: jnp.sum(jnp.square(function(*x, *more).astype(jnp.float32)))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    return functools.partial(jax.jit(function if direction == "forward" else gradients), *qkv, *more)
 
 
 def random_routes(fractions, time: int) -> np.ndarray:
@@ -84,6 +93,17 @@ def random_routes(fractions, time: int) -> np.ndarray:
     uniform = rng.random((len(fractions), time))
     f = np.asarray(fractions)[:, None]
     return np.where(uniform < f, 0, np.where(uniform < f + (1 - f) / 2, 1, 2)).astype(np.int32)
+
+
+def sized_config(model_dim: int, layers: int, time: int, window: int, batch: int, heads: int = 4) -> ConfigDict:
+    """The defaults at other sizes, for one device."""
+    config = base.get_config()
+    config.data.sequence_length, config.data.batch_size = time, batch
+    config.model.model_dim, config.model.num_layers = model_dim, layers
+    config.model.num_heads = config.model.num_kv_heads = heads
+    config.model.window = window
+    config.parallel.devices = 1
+    return config
 
 
 def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
@@ -101,25 +121,19 @@ def environment() -> Row:
         "device": devices[0].device_kind,
         "backend": jax.default_backend(),
         "devices": len(devices),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         **{lib: importlib.metadata.version(lib) for lib in ("jax", "jaxlib", "flax")},
         "commit": commit(),
     }
 
 
-def commit() -> str | None:
+def commit() -> Optional[str]:
     """Short hash of the checkout, with "-dirty" appended if it has changes; None outside git."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=pathlib.Path(__file__).parent,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        asked = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         short = git("rev-parse", "--short", "HEAD")
@@ -139,8 +153,21 @@ def markdown(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
 
     def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return "" if value is None else str(value).replace("|", "\\|")
 
     lines = [columns, ["---"] * len(columns)]
     lines += [[cell(row.get(column, "")) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tell(parts: Iterable[Sequence[Row]], path: Optional[str], table: Callable[[Sequence[Row]], str] = markdown) -> None:
+    """Prints the environment and a table of each part of the rows; all so far are in the file at `path`."""
+    print(environment())
+    rows: list[Row] = []
+    for part in parts:
+        print(table(part), flush=True)
+        rows += part
+        if path:
+            write_json(path, rows)

@@ -3,11 +3,10 @@
 python -m experiments.benchmarks.decode [--json=FILE] [--context=32768] [--fraction_full=0.1]
     [--batch=8] [--steps=16] [--rounds=5]
 
-Routes are drawn at random and forced: `fraction_full` of the tokens full, the rest half linear and
-half local. Caches start with random content of `context` tokens, so there is no prefill. The
-baseline is the model with `controller="fixed"`; with `full` as it decodes here (row by row, by
-blocks in use) and with one dense product over the whole capacity, whichever is faster. All sides
-share one cache, each call has its buffers back.
+Routes are drawn at random and forced: `fraction_full` of the tokens full, the rest half linear and half local. Caches
+start with random content of `context` tokens, so there is no prefill. The baseline is the model with
+`controller="fixed"`; with `full` as it decodes here (row by row, by blocks in use) and with one dense product over the
+whole capacity, whichever is faster. All sides share one cache, each call has its buffers back.
 
 `floor` counts the bytes that a step must move at the least: parameters once, and per row the keys
 and values that its routes name and its linear state (read and written). `ideal` is the ratio of the
@@ -22,6 +21,7 @@ from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common, decoding
+from meta_attention_jax.fields import expect
 
 JSON = commands.define_path("json", None, "Write the rows here.")
 CONTEXT = flags.DEFINE_integer("context", 32768, "Tokens in the cache at the last step.", 1)
@@ -45,26 +45,23 @@ def floor_bytes(route: np.ndarray, params: int, sizes: decoding.Sizes) -> dict[s
 def main() -> None:
     context, batch, steps = CONTEXT.value, BATCH.value, STEPS.value
     with commands.user_mistakes():
-        if steps > context:
-            raise ValueError(f"steps: expected at most the context {context}, got {steps}.")
+        expect(steps <= context, "steps", f"at most the context {context}", steps)
     sizes = decoding.Sizes(context, batch, steps, fraction_full=FRACTION.value)
     route = decoding.draw_routes(sizes)
     sides, params = decoding.sides(sizes)
     seconds = common.interleave(sides, ROUNDS.value)
     baseline = min(decoding.BASELINES, key=lambda side: np.median(seconds[side]))
-    speedups = seconds[baseline] / seconds["hard"]
-    low, high = np.percentile(speedups, [25, 75])
+    speedup, spread = common.median_and_spread(seconds[baseline] / seconds["hard"])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     floor = floor_bytes(route, size, sizes)
     per_step = {side: float(np.median(s)) / steps for side, s in seconds.items()}
-    speedup, ideal = float(np.median(speedups)), floor["full"] / floor["hard"]
+    ideal = floor["full"] / floor["hard"]
     rows = [
         dict(
             name="tokens/s, hard / all-full", context=context, fraction_full=FRACTION.value,
             drawn_full=float((route == 0).mean()), batch=batch, speedup=speedup,
-            spread=float(high - low), ideal=ideal, achieved=speedup / ideal, baseline=baseline,
-            hard_tokens_per_s=batch / per_step["hard"],
-            full_tokens_per_s=batch / per_step[baseline],
+            spread=spread, ideal=ideal, achieved=speedup / ideal, baseline=baseline,
+            hard_tokens_per_s=batch / per_step["hard"], full_tokens_per_s=batch / per_step[baseline],
             hard_floor_mb=floor["hard"] / 1e6, full_floor_mb=floor["full"] / 1e6,
             hard_gb_per_s=floor["hard"] / per_step["hard"] / 1e9,
             full_gb_per_s=floor["full"] / per_step[baseline] / 1e9,
@@ -73,10 +70,7 @@ def main() -> None:
             **{f"{side}, ms/step".replace(" ", "_"): 1e3 * t for side, t in per_step.items()},
         )
     ]
-    print(common.environment())
-    print(common.markdown(rows))
-    if JSON.value:
-        common.write_json(JSON.value, rows)
+    common.tell([rows], JSON.value)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from meta_attention_jax import (
-    AttentionSpec,
-    LanguageModel,
-    ModelConfig,
-    Router,
-    RoutingHypers,
-    get_mechanism,
-    register_mechanism,
-)
+from meta_attention_jax import AttentionSpec, LanguageModel, ModelConfig, Router, RoutingHypers
 from meta_attention_jax.generation import decode_loop
 from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.mechanisms.registry import REGISTRY
 
 BASELINES = {"full by rows": "full", "full by one product": "full_dense"}
 
@@ -76,12 +69,7 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
 
     All sides use one cache of `context` tokens with random content; each call has its buffers back.
     """
-    try:
-        register_mechanism(
-            "full_dense", dataclasses.replace(get_mechanism("full"), step=decode_dense)
-        )
-    except ValueError:
-        pass  # Registered by an earlier call in this process.
+    REGISTRY.setdefault("full_dense", dataclasses.replace(REGISTRY["full"], step=decode_dense))
     model = make(sizes)
     hypers = RoutingHypers(
         strength=jnp.float32(2.0), preference=jnp.float32(0.1),
@@ -93,10 +81,7 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
     fill = jax.jit(lambda key, like: jax.random.normal(key, like.shape, like.dtype))
     cache = jax.jit(model.init_cache, static_argnums=(0, 1))(sizes.batch, sizes.context)
     keys, values = fill(jax.random.key(1), cache.k), fill(jax.random.key(2), cache.v)
-    held = {
-        "cache": cache.replace(k=keys, v=values),
-        "logits": jnp.zeros((sizes.batch, sizes.vocab)),
-    }
+    held = {"cache": cache.replace(k=keys, v=values), "logits": jnp.zeros((sizes.batch, sizes.vocab))}
     del cache, keys, values  # the loop consumes them
     keys = jax.random.split(jax.random.key(3), sizes.batch)
     start = np.full((sizes.layers, sizes.batch), sizes.context - sizes.steps, np.int32)
@@ -113,7 +98,5 @@ def sides(sizes: Sizes) -> tuple[dict[str, Callable[[], Any]], Any]:
 
     calls = {"hard": call(model, draw_routes(sizes))}
     for side, name in BASELINES.items():
-        calls[side] = call(
-            make(sizes, controller="fixed", mechanisms=(name,), fixed=(name,)), None
-        )
+        calls[side] = call(make(sizes, controller="fixed", mechanisms=(name,), fixed=(name,)), None)
     return calls, params

@@ -12,13 +12,13 @@ float32, H 4, d 64, full attention of the chosen queries alone, at random positi
   autodiff. With static shapes every block meets all T keys, and a batch pays for its maximum.
 * `dense`: blockwise full attention of all tokens, then a select.
 
-`ratio` is a side's time over that of `loops`, same process, interleaved. Batch 4: sequences of 0, 5,
-10 and 25 % full.
+`ratio` is a side's time over that of `loops`, same process, interleaved. Batch 4: sequences of 0, 5, 10 and 25 % full.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,7 @@ def bucketed(q, k, v, chosen):
 
     capacities = [time >> shift for shift in reversed(range(BUCKETS))]
     needed = jnp.searchsorted(jnp.asarray(capacities), chosen.sum(1).max())
-    return jax.lax.switch(
-        needed, [functools.partial(branch, capacity) for capacity in capacities], q, k, v
-    )
+    return jax.lax.switch(needed, [functools.partial(branch, capacity) for capacity in capacities], q, k, v)
 
 
 def looped(q, k, v, chosen):
@@ -83,30 +81,16 @@ SIDES = {"loops": looped, "buckets": bucketed, "dense": dense}
 
 def rows_of(time: int, fractions: list[float], direction: str) -> list[common.Row]:
     """Checks that the sides agree, times them and makes their rows."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (len(fractions), time, HEADS, DIM)) for key in keys)
+    qkv = common.random_qkv(len(fractions), time, HEADS, DIM)
     chosen = jnp.asarray(common.random_routes(fractions, time) == 0)
-
-    def side(function):
-        def gradients(q, k, v, chosen):
-            loss = lambda *x: jnp.sum(jnp.square(function(*x, chosen)))  # noqa: E731
-            return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-
-        call = jax.jit(function if direction == "forward" else gradients)
-        return functools.partial(call, q, k, v, chosen)
-
-    calls = {name: side(function) for name, function in SIDES.items()}
+    calls = {name: common.timed(function, direction, qkv, chosen) for name, function in SIDES.items()}
     results = {name: jax.tree.leaves(call()) for name, call in calls.items()}
     for name, leaves in results.items():
         for x, y in zip(leaves, results["loops"], strict=True):
             np.testing.assert_allclose(x, y, atol=1e-4 * float(jnp.abs(y).max()), err_msg=name)
     seconds = common.interleave(calls, ROUNDS.value)
-    sizes = dict(
-        T=time, batch=len(fractions), fraction_full=float(np.mean(fractions)), direction=direction
-    )
-    return [
-        common.ratio_row(name, seconds, name, "loops", **sizes) for name in SIDES if name != "loops"
-    ]
+    sizes = dict(T=time, batch=len(fractions), fraction_full=float(np.mean(fractions)), direction=direction)
+    return [common.ratio_row(name, seconds, name, "loops", **sizes) for name in SIDES if name != "loops"]
 
 
 def main() -> None:
@@ -114,18 +98,9 @@ def main() -> None:
         times = common.numbers("times", TIMES.value, "multiples of 2048", lambda x: x and x % 2048 == 0)
         batches = common.numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(common.UNEVEN)))
         percents = common.numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
-    print(common.environment())
-    rows = []
-    for time in times:
-        for batch in batches:
-            cases = [list(common.UNEVEN)] if batch > 1 else [[percent / 100] for percent in percents]
-            for fractions in cases:
-                for direction in ("forward", "forward+backward"):
-                    new = rows_of(time, fractions, direction)
-                    print(common.markdown(new), flush=True)
-                    rows += new
-                    if JSON.value:
-                        common.write_json(JSON.value, rows)
+    single = [[percent / 100] for percent in percents]
+    cases = [fractions for batch in batches for fractions in ([list(common.UNEVEN)] if batch > 1 else single)]
+    common.tell(itertools.starmap(rows_of, itertools.product(times, cases, common.DIRECTIONS)), JSON.value)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ from absl import flags
 from experiments import common as commands
 from experiments.benchmarks import decoding
 from experiments.benchmarks import gpu_timings as timings
-from experiments.benchmarks.common import Row, environment, markdown
+from experiments.benchmarks.common import DIRECTIONS, Row, environment, markdown
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
 OUT = commands.define_path("out", None, "Folder of the record; experiments/results on a GPU.")
@@ -44,18 +44,10 @@ RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of everything.
+    """Of everything."""
 
-    Attributes:
-      tables: (T, d, window) of each pair of timing tables, the most important first.
-      train_step: of `timings.train_step_rows`.
-      decode: of `timings.decode_rows`.
-      rounds: interleaved.
-    """
-
-    tables: tuple[tuple[int, int, int], ...] = (
-        (8192, 64, 256), (2048, 64, 256), (8192, 128, 256), (16384, 64, 256),
-    )
+    # (T, d, window) of each pair of timing tables, the most important first.
+    tables: tuple[tuple[int, int, int], ...] = ((8192, 64, 256), (2048, 64, 256), (8192, 128, 256), (16384, 64, 256))
     train_step: tuple[tuple[str, int], ...] = (
         ("model_dim", 256), ("layers", 4), ("time", 1024), ("window", 128), ("batch", 8),
     )
@@ -73,42 +65,30 @@ TINY = Sizes(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One line of progress.
-
-    Attributes:
-      seconds: what it may take on a data-center GPU, compilation included; a guess, by which the
-        time left is told.
-      rows: does it.
-    """
+    """One line of progress."""
 
     name: str
-    seconds: float
+    seconds: float  # It may take so long on a data-center GPU, compilation included: a guess, to tell the time left.
     rows: Callable[[], list[Row]]
 
 
 def tasks_of(sizes: Sizes) -> list[Task]:
     """The most important first."""
-    part = functools.partial
+
+    def task(name: str, seconds: float, rows: Callable[..., list[Row]], *of: Any) -> Task:
+        return Task(f"timings, {name}", seconds, functools.partial(rows, *of, sizes.rounds))
+
     tables = [
-        Task(f"timings, T {length}, d {dim}, {direction}", 14,
-             part(timings.mechanism_rows, length, dim, window, direction, sizes.rounds))
-        for length, dim, window in sizes.tables
-        for direction in ("forward", "forward+backward")
+        task(f"T {length}, d {dim}, {direction}", 14, timings.mechanism_rows, length, dim, window, direction)
+        for length, dim, window in sizes.tables for direction in DIRECTIONS
     ]
-    models = [
-        Task("timings, train step", 45,
-             part(timings.train_step_rows, dict(sizes.train_step), sizes.rounds)),
-        Task("timings, decoding", 25, part(timings.decode_rows, sizes.decode, sizes.rounds)),
-    ]
+    models = [task("train step", 45, timings.train_step_rows, dict(sizes.train_step)),
+              task("decoding", 25, timings.decode_rows, sizes.decode)]
     return tables[:4] + models + tables[4:]
 
 
 def checked(path: str) -> list[dict[str, Any]]:
-    """Sections of the record from pytest's report: a row per comparison, or one per test without.
-
-    Raises:
-      ValueError: no such file, or no report.
-    """
+    """Sections of the record from pytest's report: a row per comparison, or one per test without."""
     try:
         cases = list(xml.parse(path).iter("testcase"))
     except (OSError, xml.ParseError) as error:
@@ -127,35 +107,25 @@ def checked(path: str) -> list[dict[str, Any]]:
     return sections
 
 
-def run_tasks(
-    tasks: Sequence[Task], budget: float, began: float, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Sections {name, kind, seconds, rows} of the record.
-
-    Args:
-      tasks: in order.
-      budget: seconds since `began` after which no timing may be under way.
-      began: `time.monotonic()` of the start.
-      say: prints a line of progress.
-    """
+def run_tasks(tasks: Sequence[Task], budget: float, began: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Sections {name, kind, seconds, rows} of the record; no timing may be under way `budget` seconds after
+    `began`, of `time.monotonic()`."""
     sections, guessed, spent = [], 0.0, 0.0
+    pace = 1.0  # How much slower or faster than the guesses this machine is.
     for number, task in enumerate(tasks, 1):
-        # How much slower or faster than the guesses this machine is.
-        pace = spent / guessed if guessed else 1.0
         start = time.monotonic()
         if start - began + pace * task.seconds > budget:
-            why = f"not run: budget of {budget / 60:.3g} minutes"
-            rows = [timings.without(task.name, why)]
+            rows = [timings.without(task.name, f"not run: budget of {budget / 60:.3g} minutes")]
         else:
             rows = attempt(task)
             guessed += task.seconds
             spent += time.monotonic() - start
+            pace = spent / guessed if guessed else 1.0
         took = time.monotonic() - start
         sections.append(dict(name=task.name, kind="timing", seconds=round(took, 1), rows=rows))
-        left = (spent / guessed if guessed else 1.0) * sum(t.seconds for t in tasks[number:])
+        left = pace * sum(t.seconds for t in tasks[number:])
         left = min(left, max(budget - (time.monotonic() - began), 0.0))
-        say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), "
-            f"about {left:.0f} s left")
+        say(f"[{number}/{len(tasks)}] {task.name}: {verdict(rows)} ({took:.0f} s), about {left:.0f} s left")
     return sections
 
 
@@ -164,19 +134,15 @@ def attempt(task: Task) -> list[Row]:
     try:
         return task.rows()
     except Exception as error:
-        note = f"{type(error).__name__}: {sentence(error)}"
-        return [timings.without(task.name, note) | {"passed": False}]
+        return [timings.without(task.name, f"{type(error).__name__}: {sentence(error)}") | {"passed": False}]
 
 
 def count(rows: Sequence[Row]) -> dict[str, int]:
     """How many rows passed, were timed, failed, and were not run."""
     found = dict.fromkeys(("passed", "timed", "failed", "not run"), 0)
     for row in rows:
-        passed = row.get("passed")
-        if passed is None:
-            found["not run" if row.get("ratio") is None else "timed"] += 1
-        else:
-            found["passed" if passed else "failed"] += 1
+        without = "not run" if row.get("ratio") is None else "timed"
+        found[{True: "passed", False: "failed"}.get(row.get("passed"), without)] += 1
     return found
 
 
@@ -232,34 +198,22 @@ def about(device: jax.Device, sections: Sequence[Any], began: float) -> dict[str
 
 def driver() -> Optional[str]:
     """Name, driver and memory of each GPU, as the vendor's tool says it; None without the tool."""
-    if not shutil.which("nvidia-smi"):
-        return None
     asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError):  # A missing tool is an OSError.
         return None
     return "; ".join(answer.stdout.strip().splitlines())
 
 
-def cell(value: Any) -> Any:
-    """For a Markdown table."""
-    if value is None:
-        return ""
-    return value.replace("|", "\\|") if isinstance(value, str) else value
-
-
 def page(header: dict[str, Any], sections: Sequence[dict[str, Any]]) -> str:
     """The record for people."""
-    lines = [f"# GPU check, {header['device']}, {header['date'][:10]}", ""]
-    lines += ["| | |", "| --- | --- |"]
+    lines = [f"# GPU check, {header['device']}, {header['date'][:10]}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in header.items()]
     for section in sections:
         rows = section["rows"]
         if section["kind"] == "check":
-            rows = [dict(row, passed={True: "yes", False: "**NO**"}.get(row["passed"], "not run"))
-                    for row in rows]
-        rows = [{name: cell(value) for name, value in row.items()} for row in rows]
+            rows = [dict(row, passed={True: "yes", False: "**NO**"}.get(row["passed"], "not run")) for row in rows]
         lines += ["", f"## {section['name']} ({section['seconds']} s)", "", markdown(rows)]
     lines += ["", "Ratios are medians over interleaved rounds, below 1 the first side is faster; "
               "spread is the interquartile range."]
@@ -270,18 +224,13 @@ def write(folder: pathlib.Path, header: dict[str, Any], sections: Sequence[Any])
     """Writes both files under a name that is not taken; returns that of the JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
-    stem, number = f"gpu_check_{header['date'][:10]}_{slug}", 1
-    while True:
-        name = stem if number == 1 else f"{stem}_{number}"
-        path = folder / f"{name}.json"
-        if not path.exists() and not path.with_suffix(".md").exists():
-            break
-        number += 1
+    ends = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    paths = (folder / f"gpu_check_{header['date'][:10]}_{slug}{end}.json" for end in ends)
+    path = next(path for path in paths if not (path.exists() or path.with_suffix(".md").exists()))
     content = json.dumps(dict(header, sections=list(sections)), indent=1, allow_nan=False)
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(content + "\n")
-    with open(path.with_suffix(".md"), "x", encoding="utf-8") as file:
-        file.write(page(header, sections))
+    for place, text in ((path, content + "\n"), (path.with_suffix(".md"), page(header, sections))):
+        with open(place, "x", encoding="utf-8") as file:
+            file.write(text)
     return path
 
 
@@ -293,8 +242,7 @@ def main() -> None:
         sections = checked(CHECKS.value) if CHECKS.value else []
     device = device_or_fail(PLATFORM.value)
     sizes = Sizes() if PLATFORM.value == "gpu" else TINY
-    print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}",
-          flush=True)
+    print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if not jax.config.jax_compilation_cache_dir:  # Some programs are compiled twice.
             jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
@@ -303,11 +251,9 @@ def main() -> None:
     header = about(device, sections, began)
     path = write(pathlib.Path(OUT.value or RESULTS), header, sections)
     rows = [row for section in sections for row in section["rows"]]
-    for row in rows:
-        if row.get("passed") is False:
-            what = row.get("check", row.get("what"))
-            print(f"failed: {what}: {row.get('value')}, expected at most {row.get('tolerance')}"
-                  f"{' ' * ('note' in row)}{row.get('note', '')}", file=sys.stderr)
+    for row in (row for row in rows if row.get("passed") is False):
+        what, note = row.get("check", row.get("what")), f" {row['note']}" if "note" in row else ""
+        print(f"failed: {what}: {row.get('value')}, expected at most {row.get('tolerance')}{note}", file=sys.stderr)
     print(f"{header['minutes']} minutes: {verdict(rows)}; {path} and .md")
     if header["rows"]["failed"]:
         raise SystemExit(1)

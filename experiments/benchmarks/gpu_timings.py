@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
-from experiments.benchmarks import decoding
-from experiments.benchmarks.common import Row, interleave, random_routes, ratio_row
+from experiments.benchmarks import common, decoding
+from experiments.benchmarks.common import Row
 from meta_attention_jax.mechanisms import attend, full
 from meta_attention_jax.objective import forward
 from meta_attention_jax.routing.dispatch import hard_attention
@@ -45,7 +44,7 @@ def per_call(calls: Mapping[str, Call], rounds: int) -> dict[str, np.ndarray]:
         took = clock.perf_counter() - start
         repeats[name] = min(max(math.ceil(LEAST / took), 1), MOST_CALLS)
         repeated[name] = functools.partial(_in_a_row, call, repeats[name])
-    seconds = interleave(repeated, rounds, warmup=0)
+    seconds = common.interleave(repeated, rounds, warmup=0)
     return {name: s / repeats[name] for name, s in seconds.items()}
 
 
@@ -57,10 +56,9 @@ def _in_a_row(call: Call, times: int) -> Any:
 
 def ratio(what: str, seconds: Mapping[str, np.ndarray], side: str, baseline: str, **sizes) -> Row:
     """The row of one ratio; below 1 the side is faster than the baseline."""
-    row = ratio_row(what, seconds, side, baseline)
+    row = common.ratio_row(what, seconds, side, baseline)
     return dict(what=what, ratio=row["ratio"], spread=row["spread"], rounds=row["rounds"], **sizes,
-                milliseconds=1e3 * row["seconds"],
-                baseline_milliseconds=1e3 * row["baseline_seconds"])
+                milliseconds=1e3 * row["seconds"], baseline_milliseconds=1e3 * row["baseline_seconds"])
 
 
 def without(what: str, note: str, **sizes: Any) -> Row:
@@ -68,12 +66,19 @@ def without(what: str, note: str, **sizes: Any) -> Row:
     return dict(what=what, ratio=None, spread=None, rounds=0, **sizes, note=note)
 
 
+def ratio_or_why(what: str, side: str, baseline: str, seconds: Mapping[str, np.ndarray], why: Optional[str],
+                 **sizes: Any) -> Row:
+    """`ratio` of "side / baseline", or where the baseline was not timed, `why`."""
+    what = f"{what}{side} / {baseline}"
+    if baseline in seconds:
+        return ratio(what, seconds, side, baseline, **sizes)
+    return without(what, f"not run: {why}", **sizes)
+
+
 def cudnn_refusal(dtype: Any, dim: int, time: int) -> Optional[str]:
     """Why cuDNN cannot serve full attention here, gradients included; None if it can."""
     try:
-        full.resolve_implementation(
-            "cudnn", time=time, dtype=dtype, head_dim=dim, segments="one"
-        )
+        full.resolve_implementation("cudnn", time=time, dtype=dtype, head_dim=dim, segments="one")
     except ValueError as error:
         return str(error)
     return None
@@ -86,67 +91,33 @@ def cudnn_window(q, k, v, window: int):
     )
 
 
-def mechanism_rows(
-    time: int, dim: int, window: int, direction: str, rounds: int, heads: int = 8
-) -> list[Row]:
+def mechanism_rows(time: int, dim: int, window: int, direction: str, rounds: int, heads: int = 8) -> list[Row]:
     """All forms against full attention by cuDNN and by blocks; batch 1, bfloat16, one segment."""
     dtype = jnp.bfloat16
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (1, time, heads, dim), dtype) for key in keys)
-    route = jnp.asarray(random_routes([0.1], time))
+    qkv = common.random_qkv(1, time, heads, dim, dtype)
+    route = jnp.asarray(common.random_routes([0.1], time))
     spec = AttentionSpec(window=window, implementation="blockwise")
-    forms = {
-        "blockwise full": functools.partial(attend, "full", spec=spec),
-        "linear": functools.partial(attend, "linear", spec=spec),
-        "local": functools.partial(attend, "local", spec=spec),
-        "packed hard, 10 % full": lambda q, k, v: hard_attention(q, k, v, route, spec=spec),
-    }
+    ours = ("linear", "local", "packed hard, 10 % full")
+    names = {"blockwise full": "full", "linear": "linear", "local": "local"}
+    forms = {form: functools.partial(attend, name, spec=spec) for form, name in names.items()}
+    forms[ours[-1]] = lambda q, k, v: hard_attention(q, k, v, route, spec=spec)
     refusal = cudnn_refusal(dtype, dim, time)
     if not refusal:
-        forms["cuDNN full"] = functools.partial(
-            attend, "full", spec=AttentionSpec(implementation="cudnn")
-        )
+        forms["cuDNN full"] = functools.partial(attend, "full", spec=AttentionSpec(implementation="cudnn"))
         forms["cuDNN window"] = functools.partial(cudnn_window, window=window)
 
-    def timed(form):
-        call = form
-        if direction != "forward":
-            def call(q, k, v):
-                loss = lambda *x: jnp.sum(jnp.square(form(*x).astype(jnp.float32)))  # noqa: E731
-                return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-        return functools.partial(jax.jit(call), q, k, v)
-
     sizes = dict(direction=direction, T=time, d=dim, H=heads, w=window)
-    seconds = per_call({name: timed(form) for name, form in forms.items()}, rounds)
-    ours = ("linear", "local", "packed hard, 10 % full")
+    seconds = per_call({name: common.timed(form, direction, qkv) for name, form in forms.items()}, rounds)
     pairs = [(side, "cuDNN full") for side in ("blockwise full", *ours)]
     pairs += [("local", "cuDNN window")] + [(side, "blockwise full") for side in ours]
-    return [
-        ratio(f"{side} / {other}", seconds, side, other, **sizes)
-        if other in seconds
-        else without(f"{side} / {other}", f"not run: {refusal}", **sizes)
-        for side, other in pairs
-    ]
-
-
-def train_step_config(model_dim: int, layers: int, time: int, window: int, batch: int):
-    config = base.get_config()
-    config.data.sequence_length, config.data.batch_size = time, batch
-    config.model.model_dim, config.model.num_layers = model_dim, layers
-    config.model.window, config.model.dtype = window, "bfloat16"
-    config.model.implementation = "blockwise"  # Of all sides but the one that is named.
-    config.parallel.devices = 1
-    return config
+    return [ratio_or_why("", *pair, seconds, refusal, **sizes) for pair in pairs]
 
 
 def routed_params(spec, params, batch, hypers, share: float):
-    """Parameters whose controllers route about `share` of all tokens to full attention.
+    """(parameters whose controllers route about `share` of all tokens to full, the mechanisms' shares).
 
     An untrained controller routes all tokens alike: noise makes them differ, and the bias of full
     attention is then found by bisection, for all layers at once.
-
-    Returns:
-      The parameters, and the shares of the mechanisms, all layers.
     """
     model = spec.model.clone(mode="hard", dispatch="dense")
 
@@ -179,16 +150,16 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
     bfloat16. The sides: Bayesian soft; Bayesian hard by packed dispatch, its controllers set so
     that about 10 % of the tokens are full; full attention only, by blocks and by cuDNN.
     """
-    config = train_step_config(**sizes)
+    config = common.sized_config(**sizes)
+    config.model.dtype = "bfloat16"
+    config.model.implementation = "blockwise"  # Of all sides but the one that is named.
     head = config.model.model_dim // config.model.num_heads
     refusal = cudnn_refusal(jnp.bfloat16, head, config.data.sequence_length)
     dataset = build.build_dataset(config)
     batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
 
     def step_of(spec, hypers, state) -> Call:
-        return functools.partial(
-            jax.jit(functools.partial(train_step, spec)), state, batch, hypers
-        )
+        return functools.partial(jax.jit(functools.partial(train_step, spec)), state, batch, hypers)
 
     spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     state = init_state(spec, jax.random.key(0), batch, hypers)
@@ -210,18 +181,13 @@ def train_step_rows(sizes: Mapping[str, int], rounds: int) -> list[Row]:
     seconds = per_call(calls, rounds)
     routes = " / ".join(f"{share:.0%}" for share in shares)
 
-    def row(side: str, other: str) -> Row:
-        what = f"train step, {side} / {other}"
-        more = dict(sizes, **({"full / linear / local": routes} if "packed" in side else {}))
-        if other in seconds:
-            return ratio(what, seconds, side, other, **more)
-        return without(what, f"not run: {refusal}", **more)
-
     routed = ("Bayesian soft", "Bayesian packed hard")
+    pairs = [(side, "full-only by cuDNN") for side in (*routed, "full-only")]
+    pairs += [(side, "full-only") for side in routed] + [routed[::-1]]
     return [
-        *(row(side, "full-only by cuDNN") for side in (*routed, "full-only")),
-        *(row(side, "full-only") for side in routed),
-        row("Bayesian packed hard", "Bayesian soft"),
+        ratio_or_why("train step, ", side, other, seconds, refusal, **sizes,
+                     **({"full / linear / local": routes} if "packed" in side else {}))
+        for side, other in pairs
     ]
 
 

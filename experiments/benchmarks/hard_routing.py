@@ -3,18 +3,18 @@
 python -m experiments.benchmarks.hard_routing [--json=FILE] [--times=2048,8192,32768] [--rounds=5]
     [--fractions=5,10,25] [--batches=1,4] [--max_tokens=131072]
 
-One layer's attention, float32, H 4, d 64, w 256, routes at random positions, what is not full half
-linear half local. `speedup`: the fastest full attention at hand / packed dispatch, in the same
-process, interleaved, median of the rounds' ratios; `spread` its interquartile range. `efficiency`:
-(f t_full + t_linear + t_local) / measured, each the best there is. Batch 4: sequences of their own
-fractions, 0, 5, 10 and 25 % full (`fraction_full` is their mean).
+One layer's attention, float32, H 4, d 64, w 256, routes at random positions, what is not full half linear half local.
+`speedup`: the fastest full attention at hand / packed dispatch, in the same process, interleaved, median of the rounds'
+ratios; `spread` its interquartile range. `efficiency`: (f t_full + t_linear + t_local) / measured, each the best there
+is. Batch 4: sequences of their own fractions, 0, 5, 10 and 25 % full (`fraction_full` is their mean).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -40,32 +40,16 @@ tokens takes a gigabyte), and most tokens at which packed dispatch of all tokens
 
 def sides(time: int, batch: int, fractions, direction: str):
     """name -> call; "full ..." are the candidates of the baseline."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (batch, time, HEADS, DIM)) for key in keys)
-    everything = jnp.zeros((batch, time), jnp.int32)
-
-    def timed(function, *routes):
-        if direction == "forward":
-            call = function
-        else:
-            def call(q, k, v, *routes):
-                loss = lambda *x: jnp.sum(jnp.square(function(*x, *routes)))  # noqa: E731
-                return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
-        return functools.partial(jax.jit(call), q, k, v, *routes)
-
+    qkv = common.random_qkv(batch, time, HEADS, DIM)
+    timed = lambda function, *routes: common.timed(function, direction, qkv, *routes)  # noqa: E731
     spec = AttentionSpec(window=WINDOW, implementation="blockwise")
     hard = functools.partial(hard_attention, spec=spec)
-    calls = {
-        "full blockwise": timed(functools.partial(full.attend, spec=spec)),
-        "linear": timed(functools.partial(linear.attend, spec=spec)),
-        "local": timed(functools.partial(local.attend, spec=spec)),
-    }
+    alone = {"full blockwise": full, "linear": linear, "local": local}
+    calls = {name: timed(functools.partial(one.attend, spec=spec)) for name, one in alone.items()}
     if batch * time <= PACKED_TOKENS:
-        calls["full packed"] = timed(hard, everything)
+        calls["full packed"] = timed(hard, jnp.zeros((batch, time), jnp.int32))
     if time <= SQUARE_TIME:
-        calls["full xla"] = timed(
-            functools.partial(full.attend, spec=AttentionSpec(implementation="xla"))
-        )
+        calls["full xla"] = timed(functools.partial(full.attend, spec=AttentionSpec(implementation="xla")))
     for label, rows in fractions.items():
         calls[label] = timed(hard, jnp.asarray(common.random_routes(rows, time)))
     return calls
@@ -83,17 +67,16 @@ def rows_of(time: int, batch: int, direction: str) -> list[common.Row]:
     rows = []
     for label, parts in fractions.items():
         f = float(np.mean(parts))
-        ratios = seconds[baseline] / seconds[label]
+        speedup, spread = common.median_and_spread(seconds[baseline] / seconds[label])
         ideal = f * medians[baseline] + medians["linear"] + medians["local"]
-        low, high = np.percentile(ratios, [25, 75])
         rows.append({
             "T": time,
             "fraction_full": f,
             "direction": direction,
             "batch": batch,
-            "speedup": float(np.median(ratios)),
+            "speedup": speedup,
             "efficiency": ideal / medians[label],
-            "spread": float(high - low),
+            "spread": spread,
             "baseline": baseline,
             "candidates": {n: m for n, m in medians.items() if n.startswith("full")},
             "seconds": medians[label],
@@ -110,19 +93,12 @@ def main() -> None:
         times = common.numbers("times", TIMES.value, "at least 1", lambda x: x >= 1)
         batches = common.numbers("batches", BATCHES.value, "1 or 4", lambda x: x in (1, len(common.UNEVEN)))
         common.numbers("fractions", FRACTIONS.value, "from 0 to 100", lambda x: x <= 100)
-    print(common.environment())
-    rows = []
-    for time in times:
-        for batch in batches:
-            if batch * time > MAX_TOKENS.value:
-                print(f"left out: batch {batch} x T {time} > max_tokens {MAX_TOKENS.value}")
-                continue
-            for direction in ("forward", "forward+backward"):
-                new = rows_of(time, batch, direction)
-                print(common.markdown(new), flush=True)
-                rows += new
-                if JSON.value:
-                    common.write_json(JSON.value, rows)
+    sizes = list(itertools.product(times, batches))
+    for time, batch in sizes:
+        if batch * time > MAX_TOKENS.value:
+            print(f"left out: batch {batch} x T {time} > max_tokens {MAX_TOKENS.value}")
+    fit = [size for size in sizes if math.prod(size) <= MAX_TOKENS.value]
+    common.tell((rows_of(*size, direction) for size in fit for direction in common.DIRECTIONS), JSON.value)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,9 @@ flags.mark_flags_as_required(["full_only", "routed"])
 
 def main() -> None:
     with commands.user_mistakes():
-        table = long.long_evaluation(
-            FULL_ONLY.value, ROUTED.value,
-            length=LENGTH.value, rows=ROWS.value, rounds=ROUNDS.value,
-        )
-    print(common.environment())
-    print(analysis.terminal_table(table, long.columns_of(table)))
-    if JSON.value:
-        common.write_json(JSON.value, table)
+        sizes = dict(length=LENGTH.value, rows=ROWS.value, rounds=ROUNDS.value)
+        table = long.long_evaluation(FULL_ONLY.value, ROUTED.value, **sizes)
+    common.tell([table], JSON.value, lambda rows: analysis.terminal_table(rows, long.columns_of(rows)))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,7 @@ def main() -> None:
         {"name": "the same, hard (packed) / soft", "T": LONGEST, "T_baseline": LONGEST,
          "ratio": hard / soft, "spread": 0.0, "bytes": hard, "baseline_bytes": soft}
     )
-    print(common.environment())
-    print(common.markdown(rows))
-    if JSON.value:
-        common.write_json(JSON.value, rows)
+    common.tell([rows], JSON.value)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python -m experiments.benchmarks.packed_training --workdir=runs/a [--json=FILE] [--rounds=5]
     [--dense_rows=0.5]
 
-The whole step (loss, gradients, optimizer) of a trained run at its last step, on its own data and
-routes: all mechanisms with the straight-through gradient (`dense`), against packed dispatch with the
-controller frozen (`packed`) and with a share of the rows dense (`dense rows`). `ratio` is time over
-that of `dense`, same process, interleaved.
+The whole step (loss, gradients, optimizer) of a trained run at its last step, on its own data and routes: all
+mechanisms with the straight-through gradient (`dense`), against packed dispatch with the controller frozen (`packed`)
+and with a share of the rows dense (`dense rows`). `ratio` is time over that of `dense`, same process, interleaved.
 """
 
 from __future__ import annotations
@@ -44,12 +43,8 @@ def main() -> None:
     state = state.replace(params=run.params, step=hardened)
     packed = dataclasses.replace(spec, packed=True)
     rows = num_dense_rows(DENSE_ROWS.value, len(batch.row))
-    specs = {
-        "dense": spec,
-        "packed": packed,
-        f"{rows} of {len(batch.row)} rows dense":
-            dataclasses.replace(packed, dense_rows=DENSE_ROWS.value),
-    }
+    part = dataclasses.replace(packed, dense_rows=DENSE_ROWS.value)
+    specs = {"dense": spec, "packed": packed, f"{rows} of {len(batch.row)} rows dense": part}
     calls = {
         name: functools.partial(jax.jit(functools.partial(train_step, s)), state, batch, hypers)
         for name, s in specs.items()
@@ -62,13 +57,8 @@ def main() -> None:
         **{name: float(s) for name, s in zip(run.config.model.mechanisms, shares)},
     )
     seconds = common.interleave(calls, ROUNDS.value)
-    table = [
-        common.ratio_row(name, seconds, name, "dense", **sizes) for name in specs if name != "dense"
-    ]
-    print(common.environment())
-    print(common.markdown(table))
-    if JSON.value:
-        common.write_json(JSON.value, table)
+    table = [common.ratio_row(name, seconds, name, "dense", **sizes) for name in specs if name != "dense"]
+    common.tell([table], JSON.value)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python -m experiments.benchmarks.sweep [--json=FILE] [--rounds=5] [--widths=32,64,128,256]
     [--process_rounds=2]
 
-`speedup_vs_processes`: whole commands by the wall clock. Eight `experiments.train`, one after another
-as a shell loop would run them, against one `experiments.sweep` of the same eight points
-(`configs/sweep_timing.py`: D 64, L 2, T 64, batch 8, 300 steps); start-up, compilation, evaluation and
-checkpoints included, no compilation cache.
+`speedup_vs_processes`: whole commands by the wall clock. Eight `experiments.train`, one after another as a shell loop
+would run them, against one `experiments.sweep` of the same eight points (`configs/sweep_timing.py`: D 64, L 2, T 64,
+batch 8, 300 steps); start-up, compilation, evaluation and checkpoints included, no compilation cache.
 
 `speedup_warm`: training steps alone, everything compiled: eight steps of one run each against one step
 of eight points, same process, interleaved, by model width (L 2, T 64, batch 8). Below 1 it does not pay.
@@ -20,11 +19,9 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from configs import sweep_timing
@@ -46,39 +43,31 @@ STEPS = 10
 """Steps per timed call: long against the cost of a call."""
 
 
-def command(name: str, *arguments: str) -> float:
-    """Seconds of a whole command, started anew."""
+def command(name: str, *arguments: str) -> None:
+    """A whole command, started anew."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
-    began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", "--config=configs/sweep_timing.py", *arguments],
-        check=True, env=environment, stdout=subprocess.DEVNULL,
-    )
-    return time.perf_counter() - began
+    asked = [sys.executable, "-m", f"experiments.{name}", "--config=configs/sweep_timing.py", *arguments]
+    subprocess.run(asked, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def processes(rounds: int) -> common.Row:
     """Eight commands against one; the order changes from round to round."""
     points = sweep_timing.get_sweep()
-    seconds = {"processes": np.zeros(rounds), "together": np.zeros(rounds)}
-    for r in range(rounds):
-        for side in ("processes", "together") if r % 2 == 0 else ("together", "processes"):
-            with tempfile.TemporaryDirectory() as folder:
-                if side == "together":
-                    # No test split: the eight commands do not read it either.
-                    seconds[side][r] = command(
-                        "sweep", f"--workdir={folder}/sweep", "--test_batches=0"
-                    )
-                    continue
-                seconds[side][r] = sum(
-                    command("train", f"--workdir={folder}/{i}",
-                            *(f"--config.{field}={value}" for field, value in point.items()))
-                    for i, point in enumerate(points)
-                )
-    row = common.ratio_row(
-        "whole commands", seconds, "processes", "together", points=len(points),
-        size=sweep_timing.get_config().model.model_dim,
-    )
+
+    def one_by_one():
+        with tempfile.TemporaryDirectory() as folder:
+            for i, point in enumerate(points):
+                changes = (f"--config.{field}={value}" for field, value in point.items())
+                command("train", f"--workdir={folder}/{i}", *changes)
+
+    def together():
+        with tempfile.TemporaryDirectory() as folder:
+            # No test split: the eight commands do not read it either.
+            command("sweep", f"--workdir={folder}/sweep", "--test_batches=0")
+
+    seconds = common.interleave({"processes": one_by_one, "together": together}, rounds, warmup=0)
+    size = sweep_timing.get_config().model.model_dim
+    row = common.ratio_row("whole commands", seconds, "processes", "together", points=len(points), size=size)
     return {**row, "speedup_vs_processes": row["ratio"]}
 
 
@@ -87,20 +76,16 @@ def warm(width: int, rounds: int) -> common.Row:
     base = sweep_timing.get_config()
     base.model.model_dim = width
     base.model.num_heads = base.model.num_kv_heads = max(width // 16, 1)
-    jobs = []
     dataset = build.build_dataset(base)
-    for point in sweep_timing.get_sweep():
-        config = configured(base, point)
-        jobs.append(Job(
-            config=config, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
-            spec=build.build_spec(config, dataset), hypers=build.build_hypers(config),
-        ))
+    jobs = [
+        Job(config=config, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
+            spec=build.build_spec(config, dataset), hypers=build.build_hypers(config))
+        for config in (configured(base, point) for point in sweep_timing.get_sweep())
+    ]
     group = Group(jobs, jax.devices()[:1])
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
-    alone = [
-        init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs
-    ]
+    alone = [init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs]
     many = group.over_points(functools.partial(train_step, group.spec), 1, 3)
     states, shared = group.states(), group.replicate(batch)
     local = jax.tree.map(jnp.asarray, batch)
@@ -119,12 +104,8 @@ def warm(width: int, rounds: int) -> common.Row:
             state, _ = many(state, shared, group.hypers)
         return state
 
-    seconds = common.interleave(
-        {"one after another": one_after_another, "at once": at_once}, rounds
-    )
-    row = common.ratio_row(
-        "warm steps", seconds, "one after another", "at once", points=len(jobs), size=width
-    )
+    seconds = common.interleave({"one after another": one_after_another, "at once": at_once}, rounds)
+    row = common.ratio_row("warm steps", seconds, "one after another", "at once", points=len(jobs), size=width)
     return {**row, "speedup_warm": row["ratio"]}
 
 
@@ -134,10 +115,7 @@ def main() -> None:
     rows = [warm(width, ROUNDS.value) for width in widths]
     if PROCESS_ROUNDS.value:
         rows.append(processes(PROCESS_ROUNDS.value))
-    print(common.environment())
-    print(common.markdown(rows))
-    if JSON.value:
-        common.write_json(JSON.value, rows)
+    common.tell([rows], JSON.value)
 
 
 if __name__ == "__main__":

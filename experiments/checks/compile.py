@@ -25,11 +25,11 @@ from ml_collections import ConfigDict, config_flags
 from experiments import common
 
 # The compiler asks the machine about its TPU unless it is told; before JAX starts.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+for _name, _value in {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
@@ -40,11 +40,7 @@ from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.targets import compiling_for  # noqa: E402
 from meta_attention_jax.training import aot, build  # noqa: E402
 
-PROGRAMS = {
-    "soft": "train step, soft",
-    "packed": "train step, packed hard",
-    "decode": "decode step, hard",
-}
+PROGRAMS = {"soft": "train step, soft", "packed": "train step, packed hard", "decode": "decode step, hard"}
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "NVIDIA H100 80GB HBM3": 80}
 """GiB per chip (cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
 RESERVED = 0.25
@@ -79,31 +75,19 @@ class DoesNotFit(Exception):
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """The chips of a topology, without having them.
-
-    Raises:
-      ValueError: no compiler, or no such topology.
-    """
+    """The chips of a topology, without having them."""
     try:
         if topology == "h100":
-            return list(topologies.get_topology_desc(
-                platform="cuda", target_config=H100, topology="1x1x1"
-            ).devices)
+            return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices)
         return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # The plugin's errors have no common class.
         reason = (str(error).splitlines() or [""])[0][:200]
+        said = f"chips like 'v5e:16x16', got {topology!r}"
         if topology == "h100":
-            raise ValueError(
-                "topology: expected the CUDA compiler (pip install 'jax[cuda13]', JAX_PLATFORMS=cpu, "
-                f"CUDA_VISIBLE_DEVICES=-1), got: {reason}"
-            ) from None
-        if "not installed" in reason or importlib.util.find_spec("libtpu") is None:
-            raise ValueError(
-                f"topology: expected the TPU compiler (pip install 'jax[tpu]'), got: {reason}"
-            ) from None
-        raise ValueError(
-            f"topology: expected chips like 'v5e:16x16', got {topology!r}: {reason}"
-        ) from None
+            said = "the CUDA compiler (pip install 'jax[cuda13]', JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES=-1), got"
+        elif "not installed" in reason or importlib.util.find_spec("libtpu") is None:
+            said = "the TPU compiler (pip install 'jax[tpu]'), got"
+        raise ValueError(f"topology: expected {said}: {reason}") from None
 
 
 def vocabulary(config: ConfigDict) -> int:
@@ -113,19 +97,8 @@ def vocabulary(config: ConfigDict) -> int:
     return config.data.vocab_size if config.data.tokenizer == "bpe" else 256
 
 
-def lower(program: str, config: ConfigDict, devices: list[jax.Device], vocab: int) -> Any:
-    """One of PROGRAMS."""
-    if program == "decode":
-        return aot.lower_decode(config, devices, vocab)
-    return aot.lower_train(config, devices, vocab, packed=program == "packed")
-
-
 def compiled(name: str, lowered: Any, limit: str) -> Any:
-    """The executable.
-
-    Raises:
-      DoesNotFit: the compiler found no room.
-    """
+    """The executable, or `DoesNotFit` where the compiler finds no room."""
     try:
         return lowered.compile()
     except Exception as error:
@@ -134,21 +107,21 @@ def compiled(name: str, lowered: Any, limit: str) -> Any:
             r"\((?P<got>[\d.]+[KMGT]?)\) exceeds available HBM \((?P<has>[\d.]+[KMGT]?)\)",
         ):
             if used := re.search(words, str(error)):
-                raise DoesNotFit(
-                    f"memory: expected at most {used['has']} per device for the {name}, "
-                    f"got {used['got']}."
-                ) from None
+                room = f"at most {used['has']} per device for the {name}"
+                raise DoesNotFit(f"memory: expected {room}, got {used['got']}.") from None
         if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
             reason = str(error).splitlines()[0][:200]
-            raise DoesNotFit(
-                f"memory: expected the {name} to fit into {limit} per device, got: {reason}"
-            ) from None
+            raise DoesNotFit(f"memory: expected the {name} to fit into {limit} per device, got: {reason}") from None
         raise
 
 
 def amount(size: float) -> str:
     """Bytes for people."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def amounts(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {amount(size)}" for name, size in parts.items())
 
 
 def memory_of(executable: Any) -> dict[str, int]:
@@ -168,11 +141,8 @@ def sent_rows(found: list[Collective]) -> list[dict[str, Any]]:
     rows: dict[Any, dict[str, Any]] = {}
     for collective in found:
         turns = " x ".join("?" if n is None else str(n) for n in collective.loops)
-        row = rows.setdefault(
-            (collective.kind, turns),
-            {"kind": collective.kind, "in loops of": turns or "-", "places": 0, "times": 0,
-             "MB": 0.0, "MB sent": 0.0},
-        )
+        place = {"kind": collective.kind, "in loops of": turns or "-"}
+        row = rows.setdefault((collective.kind, turns), {**place, "places": 0, "times": 0, "MB": 0.0, "MB sent": 0.0})
         row["places"] += 1
         row["times"] += collective.times
         row["MB"] += collective.times * collective.size / 1e6
@@ -180,9 +150,7 @@ def sent_rows(found: list[Collective]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["MB"])
 
 
-def too_deep(
-    found: list[Collective], config: ConfigDict, program: str = "soft"
-) -> list[Collective]:
+def too_deep(found: list[Collective], config: ConfigDict, program: str = "soft") -> list[Collective]:
     """Collectives inside loops other than those over micro-batches and scanned layers: of the sampler,
     of attention or of dispatch, where nothing may wait for another device."""
     allowed: list[int] = []
@@ -232,12 +200,7 @@ def counted(config: ConfigDict, device: jax.Device) -> Optional[dict[str, float]
 
 
 def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, Any]:
-    """Compiles, prints as it goes, and returns everything that was printed.
-
-    Raises:
-      ValueError: programs, chips or a config that do not go together.
-      DoesNotFit: memory.
-    """
+    """Compiles, prints as it goes, and returns everything that was printed; raises `DoesNotFit`."""
     for program in programs:
         expect(program in PROGRAMS, "programs", f"some of {tuple(PROGRAMS)}", program)
     devices = devices_of(topology)
@@ -247,11 +210,9 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
         return _report(config, topology, programs, devices)
 
 
-def _report(
-    config: ConfigDict, topology: str, programs: list[str], devices: list[jax.Device]
-) -> dict[str, Any]:
+def _report(config: ConfigDict, topology: str, programs: list[str], devices: list[jax.Device]) -> dict[str, Any]:
     """`report`, once it is known for which devices."""
-    if "packed" in programs and config.controller.name == "fixed":
+    if config.controller.name == "fixed":
         programs = [program for program in programs if program != "packed"]
     vocab = vocabulary(config)
     parallel = build.check_parallel(config, devices)
@@ -261,9 +222,9 @@ def _report(
     state = aot.abstract_state(config, vocab)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
+    tokens = f"{config.data.batch_size} x {config.data.sequence_length:,} tokens a step"
     print(f"{config.name}: {parameters:,} parameters, full attention {build.full_attention(config)}, "
-          f"{config.data.batch_size} x {config.data.sequence_length:,} tokens a step, {len(devices)} x {kind} ({mesh}), "
-          f"{limit} each\n", flush=True)
+          f"{tokens}, {len(devices)} x {kind} ({mesh}), {limit} each\n", flush=True)
     flops = flop_rows(config, vocab)
     print(benchmarks.markdown(flops) + "\n", flush=True)
     results: dict[str, Any] = {
@@ -272,26 +233,25 @@ def _report(
     }
     for number, program in enumerate(programs, 1):
         name = PROGRAMS[program]
-        print(f"[{number}/{len(programs)}] {name}: compiling (minutes, for large models) ...",
-              flush=True)
+        print(f"[{number}/{len(programs)}] {name}: compiling (minutes, for large models) ...", flush=True)
         began = time.monotonic()
-        lowered = lower(program, config, devices, vocab)
+        if program == "decode":
+            lowered = aot.lower_decode(config, devices, vocab)
+        else:
+            lowered = aot.lower_train(config, devices, vocab, packed=program == "packed")
         executable = compiled(name, lowered, limit)
         told = _told(program, config, devices, vocab, executable, has, time.monotonic() - began)
         results["programs"][program] = told
         # Not every program that is too large is refused by the compiler; the chip would.
         if has and (total := told["memory"]["total"]) > has * GIB:
-            raise DoesNotFit(
-                f"memory: expected at most {limit} per device for the {name}, got {amount(total)}."
-            )
+            raise DoesNotFit(f"memory: expected at most {limit} per device for the {name}, got {amount(total)}.")
         if told["collectives_in_inner_loops"] or told.get("gathered", 0) > 1.01 * told.get("needed", 0):
             results["wrong"] = name
     results["count"] = counted(config, devices[0])
-    if results["count"] is None:
-        return results
-    ratio = results["count"]["compiler"] / results["count"]["analytic"]
-    print(f"FLOPs of a layer at T = {SHORT}, where it has no loops: the compiler counts {ratio:.3f} of "
-          "the analytic number (it counts more than matrix products).")
+    if results["count"] is not None:
+        ratio = results["count"]["compiler"] / results["count"]["analytic"]
+        print(f"FLOPs of a layer at T = {SHORT}, where it has no loops: the compiler counts {ratio:.3f} of "
+              "the analytic number (it counts more than matrix products).")
     return results
 
 
@@ -302,15 +262,14 @@ def _told(
     """Prints and returns what one executable needs and sends."""
     memory = memory_of(executable)
     share = f", {memory['total'] / has / GIB:.0%} of {has} GiB" if has else ""
-    parts = ", ".join(f"{name} {amount(size)}" for name, size in memory.items() if name != "total")
-    print(f"memory per device: {amount(memory['total'])}{share} ({parts})")
+    parts = {name: size for name, size in memory.items() if name != "total"}
+    print(f"memory per device: {amount(memory['total'])}{share} ({amounts(parts)})")
     result: dict[str, Any] = {"memory": memory, "compile_seconds": seconds}
     if program != "decode":
         model = aot.training_bytes(config, devices, vocab)
         result["model"] = model
-        parts = ", ".join(f"{name} {amount(size)}" for name, size in model.items())
         print(f"memory model: {amount(sum(model.values()))}, "
-              f"{sum(model.values()) / memory['total']:.2f} of the compiler's ({parts})")
+              f"{sum(model.values()) / memory['total']:.2f} of the compiler's ({amounts(model)})")
     text = executable.as_text()
     if calls := re.findall(r'custom_call_target="(__cudnn[^"]*)"', text):
         result["cudnn"] = {name: calls.count(name) for name in sorted(set(calls))}
@@ -321,8 +280,7 @@ def _told(
     if program != "decode" and (needed := aot.gathered_bytes(config, vocab)):
         gathered = sum(c.times * c.size for c in found if c.kind == "all-gather")
         result["gathered"], result["needed"] = gathered, needed
-        print(f"gathered: {gathered / 1e6:.1f} MB, {gathered / needed:.3f} of what the split parameters "
-              "need")
+        print(f"gathered: {gathered / 1e6:.1f} MB, {gathered / needed:.3f} of what the split parameters need")
     deep = too_deep(found, config, program)
     result["collectives_in_inner_loops"] = len(deep)
     print("collectives inside loops of sampler, attention or dispatch: "

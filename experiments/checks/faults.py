@@ -9,6 +9,7 @@ Exit code 1 if anything was not survived.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import random
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any, Optional
 
 import jax
@@ -47,20 +47,15 @@ PATIENCE = 300.0
 
 
 class Trial:
-    """The runs of one session of faults, in a folder of its own.
+    """The runs of one session of faults, in a folder of its own; each process has `devices` virtual ones."""
 
-    Args:
-      folder: of the runs.
-      steps: of each run.
-      devices: virtual CPU devices of each process.
-      processes: of a run.
-    """
-
-    def __init__(
-        self, folder: pathlib.Path, *, steps: int, devices: int = 1, processes: int = 1
-    ):
+    def __init__(self, folder: pathlib.Path, *, steps: int, devices: int = 1, processes: int = 1):
         self.folder, self.steps = folder, steps
         self.devices, self.processes = devices, processes
+        folder.mkdir()
+        _say(f"a run of {processes} x {devices} devices that nothing happens to ...")
+        self.finish(folder / "whole")
+        _, self.wanted = checkpoint(folder / "whole", steps)
 
     def start(self, path: pathlib.Path, *prefix: str) -> list[subprocess.Popen]:
         """The training command, in all its processes."""
@@ -89,15 +84,29 @@ class Trial:
         ]
 
     def finish(self, path: pathlib.Path) -> str:
-        """Runs to the end; the error stream.
-
-        Raises:
-          RuntimeError: it does not end well.
-        """
+        """Runs to the end; the error stream. Raises RuntimeError where it does not end well."""
         codes, errors = ended(self.start(path))
         if any(codes):
             raise RuntimeError(f"exit codes {codes}: {errors[0][-2000:]}")
         return errors[0]
+
+    def reach(self, path: pathlib.Path, moment: int, what: str) -> list[subprocess.Popen]:
+        """The training command once it has logged a step; raises RuntimeError if it ends before."""
+        running = self.start(path)
+        deadline = time.monotonic() + PATIENCE
+        while logged(path) < moment:
+            if running[0].poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{what}: the run ended before step {moment}")
+            time.sleep(0.002)
+        return running
+
+    def row(self, path: pathlib.Path, fault: str, good: int, count: int, seen: str, ok: bool = True) -> dict[str, Any]:
+        """What is said of a fault, after the run at `path` has come to its end."""
+        same = difference(path, self.steps, self.wanted)
+        return {
+            "ok": ok and good == count and same == SAME,
+            "fault": fault, "times": f"{good} of {count}", "seen": seen, "parameters in the end": same,
+        }
 
 
 def _free_port() -> int:
@@ -120,24 +129,11 @@ def logged(path: pathlib.Path) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def until(running: list[subprocess.Popen], ready: Callable[[], bool]) -> bool:
-    """Waits for `ready`; False if the run has ended before."""
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        if running[0].poll() is not None or time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
-
-
 def checkpoint(path: pathlib.Path, step: Optional[int] = None) -> tuple[int, list[np.ndarray]]:
     """(newest step or the one asked for, its parameters)."""
-    saved = Checkpoints(path / "checkpoints", read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as saved:
         step = saved.resolve("latest" if step is None else step)
         return step, [np.asarray(x) for x in jax.tree.leaves(saved.restore_params(step))]
-    finally:
-        saved.close()
 
 
 def difference(path: pathlib.Path, steps: int, wanted: list[np.ndarray]) -> str:
@@ -151,16 +147,14 @@ def difference(path: pathlib.Path, steps: int, wanted: list[np.ndarray]) -> str:
     return f"differ by at most {largest:.1e}"
 
 
-def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
+def kills(trial: Trial, count: int) -> dict[str, Any]:
     """kill -9 at `count` random moments of one run: between steps, and in the middle of saves."""
     path, draw = trial.folder / "kills", random.Random(0)
     struck = saving = lost = 0
     left: set[str] = set()
     for number, moment in enumerate(sorted(draw.sample(range(1, trial.steps - SAVE_EVERY), count)), 1):
         moment = max(moment, logged(path) + 2)
-        running = trial.start(path)
-        if not until(running, lambda: logged(path) >= moment):
-            raise RuntimeError(f"kill {number}: the run ended before step {moment}")
+        running = trial.reach(path, moment, f"kill {number}")
         time.sleep(draw.uniform(0.0, 0.05))
         running[0].kill()
         codes, _ = ended(running)
@@ -173,19 +167,12 @@ def kills(trial: Trial, wanted: list[np.ndarray], count: int) -> dict[str, Any]:
         lost = max(lost, logged(path) - newest)
         _say(f"kill {number}/{count}: at step {logged(path)}, last complete checkpoint {newest}")
     errors = trial.finish(path)
-    same = difference(path, trial.steps, wanted)
-    return {
-        "ok": struck == count and same == SAME and "Traceback" not in errors,
-        "fault": "kill -9 at a random moment", "times": f"{struck} of {count}",
-        "seen": f"{saving} while a checkpoint was being written; at most {lost} steps done anew"
-        + ("; Traceback" if "Traceback" in errors else ""),
-        "parameters in the end": same,
-    }
+    seen = f"{saving} while a checkpoint was being written; at most {lost} steps done anew"
+    seen += "; Traceback" * ("Traceback" in errors)
+    return trial.row(path, "kill -9 at a random moment", struck, count, seen, "Traceback" not in errors)
 
 
-def signals(
-    trial: Trial, wanted: list[np.ndarray], number: signal.Signals, count: int
-) -> dict[str, Any]:
+def signals(trial: Trial, number: signal.Signals, count: int) -> dict[str, Any]:
     """`count` signals over one run, each to one of its processes."""
     path, draw = trial.folder / f"{number.name}{trial.processes}", random.Random(int(number))
     told = signal.SIGTERM if trial.processes > 1 else number
@@ -193,9 +180,7 @@ def signals(
     for turn, moment in enumerate(sorted(draw.sample(range(1, trial.steps // 2), count)), 1):
         # Training, not starting: before that a signal ends the process as it ends any other.
         moment = max(moment, logged(path) + 2)
-        running = trial.start(path)
-        if not until(running, lambda: logged(path) >= moment):
-            raise RuntimeError(f"{number.name} {turn}: the run ended before step {moment}")
+        running = trial.reach(path, moment, f"{number.name} {turn}")
         began, at = time.monotonic(), logged(path)
         draw.choice(running).send_signal(number)
         codes, errors = ended(running)
@@ -205,26 +190,18 @@ def signals(
         newest, _ = checkpoint(path)
         good += codes == [128 + told] * len(running) and steps == {newest} and None not in stops
         late = max(late, newest - at)
-        _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, "
-             f"ended after {took:.1f} s")
+        _say(f"{number.name} {turn}/{count}: sent at step {at}, saved step {newest}, ended after {took:.1f} s")
     trial.finish(path)
-    same = difference(path, trial.steps, wanted)
     who = "" if trial.processes == 1 else f" to one of {trial.processes} processes"
-    return {
-        "ok": good == count and same == SAME,
-        "fault": f"{number.name}{who}", "times": f"{good} of {count}",
-        "seen": f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "
-        "the log showed it",
-        "parameters in the end": same,
-    }
+    seen = (f"exit code {128 + told}, hint, the step named is the one saved; at most {late} steps after "
+            "the log showed it")
+    return trial.row(path, f"{number.name}{who}", good, count, seen)
 
 
-def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
+def damaged(trial: Trial) -> dict[str, Any]:
     """Every file of the newest checkpoint cut in half, once the run is past its middle."""
     path = trial.folder / "damaged"
-    running = trial.start(path)
-    if not until(running, lambda: logged(path) > trial.steps // 2):
-        raise RuntimeError("damaged: the run ended before its middle")
+    running = trial.reach(path, trial.steps // 2 + 1, "damaged")
     running[0].kill()
     ended(running)
     newest, _ = checkpoint(path)
@@ -233,17 +210,12 @@ def damaged(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     errors = trial.finish(path)
     named = f"checkpoints/{newest}'" in errors and "warning: " in errors
-    same = difference(path, trial.steps, wanted)
-    return {
-        "ok": named and same == SAME,
-        "fault": "newest checkpoint cut in half", "times": f"{int(named)} of 1",
-        "seen": f"a warning names it; kept as damaged/{newest}" if
-        (path / "damaged" / str(newest)).is_dir() else "not set aside",
-        "parameters in the end": same,
-    }
+    aside = (path / "damaged" / str(newest)).is_dir()
+    seen = f"a warning names it; kept as damaged/{newest}" if aside else "not set aside"
+    return trial.row(path, "newest checkpoint cut in half", int(named), 1, seen)
 
 
-def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
+def full_disk(trial: Trial) -> dict[str, Any]:
     """A file system with room for a part of the run, where the machine lets us make one; what is on it
     is then moved to a larger one, and goes on."""
     row = {"ok": None, "fault": "disk full", "parameters in the end": "-"}
@@ -261,15 +233,9 @@ def full_disk(trial: Trial, wanted: list[np.ndarray]) -> dict[str, Any]:
     sentences = [line for line in error.splitlines() if line.startswith("error: ")]
     step, _ = checkpoint(kept)
     trial.finish(kept)
-    good, same = code == 2 and len(sentences) == 1, difference(kept, trial.steps, wanted)
-    return {
-        "ok": good and same == SAME,
-        "fault": "disk full",
-        "times": f"{int(good)} of 1",
-        "seen": f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; "
-        f"step {step} is whole",
-        "parameters in the end": same,
-    }
+    good = code == 2 and len(sentences) == 1
+    seen = f"exit code {code}, {len(sentences)} sentence, {len(error.splitlines())} lines in all; step {step} is whole"
+    return trial.row(kept, "disk full", int(good), 1, seen)
 
 
 def _say(text: str) -> None:
@@ -288,38 +254,21 @@ def main() -> None:
     with common.user_mistakes():
         for part in PARTS.value:
             expect(part in ("one", "two"), "parts", "some of one, two", part)
-    if "one" in PARTS.value:
-        _one_process(done)
-    if "two" in PARTS.value:
-        _two_processes(done)
+    with tempfile.TemporaryDirectory() as folder:
+        if "one" in PARTS.value:
+            one = Trial(pathlib.Path(folder) / "one", steps=1500)
+            done(kills(one, KILLS.value))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                done(signals(one, number, SIGNALS.value))
+            done(damaged(one))
+            done(full_disk(one))
+        if "two" in PARTS.value:
+            two = Trial(pathlib.Path(folder) / "two", steps=100, devices=4, processes=2)
+            done(signals(two, signal.SIGTERM, SIGNALS.value))
     print(benchmarks.markdown(rows))
     if lost := [row["fault"] for row in rows if row["ok"] is False]:
         print(f"error: faults: expected to survive all, got {', '.join(lost)}.", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _one_process(done: Callable[[dict[str, Any]], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(pathlib.Path(folder) / "one", steps=1500)
-        trial.folder.mkdir()
-        _say("a run that nothing happens to ...")
-        trial.finish(trial.folder / "whole")
-        _, wanted = checkpoint(trial.folder / "whole", trial.steps)
-        done(kills(trial, wanted, KILLS.value))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            done(signals(trial, wanted, number, SIGNALS.value))
-        done(damaged(trial, wanted))
-        done(full_disk(trial, wanted))
-
-
-def _two_processes(done: Callable[[dict[str, Any]], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        two = Trial(pathlib.Path(folder) / "two", steps=100, devices=4, processes=2)
-        two.folder.mkdir()
-        _say("two processes of four devices that nothing happens to ...")
-        two.finish(two.folder / "whole")
-        _, wanted = checkpoint(two.folder / "whole", two.steps)
-        done(signals(two, wanted, signal.SIGTERM, SIGNALS.value))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Open a run
 #
@@ -45,9 +34,8 @@ run = load_run(run.path, step="latest")
 run.steps
 
 # %% [markdown]
-# What training logged is a pandas frame with a row per record. Validation is measured soft (every token
-# mixes all mechanisms) and hard (one mechanism per token); `cost` is what the hard routes would cost, full
-# attention being 1.
+# What training logged is a pandas frame with a row per record. Validation is measured soft (every token mixes all
+# mechanisms) and hard (one mechanism per token); `cost` is what the hard routes would cost, full attention being 1.
 
 # %%
 metrics = run.metrics

@@ -1,14 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Uncertainty
 #
@@ -42,9 +31,7 @@ run = quick_run(ROOT / WORKDIR, **{"train.steps": STEPS, "gate.kind": "none"})
 # %%
 def arrays(mode, measure="entropy"):
     model = run.model.clone(mode=mode).routed_by(uncertainty=measure)
-    return token_arrays(
-        model, run.dataset, run.params, run.hypers.routing, split="validation", max_batches=4
-    )
+    return token_arrays(model, run.dataset, run.params, run.hypers.routing, split="validation", max_batches=4)
 
 
 soft, hard = arrays("soft"), arrays("hard")

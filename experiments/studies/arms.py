@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.baselines import CONTROLLERS
+from meta_attention_jax.fields import expect
 
 NAMED: dict[str, dict[str, Any]] = {
     **{name: {"controller.name": name} for name in CONTROLLERS if name not in ("fixed", "softmax")},
@@ -35,36 +36,20 @@ def base_arm(arm: str) -> str:
     return arm.removesuffix(SOFT)
 
 
-def controller_of(arm: str) -> str:
-    """Name of the arm's controller."""
-    return overrides(arm)["controller.name"]
-
-
 def overrides(
-    arm: str,
-    mechanisms: tuple[str, ...] = ("full", "linear", "local"),
-    num_layers: int | None = None,
+    arm: str, mechanisms: tuple[str, ...] = ("full", "linear", "local"), num_layers: int = 0
 ) -> dict[str, Any]:
-    """Overrides of an arm; see the module.
-
-    Raises:
-      ValueError: unknown, or a pattern that does not go into num_layers.
-    """
+    """Overrides of an arm; see the module. A pattern has to go into `num_layers`, where that is given."""
     if arm.endswith(SOFT) and arm.removesuffix(SOFT) in NAMED and arm != "full-only" + SOFT:
         return {**NAMED[arm.removesuffix(SOFT)], "gate.kind": "none"}
     if arm in NAMED:
         return NAMED[arm]
     pattern = tuple(arm.split("+"))
     if set(pattern) <= set(mechanisms):
-        if num_layers is not None and num_layers % len(pattern):
-            raise ValueError(
-                f"arms: expected a pattern whose length divides the {num_layers} layers, got {arm!r}."
-            )
+        expect(num_layers % len(pattern) == 0, "arms", f"a pattern whose length divides the {num_layers} layers", arm)
         return {"controller.name": "fixed", "controller.fixed": pattern}
-    raise ValueError(
-        f"arms: expected some of {tuple(NAMED)} or patterns of {mechanisms} such as 'local+full', "
-        f"got {arm!r}."
-    )
+    known = f"some of {tuple(NAMED)} or patterns of {mechanisms} such as 'local+full'"
+    raise ValueError(f"arms: expected {known}, got {arm!r}.")
 
 
 def configured(config: ConfigDict, arm: str, **changes: Any) -> ConfigDict:
@@ -80,21 +65,19 @@ def configured(config: ConfigDict, arm: str, **changes: Any) -> ConfigDict:
 def grids(arm: str) -> list[tuple[str, tuple[float, ...]]]:
     """What is chosen for an arm, one field after the other: (field, factors of its value).
 
-    Everybody's learning rate; beta of those with a penalty; strength of those with a Dirichlet prior
-    and preference of those with any; rho of `cost_penalty`, the temperature of `gumbel`. The
-    prior-free router, `switch` and fixed patterns have no more to choose: tables say how many settings
-    an arm has tried.
+    Everybody's learning rate; beta of those with a penalty; strength of those with a Dirichlet prior and preference of
+    those with any; rho of `cost_penalty`, the temperature of `gumbel`. The prior-free router, `switch` and fixed
+    patterns have no more to choose: tables say how many settings an arm has tried.
     """
-    name = controller_of(arm)
-    fields = [("optimizer.learning_rate", (0.5, 1.0, 2.0))]
-    if CONTROLLERS[name].has_penalty and "objective.beta" not in overrides(arm):
-        fields.append(("objective.beta", (1 / 3, 1.0, 3.0, 10.0)))
-    if CONTROLLERS[name].has_posterior:
-        fields.append(("prior.strength", (0.5, 1.0, 4.0)))
-    if CONTROLLERS[name].has_prior:
-        fields.append(("prior.preference", (0.3, 1.0)))
-    if name == "cost_penalty":
-        fields.append(("controller.entropy_bonus", (0.3, 1.0, 3.0)))
-    if name == "gumbel":
-        fields.append(("controller.temperature", (0.4, 1.0, 2.0)))
-    return fields
+    own = overrides(arm)
+    name = own["controller.name"]
+    has, free_beta = CONTROLLERS[name], "objective.beta" not in own
+    fields = (
+        (True, "optimizer.learning_rate", (0.5, 1.0, 2.0)),
+        (has.has_penalty and free_beta, "objective.beta", (1 / 3, 1.0, 3.0, 10.0)),
+        (has.has_posterior, "prior.strength", (0.5, 1.0, 4.0)),
+        (has.has_prior, "prior.preference", (0.3, 1.0)),
+        (name == "cost_penalty", "controller.entropy_bonus", (0.3, 1.0, 3.0)),
+        (name == "gumbel", "controller.temperature", (0.4, 1.0, 2.0)),
+    )
+    return [(field, factors) for chosen, field, factors in fields if chosen]

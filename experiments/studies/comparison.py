@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
 import json
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.studies.arms import base_arm
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval, paired_interval
 from meta_attention_jax.config import read_config, read_stored
+from meta_attention_jax.fields import expect
 
 TOLERANCE = 0.005
 """Nats within which a cheaper setting counts as equal."""
 
 SAME = "same_as_tokens"
-"""In `equal_flops/<arm>/`: the arm's step costs what the reference's does, its runs are those of
-equal tokens."""
+"""In `equal_flops/<arm>/`: the arm's step costs what the reference's does, its runs are those of equal tokens."""
+
+VIEWS = {"tokens": "runs", "flops": "equal_flops"}
+"""Folders of the runs of an ablation, by what is equal for all arms."""
 
 MEANS = {
     "nll_hard": ("nats hard", ".4f"),
@@ -59,6 +64,15 @@ UNCERTAINTY_COLUMNS = [
 """Of the table of `experiments.studies.uncertainty`."""
 
 
+def with_intervals(
+    lines: Sequence[dict[str, Any]], names: Mapping[str, tuple[str, str]]
+) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
+    """(the lines with their means and half-widths as text, a column for each), by name: title and format."""
+    texts = [{**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in names.items()}}
+             for line in lines]
+    return texts, [analysis.Column(name, title) for name, (title, _) in names.items()]
+
+
 def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
     """Of all settings tried, the cheapest within TOLERANCE of the best hard nats; of equals in cost
     the better one. Dicts of `settings`, `nll`, `cost`."""
@@ -67,48 +81,44 @@ def choose(tried: list[dict[str, Any]]) -> dict[str, float]:
     return min(near, key=lambda r: (round(r["cost"], 6), r["nll"]))["settings"]
 
 
-def collect(root: pathlib.Path) -> list[dict[str, Any]]:
-    """One row per finished run below `root`, from the directories alone.
+def demo_parts(
+    rows: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[dict[str, Any]], list[analysis.Column], str]]:
+    """(corpus, its rows, their columns, notes on these as Markdown) of `analysis.comparison_rows`."""
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
+        columns = analysis.demo_columns(corpus)
+        notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
+        yield corpus, [row for row in rows if row["corpus"] == corpus], columns, notes
 
-    Raises:
-      ValueError: a run whose config or result is damaged.
-    """
+
+def collect(root: pathlib.Path) -> list[dict[str, Any]]:
+    """One row per finished run below `root`, from the directories alone."""
     rows = []
-    for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
+    for view, folder in VIEWS.items():
         paths = sorted((root / folder).glob("*/seed*/test.json"))
-        if view == "flops":
-            for same in sorted((root / folder).glob(f"*/{SAME}")):
-                paths += sorted((root / "runs" / same.parent.name).glob("seed*/test.json"))
+        for same in sorted((root / folder).glob(f"*/{SAME}")):
+            paths += sorted((root / "runs" / same.parent.name).glob("seed*/test.json"))
         for path in paths:
             config = read_config(path.parent / "config.json")
             try:
                 rows.append({
-                    "view": view,
-                    "arm": path.parent.parent.name,
-                    "seed": config["seed"],
-                    "steps": config["train"]["steps"],
-                    "learning_rate": config["optimizer"]["learning_rate"],
+                    "view": view, "arm": path.parent.parent.name, "seed": config["seed"],
+                    "steps": config["train"]["steps"], "learning_rate": config["optimizer"]["learning_rate"],
                     "beta": config["objective"]["beta"],
-                    "strength": config["prior"]["strength"],
-                    "preference": config["prior"]["preference"],
+                    **{name: config["prior"][name] for name in ("strength", "preference")},
                     **read_stored(path, "a result"),
                 })
             except (KeyError, TypeError):
-                raise ValueError(
-                    f"workdir: expected a complete config in {str(path.parent / 'config.json')!r}, "
-                    "got something else."
-                ) from None
+                place = str(path.parent / "config.json")
+                raise ValueError(f"workdir: expected a complete config in {place!r}, got something else.") from None
     return rows
 
 
-def diverged(root: pathlib.Path) -> dict[tuple[str, str], int]:
+def diverged(root: pathlib.Path) -> collections.Counter[tuple[str, str]]:
     """(view, arm) -> runs that diverged."""
-    found: dict[tuple[str, str], int] = {}
-    for view, folder in (("tokens", "runs"), ("flops", "equal_flops")):
-        for path in (root / folder).glob("*/seed*.diverged"):
-            key = view, path.parent.name
-            found[key] = found.get(key, 0) + 1
-    return found
+    return collections.Counter(
+        (view, path.parent.name) for view, folder in VIEWS.items() for path in (root / folder).glob("*/seed*.diverged")
+    )
 
 
 def flat(row: dict[str, Any]) -> dict[str, float]:
@@ -135,18 +145,14 @@ def table(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
         seeds = by_arm[view, arm]
         line: dict[str, Any] = {"view": view, "arm": arm, "seeds": len(seeds)}
         for name in MEANS:
-            values = [s[name] for s in seeds.values() if name in s]
-            if values:
+            if values := [s[name] for s in seeds.values() if name in s]:
                 line[name], line[f"{name}_pm"] = interval(values)
         for other in ("full-only", "prior-free"):
             base = by_arm.get((view, other))
             if base and other != arm and base.keys() & seeds.keys():
                 for name in ("nll_hard", "cost"):
-                    difference = paired_interval(
-                        {s: v[name] for s, v in seeds.items()},
-                        {s: v[name] for s, v in base.items()},
-                    )
-                    line[f"{name}_vs_{other}"], line[f"{name}_vs_{other}_pm"] = difference
+                    pair = ({seed: values[name] for seed, values in side.items()} for side in (seeds, base))
+                    line[f"{name}_vs_{other}"], line[f"{name}_vs_{other}_pm"] = paired_interval(*pair)
         lines.append(line)
     return lines
 
@@ -158,7 +164,7 @@ def shown(
     lines = table(rows, order)
     lost = diverged(root)
     for line in lines:
-        line["diverged"] = lost.get((line["view"], line["arm"]), 0)
+        line["diverged"] = lost[line["view"], line["arm"]]
         chosen = root / "tune" / base_arm(line["arm"]) / "chosen.json"
         if chosen.exists():
             line["tried"] = len(json.loads(chosen.read_text(encoding="utf-8"))["tried"])
@@ -175,11 +181,8 @@ def written(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[ana
     columns = [analysis.Column("view", "equal"), analysis.Column("arm", "arm"),
                analysis.Column("seeds", "seeds", "d"), analysis.Column("diverged", "diverged", "d"),
                analysis.Column("tried", "settings tried", "d")]
-    columns += [analysis.Column(name, title) for name, (title, _) in used.items()]
-    return [
-        {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in used.items()}}
-        for line in lines
-    ], columns
+    texts, means = with_intervals(lines, used)
+    return texts, columns + means
 
 
 def write_tables(root: pathlib.Path, order: list[str]) -> None:
@@ -201,6 +204,5 @@ def write_tables(root: pathlib.Path, order: list[str]) -> None:
 def parse_shard(text: str) -> tuple[int, int]:
     index, _, number = text.partition("/")
     digits = index.isdecimal() and number.isdecimal() and text.isascii()
-    if not (digits and int(index) < int(number)):
-        raise ValueError(f"shard: expected i/n with 0 <= i < n, got {text!r}.")
+    expect(digits and int(index) < int(number), "shard", "i/n with 0 <= i < n", text)
     return int(index), int(number)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.common import interleave
+from experiments.benchmarks.common import interleave, median_and_spread
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.data.manifest import same_data
+from meta_attention_jax.fields import expect
 from meta_attention_jax.objective import forward, summarise
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
@@ -49,40 +50,21 @@ def side(run: Run, mode: str, rows: int) -> tuple[functools.partial, functools.p
 
 
 def long_evaluation(
-    full_only: str | pathlib.Path,
-    routed: str | pathlib.Path,
-    *,
-    length: int,
-    rows: int = 1,
-    rounds: int = 5,
+    full_only: str | pathlib.Path, routed: str | pathlib.Path, *, length: int, rows: int = 1, rounds: int = 5
 ) -> list[dict[str, Any]]:
-    """Rows of full-only, soft, and hard by packed dispatch, timed in turns in this process.
-
-    Args:
-      full_only: run directory of the baseline.
-      routed: run directory of a routed arm on the same data.
-      length: tokens of a sequence.
-      rows: sequences of the batch.
-      rounds: timed rounds.
-
-    Raises:
-      ValueError: what is no run, two runs on different data, or a routed run that does not route.
-    """
+    """Rows of full-only, soft, and hard by packed dispatch, of the runs in two directories on the same data,
+    timed in turns in this process: `rows` sequences of `length` tokens."""
     base, run = (load_run(p, sequence_length=length, batch_size=rows) for p in (full_only, routed))
     if not same_data(base.dataset.manifest(), run.dataset.manifest()):
-        raise ValueError(
-            f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others."
-        )
+        raise ValueError(f"routed: expected a run on the data of {str(full_only)!r}, got {str(routed)!r} on others.")
     name = run.config.controller.name
-    if name == "fixed":
-        raise ValueError(f"routed: expected a run that routes, got {str(routed)!r}.")
+    expect(name != "fixed", "routed", "a run that routes", str(routed))
     sides = {
         "full-only": side(base, "soft", rows),
         f"{name}, soft": side(run, "soft", rows),
         f"{name}, hard (packed)": side(run, "hard", rows),
     }
     seconds = interleave({name: step for name, (step, _) in sides.items()}, rounds)
-    mechanisms = tuple(run.config.model.mechanisms)
     queries = None
     if run.dataset.num_kinds > 1:
         kind = next(run.dataset.eval_batches("validation")).kind[:rows]
@@ -91,17 +73,12 @@ def long_evaluation(
     table = []
     for label, (step, answers) in sides.items():
         sums = jax.device_get(step())
-        metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
-        ratios = seconds[label] / seconds["full-only"]
-        shares = [metrics[f"fraction/{name}"] for name in mechanisms]
+        metrics = summarise(sums, mechanisms=run.mechanisms, costs=run.hypers.routing.costs)
+        ratio, spread = median_and_spread(seconds[label] / seconds["full-only"])
+        shares = [metrics[f"fraction/{name}"] for name in run.mechanisms]
         row = {
-            "evaluation": label,
-            "length": length,
-            "rows": rows,
-            "seconds": float(np.median(seconds[label])),
-            "ratio": float(np.median(ratios)),
-            "spread": float(np.subtract(*np.percentile(ratios, [75, 25]))),
-            "rounds": rounds,
+            "evaluation": label, "length": length, "rows": rows,
+            "seconds": float(np.median(seconds[label])), "ratio": ratio, "spread": spread, "rounds": rounds,
             "nll": metrics["nll"],
             "routes": " / ".join(f"{share:.1%}" for share in shares),
             "fractions": shares,

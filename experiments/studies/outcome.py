@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Optional
 from matplotlib.figure import Figure
 
 from experiments.common import spared
-from experiments.studies.comparison import TOLERANCE, choose
+from experiments.studies.comparison import MEANS, TOLERANCE, choose, with_intervals
+from experiments.studies.sweeps import failed
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.config import read_config, read_stored
@@ -22,17 +23,12 @@ from meta_attention_jax.training.logs import read_metrics
 if TYPE_CHECKING:
     import pandas
 
-from experiments.studies.sweeps import failed
-
 RULE = f"the cheapest within {TOLERANCE} nats of the best, hard, on validation"
 
 MEASURES = {
-    "nll_hard": ("nats hard", ".4f"),
-    "nll_soft": ("nats soft", ".4f"),
+    **{name: MEANS[name] for name in ("nll_hard", "nll_soft")},
     "gap": ("gap", "+.4f"),
-    "cost": ("cost", ".1%"),
-    "routing_entropy": ("routing entropy", ".1%"),
-    "usage_entropy": ("usage entropy", ".1%"),
+    **{name: MEANS[name] for name in ("cost", "routing_entropy", "usage_entropy")},
     "full": ("full", ".1%"),
     "kl": ("KL, nats", ".4f"),
 }
@@ -42,10 +38,7 @@ MEASURES = {
 def settings(points: Sequence[Point]) -> list[str]:
     """The label of every point without its seed: what seeds are averaged of."""
     bare = [{k: v for k, v in point.items() if k != "seed"} for point in points]
-    unique = []
-    for point in bare:
-        if point not in unique:
-            unique.append(point)
+    unique = [point for i, point in enumerate(bare) if point not in bare[:i]]
     names = labels(unique)
     return [names[unique.index(point)] for point in bare]
 
@@ -72,9 +65,7 @@ def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
             measured = _measured(path)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"{label}: expected the files of a run, got damaged ones ({reason}).", stacklevel=2
-            )
+            warnings.warn(f"{label}: expected the files of a run, got damaged ones ({reason}).", stacklevel=2)
             continue
         if measured is not None:
             found.append({**row, **measured})
@@ -118,8 +109,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "diverged": len(group) - len(good),
         }
         for name in MEASURES:
-            values = [row[name] for row in good if row.get(name) is not None]
-            if values:
+            if values := [row[name] for row in good if row.get(name) is not None]:
                 line[name], line[f"{name}_pm"] = interval(values)
         tested = [row["test"] for row in good if "test" in row]
         for name in ("nll_hard", "cost") if tested else ():
@@ -129,11 +119,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def stored_lines(folder: str | pathlib.Path) -> list[dict[str, Any]]:
-    """`lines` of the results that a sweep has written.
-
-    Raises:
-      ValueError: no `rows.json` of a sweep there.
-    """
+    """`lines` of the results that a sweep has written."""
     path = pathlib.Path(folder) / "rows.json"
     try:
         return lines(json.loads(path.read_text(encoding="utf-8")))
@@ -159,10 +145,7 @@ def chosen(made: Sequence[dict[str, Any]]) -> Optional[str]:
     candidates = [line for line in candidates if line["seeds"] and not line["diverged"]]
     if not candidates:
         return None
-    return choose([
-        {"settings": line["setting"], "nll": line["nll_hard"], "cost": line["cost"]}
-        for line in candidates
-    ])
+    return choose([{"settings": line["setting"], "nll": line["nll_hard"], "cost": line["cost"]} for line in candidates])
 
 
 def swept(made: Sequence[dict[str, Any]]) -> Optional[str]:
@@ -177,21 +160,13 @@ def swept(made: Sequence[dict[str, Any]]) -> Optional[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a sweep has found so far.
+    """What a sweep has found so far."""
 
-    Attributes:
-      rows: of the points.
-      lines: of the settings, with `front` and `chosen` marked.
-      front: settings that nothing beats in both cost and nats.
-      pick: the chosen setting; None if there is none, or while points are left.
-      total: points of the sweep.
-    """
-
-    rows: list[dict[str, Any]]
-    lines: list[dict[str, Any]]
-    front: list[str]
-    pick: Optional[str]
-    total: int
+    rows: list[dict[str, Any]]  # Of the points.
+    lines: list[dict[str, Any]]  # Of the settings, with `front` and `chosen` marked.
+    front: list[str]  # Settings that nothing beats in both cost and nats.
+    pick: Optional[str]  # The chosen setting; None if there is none, or while points are left.
+    total: int  # Points of the sweep.
 
     @property
     def title(self) -> str:
@@ -204,14 +179,9 @@ class Result:
         import pandas
 
         fields = dict.fromkeys(field for line in self.lines for field in line["point"])
-        return pandas.DataFrame([
-            {
-                "setting": line["setting"],
-                **{field: line["point"].get(field) for field in fields},
-                **{name: value for name, value in line.items() if name not in ("setting", "point")},
-            }
-            for line in self.lines
-        ])
+        first = lambda line: {field: line["point"].get(field) for field in fields}  # noqa: E731
+        rows = [{"setting": line["setting"], **first(line), **line} for line in self.lines]
+        return pandas.DataFrame(rows).drop(columns="point", errors="ignore")
 
     @property
     def done(self) -> list[dict[str, Any]]:
@@ -228,8 +198,7 @@ def result(root: pathlib.Path, points: Points) -> Result:
 def concluded(found: list[dict[str, Any]], total: int) -> Result:
     """What the rows of a sweep of `total` points say."""
     pick = chosen(lines(found)) if len(found) == total else None
-    found = [row if row["setting"] == pick else {**row, "test": None} for row in found]
-    found = [{k: v for k, v in row.items() if k != "test" or v is not None} for row in found]
+    found = [{k: v for k, v in row.items() if k != "test" or row["setting"] == pick} for row in found]
     made = lines(found)
     best = front(made)
     for line in made:
@@ -245,13 +214,8 @@ def shown(found: Result) -> tuple[list[dict[str, Any]], list[analysis.Column]]:
     names = dict(MEASURES)
     if any("test_cost" in line for line in found.lines):
         names |= {"test_nll_hard": ("nats hard, test", ".4f"), "test_cost": ("cost, test", ".1%")}
-    columns += [analysis.Column(name, title_) for name, (title_, _) in names.items()]
-    columns += [analysis.Column("front", "front"), analysis.Column("chosen", "")]
-    written = [
-        {**line, **{name: analysis.with_interval(line, name, form) for name, (_, form) in names.items()}}
-        for line in found.lines
-    ]
-    return written, columns
+    texts, means = with_intervals(found.lines, names)
+    return texts, columns + means + [analysis.Column("front", "front"), analysis.Column("chosen", "")]
 
 
 def drawers(found: Result, title: str) -> dict[str, Callable[[], Figure]]:

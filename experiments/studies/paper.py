@@ -44,9 +44,7 @@ def measured(run: Run) -> dict[str, Any]:
     `projected_cost` and `expected_cost` are those of the soft run's posterior means, by their argmax and
     as they are; `cost` is what the hard run's routes cost; `prior_cost` what the prior's mean does.
     """
-    soft, hard = (
-        run.evaluate("test", mode=mode, max_batches=TEST_BATCHES.value) for mode in ("soft", "hard")
-    )
+    soft, hard = (run.evaluate("test", mode=mode, max_batches=TEST_BATCHES.value) for mode in ("soft", "hard"))
     found = {
         "step": run.step, "tokens": hard["tokens"],
         "nll_soft": soft["nll"], "nll_hard": hard["nll"], "gap": hard["nll"] - soft["nll"],
@@ -70,9 +68,7 @@ def groups_of(points: Sequence[Point]) -> list[list[Point]]:
     return list(arms.values())
 
 
-def arm_rows(
-    root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence[Point]
-) -> Iterator[dict[str, Any]]:
+def arm_rows(root: pathlib.Path, corpus: str, base: ConfigDict, points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """Trains what is not trained, as one program, and yields the rows."""
     with common.user_mistakes():
         configs = {
@@ -96,9 +92,8 @@ def arm_rows(
 def stored_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """What the study has found so far; raises ValueError for a file of something else."""
     rows = read_stored(path, "rows of this study").get("rows")
-    if not (isinstance(rows, list) and all(
-        isinstance(row, dict) and {"corpus", "arm", "seed", "beta"} <= row.keys() for row in rows
-    )):
+    whole = lambda row: isinstance(row, dict) and {"corpus", "arm", "seed", "beta"} <= row.keys()  # noqa: E731
+    if not (isinstance(rows, list) and all(map(whole, rows))):
         raise ValueError(f"out: expected rows of this study in {str(path)!r}, got something else.")
     return rows
 
@@ -108,10 +103,8 @@ def main() -> None:
     out = pathlib.Path(OUT.value or WORKDIR.value)
     # Runs of one arm and split are one program, compiled once.
     jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
-    rows = []
-    if (out / "rows.json").exists():
-        with common.user_mistakes():
-            rows = stored_rows(out / "rows.json")
+    with common.user_mistakes():
+        rows = stored_rows(out / "rows.json") if (out / "rows.json").exists() else []
     total = sum(len(module.get_sweep()) for module in CORPORA.values())
     for corpus, module in CORPORA.items():
         base, groups = module.get_config(), groups_of(module.get_sweep())

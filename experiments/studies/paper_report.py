@@ -34,8 +34,7 @@ COLUMNS = [Column("arm", "arm"), Column("seeds", "seeds", "d"),
 
 PRIOR_FREE = ("paper, KL weight 0", "softmax")
 PUBLISHED = (
-    ("projected cost, Bayesian", 0.251, ("paper",),
-     ("projected_cost", "cost", "expected_cost", "prior_cost")),
+    ("projected cost, Bayesian", 0.251, ("paper",), ("projected_cost", "cost", "expected_cost", "prior_cost")),
     ("projected cost, prior-free", 0.593, PRIOR_FREE, ("projected_cost", "cost", "expected_cost")),
     ("routing entropy, Bayesian", 0.433, ("paper",), ("routing_entropy", "usage_entropy")),
     ("routing entropy, prior-free", 0.558, PRIOR_FREE, ("routing_entropy", "usage_entropy")),
@@ -56,8 +55,7 @@ def table(rows: Sequence[Row], corpus: str, arms: Optional[Sequence[str]] = None
         if good:
             line: Row = {"arm": arm, "seeds": len(good), "beta": good[0]["beta"]}
             for name in (*NATS, *SHARES):
-                values = [row[name] for row in good if name in row]
-                if values:
+                if values := [row[name] for row in good if name in row]:
                     line[f"{name}_mean"], line[f"{name}_pm"] = interval(values)
             lines.append(line)
     return lines
@@ -65,14 +63,11 @@ def table(rows: Sequence[Row], corpus: str, arms: Optional[Sequence[str]] = None
 
 def written(lines: Sequence[Row]) -> list[Row]:
     """The lines with means and half-widths as text."""
-    shown = []
-    for line in lines:
-        texts = dict(line)
-        for name in (*NATS, *SHARES):
-            if f"{name}_mean" in line:
-                texts[name] = _text(line, name, "+.3f" if name == "gap" else ".3f" if name in NATS else ".1%")
-        shown.append(texts)
-    return shown
+    forms = {**dict.fromkeys(SHARES, ".1%"), **dict.fromkeys(NATS, ".3f"), "gap": "+.3f"}
+    return [
+        {**line, **{name: _text(line, name, form) for name, form in forms.items() if f"{name}_mean" in line}}
+        for line in lines
+    ]
 
 
 def _text(line: Row, name: str, form: str) -> str:
@@ -102,13 +97,11 @@ def answers(rows: Sequence[Row]) -> list[Row]:
 
 def verdict(own: Sequence[Row]) -> str:
     """One number's answer, of its lines of `answers`."""
-    if any(line["reproduced"] and line["literal"] for line in own):
-        places = [f"{line['corpus']}, {line['arm']}" for line in own if line["reproduced"] and line["literal"]]
-        return "reproduced (" + "; ".join(places) + ")"
-    if any(line["reproduced"] for line in own):
-        places = [f"{line['reading']} ({line['corpus']}, {line['arm']})" for line in own if line["reproduced"]]
-        return "not reproduced as it is named; met by " + "; ".join(places)
-    return "not reproduced"
+    met = [line for line in own if line["reproduced"]]
+    if literal := [f"{line['corpus']}, {line['arm']}" for line in met if line["literal"]]:
+        return f"reproduced ({'; '.join(literal)})"
+    places = "; ".join(f"{line['reading']} ({line['corpus']}, {line['arm']})" for line in met)
+    return f"not reproduced as it is named; met by {places}" if met else "not reproduced"
 
 
 def answer_table(rows: Sequence[Row]) -> str:
@@ -127,7 +120,6 @@ def arms_table(rows: Sequence[Row], corpus: str) -> str:
 
 def page(rows: Sequence[Row], total: int) -> str:
     """All tables as Markdown; `total` runs are planned."""
-    found = answers(rows)
     parts = [
         "# The paper's numbers, run\n",
         "" if len(rows) >= total else f"**Not finished: {len(rows)} of {total} runs.**\n",
@@ -141,16 +133,16 @@ def page(rows: Sequence[Row], total: int) -> str:
         "\n### Every reading\n",
         analysis.markdown_table(
             [{**line, "published": f"{line['published']:.1%}",
-              "reproduced": "yes" if line["reproduced"] else "no"} for line in found],
-            [Column("what", "number"), Column("published", "paper"), Column("corpus", "corpus"),
-             Column("arm", "our arm"), Column("reading", "read as"), Column("ours", "ours"),
-             Column("reproduced", "reproduced")],
+              "reproduced": "yes" if line["reproduced"] else "no"} for line in answers(rows)],
+            [Column(name, title) for name, title in {
+                "what": "number", "published": "paper", "corpus": "corpus", "arm": "our arm", "reading": "read as",
+                "ours": "ours", "reproduced": "reproduced",
+            }.items()],
         ),
     ]
     for corpus in dict.fromkeys(row["corpus"] for row in rows):
         parts += [f"\n## {corpus}\n", arms_table(rows, corpus)]
-    weights = weight_lines(rows)
-    if weights:
+    if weights := weight_lines(rows):
         parts += [
             "\n## The weight of the KL (tiny_lm, the authors' settings)\n",
             analysis.markdown_table(written(weights), [Column("beta", "KL weight", "g"), *COLUMNS[1:]]),

@@ -11,28 +11,19 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
-from meta_attention_jax.config import (
-    completed,
-    config_difference,
-    may_change,
-    read_stored,
-)
+from meta_attention_jax.config import completed, config_difference, may_change, read_stored
 from meta_attention_jax.data.manifest import check_manifest, digest
 from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import partial, run_directory, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What runs of a comparison read.
-
-    Attributes:
-      dataset: opened now.
-      runs: directories of such runs, those that are not there yet too.
-    """
+    """What runs of a comparison read."""
 
     dataset: Dataset
-    runs: Iterable[pathlib.Path]
+    runs: Iterable[pathlib.Path]  # Their directories, of those that are not there yet too.
 
     def check(self) -> None:
         """Raises ValueError if one of the runs has read other data."""
@@ -45,40 +36,26 @@ DATA = "data_digests.json"
 
 
 def pin(
-    path: pathlib.Path,
-    shared: Mapping[str, Any],
-    what: str,
-    grows: Optional[str] = None,
+    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Optional[str] = None,
     data: Optional[Mapping[str, Data]] = None,
 ) -> None:
     """Writes what all runs below the folder of `path` share, or checks that it is the same.
 
     Created whole or not at all, so that processes that start at the same moment agree on one. Fields
-    of "config" that a run may set anew differ as they like, and stay as they were.
-
-    Args:
-      path: the file.
-      shared: a dict for JSON.
-      what: it is, for the error.
-      grows: key of a dict that may gain entries, but lose and change none.
-      data: of the runs by name, in `DATA`: it may move and gain names, but has to stay the same.
-
-    Raises:
-      ValueError: a folder of something else, the first field that differs, or other data.
+    of "config" that a run may set anew differ as they like, and stay as they were; the dict at `grows` may
+    gain entries, but lose and change none; the data of the runs, by name in `DATA`, may move and gain names,
+    but have to stay the same. `what` it is, for the error.
     """
     run_directory("workdir", path.parent)
     mine = json.loads(json.dumps(shared))
     if not path.exists():
         others = [entry for entry in path.parent.glob("*") if not entry.name.startswith(f".{path.name}")]
-        if others and not path.exists():
-            raise ValueError(
-                f"workdir: expected a new directory or one of {what}, got {str(path.parent)!r}."
-            )
+        free = not others or path.exists()
+        expect(free, "workdir", f"a new directory or one of {what}", str(path.parent))
         _create(path, json.dumps(mine, indent=1) + "\n")
     stored = read_stored(path)
-    for key in (key for key, value in mine.items() if isinstance(value, dict)):
-        if not isinstance(stored.get(key), dict):
-            raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
+    if any(isinstance(value, dict) and not isinstance(stored.get(key), dict) for key, value in mine.items()):
+        raise ValueError(f"workdir: expected {what} in {str(path)!r}, got something else.")
     known, compared = dict(stored), dict(mine)
     for plain in (known, compared):  # Of versions with fewer fields.
         if isinstance(plain.get("config"), dict):
@@ -88,9 +65,8 @@ def pin(
         if lost := stored[grows].keys() - mine[grows].keys():
             raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
     for field, old, new in config_difference(known, compared):
-        own = field.startswith("config.")
-        if not own or not may_change(field.removeprefix("config."), old, new):
-            raise ValueError(f"{field}: expected {old!r}, as in {str(path)!r}, got {new!r}.")
+        free = field.startswith("config.") and may_change(field.removeprefix("config."), old, new)
+        expect(free, field, f"{old!r}, as in {str(path)!r}", new)
     if data:
         _pin_data(path.with_name(DATA), data)
     if grows and mine[grows].keys() != stored[grows].keys():
@@ -98,8 +74,8 @@ def pin(
 
 
 def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
-    manifests = {id(one.dataset): one.dataset for one in data.values()}
-    digests = {key: digest(dataset.manifest()) for key, dataset in manifests.items()}
+    datasets = {id(one.dataset): one.dataset for one in data.values()}
+    digests = {key: digest(dataset.manifest()) for key, dataset in datasets.items()}
     given = {name: digests[id(one.dataset)] for name, one in data.items()}
     if not path.exists():
         for one in data.values():  # Of a version that did not write it: what is trained says more.
@@ -109,10 +85,8 @@ def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
     for name, found in given.items():
         if stored.get(name, found) != found:
             data[name].check()  # Knows in what they differ.
-            raise ValueError(
-                f"data: expected the data that {str(path.parent)!r} was begun with, got other data; "
-                "use another workdir."
-            )
+            begun = f"the data that {str(path.parent)!r} was begun with"
+            raise ValueError(f"data: expected {begun}, got other data; use another workdir.")
     if given.keys() - stored.keys():
         write_whole(path, json.dumps({**stored, **given}, indent=1) + "\n")
 

@@ -13,21 +13,9 @@ from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
 
 
-def quick_run(
-    workdir: str | pathlib.Path,
-    existing: Optional[str | pathlib.Path] = None,
-    **overrides: Any,
-) -> Run:
-    """Opens `existing` if it is a run, else the run in `workdir`, trained first if it is not finished.
-
-    Args:
-      workdir: of the small run.
-      existing: a run directory to be preferred, such as that of `make demo`.
-      overrides: dotted fields of `configs/quick.py`.
-
-    Raises:
-      ValueError: any mistake in the overrides, or a directory with something else.
-    """
+def quick_run(workdir: str | pathlib.Path, existing: Optional[str | pathlib.Path] = None, **overrides: Any) -> Run:
+    """Opens `existing` (such as a run of `make demo`) if it is a run, else the run in `workdir`, trained first
+    if it is not finished: `configs/quick.py` with `overrides` of dotted fields."""
     if existing is not None and (local("existing", existing) / "checkpoints").is_dir():
         return load_run(existing)
     config = quick.get_config()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from experiments import common
@@ -23,38 +23,18 @@ from meta_attention_jax.analysis import Column
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 Row = dict[str, Any]
-SIZES = ("T", "H", "d", "w", "D", "L", "batch", "rows", "points", "size", "rounds")
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One recorded run.
-
-    Attributes:
-      title: what was asked.
-      path: of its rows, below `RESULTS`: a file, or a folder.
-      command: what made them; run lengths and hardware are in `FINDINGS.md` where the rows lack them.
-      table: (folder or content of the file) -> Markdown.
-      commit: where the rows do not say it.
-    """
-
-    title: str
-    path: str
-    command: str
-    table: Callable[[Any], str]
-    commit: Optional[str] = None
 
 
 def rows_table(stored: Mapping[str, Any]) -> str:
     """Rows of a benchmark; columns that say the same in all rows become a line above."""
     rows = [{k: v for k, v in row.items() if _scalar(v)} for row in stored["rows"]]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    same = [key for key in columns
-            if len(rows) > 1 and len({repr(row.get(key)) for row in rows}) == 1]
+    same = [key for key in columns if len(rows) > 1 and len({repr(row.get(key)) for row in rows}) == 1]
     said = ", ".join(f"{key} {_text(rows[0][key])}" for key in same)
     left = [key for key in columns if key not in same]
     shown = [{key: _text(row.get(key)) for key in left} for row in rows]
-    shape = [Column(key, key, "" if _words(rows, key) else "s") for key in left]  # Numbers to the right.
+    words = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    shape = [Column(key, key, "" if key in words else "s") for key in left]  # Numbers to the right.
     table = analysis.markdown_table(shown, shape)
     return f"In all rows: {said}.\n\n{table}" if said else table
 
@@ -63,24 +43,17 @@ def _scalar(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float))
 
 
-def _words(rows: Sequence[Row], key: str) -> bool:
-    return any(isinstance(row.get(key), str) for row in rows)
-
-
 def _text(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if value is None or isinstance(value, (bool, str)):
         return {True: "yes", False: "no", None: analysis.format_value(None)}.get(value, str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def demo_table(folder: pathlib.Path) -> str:
     """The arms of `experiments.demo`, a table per corpus, and one long sequence."""
-    rows, parts = analysis.comparison_rows(_read(folder / "table.json")), []
-    for corpus in dict.fromkeys(row["corpus"] for row in rows):
-        columns = analysis.demo_columns(corpus)
-        own = [row for row in rows if row["corpus"] == corpus]
-        notes = "".join(f"* **{title}**: {note}\n" for title, note in analysis.column_notes(columns))
-        parts.append(f"**{corpus}**, test split\n\n{analysis.markdown_table(own, columns)}\n{notes}")
+    rows = analysis.comparison_rows(_read(folder / "table.json"))
+    parts = [f"**{corpus}**, test split\n\n{analysis.markdown_table(own, columns)}\n{notes}"
+             for corpus, own, columns, notes in comparison.demo_parts(rows)]
     timing = _read(folder / "timing.json")
     parts.append("One long sequence through the trained models of tiny_lm\n\n"
                  + analysis.markdown_table(timing, long.columns_of(timing)))
@@ -125,78 +98,72 @@ def uncertainty_table(folder: pathlib.Path) -> str:
     return "\n".join(parts) + _pictures(folder)
 
 
+def compiled_table(stored: Mapping[str, Any]) -> str:
+    """Memory and collectives of the programs of `experiments.checks.compile`."""
+    [report] = stored["rows"]
+    said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
+    rows = []
+    for name, program in report["programs"].items():
+        rows.append({"program": name})
+        for key, value in program.items():
+            inner = {f"{key}, {k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+            rows[-1] |= {k: _text(v) for k, v in inner.items() if _scalar(v)}
+    columns = [Column(key, key) for key in dict.fromkeys(key for row in rows for key in row)]
+    return f"{said}.\n\n{analysis.markdown_table(rows, columns)}"
+
+
 def _pictures(folder: pathlib.Path) -> str:
     names = sorted(path.name for path in folder.glob("*.png"))
     return "".join(f"\n![{name[:-4]}]({folder.name}/{name})\n" for name in names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One recorded run; run lengths and hardware are in `FINDINGS.md` where the rows lack them."""
+
+    title: str
+    path: str  # Of its rows, below `RESULTS`: a file, or a folder.
+    command: str  # Of `python -m experiments.`, or of `make`.
+    table: Callable[[Any], str] = rows_table  # Of the folder, or the content of the file; Markdown.
+    commit: Optional[str] = None  # Where the rows do not say it.
+
+
 RECORDS = (
     Record("The demo", "demo", "make demo", demo_table, "03ec59a"),
     Record("Arms on recall, 8 keys", "ablation_recall",
-           "python -m experiments.ablation --config=configs/recall.py --workdir=runs/ablation-recall8 "
-           "--views=tokens --arms=bayesian,prior-free,full-only,local+full,linear,full+local,local",
-           ablation_table, "7c3075d"),
+           "ablation --config=configs/recall.py --workdir=runs/ablation-recall8 --views=tokens "
+           "--arms=bayesian,prior-free,full-only,local+full,linear,full+local,local", ablation_table, "7c3075d"),
     Record("Arms on recall with aggregates, 4 keys", "ablation_recall_oracle",
-           "python -m experiments.ablation --config=configs/recall_oracle.py "
-           "--workdir=runs/ablation-recall --views=tokens", ablation_table, "e820864"),
-    Record("Arms on State of the Union addresses", "ablation_sotu",
-           "python -m experiments.ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu "
-           "--seeds=3 --views=tokens --arms=bayesian,prior-free,full-only,local+full,local",
+           "ablation --config=configs/recall_oracle.py --workdir=runs/ablation-recall --views=tokens",
            ablation_table, "e820864"),
-    Record("The paper's numbers, run", "paper", "python -m experiments.studies.paper --workdir=runs/paper",
-           paper_table, "b9bd5af"),
+    Record("Arms on State of the Union addresses", "ablation_sotu",
+           "ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu --seeds=3 --views=tokens "
+           "--arms=bayesian,prior-free,full-only,local+full,local", ablation_table, "e820864"),
+    Record("The paper's numbers, run", "paper", "studies.paper --workdir=runs/paper", paper_table, "b9bd5af"),
     Record("What uncertainty finds", "uncertainty",
-           "python -m experiments.studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table,
-           "e820864"),
+           "studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table, "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",
-           "python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep",
-           sweep_table, "9a3f822"),
+           "sweep --config=configs/sweep_concentration.py --workdir=runs/sweep", sweep_table, "9a3f822"),
     Record("The strength of the prior, on State of the Union addresses", "sweep_sotu",
-           "python -m experiments.sweep --config=configs/sweep_concentration_sotu.py "
-           "--workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
-    Record("Hard routing against the fastest full attention", "hard_routing.json",
-           "python -m experiments.benchmarks.hard_routing", rows_table),
-    Record("Packed full attention against its alternatives", "dispatch_forms.json",
-           "python -m experiments.benchmarks.dispatch_forms", rows_table),
+           "sweep --config=configs/sweep_concentration_sotu.py --workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
+    Record("Hard routing against the fastest full attention", "hard_routing.json", "benchmarks.hard_routing"),
+    Record("Packed full attention against its alternatives", "dispatch_forms.json", "benchmarks.dispatch_forms"),
     Record("Evaluation of a long context that needs full attention", "long_evaluation.json",
-           "python -m experiments.benchmarks.long_evaluation --full_only=runs/long-full-only "
-           "--routed=runs/long-bayesian", long_table),
+           "benchmarks.long_evaluation --full_only=runs/long-full-only --routed=runs/long-bayesian", long_table),
     Record("Packed training steps", "packed_training.json",
-           "python -m experiments.benchmarks.packed_training --workdir=runs/long-bayesian --rounds=7",
-           rows_table),
-    Record("Decoding", "decode.json", "python -m experiments.benchmarks.decode --rounds=15", rows_table),
-    Record("Linear and local against full attention", "mechanisms.json",
-           "python -m experiments.benchmarks.mechanisms --rounds=5", rows_table),
-    Record("Training steps", "train_step.json",
-           "python -m experiments.benchmarks.train_step --rounds=7", rows_table),
-    Record("Memory", "memory.json", "python -m experiments.benchmarks.memory", rows_table),
-    Record("One program for many runs", "sweep_timing.json",
-           "python -m experiments.benchmarks.sweep", rows_table),
-    Record("What a run survives", "faults.json", "python -m experiments.checks.faults", rows_table),
+           "benchmarks.packed_training --workdir=runs/long-bayesian --rounds=7"),
+    Record("Decoding", "decode.json", "benchmarks.decode --rounds=15"),
+    Record("Linear and local against full attention", "mechanisms.json", "benchmarks.mechanisms --rounds=5"),
+    Record("Training steps", "train_step.json", "benchmarks.train_step --rounds=7"),
+    Record("Memory", "memory.json", "benchmarks.memory"),
+    Record("One program for many runs", "sweep_timing.json", "benchmarks.sweep"),
+    Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
-           "python -m experiments.checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16",
-           lambda stored: programs_table(stored["rows"][0])),
+           "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),
     Record("A train step for an H100, compiled without one and not run", "compile_h100.json",
-           "python -m experiments.checks.compile --config=configs/smoke.py --topology=h100 "
-           "--config.model.dtype=bfloat16 --config.model.num_layers=1 --programs=soft",
-           lambda stored: programs_table(stored["rows"][0])),
+           "checks.compile --config=configs/smoke.py --topology=h100 --config.model.dtype=bfloat16 "
+           "--config.model.num_layers=1 --programs=soft", compiled_table),
 )
-
-
-def programs_table(report: Mapping[str, Any]) -> str:
-    """Memory and collectives of the programs of `experiments.checks.compile`."""
-    said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
-    rows = []
-    for name, program in report["programs"].items():
-        flat = {"program": name}
-        for key, value in program.items():
-            if _scalar(value):
-                flat[key] = _text(value)
-            elif isinstance(value, dict):
-                flat |= {f"{key}, {k}": _text(v) for k, v in value.items() if _scalar(v)}
-        rows.append(flat)
-    columns = [Column(key, key) for key in dict.fromkeys(key for row in rows for key in row)]
-    return f"{said}.\n\n{analysis.markdown_table(rows, columns)}"
 
 
 def _read(path: pathlib.Path) -> Any:
@@ -217,7 +184,8 @@ def page(results: pathlib.Path = RESULTS) -> str:
         stored = path if path.is_dir() else _read(path)
         where = {"commit": record.commit} if path.is_dir() else stored["environment"]
         said = ", ".join(f"{key} {value}" for key, value in where.items())
-        parts.append(f"## {record.title}\n\n    {record.command}\n\n{said}\n\n{record.table(stored)}")
+        command = record.command if record.command.startswith("make ") else f"python -m experiments.{record.command}"
+        parts.append(f"## {record.title}\n\n    {command}\n\n{said}\n\n{record.table(stored)}")
     return "\n".join(parts)
 
 

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 from experiments.common import spared
 from experiments.studies import arms, comparison, outcome
+from experiments.studies.samples import layer_shares, text_of
+from experiments.studies.scores import per_token
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column, Section
 from meta_attention_jax.analysis.statistics import risk_coverage
@@ -22,7 +24,6 @@ from meta_attention_jax.controller.prior import make_prior
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training.evaluation import token_arrays
 from meta_attention_jax.training.logs import read_metrics
 
 SHOWN_ROWS = 6
@@ -33,9 +34,6 @@ def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], 
     """(what it is, what makes its page); all that can be wrong with the directory is said first.
 
     `data`: `corpus` and `data_split` of `load_run`, for a run.
-
-    Raises:
-      ValueError: neither a run nor a comparison nor a sweep, or one without a result.
     """
     root = run_directory("workdir", workdir)
     if (root / "ablation.json").is_file():
@@ -58,15 +56,11 @@ def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], 
         for mode in ("soft", "hard"):
             found = held_out[-1].get(mode)
             if not (isinstance(found, dict) and {"nll", "kl", "cost", "layers"} <= found.keys()):
-                raise ValueError(
-                    f"workdir: expected a {mode} evaluation at the end of "
-                    f"{str(run.path / 'metrics.jsonl')!r}, got something else."
-                )
+                wanted = f"a {mode} evaluation at the end of {str(run.path / 'metrics.jsonl')!r}"
+                raise ValueError(f"workdir: expected {wanted}, got something else.")
         run.dataset  # Opened now, for what can be wrong with it.
         return "run", functools.partial(run_page, run)
-    raise ValueError(
-        f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}."
-    )
+    raise ValueError(f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}.")
 
 
 def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
@@ -75,9 +69,7 @@ def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
     parts = [stored.get(key) for key in keys]
     ok = all(isinstance(part, dict) for part in parts) and isinstance(parts[0].get("name"), str)
     if not (ok and all(isinstance(point, dict) for part in parts[1:] for point in part.values())):
-        raise ValueError(
-            f"workdir: expected {' and '.join(keys)} in {str(path)!r}, got something else."
-        )
+        raise ValueError(f"workdir: expected {' and '.join(keys)} in {str(path)!r}, got something else.")
     return stored
 
 
@@ -95,45 +87,29 @@ def run_page(run: Run) -> str:
     real = np.asarray(batch.segment_ids) > 0
     figures = [
         ("Training", lambda: analysis.dynamics_figure(records, run.mechanisms)),
-        ("Layers", lambda: analysis.routing_by_layer([{
-            "corpus": run.config.data.corpus, "arm": run.config.name, "mechanisms": run.mechanisms,
-            "fractions": held_out[-1]["hard"]["layers"]["fractions"],
-            "mean_weights": held_out[-1]["soft"]["layers"]["mean"],
-        }])),
+        ("Layers", lambda: analysis.routing_by_layer(
+            [layer_shares(run, run.config.data.corpus, run.config.name, held_out[-1])]
+        )),
         ("Positions", lambda: analysis.routing_by_position(routing.route, real, run.mechanisms)),
     ]
     if routing.concentration is not None:
         if len(run.mechanisms) == 3:
-            hypers = run.hypers.routing
-            prior = np.asarray(make_prior(run.config.prior.family, hypers).concentration)
+            prior = np.asarray(make_prior(run.config.prior.family, run.hypers.routing).concentration)
             prior = prior / prior.sum()
-            figures.append((
-                "Posteriors",
-                lambda: analysis.simplex_figure(routing.mean[:, real], run.mechanisms, prior=prior),
-            ))
-        figures.append((
-            "Entropy",
-            lambda: analysis.entropy_split_figure(routing.concentration[:, real], run.mechanisms),
-        ))
+            drawn = lambda: analysis.simplex_figure(routing.mean[:, real], run.mechanisms, prior=prior)  # noqa: E731
+            figures.append(("Posteriors", drawn))
+        concentration = routing.concentration[:, real]
+        figures.append(("Entropy", lambda: analysis.entropy_split_figure(concentration, run.mechanisms)))
     if run.config.controller.name != "fixed":
         figures.append(("Uncertainty", lambda: risk_figure(run)))
     sections = [Section(f"Validation at step {held_out[-1]['step']}", analysis.table_html(rows, columns))]
     sections += [
-        Section(name, drawn) for name, figure in figures
-        if (drawn := _drawn(f"{run.config.name}: {name.lower()}", figure))
+        Section(name, html_) for name, figure in figures
+        if (html_ := _drawn(f"{run.config.name}: {name.lower()}", figure))
     ]
-    keep = real[:SHOWN_ROWS]
-    pieces = run.pieces(np.asarray(batch.tokens)[:SHOWN_ROWS][keep])
-    for end in np.cumsum(keep.sum(axis=1)) - 1:
-        pieces[end] += b"\n"  # Rows have nothing to do with each other.
     sections.append(Section("Held-out text", analysis.coloured_html(
-        pieces,
-        routing.route[:, :SHOWN_ROWS][:, keep],
-        routing.uncertainty[:, :SHOWN_ROWS][:, keep],
-        run.mechanisms,
-        title=run.config.name,
+        **text_of(run, batch, routing, real[:SHOWN_ROWS]), title=run.config.name,
         caption="Each token is coloured by its mechanism; pale means uncertain.",
-        mean=routing.mean[:, :SHOWN_ROWS][:, keep],
     )))
     config = json.dumps(json.loads((run.path / "config.json").read_text(encoding="utf-8")), indent=1)
     sections.append(Section("Config", f"<pre>{html.escape(config)}</pre>"))
@@ -149,18 +125,9 @@ def _drawn(description: str, figure: Callable[[], Figure]) -> str:
 
 def risk_figure(run: Run) -> Any:
     """Whether uncertainty finds the tokens that hardening hurts, on some validation batches."""
-    arrays = {
-        mode: token_arrays(
-            run.model.clone(mode=mode), run.dataset, run.params, run.hypers.routing,
-            split="validation", max_batches=RISK_BATCHES,
-        )
-        for mode in ("soft", "hard")
-    }
-    harm = arrays["hard"]["nll"] - arrays["soft"]["nll"]
-    name = run.config.controller.uncertainty
-    return analysis.risk_coverage_figure(
-        {name: risk_coverage(arrays["soft"]["uncertainty"].mean(0), harm)}
-    )
+    soft, hard = (per_token(run, "validation", mode=mode, max_batches=RISK_BATCHES) for mode in ("soft", "hard"))
+    curve = risk_coverage(soft["uncertainty"].mean(0), hard["nll"] - soft["nll"])
+    return analysis.risk_coverage_figure({run.config.controller.uncertainty: curve})
 
 
 def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:

@@ -1,38 +1,30 @@
-"""Showing the routes of a continuation: what `generate` and `demo` share."""
+"""Showing the routes of texts: what `generate`, `demo` and `report` share."""
 
 from __future__ import annotations
 
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from meta_attention_jax import analysis
 from meta_attention_jax.generation import Trace
 from meta_attention_jax.run import Run
+from meta_attention_jax.types import Batch, Routing
 
 LINE = 80
 """Characters after which a line is broken."""
 
 
 def show_routes(
-    run: Run,
-    ids: Int[np.ndarray, "tokens"],
-    trace: Trace,
-    *,
-    layer: Optional[int] = None,
-    colour: bool = False,
+    run: Run, ids: Int[np.ndarray, "tokens"], trace: Trace, *, layer: Optional[int] = None, colour: bool = False
 ) -> str:
-    """Shares of all layers, then prompt and continuation with the routes of one layer.
-
-    Args:
-      ids, trace: of `Run.generate`.
-      layer: None is the one that uses full most.
-      colour: ANSI backgrounds; else a line of letters below each line of text.
+    """Shares of all layers, then prompt and continuation of `Run.generate` with the routes of one layer, by
+    default the one that uses full most: by ANSI backgrounds, or a line of letters below each line of text.
 
     k* of a token that mixes all mechanisms is only the likeliest of them: how many do is said.
     """
@@ -43,25 +35,18 @@ def show_routes(
         most = mechanisms.index("full") if "full" in mechanisms else 0
         layer = int(np.argmax(np.asarray(shares)[:, most]))
     pieces = run.pieces(ids)
-    lines = [
-        f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
-        for i, row in enumerate(shares)
-    ]
+    lines = [f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
+             for i, row in enumerate(shares)]
     hard = np.concatenate([trace.prompt_hard[:, 0], trace.hard[:, 0]], axis=1)[layer]
     prompt = route.shape[1] - trace.tokens.shape[1]
     lines.append(f"\nroutes of layer {layer}, the prompt's {prompt} tokens first")
     if not hard.all():
         lines.append(f"k* only: {np.mean(~hard):.0%} of these tokens mix all mechanisms")
-    if colour:
-        lines.append(analysis.coloured_terminal(pieces, route[layer], mechanisms))
-    else:
-        lines.append(lettered(pieces, route[layer], mechanisms))
-    return "\n".join(lines)
+    shown = analysis.coloured_terminal if colour else lettered
+    return "\n".join([*lines, shown(pieces, route[layer], mechanisms)])
 
 
-def lettered(
-    pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]
-) -> str:
+def lettered(pieces: Sequence[bytes], route: Int[np.ndarray, "tokens"], mechanisms: Sequence[str]) -> str:
     """Lines of text, each with a line of letters below: F full, L linear, w local (window)."""
     known = {"full": "F", "linear": "L", "local": "w"}
     letters = [known.get(name, str(k)) for k, name in enumerate(mechanisms)]
@@ -76,6 +61,27 @@ def lettered(
             lines += [top, bottom]
             top, bottom = "", ""
     return "\n".join(lines + ([top, bottom] if top else []))
+
+
+def text_of(
+    run: Run, batch: Batch, routing: Routing, keep: Bool[np.ndarray, "row time"], *, apart: bool = True
+) -> dict[str, Any]:
+    """What `analysis.coloured_html` takes of the tokens to `keep` of a batch's first rows; a line each where
+    rows have nothing to do with each other (`apart`)."""
+    rows = len(keep)
+    pieces = run.pieces(np.asarray(batch.tokens)[:rows][keep])
+    for end in np.cumsum(keep.sum(axis=1)) - 1 if apart else ():
+        pieces[end] += b"\n"
+    shown = {name: np.asarray(getattr(routing, name))[:, :rows][:, keep] for name in ("route", "uncertainty", "mean")}
+    return {"pieces": pieces, **shown, "mechanisms": run.mechanisms}
+
+
+def layer_shares(run: Run, corpus: str, arm: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """For `analysis.routing_by_layer`: fractions of the hard run, mean weights of the soft one."""
+    return {
+        "corpus": corpus, "arm": arm, "mechanisms": run.mechanisms,
+        "fractions": results["hard"]["layers"]["fractions"], "mean_weights": results["soft"]["layers"]["mean"],
+    }
 
 
 def wants_colour() -> bool:

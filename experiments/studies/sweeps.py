@@ -7,7 +7,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,6 +15,7 @@ from experiments.studies.pinned import Data
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
 from meta_attention_jax.data.pipeline import Dataset
+from meta_attention_jax.fields import expect
 from meta_attention_jax.scalars import plain
 from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
 from meta_attention_jax.sweeps.together import Lost, Moved, train_together
@@ -25,44 +26,30 @@ from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.processes import Busy, hold
 from meta_attention_jax.training.restore import initial_params
 
-if TYPE_CHECKING:
-    pass
 
 def load_sweep(path: str | pathlib.Path) -> Sweep:
-    """What the config file's `get_sweep()` returns.
-
-    Raises:
-      ValueError: no such function, one that does not run, or something else than a list of dicts.
-    """
+    """What the config file's `get_sweep()` returns."""
     spec = importlib.util.spec_from_file_location("_sweep_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_sweep", None)):
-        raise ValueError(f"config: expected a file that defines get_sweep(), got {str(path)!r}.")
+    found = callable(getattr(module, "get_sweep", None))
+    expect(found, "config", "a file that defines get_sweep()", str(path))
     try:
         points = module.get_sweep()
     except Exception as error:  # The user's own code.
         if isinstance(error, ValueError) and ": expected " in str(error):  # Of the algebra.
             raise
-        raise ValueError(
-            f"config: expected a get_sweep() that runs in {str(path)!r}, got "
-            f"{type(error).__name__}: {error}."
-        ) from None
-    if not (isinstance(points, list) and all(isinstance(point, dict) for point in points)):
-        raise ValueError(
-            f"config: expected get_sweep() to return a list of dicts of overrides, got {points!r}."
-        )
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"config: expected a get_sweep() that runs in {str(path)!r}, got {got}.") from None
+    ok = isinstance(points, list) and all(isinstance(point, dict) for point in points)
+    expect(ok, "config", "get_sweep() to return a list of dicts of overrides", points)
     points = [{field: plain(value) for field, value in point.items()} for point in points]
     labels(points)  # Says what is wrong with them.
     return points
 
 
 def stored_points(root: pathlib.Path) -> dict[str, Point]:
-    """Points by label of the sweep that is in the directory already; none in a new one.
-
-    Raises:
-      ValueError: a damaged `sweep.json`.
-    """
+    """Points by label of the sweep that is in the directory already; none in a new one."""
     path = root / "sweep.json"
     if not path.exists():
         return {}
@@ -79,33 +66,18 @@ def _data(config: ConfigDict) -> str:
 
 
 def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
-    """Every distinct dataset of the points, once; nothing is written.
-
-    Raises:
-      ValueError: data that cannot be had.
-    """
+    """Every distinct dataset of the points, once; nothing is written."""
     distinct = {_data(config): config for config in configs}
     return {key: build.build_dataset(config) for key, config in distinct.items()}
 
 
-def data_of(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> dict[str, Data]:
+def data_of(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Data]:
     """What the points read, by label, for `pinned.pin`."""
-    return {
-        label: Data(datasets[_data(config)], [root / "points" / label])
-        for label, config in configs.items()
-    }
+    return {label: Data(datasets[_data(config)], [root / "points" / label]) for label, config in configs.items()}
 
 
-def check_starts(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> None:
-    """Reads what new points start from: a mistake in it must come before anything is written.
-
-    Raises:
-      ValueError: as `restore.initial_params`.
-    """
+def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> None:
+    """Reads what new points start from: a mistake in it must come before anything is written."""
     seen = []
     for label, config in configs.items():
         dataset = datasets[_data(config)]
@@ -115,14 +87,8 @@ def check_starts(
             seen.append(start)
 
 
-def prepared(
-    root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]
-) -> dict[str, Job]:
-    """Jobs of the points by label, but for those that diverged.
-
-    Raises:
-      ValueError: as `job.prepare`.
-    """
+def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Job]:
+    """Jobs of the points by label, but for those that diverged."""
     return {
         label: prepare(config, root / "points" / label, datasets[_data(config)])
         for label, config in configs.items()
@@ -139,24 +105,16 @@ def steps_done(path: pathlib.Path) -> int:
     """Step of the newest checkpoint of a run, 0 without any."""
     if not (path / "checkpoints").is_dir():
         return 0
-    checkpoints = Checkpoints(path / "checkpoints", read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
         return checkpoints.latest or 0
-    finally:
-        checkpoints.close()
 
 
-def train_points(
-    root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0
-) -> None:
-    """Trains what is not finished: the same program from the same step on as one group.
+def train_points(root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0) -> None:
+    """Trains what is not finished: the same program from the same step on as one group, of `at_once` points
+    at most (0: as many as fit in memory), or one point after the other.
 
-    Args:
-      root: of the sweep; a point that diverges leaves `points/<label>.diverged`, one whose
-        checkpoints are all damaged is named and stays as it is.
-      jobs: of `prepared`.
-      together: False trains one point after the other.
-      at_once: points of a group at most; 0 is as many as fit in memory.
+    A point that diverges leaves `points/<label>.diverged`; one whose checkpoints are all damaged is named and
+    stays as it is.
     """
     left = dict(jobs)
     while left:
@@ -164,9 +122,7 @@ def train_points(
         left = _train_left(root, left, together, at_once)
 
 
-def _train_left(
-    root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int
-) -> dict[str, Job]:
+def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int) -> dict[str, Job]:
     """Trains all but the groups that it returns."""
     again: dict[str, Job] = {}
     groups: dict[Any, list[str]] = {}
@@ -176,11 +132,8 @@ def _train_left(
         if start < job.config.train.steps and not failed(root, label).exists():
             same = program(job.config) if together else None
             groups.setdefault((same or label, start), []).append(label)
-    parts = [
-        (members[i : i + (at_once or len(members))], start)
-        for (_, start), members in groups.items()
-        for i in range(0, len(members), at_once or len(members))
-    ]
+    parts = [(members[i : i + (at_once or len(members))], start) for (_, start), members in groups.items()
+             for i in range(0, len(members), at_once or len(members))]
     for count, (members, start) in enumerate(parts, 1):
         print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
         if len(members) > 1:
@@ -193,15 +146,15 @@ def _train_left(
                 print(f"{error.name}: {error}")
                 again |= {label: job for label, job in group.items() if label != error.name}
             continue
+        label = members[0]
         try:
-            train(jobs[members[0]], label=members[0])
+            train(jobs[label], label=label)
         except Busy:
-            print(_busy(members[0]))
-        except Damaged as error:
-            print(f"{members[0]}: {error}")
-        except Diverged as error:
-            print(f"{members[0]}: {error}")
-            analysis.write_text(failed(root, members[0]), str(error))
+            print(_busy(label))
+        except (Damaged, Diverged) as error:
+            print(f"{label}: {error}")
+            if isinstance(error, Diverged):
+                analysis.write_text(failed(root, label), str(error))
     return again
 
 

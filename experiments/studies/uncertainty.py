@@ -19,26 +19,24 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from experiments import common
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
+from experiments.studies.scores import per_token
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import frontier_figure, risk_coverage_figure
 from meta_attention_jax.analysis.statistics import interval, risk_coverage
 from meta_attention_jax.controller.baselines import measures_of
-from meta_attention_jax.data.splits import RULES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training.evaluation import token_arrays
 
 RUNS = flags.DEFINE_list("runs", None, "Run directories that route.")
 OUT = common.define_path("out", None, "Where table and pictures go.")
 BATCHES = flags.DEFINE_integer("batches", 16, "Batches of the split.", 1)
-CORPUS = flags.DEFINE_string("corpus", None, "Where all runs' data are now: path:FILE_OR_FOLDER.")
-DATA_SPLIT = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
+DATA = common.define_data()
 flags.mark_flags_as_required(["runs", "out"])
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -46,11 +44,7 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 def arrays(run: Run, split: str, *, mode: str, measure: str, theta: float = 1.0) -> dict[str, Any]:
     """Per-token arrays of a run in a mode, with u by a measure."""
-    return token_arrays(
-        run.model.clone(mode=mode).routed_by(uncertainty=measure), run.dataset, run.params,
-        run.hypers.routing.replace(threshold=jnp.float32(theta)),
-        split=split, max_batches=BATCHES.value,
-    )
+    return per_token(run, split, mode=mode, max_batches=BATCHES.value, measure=measure, theta=theta)
 
 
 def cost_of(result: dict[str, Any], costs: np.ndarray) -> float:
@@ -87,9 +81,7 @@ def both_splits(run: Run, measure: str) -> dict[str, Any]:
 
 def averaged(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Curves and points of several seeds, averaged place by place."""
-    curve = {
-        key: np.mean([r["curve"][key] for r in results], axis=0) for key in results[0]["curve"]
-    }
+    curve = {key: np.mean([r["curve"][key] for r in results], axis=0) for key in results[0]["curve"]}
     points = [
         {key: float(np.mean([p[key] for p in same])) for key in same[0]}
         for same in zip(*(r["frontier"] for r in results))
@@ -101,11 +93,9 @@ def main() -> None:
     with common.user_mistakes():
         if not RUNS.value:
             raise ValueError("runs: expected at least one run directory, got none.")
-        data = dict(corpus=CORPUS.value, data_split=DATA_SPLIT.value)
-        runs = [load_run(path, **data) for path in RUNS.value]
+        runs = [load_run(path, **DATA()) for path in RUNS.value]
         for run in runs:
-            if run.config.controller.name == "fixed":
-                raise ValueError(f"runs: expected runs that route, got {str(run.path)!r}.")
+            expect(run.config.controller.name != "fixed", "runs", "runs that route", str(run.path))
             run.dataset  # Opened here, where its errors are the user's.
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -114,18 +104,15 @@ def main() -> None:
             found.setdefault(f"{run.config.name}, {measure}", []).append(both_splits(run, measure))
     rows, means = [], {name: averaged(results) for name, results in found.items()}
     for name, results in found.items():
-        mean, half = interval([r["curve"]["gain"] for r in results])
+        gain, gain_pm = interval([r["curve"]["gain"] for r in results])
         points = means[name]["frontier"]
         chosen = [r["frontier"][r["best"]] for r in results]
-        before = [r["validation"]["curve"]["gain"] for r in results]
         rows.append({
-            "name": name,
-            "seeds": len(results),
-            "gain": f"{analysis.format_value(mean, '.1%')} ± {analysis.format_value(half, '.1%')}",
+            "name": name, "seeds": len(results),
+            "gain": analysis.with_interval({"gain": gain, "gain_pm": gain_pm}, "gain", ".1%"),
             "harm": float(np.mean([r["curve"]["random"] for r in results])),
-            "gain_validation": float(np.mean(before)),
-            "best_nll": float(np.mean([p["nll"] for p in chosen])),
-            "best_cost": float(np.mean([p["cost"] for p in chosen])),
+            "gain_validation": float(np.mean([r["validation"]["curve"]["gain"] for r in results])),
+            **{f"best_{key}": float(np.mean([p[key] for p in chosen])) for key in ("nll", "cost")},
             "hard_nll": points[-1]["nll"], "hard_cost": points[-1]["cost"],
         })
     out = pathlib.Path(OUT.value)
@@ -133,10 +120,8 @@ def main() -> None:
     analysis.write_text(out / "table.md", analysis.markdown_table(rows, UNCERTAINTY_COLUMNS))
     analysis.write_json(out / "rows.json", {"rows": rows, "studies": found})
     with common.spared("pictures"):
-        curves = {name: mean["curve"] for name, mean in means.items()}
-        fronts = {name: mean["frontier"] for name, mean in means.items()}
-        analysis.save(risk_coverage_figure(curves), out / "risk.png")
-        analysis.save(frontier_figure(fronts), out / "frontier.png")
+        for part, figure, file in (("curve", risk_coverage_figure, "risk"), ("frontier", frontier_figure, "frontier")):
+            analysis.save(figure({name: mean[part] for name, mean in means.items()}), out / f"{file}.png")
         print(f"pictures: {out}/risk.png, {out}/frontier.png")
 
 
