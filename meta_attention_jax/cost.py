@@ -51,9 +51,7 @@ def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:
     return costs / costs.max()
 
 
-def analytic_costs(
-    mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec
-) -> np.ndarray:
+def analytic_costs(mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec) -> np.ndarray:
     """FLOPs of each mechanism on a sequence of `time` tokens, divided by the largest.
 
     Short sequences can make `linear` the dearest of the three (it costs about 4 d^2 per token
@@ -65,12 +63,7 @@ def analytic_costs(
 
 
 def resolve_costs(
-    costs: str | Sequence[float],
-    mechanisms: Sequence[str],
-    *,
-    time: int,
-    dim: int,
-    spec: AttentionSpec,
+    costs: str | Sequence[float], mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec
 ) -> np.ndarray:
     """`costs` as numbers: "nominal", "analytic", or one positive number per mechanism.
 
@@ -92,9 +85,7 @@ def resolve_costs(
     with np.errstate(over="ignore"):  # Infinity is refused below.
         values = np.asarray(costs, np.float32)
     if values.shape != (len(mechanisms),) or not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError(
-            f"costs: expected {len(mechanisms)} positive numbers, one per mechanism, got {costs!r}."
-        )
+        raise ValueError(f"costs: expected {len(mechanisms)} positive numbers, one per mechanism, got {costs!r}.")
     return values / values.max()
 
 
@@ -148,8 +139,7 @@ def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> F
     width, layers, heads, dim = config.model_dim, config.num_layers, config.num_heads, config.head_dim
     hidden = config.router.hidden if controller_outputs else 0
     per_head = {
-        name: get_mechanism(name).flops(time, dim, config.attention) / time
-        for name in config.router.mechanisms
+        name: get_mechanism(name).flops(time, dim, config.attention) / time for name in config.router.mechanisms
     }
     return FlopCount(
         projections=layers * 2.0 * width * dim * (2 * heads + 2 * config.kv_heads),
@@ -210,9 +200,7 @@ class MeasuredCosts:
         return (seconds / seconds.max()).astype(np.float32)
 
 
-def measure_costs(
-    setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS
-) -> MeasuredCosts:
+def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS) -> MeasuredCosts:
     """Times every mechanism once, causal and forward, on this process's first device.
 
     The compiled mechanisms run in turns on the same random q, k, v of `batch` sequences without
@@ -230,9 +218,7 @@ def measure_costs(
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(
-        window=s.window, implementation=s.implementation, segments=s.segments
-    )
+    spec = AttentionSpec(window=s.window, implementation=s.implementation, segments=s.segments)
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

@@ -39,8 +39,7 @@ def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
         text = re.sub(r"(?:%[0-9A-Fa-f]{2})+", _decoded, here[1])
     elif address:
         raise ValueError(
-            f"{field}: expected a path of this machine (~ and file:// are understood), got the address "
-            f"{text!r}."
+            f"{field}: expected a path of this machine (~ and file:// are understood), got the address {text!r}."
         )
     if "\0" in text:
         raise ValueError(f"{field}: expected a path, got {text!r}.")

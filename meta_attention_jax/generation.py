@@ -117,9 +117,7 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
 
 
-def sampler_of(
-    temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None
-) -> Draw:
+def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None) -> Draw:
     """`Sampler` of the numbers that are given, `greedy` without any.
 
     Raises:
@@ -171,15 +169,11 @@ def prefill(
       by name.
     """
     cache = model.init_cache(tokens.shape[0], capacity)
-    cache, out = model.apply(
-        {"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill"
-    )
+    cache, out = model.apply({"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill")
     return cache, out.logits, _seen(out.routing)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits")
-)
+@functools.partial(jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits"))
 def decode_loop(
     model: LanguageModel,
     params: Any,
@@ -214,17 +208,12 @@ def decode_loop(
         cache, logits = carry
         fold = jax.vmap(jax.random.fold_in)
         token = sampler(logits, fold(keys, cache.length[0]))
-        cache, out = model.apply(
-            {"params": params}, cache, token, hypers=hypers, route=forced, method="decode"
-        )
+        cache, out = model.apply({"params": params}, cache, token, hypers=hypers, route=forced, method="decode")
         return (cache, out.logits), dict(token=token, **_seen(out.routing))
 
     (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
     tokens = seen.pop("token")
-    return cache, logits, {
-        "tokens": tokens.T,
-        **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()},
-    }
+    return cache, logits, {"tokens": tokens.T, **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()}}
 
 
 def _seen(routing: Routing) -> dict[str, Array]:
@@ -306,8 +295,7 @@ def generate(
     capacity = whole("capacity", capacity)
     if needed > capacity:
         raise ValueError(
-            f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, "
-            f"got {capacity}."
+            f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, got {capacity}."
         )
     batch = len(lengths)
     if keys is None:
@@ -318,9 +306,7 @@ def generate(
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
     model = model.clone(mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
-    _, _, seen = decode_loop(
-        model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler
-    )
+    _, _, seen = decode_loop(model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler)
     return Trace(**seen, **{f"prompt_{name}": values for name, values in first.items()})
 
 

@@ -197,9 +197,7 @@ class MetaAttention(nn.Module):
             out_kernel_init=self.out_kernel_init,
             name="projections",
         )
-        controller = make_controller(
-            self.router, dtype=self.dtype or jnp.float32, name="controller"
-        )
+        controller = make_controller(self.router, dtype=self.dtype or jnp.float32, name="controller")
         hypers = self._hypers(time, dim) if hypers is None else hypers
         routing = controller(
             x,
@@ -266,12 +264,7 @@ class MetaAttention(nn.Module):
         return mix(outputs, weights) if len(names) > 1 else outputs[0]
 
     def _step(
-        self,
-        names: Sequence[str],
-        heads: Heads,
-        weights: Weights,
-        cache: caches.Cache,
-        layer: caches.Layer,
+        self, names: Sequence[str], heads: Heads, weights: Weights, cache: caches.Cache, layer: caches.Layer
     ) -> Queries:
         """One token per row, which the cache has. Weights of 0 say which rows need nothing."""
         outputs = []
@@ -291,9 +284,7 @@ class MetaAttention(nn.Module):
                 "costs: expected 'nominal' or numbers, such as those of "
                 "`cost.analytic_costs(..., time=...)` at one fixed length, got 'analytic'."
             )
-        costs = resolve_costs(
-            self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec
-        )
+        costs = resolve_costs(self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec)
         if not self.router.is_fixed:
             validate_prior(strength=self.strength, preference=self.preference, costs=costs)
         return RoutingHypers(
@@ -313,13 +304,11 @@ class MetaAttention(nn.Module):
         features = x.shape[-1] if self.qkv_features is None else self.qkv_features
         if self.num_heads <= 0 or features % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a positive divisor of qkv_features = {features}, "
-                f"got {self.num_heads}."
+                f"num_heads: expected a positive divisor of qkv_features = {features}, got {self.num_heads}."
             )
         if kv_heads <= 0 or self.num_heads % kv_heads:
             raise ValueError(
-                f"num_kv_heads: expected a positive divisor of num_heads = {self.num_heads}, "
-                f"got {kv_heads}."
+                f"num_kv_heads: expected a positive divisor of num_heads = {self.num_heads}, got {kv_heads}."
             )
         dispatch.resolve_dispatch(self.dispatch, time=x.shape[1])
         if self.mode not in MODES:

@@ -148,10 +148,7 @@ class LanguageModel(nn.Module):
             block = nn.map_variables(block, "params", trans_in_fn=whole)
         kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         self.embedding = table(
-            config.vocab_size,
-            config.model_dim,
-            embedding_init=nn.initializers.normal(config.model_dim**-0.5),
-            **kinds,
+            config.vocab_size, config.model_dim, embedding_init=nn.initializers.normal(config.model_dim**-0.5), **kinds
         )
         if config.remat:
             block = nn.remat(block, prevent_cse=not config.scan_layers)
@@ -261,9 +258,7 @@ class LanguageModel(nn.Module):
         route = self._layer_routes(route, tokens.shape)
         if tokens.shape[1] == 1:  # One token goes on where a row ends, which is here nowhere.
             cache = jax.tree.map(jnp.zeros_like, cache)
-        x, routing, cache = self._blocks(
-            self.embed(tokens), cache, route, segment_ids, None, hypers, None
-        )
+        x, routing, cache = self._blocks(self.embed(tokens), cache, route, segment_ids, None, hypers, None)
         # The head sees one token per row: logits of long prompts would outweigh the cache.
         last = by_rows(
             lambda x, lengths: jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1), (0, 0)
@@ -292,9 +287,7 @@ class LanguageModel(nn.Module):
         """
         route = None if route is None else route[..., None]
         route = self._layer_routes(route, (*token.shape, 1))
-        x, routing, cache = self._blocks(
-            self.embed(token[:, None]), cache, route, None, None, hypers, None
-        )
+        x, routing, cache = self._blocks(self.embed(token[:, None]), cache, route, None, None, hypers, None)
         routing = jax.tree.map(lambda leaf: leaf[:, :, 0], routing)
         return cache, StepOutput(logits=self._logits(x)[:, 0], routing=routing)
 
@@ -319,9 +312,7 @@ class LanguageModel(nn.Module):
         if route is not None and route.ndim == 2:
             route = jnp.broadcast_to(route[None], (self.config.num_layers, *route.shape))
         if route is not None and route.shape != (self.config.num_layers, *shape):
-            raise ValueError(
-                f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}."
-            )
+            raise ValueError(f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}.")
         return route
 
     def _table(self) -> Float[Array, "vocab model"]:

@@ -73,9 +73,7 @@ class Sums:
     routes: Float[Array, "layer kind mechanism"]
 
 
-def token_nll(
-    logits: Float[Array, "batch time vocab"], targets: Array
-) -> Float[Array, "batch time"]:
+def token_nll(logits: Float[Array, "batch time vocab"], targets: Array) -> Float[Array, "batch time"]:
     """-log softmax(logits)[target], nats."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -127,12 +125,7 @@ def objective(sums: Sums, beta: Scalar) -> Scalar:
 
 
 def forward(
-    model: nn.Module,
-    params: Any,
-    batch: Batch,
-    hypers: RoutingHypers,
-    *,
-    keys: Optional[Key[Array, "batch"]] = None,
+    model: nn.Module, params: Any, batch: Batch, hypers: RoutingHypers, *, keys: Optional[Key[Array, "batch"]] = None
 ) -> Output:
     """The model on a batch. With `keys`, pi is sampled (training, ELBO)."""
     return model.apply(
@@ -159,9 +152,7 @@ def apply_sums(
     return loss_sums(output, batch, num_kinds=num_kinds)
 
 
-def predictive_nll(
-    log_likelihoods: Float[Array, "sample batch time"],
-) -> Float[Array, "batch time"]:
+def predictive_nll(log_likelihoods: Float[Array, "sample batch time"]) -> Float[Array, "batch time"]:
     """-log (1/S) sum_s p(target | pi_s), nats, from log p(target | pi_s)."""
     samples = log_likelihoods.shape[0]
     return math.log(samples) - jax.nn.logsumexp(log_likelihoods, axis=0)

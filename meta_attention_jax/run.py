@@ -165,11 +165,7 @@ class Run:
         )
 
     def evaluate(
-        self,
-        split: str = "validation",
-        *,
-        mode: Optional[str] = None,
-        max_batches: Optional[int] = None,
+        self, split: str = "validation", *, mode: Optional[str] = None, max_batches: Optional[int] = None
     ) -> dict[str, Any]:
         """Everything that is reported of a split (see `objective.summarise`), at the posterior mean.
 
@@ -183,9 +179,7 @@ class Run:
         """
         evaluator, params = self._evaluator
         hypers = evaluator.parallel.place(self.hypers.routing)
-        sums = evaluator.sums(
-            params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches
-        )
+        sums = evaluator.sums(params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches)
         return summarise(sums, mechanisms=self.mechanisms, costs=self.hypers.routing.costs)
 
     @functools.cached_property
@@ -214,11 +208,7 @@ class Run:
         return budgets.at_budget(self, cost, share)
 
     def fit_budget(
-        self,
-        *,
-        cost: Optional[float] = None,
-        share: Optional[float] = None,
-        max_batches: Optional[int] = None,
+        self, *, cost: Optional[float] = None, share: Optional[float] = None, max_batches: Optional[int] = None
     ) -> Run:
         """The run at the lowest price that keeps a budget on validation, in mode hard; `budgets.json` of
         the run directory keeps it.
@@ -234,9 +224,7 @@ class Run:
         return budgets.fit_budget(self, cost, share, max_batches)
 
     @without_mesh
-    def routed_batch(
-        self, split: str = "validation", *, mode: Optional[str] = None
-    ) -> tuple[Batch, Routing]:
+    def routed_batch(self, split: str = "validation", *, mode: Optional[str] = None) -> tuple[Batch, Routing]:
         """The first batch of a split and its routing, [layer row time ...]; `mode` as in `logits`.
 
         Raises:
@@ -292,12 +280,7 @@ class Run:
         return answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
 
     def show(
-        self,
-        text: Text,
-        *,
-        layer: Optional[int] = None,
-        mode: Optional[str] = None,
-        threshold: Optional[float] = None,
+        self, text: Text, *, layer: Optional[int] = None, mode: Optional[str] = None, threshold: Optional[float] = None
     ) -> answers.Html:
         """The text coloured by mechanism, for a notebook; one layer or all.
 

@@ -76,9 +76,7 @@ def load_run(
         config.data.corpus = corpus
     if data_split is not None:
         config.data.split = data_split
-    tokens = (sequence_length or config.data.sequence_length) * (
-        batch_size or config.data.batch_size
-    )
+    tokens = (sequence_length or config.data.sequence_length) * (batch_size or config.data.batch_size)
     fewer = "fewer than 2^31 tokens in a batch"
     expect(tokens < 2**31, "sequence_length", fewer, sequence_length)
     tokenizer = load_tokenizer(path)

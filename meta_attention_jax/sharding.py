@@ -80,9 +80,7 @@ def _gather_forward(shard: Array, axis_name: str, axis: int, dtype: Any) -> tupl
     return _gather(shard, axis_name, axis, dtype), jnp.zeros((0,), shard.dtype)
 
 
-def _gather_backward(
-    axis_name: str, axis: int, dtype: Any, like: Array, cotangent: Array
-) -> tuple[Array]:
+def _gather_backward(axis_name: str, axis: int, dtype: Any, like: Array, cotangent: Array) -> tuple[Array]:
     # Added up in the parameter's own precision, whatever was gathered.
     cotangent = cotangent.astype(like.dtype)
     return (
@@ -120,8 +118,7 @@ def sum_gradients(gradients: Any, axis_names: Any, shard_axis: Optional[str]) ->
         return jax.lax.psum(gradients, axis_names)
     others = tuple(name for name in axis_names if name != shard_axis)
     return jax.tree_util.tree_map_with_path(
-        lambda path, g: jax.lax.psum(g, axis_names if split_axis(path) is None else others),
-        gradients,
+        lambda path, g: jax.lax.psum(g, axis_names if split_axis(path) is None else others), gradients
     )
 
 
@@ -153,8 +150,7 @@ def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_rows(
-    function: Callable[..., Any], in_axes: tuple[Optional[int], ...], out_axes: Any = 0,
-    *, split: bool = False,
+    function: Callable[..., Any], in_axes: tuple[Optional[int], ...], out_axes: Any = 0, *, split: bool = False
 ) -> Callable[..., Any]:
     """`function`, on every device for its own rows where a mesh with explicit axes is set.
 
@@ -192,9 +188,7 @@ def by_rows(
 
         specs = tuple(spec(axis) for axis in in_axes)
         if mesh.explicit_axes:
-            arguments = jax.sharding.reshard(
-                arguments, tuple(NamedSharding(mesh, one) for one in specs)
-            )
+            arguments = jax.sharding.reshard(arguments, tuple(NamedSharding(mesh, one) for one in specs))
         # check_vma=False: all sums over devices are the transpose's, which needs no types for them.
         return jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(spec, out_axes),

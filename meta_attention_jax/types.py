@@ -103,8 +103,7 @@ class AttentionSpec:
         _at_least(self, 0, "sinks")
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(
-                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, "
-                f"got {self.implementation!r}."
+                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {self.implementation!r}."
             )
         if self.segments not in SEGMENTS:
             raise ValueError(f"segments: expected one of {SEGMENTS}, got {self.segments!r}.")
@@ -171,9 +170,7 @@ class Router:
         if self.fallback not in FALLBACKS:
             raise ValueError(f"fallback: expected one of {FALLBACKS}, got {self.fallback!r}.")
         if self.fallback == "full" and "full" not in self.mechanisms:
-            raise ValueError(
-                f"fallback: expected 'soft' without full attention among {self.mechanisms}, got 'full'."
-            )
+            raise ValueError(f"fallback: expected 'soft' without full attention among {self.mechanisms}, got 'full'.")
         _at_least(self, 1, "hidden")
 
     @property

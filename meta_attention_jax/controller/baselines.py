@@ -69,9 +69,7 @@ class SoftmaxController(nn.Module):
         logits = ControllerMLP(
             self.hidden, self.num_mechanisms, self.network, self.dtype, name="mlp"
         )(x, residual, positions)
-        return by_rows(self._routing, (0, 0, 0, 0, None))(
-            logits, positions, segment_ids, keys, hypers
-        )
+        return by_rows(self._routing, (0, 0, 0, 0, None))(logits, positions, segment_ids, keys, hypers)
 
     def _routing(
         self,
@@ -86,9 +84,7 @@ class SoftmaxController(nn.Module):
         mean = jax.nn.softmax(logits, axis=-1)
         weights = mean
         if keys is not None:
-            weights = self.training_weights(
-                logits, hypers, sampling.token_keys(keys, positions, segment_ids)
-            )
+            weights = self.training_weights(logits, hypers, sampling.token_keys(keys, positions, segment_ids))
         return Routing(
             mean=mean,
             weights=weights,
@@ -105,16 +101,12 @@ class SoftmaxController(nn.Module):
         """KL of the weights to a prior, nats; 0 without a prior."""
         return jnp.zeros(mean.shape[:-1], jnp.float32)
 
-    def penalty(
-        self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
-    ) -> Float[Array, "batch time"]:
+    def penalty(self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds) -> Float[Array, "batch time"]:
         """What the objective adds, times beta."""
         del segment_ids
         return self.kl(mean, hypers)
 
-    def training_weights(
-        self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
-    ) -> Weights:
+    def training_weights(self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]) -> Weights:
         """pi_t of soft tokens in training."""
         return jax.nn.softmax(logits, axis=-1)
 
@@ -269,16 +261,12 @@ def make_controller(router: Router, **fields: Any) -> nn.Module:
     """
     names = router.mechanisms
     if router.controller not in CONTROLLERS:
-        raise ValueError(
-            f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}."
-        )
+        raise ValueError(f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}.")
     least = 1 if router.is_fixed else 2
     if len(set(names)) != len(names) or len(names) < least:
         raise ValueError(f"mechanisms: expected {least} or more distinct names, got {names}.")
     if router.is_fixed and router.fixed[0] not in names:
-        raise ValueError(
-            f"fixed: expected one of the mechanisms {names}, got {router.fixed[0]!r}."
-        )
+        raise ValueError(f"fixed: expected one of the mechanisms {names}, got {router.fixed[0]!r}.")
     module = CONTROLLERS[router.controller]
     known = {field.name for field in dataclasses.fields(module)}
     own = {

@@ -21,9 +21,7 @@ from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentI
 
 
 def features(
-    x: Float[Array, "batch time model"],
-    residual: Float[Array, "batch time model"],
-    positions: Positions,
+    x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
 ) -> Float[Array, "batch time features"]:
     """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32.
 
@@ -66,18 +64,13 @@ class ControllerMLP(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
+        self, x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
     ) -> Float[Array, "batch time outputs"]:
         if self.form not in NETWORKS:
             raise ValueError(f"network: expected one of {NETWORKS}, got {self.form!r}.")
         theirs = self.form == "paper"
         normal = nn.initializers.normal(0.02)
-        h = by_rows(features, (0, 0, 0))(
-            x, x if theirs else jax.lax.stop_gradient(residual), positions
-        )
+        h = by_rows(features, (0, 0, 0))(x, x if theirs else jax.lax.stop_gradient(residual), positions)
         h = nn.Dense(
             self.hidden,
             dtype=self.dtype,
@@ -143,22 +136,15 @@ class DirichletController(nn.Module):
             the posterior mean.
         """
         if self.posterior not in posterior.POSTERIORS:
-            raise ValueError(
-                f"posterior: expected one of {posterior.POSTERIORS}, got {self.posterior!r}."
-            )
+            raise ValueError(f"posterior: expected one of {posterior.POSTERIORS}, got {self.posterior!r}.")
         if hypers.costs.shape != (self.num_mechanisms,):
             raise ValueError(
-                f"costs: expected {self.num_mechanisms} numbers, one per mechanism, "
-                f"got shape {hypers.costs.shape}."
+                f"costs: expected {self.num_mechanisms} numbers, one per mechanism, got shape {hypers.costs.shape}."
             )
         preferred = prior.make_prior(self.prior, hypers)
         num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
-        outputs = ControllerMLP(self.hidden, num_outputs, self.network, self.dtype, name="mlp")(
-            x, residual, positions
-        )
-        return by_rows(self._routing, (0, 0, 0, 0, None))(
-            outputs, positions, segment_ids, keys, preferred
-        )
+        outputs = ControllerMLP(self.hidden, num_outputs, self.network, self.dtype, name="mlp")(x, residual, positions)
+        return by_rows(self._routing, (0, 0, 0, 0, None))(outputs, positions, segment_ids, keys, preferred)
 
     def _routing(
         self,
@@ -176,9 +162,7 @@ class DirichletController(nn.Module):
         mean = posterior.Dirichlet(concentration).mean()
         weights = mean
         if keys is not None and self.samples:
-            weights = sampling.sample_dirichlet(
-                sampling.token_keys(keys, positions, segment_ids), concentration
-            )
+            weights = sampling.sample_dirichlet(sampling.token_keys(keys, positions, segment_ids), concentration)
         kl = posterior.kl_divergence(concentration, preferred)
         return Routing(
             mean=mean,

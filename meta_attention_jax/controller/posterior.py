@@ -31,9 +31,7 @@ def additive(prior: Prior, features: Float[Array, "*batch mechanism"]) -> Float[
 
 
 def mean_strength(
-    prior: Prior,
-    features: Float[Array, "*batch mechanism"],
-    strength_features: Float[Array, "*batch"],
+    prior: Prior, features: Float[Array, "*batch mechanism"], strength_features: Float[Array, "*batch"]
 ) -> Float[Array, "*batch mechanism"]:
     """alpha_t = s_t softmax(log m + f_t), s_t = kappa softplus(g_t) / softplus(0).
 
@@ -54,9 +52,7 @@ class Dirichlet(distrax.Dirichlet):
         return jax.nn.softmax(draws, axis=-1)
 
 
-def kl_divergence(
-    concentration: Float[Array, "*batch mechanism"], prior: Prior
-) -> Float[Array, "*batch"]:
+def kl_divergence(concentration: Float[Array, "*batch mechanism"], prior: Prior) -> Float[Array, "*batch"]:
     """KL(Dir(alpha_t) || Dir(alpha0)) in nats, closed form, float32.
 
     Absolute rounding error is about 1e-6 times the largest concentration; near q = p the value can
@@ -70,15 +66,11 @@ def _float32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.float32)
 
 
-def _expand(
-    x: Float[Array, "mechanism"], like: Float[Array, "*batch mechanism"]
-) -> Float[Array, "*ones mechanism"]:
+def _expand(x: Float[Array, "mechanism"], like: Float[Array, "*batch mechanism"]) -> Float[Array, "*ones mechanism"]:
     """x with the leading axes of `like`, each of length 1."""
     return _float32(x).reshape((1,) * (like.ndim - 1) + x.shape)
 
 
-def _clamp(
-    concentration: Float[Array, "*batch mechanism"], prior: Prior
-) -> Float[Array, "*batch mechanism"]:
+def _clamp(concentration: Float[Array, "*batch mechanism"], prior: Prior) -> Float[Array, "*batch mechanism"]:
     least = jnp.minimum(_expand(prior.concentration, concentration), MIN_CONCENTRATION)
     return jnp.clip(concentration, least, MAX_CONCENTRATION)

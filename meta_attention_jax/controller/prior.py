@@ -80,9 +80,7 @@ def make_prior(family: str, hypers: RoutingHypers) -> Prior:
     return PRIORS[family](hypers)
 
 
-def validate_prior(
-    *, strength: float, preference: float, costs: Optional[Sequence[float] | np.ndarray] = None
-) -> None:
+def validate_prior(*, strength: float, preference: float, costs: Optional[Sequence[float] | np.ndarray] = None) -> None:
     """Checks concrete hyper-parameters, and costs where given, before any work starts.
 
     Raises:
@@ -97,6 +95,4 @@ def validate_prior(
         return
     costs = [float(cost) for cost in costs]
     if len(costs) < 2 or not all(0.0 < cost <= 1.0 for cost in costs) or max(costs) != 1.0:
-        raise ValueError(
-            f"costs: expected two or more numbers in (0, 1], the largest being 1, got {costs}."
-        )
+        raise ValueError(f"costs: expected two or more numbers in (0, 1], the largest being 1, got {costs}.")

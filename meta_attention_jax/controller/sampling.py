@@ -45,9 +45,7 @@ def log_gamma_quantile(
     return jnp.log(shape_parameter) + s * (z + s * (q2 + s * (q3 + s * (q4 + s * q5))))
 
 
-def log_gamma(
-    key: Key[Array, ""], concentration: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+def log_gamma(key: Key[Array, ""], concentration: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """One reparameterised draw of log X, X ~ Gamma(alpha, 1), for each alpha; float32.
 
     In log space: at alpha = 0.05 one draw in a hundred lies below the smallest positive float32.
@@ -55,9 +53,7 @@ def log_gamma(
     alpha = concentration.astype(jnp.float32)
     # One call for the normal and the two exponentials: every call costs a hash per element.
     # The open interval (-1, 1) keeps erf_inv and the logarithms finite.
-    noise = jax.random.uniform(
-        key, (1 + _AUGMENTATION, *alpha.shape), jnp.float32, minval=-1.0 + 2.0**-23, maxval=1.0
-    )
+    noise = jax.random.uniform(key, (1 + _AUGMENTATION, *alpha.shape), jnp.float32, minval=-1.0 + 2.0**-23, maxval=1.0)
     normal = jnp.sqrt(jnp.float32(2.0)) * jax.lax.erf_inv(noise[0])
     log_uniform = jnp.log(0.5 - 0.5 * noise[1:])
     log_x = log_gamma_quantile(normal, alpha + float(_AUGMENTATION))
@@ -66,9 +62,7 @@ def log_gamma(
     return log_x
 
 
-def token_keys(
-    keys: Key[Array, "batch"], positions: Positions, segment_ids: SegmentIds
-) -> Key[Array, "batch time"]:
+def token_keys(keys: Key[Array, "batch"], positions: Positions, segment_ids: SegmentIds) -> Key[Array, "batch time"]:
     """One key per token, a function of (key of its example, its segment id, its position) alone.
 
     Cutting a sequence, padding it or batching it with others therefore changes no draw.

@@ -125,9 +125,7 @@ class Uncertainty(NamedTuple):
 
 
 def measured(
-    measure: str,
-    mean: Float[Array, "*batch mechanism"],
-    concentration: Optional[Float[Array, "*batch mechanism"]],
+    measure: str, mean: Float[Array, "*batch mechanism"], concentration: Optional[Float[Array, "*batch mechanism"]]
 ) -> Uncertainty:
     """The named measure of one posterior.
 

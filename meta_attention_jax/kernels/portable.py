@@ -169,9 +169,7 @@ def _rows(work: WorkList, m: int, n: Int[Array, ""]) -> _Rows:
     sinks = None
     if work.reaches[m].sinks:
         sinks = cut(work.sink_first), cut(work.sink_last)
-    return _Rows(
-        row, slot, order, order < work.slot.shape[1], cut(work.first), cut(work.last), sinks
-    )
+    return _Rows(row, slot, order, order < work.slot.shape[1], cut(work.first), cut(work.last), sinks)
 
 
 def _walk(blocks: Blocks, n: Int[Array, ""], sinks: bool, meet, carry):
@@ -188,9 +186,7 @@ def _walk(blocks: Blocks, n: Int[Array, ""], sinks: bool, meet, carry):
     carry = jax.lax.fori_loop(0, steps, edge, carry)
     if not sinks:
         return carry
-    return jax.lax.fori_loop(
-        blocks.sink_low[n], blocks.sink_high[n], lambda j, carry: meet(j, False, carry), carry
-    )
+    return jax.lax.fori_loop(blocks.sink_low[n], blocks.sink_high[n], lambda j, carry: meet(j, False, carry), carry)
 
 
 def _tile_start(j: Int[Array, ""], tile: int, time: int) -> Int[Array, ""]:
@@ -198,9 +194,7 @@ def _tile_start(j: Int[Array, ""], tile: int, time: int) -> Int[Array, ""]:
     return jnp.minimum(j * tile, time - tile)
 
 
-def _allowed(
-    rows: _Rows, j: Int[Array, ""], start: Int[Array, ""], tile: int
-) -> Bool[Array, "block tile"]:
+def _allowed(rows: _Rows, j: Int[Array, ""], start: Int[Array, ""], tile: int) -> Bool[Array, "block tile"]:
     """Keys within reach of each query, and new: not of the tile before, where this one overlaps it."""
     keys = (start + jnp.arange(tile, dtype=jnp.int32))[None, :]
     allowed = (rows.first[:, None] <= keys) & (keys <= rows.last[:, None])
@@ -230,9 +224,7 @@ def _put(buffer: Array, rows: _Rows, x: Array) -> Array:
     """Writes the block's slots of `[B, S, H, ...]` from `[G, r, block, ...]`."""
     x = jnp.moveaxis(x, 2, 0)
     x = x.reshape(1, x.shape[0], -1, *x.shape[3:]).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice(
-        buffer, x, (rows.row, rows.slot, *[_ZERO] * (x.ndim - 2))
-    )
+    return jax.lax.dynamic_update_slice(buffer, x, (rows.row, rows.slot, *[_ZERO] * (x.ndim - 2)))
 
 
 def _scatter(buffer: Array, rows: _Rows, x: Array) -> Array:
@@ -244,9 +236,7 @@ def _scatter(buffer: Array, rows: _Rows, x: Array) -> Array:
 
 def _cut(x: Array, row: Int[Array, ""], start: Int[Array, ""], tile: int) -> Array:
     """`[G, tile, d]` of `[B, G, T, d]`."""
-    return jax.lax.dynamic_slice(
-        x, (row, _ZERO, start, _ZERO), (1, x.shape[1], tile, x.shape[3])
-    )[0]
+    return jax.lax.dynamic_slice(x, (row, _ZERO, start, _ZERO), (1, x.shape[1], tile, x.shape[3]))[0]
 
 
 def _add(buffer: Array, row: Int[Array, ""], start: Int[Array, ""], x: Array) -> Array:

@@ -113,17 +113,14 @@ def build(
     filled = jax.lax.cummax(jnp.where(packed < time, jnp.arange(slots, dtype=jnp.int32)[None], 0), axis=1)
     query = jnp.minimum(_take(packed, filled), time - 1)
     first, last, sink_first, sink_last = (
-        None if x is None else _take(x, query)
-        for x in _bounds(served, segment_ids, index, causal, reaches)
+        None if x is None else _take(x, query) for x in _bounds(served, segment_ids, index, causal, reaches)
     )
     order = jnp.where(packed < time, packed, time + query)
     blocks = tuple(
         _blocks(starts[:, m], counts[:, m], first, last, sink_first, sink_last, time, size)
         for m, size in enumerate(sizes)
     )
-    return WorkList(
-        order, slot, first, last, sink_first, sink_last, blocks, tuple(reaches), tuple(sizes)
-    )
+    return WorkList(order, slot, first, last, sink_first, sink_last, blocks, tuple(reaches), tuple(sizes))
 
 
 def count_tiles(work: WorkList) -> tuple[Float[Array, ""], ...]:

@@ -8,12 +8,7 @@ from jaxtyping import Array, Float, Int
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 
-def validate_qkv(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    segment_ids: SegmentIds | None = None,
-) -> None:
+def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None) -> None:
     """Checks the arguments of every `attend` once, at the edge.
 
     Raises:
@@ -22,25 +17,17 @@ def validate_qkv(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            raise ValueError(
-                f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}."
-            )
+            raise ValueError(f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}.")
     if k.shape != v.shape:
         raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}.")
     batch, time, heads, dim = q.shape
     if k.shape[:2] != (batch, time) or k.shape[3] != dim:
-        raise ValueError(
-            f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}."
-        )
+        raise ValueError(f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}.")
     if heads % k.shape[2]:
-        raise ValueError(
-            f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}."
-        )
+        raise ValueError(f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}.")
     if segment_ids is not None:
         if segment_ids.shape != (batch, time):
-            raise ValueError(
-                f"segment_ids: expected shape {(batch, time)}, got {segment_ids.shape}."
-            )
+            raise ValueError(f"segment_ids: expected shape {(batch, time)}, got {segment_ids.shape}.")
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected integers, got {segment_ids.dtype}.")
 
@@ -50,9 +37,7 @@ def is_empty(q: Queries) -> bool:
     return 0 in q.shape
 
 
-def group_queries(
-    q: Queries, kv_heads: int
-) -> Float[Array, "batch kv_heads group time dim"]:
+def group_queries(q: Queries, kv_heads: int) -> Float[Array, "batch kv_heads group time dim"]:
     """Head-major queries; the `group` = heads / kv_heads queries that share a key stay together."""
     batch, time, heads, dim = q.shape
     q = q.reshape(batch, time, kv_heads, heads // kv_heads, dim)

@@ -62,9 +62,7 @@ class Cache:
         return self.v.shape[3]
 
 
-def init_cache(
-    *, layers: int, batch: int, capacity: int, kv_heads: int, dim: int, dtype: Any = jnp.float32
-) -> Cache:
+def init_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, dim: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache. A capacity above BLOCK is rounded up to a multiple of it.
 
     Bytes: L B G d (2 C + d + 1 numbers), the 2 C of them in `dtype`, the rest float32.
@@ -101,9 +99,7 @@ def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def fill(
-    cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds
-) -> Cache:
+def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds) -> Cache:
     """The cache after a layer has seen right-padded prompts of at least one token from empty.
 
     Args:

@@ -28,14 +28,7 @@ _QUERY_TIME, _KEY_TIME = 3, 2
 
 
 def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    segment_ids: SegmentIds | None,
-    causal: bool,
-    window: int | None,
-    block: int,
+    q: Queries, k: Keys, v: Values, *, segment_ids: SegmentIds | None, causal: bool, window: int | None, block: int
 ) -> tuple[Queries, Float[Array, "batch time heads"]]:
     """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the
     log-sum-exp of their logits, float32: infinite at padding. Both have gradients.
@@ -74,12 +67,9 @@ def count_work(q: Abstract, k: Abstract, *, causal: bool, window: int | None, bl
     batch, time = q.shape[:2]
     count, block = _edges(time, block)
     reach = _reach(count, window, block)
-    tiles = sum(
-        1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count)
-    )
+    tiles = sum(1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count))
     return spent.of_tiles(
-        q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block,
-        block=block, tile=block,
+        q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block, block=block, tile=block
     )
 
 

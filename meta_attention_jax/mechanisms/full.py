@@ -30,9 +30,7 @@ CUDNN_DIM = 128
 CUDNN_CAPABILITY = 8.0
 
 
-def attend(
-    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
-) -> Queries:
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
 
     Bidirectional: over the whole segment. Softmax in float32.
@@ -66,14 +64,10 @@ def attend(
         return fused(q, k, v, segment_ids if spec.segments == "padded" else None, spec.causal)
     if chosen == "xla":
         return _square(q, k, v, segment_ids, spec.causal)
-    return flash.attend(
-        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q)
-    )[0]
+    return flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q))[0]
 
 
-def fused(
-    q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool
-) -> Queries:
+def fused(q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool) -> Queries:
     """cuDNN's kernel, for rows of one segment whose padding, if any, stands behind it."""
     if segment_ids is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -91,12 +85,7 @@ def fused(
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
     """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
 
@@ -149,13 +138,9 @@ def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.Attention
       ValueError: an implementation that cannot serve.
     """
     batch, time, _, dim = q.shape
-    chosen = resolve_implementation(
-        spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments,
-    )
+    chosen = resolve_implementation(spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments)
     if chosen == "xla":
-        return spent.of_tiles(
-            q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time
-        )
+        return spent.of_tiles(q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time)
     return flash.count_work(q, k, causal=spec.causal, window=None, block=_dense_block(q))
 
 
@@ -174,13 +159,7 @@ def _dense_block(q: Abstract) -> int:
 
 
 def resolve_implementation(
-    implementation: str,
-    *,
-    time: int,
-    dtype: Any,
-    head_dim: int,
-    segments: str,
-    target: Optional[Target] = None,
+    implementation: str, *, time: int, dtype: Any, head_dim: int, segments: str, target: Optional[Target] = None
 ) -> str:
     """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
 
@@ -227,9 +206,7 @@ def resolve_implementation(
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
 
 
-def _square(
-    q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool
-) -> Queries:
+def _square(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool) -> Queries:
     """The textbook form, with all T x T logits at once."""
     index = jnp.arange(q.shape[1])
     segments = blocks.default_segments(q, segment_ids)
@@ -243,6 +220,4 @@ def _square(
     return blocks.ungroup_queries(out).astype(q.dtype)
 
 
-MECHANISM = Mechanism(
-    attend, flops, cost=1.0, rotary=True, step=step, work=count_work, reach=reach
-)
+MECHANISM = Mechanism(attend, flops, cost=1.0, rotary=True, step=step, work=count_work, reach=reach)

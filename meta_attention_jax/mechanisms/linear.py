@@ -21,14 +21,7 @@ BATCHED = 16
 differ by less than the noise."""
 
 
-def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    spec: AttentionSpec,
-    segment_ids: Optional[SegmentIds] = None,
-) -> Queries:
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s).
 
     Sums run over s <= t of the segment of t, or over the whole segment when not causal.
@@ -79,12 +72,7 @@ def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.Attention
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
     """phi(q)^T S / (phi(q)^T z + 1e-6) in float32, in the rows that are needed; 0 elsewhere.
 
@@ -108,20 +96,14 @@ Numerator = Float[Array, "batch time heads dim"]
 Denominator = Float[Array, "batch time heads"]
 State = tuple[Float[Array, "batch kv_heads dim value"], Float[Array, "batch kv_heads dim"]]
 """(S, z), float32."""
-States = tuple[
-    Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]
-]
+States = tuple[Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]]
 """m of them, one per chunk."""
-Steps = tuple[
-    Float[Array, "steps batch m kv_heads dim value"], Float[Array, "steps batch m kv_heads dim"]
-]
+Steps = tuple[Float[Array, "steps batch m kv_heads dim value"], Float[Array, "steps batch m kv_heads dim"]]
 """Those of all steps of the loop."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sums(
-    q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool
-) -> tuple[Numerator, Denominator]:
+def _sums(q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool) -> tuple[Numerator, Denominator]:
     """phi(q_t)^T S_t and phi(q_t)^T z_t over s <= t (inclusive) or s < t of the same segment."""
     return _forward(q, k, v, segments, inclusive, save=False)[0]
 
@@ -158,11 +140,7 @@ def _forward(
         denominator = _put(denominator, _ungroup(bottom), i)
         return (state, numerator, denominator), (s, z) if save else None
 
-    start = (
-        _zero_state(k, v),
-        jnp.zeros_like(q, jnp.float32),
-        jnp.zeros_like(q[..., 0], jnp.float32),
-    )
+    start = (_zero_state(k, v), jnp.zeros_like(q, jnp.float32), jnp.zeros_like(q[..., 0], jnp.float32))
     (_, numerator, denominator), states = jax.lax.scan(step, start, jnp.arange(steps))
     return (numerator[:, :time], denominator[:, :time]), states
 
@@ -177,9 +155,7 @@ def _sums_backward(inclusive, saved, cotangents):
     q, k, v, segments, states = saved
     time, kv_heads = q.shape[1], k.shape[2]
     steps, m, chunk = _steps(q)
-    q, k, v, segments, *cotangents = (
-        _padded(x, steps * m * chunk) for x in (q, k, v, segments, *cotangents)
-    )
+    q, k, v, segments, *cotangents = (_padded(x, steps * m * chunk) for x in (q, k, v, segments, *cotangents))
 
     def step(carry, inputs):
         state, dq, dk, dv = carry
@@ -189,10 +165,7 @@ def _sums_backward(inclusive, saved, cotangents):
         top, bottom = (_group(x, i, m, chunk, kv_heads) for x in cotangents)
         bottom = bottom[..., None]
         reading, writing = query * reads, key * writes
-        added = (
-            jnp.einsum("bmgrqd,bmgrqe->bmgde", reading, top),
-            (reading * bottom).sum((3, 4)),
-        )
+        added = (jnp.einsum("bmgrqd,bmgrqe->bmgde", reading, top), (reading * bottom).sum((3, 4)))
         (ds, dz), state = _advance(state, keep, added, reverse=True)
         scores = jnp.where(allowed, jnp.einsum("bmgrqd,bmgkd->bmgrqk", query, key), 0.0)
         d_scores = jnp.einsum("bmgrqe,bmgke->bmgrqk", top, value) + bottom
@@ -233,19 +206,14 @@ def _padded(x: Array, time: int) -> Array:
     return blocks.pad_time(x, 1, after=time - x.shape[1])
 
 
-def _advance(
-    state: State, keep: Float[Array, "batch m"], added: States, reverse: bool = False
-) -> tuple[States, State]:
+def _advance(state: State, keep: Float[Array, "batch m"], added: States, reverse: bool = False) -> tuple[States, State]:
     """The state before each of m chunks (after, in reverse), stacked on axis 1; and the last one."""
     m = keep.shape[1]
     before = [None] * m
     for j in reversed(range(m)) if reverse else range(m):
         before[j] = state
         stay = keep[:, j, None, None]
-        state = (
-            state[0] * stay[..., None] + added[0][:, j],
-            state[1] * stay + added[1][:, j],
-        )
+        state = (state[0] * stay[..., None] + added[0][:, j], state[1] * stay + added[1][:, j])
     return jax.tree.map(lambda *x: jnp.stack(x, 1), *before), state
 
 

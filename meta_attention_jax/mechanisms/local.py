@@ -26,9 +26,7 @@ BLOCK = 64
 """Edge of a tile of all tokens."""
 
 
-def attend(
-    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
-) -> Queries:
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment,
     and over its first `sinks` tokens.
 
@@ -48,9 +46,7 @@ def attend(
       ValueError: shapes that do not fit (see `validate_qkv`), or no window.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
-    out, lse = flash.attend(
-        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK
-    )
+    out, lse = flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks or blocks.is_empty(q):
         return out
     segments = blocks.default_segments(q, segment_ids)
@@ -59,8 +55,7 @@ def attend(
     lse = jnp.where(segments[..., None] != 0, lse, 0.0)
     total = jnp.logaddexp(lse, sink_lse)
     merged = (
-        out.astype(jnp.float32) * jnp.exp(lse - total)[..., None]
-        + sink_out * jnp.exp(sink_lse - total)[..., None]
+        out.astype(jnp.float32) * jnp.exp(lse - total)[..., None] + sink_out * jnp.exp(sink_lse - total)[..., None]
     )
     return jnp.where(segments[..., None, None] != 0, merged, 0.0).astype(q.dtype)
 
@@ -88,12 +83,7 @@ def _sinks(
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
     """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many.
 
@@ -152,6 +142,4 @@ def reach(spec: AttentionSpec) -> Reach:
     return Reach(spec.width, spec.sinks)
 
 
-MECHANISM = Mechanism(
-    attend, flops, cost=0.30, rotary=True, step=step, work=count_work, reach=reach
-)
+MECHANISM = Mechanism(attend, flops, cost=0.30, rotary=True, step=step, work=count_work, reach=reach)

@@ -27,8 +27,6 @@ def band(
     return allowed
 
 
-def same_segment(
-    query: Int[Array, "*batch q"], key: Int[Array, "*batch k"]
-) -> Bool[Array, "*batch q k"]:
+def same_segment(query: Int[Array, "*batch q"], key: Int[Array, "*batch k"]) -> Bool[Array, "*batch q k"]:
     """Pairs of one segment. Padding (id 0) attends to padding; callers zero those outputs."""
     return query[..., :, None] == key[..., None, :]

@@ -42,23 +42,14 @@ class Projections(nn.Module):
     def setup(self):
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {kv_heads}."
-            )
-        common = dict(
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {kv_heads}.")
+        common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         into = dict(kernel_init=self.kernel_init, **common)
         self.query = nn.DenseGeneral((self.num_heads, self.head_dim), **into)
         self.key = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.value = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.out = nn.DenseGeneral(
-            self.features,
-            axis=(-2, -1),
-            kernel_init=self.out_kernel_init or self.kernel_init,
-            **common,
+            self.features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init, **common
         )
 
     def project(self, x: Residual) -> tuple[Queries, Keys, Values]:

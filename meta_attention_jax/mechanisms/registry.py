@@ -43,9 +43,7 @@ def get_mechanism(name: str) -> Mechanism:
         return REGISTRY[name]
     near = difflib.get_close_matches(str(name), REGISTRY, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(
-        f"mechanism: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}{hint}"
-    )
+    raise ValueError(f"mechanism: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}{hint}")
 
 
 def attend(
@@ -76,6 +74,4 @@ def check_decodes(names: Sequence[str]) -> None:
     """Raises ValueError when one of the mechanisms cannot decode."""
     for name in names:
         if get_mechanism(name).step is None:
-            raise ValueError(
-                f"mechanism: expected one with a `step` function for generation, got {name!r}."
-            )
+            raise ValueError(f"mechanism: expected one with a `step` function for generation, got {name!r}.")

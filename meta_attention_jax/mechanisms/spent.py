@@ -49,8 +49,7 @@ def of_tiles(
     if isinstance(lines, jax.Array):
         lines = lines.astype(jnp.float32)
     return AttentionCost(
-        flops=tiles * (4.0 * heads * dim * block * tile),
-        bytes=tiles * float(tile * kv_row) + lines * float(q_row),
+        flops=tiles * (4.0 * heads * dim * block * tile), bytes=tiles * float(tile * kv_row) + lines * float(q_row)
     )
 
 

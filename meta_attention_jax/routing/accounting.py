@@ -15,13 +15,7 @@ from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import (
-    Abstract,
-    AttentionSpec,
-    ModelConfig,
-    Route,
-    SegmentIds,
-)
+from meta_attention_jax.types import Abstract, AttentionSpec, ModelConfig, Route, SegmentIds
 
 
 @flax.struct.dataclass
@@ -62,9 +56,7 @@ class Accounting:
         return Accounting(self.tokens / self.tokens, *scaled)
 
 
-def count_attention(
-    route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None
-) -> Accounting:
+def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None) -> Accounting:
     """FLOPs and bytes of one layer's attention for these routes, totals over the batch. Jittable.
 
     Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the
@@ -112,18 +104,13 @@ def count_attention(
         if record.reach is not None:
             blocks, tiles, (block, tile) = next(met)
             rows = jnp.sum(chosen, dtype=jnp.int32)
-            by_tiles = spent.of_tiles(
-                q, k, blocks=blocks.count, tiles=tiles, rows=rows, block=block, tile=tile
-            )
+            by_tiles = spent.of_tiles(q, k, blocks=blocks.count, tiles=tiles, rows=rows, block=block, tile=tile)
         packed.append(if_used if config.router.is_fixed else by_tiles)
         dense.append(if_used if config.router.is_fixed else whole)
     sides = projected, packed, dense, [_everywhere(get_mechanism("full"), q, k, spec)]
     return Accounting(
         jnp.sum(real, dtype=jnp.float32),
-        *(
-            Spending(*(jnp.float32(sum(work[kind] for work in side)) for side in sides))
-            for kind in range(2)
-        ),
+        *(Spending(*(jnp.float32(sum(work[kind] for work in side)) for side in sides)) for kind in range(2)),
     )
 
 

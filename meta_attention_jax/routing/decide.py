@@ -101,9 +101,7 @@ def decide(
 def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
     """The forced route as int32, after checking what is known of it."""
     if route.shape != shape or not jnp.issubdtype(route.dtype, jnp.integer):
-        raise ValueError(
-            f"route: expected integers of shape {shape}, got {route.dtype} of shape {route.shape}."
-        )
+        raise ValueError(f"route: expected integers of shape {shape}, got {route.dtype} of shape {route.shape}.")
     if not isinstance(route, jax.core.Tracer):
         low, high = (int(f(np.asarray(route), initial=0)) for f in (np.min, np.max))
         if low < 0 or high >= num:
@@ -120,9 +118,7 @@ def mix(
       ValueError: the number of outputs is not the number of weights.
     """
     if len(outputs) != weights.shape[-1]:
-        raise ValueError(
-            f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}."
-        )
+        raise ValueError(f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}.")
     weights = weights.astype(jnp.float32)[..., None, None, :]
     mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
     return mixed.astype(outputs[0].dtype)

@@ -85,9 +85,7 @@ def all_outputs(
 ) -> list[Queries]:
     """o^k of every mechanism on all tokens."""
     records = [get_mechanism(name) for name in names]
-    return [
-        attend(record, *heads.of(record), spec=spec, segment_ids=segment_ids) for record in records
-    ]
+    return [attend(record, *heads.of(record), spec=spec, segment_ids=segment_ids) for record in records]
 
 
 def hard_attention(
@@ -202,6 +200,5 @@ def _rows_at(x: Array, place: Array) -> Array:
 
 
 _unpack.defvjp(
-    lambda packed, work: (_unpack(packed, work), work),
-    lambda work, gradient: (_rows_at(gradient, work.order), None),
+    lambda packed, work: (_unpack(packed, work), work), lambda work, gradient: (_rows_at(gradient, work.order), None)
 )

@@ -108,9 +108,7 @@ class GateSchedule:
         if self.kind not in KINDS:
             raise ValueError(f"gate.kind: expected one of {KINDS}, got {self.kind!r}.")
         if self.measure not in MEASURES:
-            raise ValueError(
-                f"gate.measure: expected one of {tuple(MEASURES)}, got {self.measure!r}."
-            )
+            raise ValueError(f"gate.measure: expected one of {tuple(MEASURES)}, got {self.measure!r}.")
         if self.kind == "none":
             return
         if self.start < 0:
@@ -151,11 +149,7 @@ class GateTimes:
 
 
 def threshold(
-    schedule: GateSchedule,
-    state: GateState,
-    step: Int[Array, ""],
-    final: Scalar,
-    times: Optional[GateTimes] = None,
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], final: Scalar, times: Optional[GateTimes] = None
 ) -> Scalar:
     """theta at `step`, between 0 and `final`.
 
@@ -182,11 +176,7 @@ def threshold(
 
 
 def update(
-    schedule: GateSchedule,
-    state: GateState,
-    step: Int[Array, ""],
-    entropy: Scalar,
-    times: Optional[GateTimes] = None,
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], entropy: Scalar, times: Optional[GateTimes] = None
 ) -> GateState:
     """The state after `step`, whose routing entropy was `entropy`.
 
