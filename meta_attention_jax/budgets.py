@@ -1,8 +1,8 @@
 """The price that keeps a budget, found on validation and kept with the run.
 
-k* = argmax_k (E pi_k - lambda c_k): the dearer mechanisms lose tokens as lambda rises, so that projected
-cost and the share of full attention fall with it (of one layer strictly; of several nearly, for the routes
-of one change what the next sees).
+k* = argmax_k (E pi_k - lambda c_k): the dearer mechanisms lose tokens as lambda rises, so that projected cost and the
+share of full attention fall with it (of one layer strictly; of several nearly, for the routes of one change what the
+next sees).
 """
 
 from __future__ import annotations
@@ -30,11 +30,7 @@ KINDS = {"cost": "cost", "share": "fraction/full"}
 def check_budget(
     cost: Optional[float], share: Optional[float], costs: Sequence[float], mechanisms: Sequence[str]
 ) -> tuple[str, float]:
-    """(kind, value) of the one budget that is given.
-
-    Raises:
-      ValueError: none or two, or one that no price can keep or all do.
-    """
+    """(kind, value) of the one budget that is given."""
     given = {kind: value for kind, value in (("cost", cost), ("share", share)) if value is not None}
     if len(given) != 1:
         raise ValueError(f"budget: expected a cost or a share, got {given or 'none'}.")
@@ -54,11 +50,7 @@ def check_budget(
 
 
 def price_range(costs: Sequence[float]) -> tuple[float, float]:
-    """Prices at which every token takes the dearest, and the cheapest, mechanism, whatever its E pi.
-
-    Raises:
-      ValueError: costs that are all the same.
-    """
+    """Prices at which every token takes the dearest, and the cheapest, mechanism, whatever its E pi."""
     distinct = sorted({float(c) for c in costs})
     if len(distinct) < 2:
         raise ValueError(f"costs: expected two or more that differ for a price, got {tuple(costs)}.")
@@ -68,8 +60,8 @@ def price_range(costs: Sequence[float]) -> tuple[float, float]:
 def find_price(spent: Callable[[float], float], budget: float, costs: Sequence[float]) -> float:
     """The lowest price, to within the last halving, at which `spent(price)` is at most `budget`.
 
-    0, the plain argmax, is taken only if it is such a price by itself: a budget above what the argmax
-    spends is used up by a discount.
+    0, the plain argmax, is taken only if it is such a price by itself: a budget above what the argmax spends is used up
+    by a discount.
     """
     low, high = price_range(costs)
     if spent(low) <= budget:
@@ -104,11 +96,7 @@ def keep_budget(path: pathlib.Path, found: dict[str, Any]) -> None:
 
 
 def stored_price(path: pathlib.Path, kind: str, budget: float, step: int) -> float:
-    """The price that was found.
-
-    Raises:
-      ValueError: none for this budget and step.
-    """
+    """The price that was found."""
     found = read_budgets(path)
     for one in found:
         if one["kind"] == kind and one["budget"] == budget and one["step"] == step:

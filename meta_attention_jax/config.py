@@ -1,11 +1,11 @@
 """The schema: every field of an experiment, once.
 
-A config is a `ConfigDict` of sections; `SCHEMA` has its fields by dotted name. Defaults, types, bounds,
-help, what runs from before a field did, what a sweep may vary within one program and what a resumed run
-may set anew are all read from here.
+A config is a `ConfigDict` of sections; `SCHEMA` has its fields by dotted name. Defaults, types, bounds, help, what runs
+from before a field did, what a sweep may vary within one program and what a resumed run may set anew are all read from
+here.
 
-To add a field, add a line to `SCHEMA` and use it. One that changes what a run computes needs `since`,
-the value that stands for runs from before it: without one they cannot be opened.
+To add a field, add a line to `SCHEMA` and use it. One that changes what a run computes needs `since`, the value that
+stands for runs from before it: without one they cannot be opened.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ ARRAY_INPUTS = tuple(name for name, field in SCHEMA.items() if field.array)
 """Fields that change no program: points of a sweep that differ in these alone are trained together."""
 
 FREE_ON_RESUME = tuple(name for name, field in SCHEMA.items() if field.free_on_resume)
-"""Fields that a resumed run may set anew; but with `train.packed_dense_rows` the devices decide how many
-rows run dense."""
+"""Fields that a resumed run may set anew; but with `train.packed_dense_rows` the devices decide how many rows run
+dense."""
 
 
 def default_config() -> ConfigDict:
@@ -161,12 +161,8 @@ def near(field: str, known: Iterable[str]) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Checks that a config has the fields of the schema, no others, and of each a value that it can have
-    by itself; fields that files from before them lack are put in.
-
-    Raises:
-      ValueError: the first field that is wrong.
-    """
+    """Checks that a config has the fields of the schema, no others, and of each a value that it can have by itself;
+    fields that files from before them lack are put in."""
     if not isinstance(config, ConfigDict):
         raise ValueError(f"config: expected a ConfigDict from get_config(), got {config!r}.")
     sections = {name.partition(".")[0] for name in SCHEMA if "." in name}
@@ -218,11 +214,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_stored(path: pathlib.Path, what: str = "a config") -> dict[str, Any]:
-    """`what` is a JSON object in a file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
+    """`what` is a JSON object in a file."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError):  # JSON of 100,000 brackets is too deep.
@@ -246,8 +238,8 @@ def config_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> li
 
 
 def may_change(field: str, old: Any, new: Any) -> bool:
-    """Whether a run may go on with another value of a field: those that are free, and where data of
-    one's own lie and what says their split, for the manifest says what they are."""
+    """Whether a run may go on with another value of a field: those that are free, and where data of one's own lie and
+    what says their split, for the manifest says what they are."""
     moved = field == "data.corpus" and all(str(value).startswith("path:") for value in (old, new))
     return field in FREE_ON_RESUME or field == "data.split" or moved
 

@@ -35,11 +35,7 @@ MINIMUM_SECONDS = 2e-3
 
 
 def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:
-    """The paper's costs, on the axis `mechanisms`, divided by their largest.
-
-    Raises:
-      ValueError: a mechanism without a nominal cost (a custom one needs `costs` as numbers).
-    """
+    """The paper's costs, on the axis `mechanisms`, divided by their largest."""
     costs = [get_mechanism(name).cost for name in mechanisms]
     unknown = [name for name, cost in zip(mechanisms, costs) if cost is None]
     if unknown:
@@ -54,8 +50,8 @@ def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:
 def analytic_costs(mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec) -> np.ndarray:
     """FLOPs of each mechanism on a sequence of `time` tokens, divided by the largest.
 
-    Short sequences can make `linear` the dearest of the three (it costs about 4 d^2 per token
-    against 2 d T of causal full attention); that is the truth, not a mistake.
+    Short sequences can make `linear` the dearest of the three (it costs about 4 d^2 per token against 2 d T of causal
+    full attention); that is the truth, not a mistake.
     """
     flops = [get_mechanism(name).flops(time, dim, spec) for name in mechanisms]
     costs = np.array(flops, np.float64)
@@ -65,12 +61,7 @@ def analytic_costs(mechanisms: Sequence[str], *, time: int, dim: int, spec: Atte
 def resolve_costs(
     costs: str | Sequence[float], mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec
 ) -> np.ndarray:
-    """`costs` as numbers: "nominal", "analytic", or one positive number per mechanism.
-
-    Raises:
-      ValueError: unknown kind, wrong length, or a number that is not positive; "measured", whose
-        numbers belong to a run directory (see `measure_costs`).
-    """
+    """`costs` as numbers: "nominal", "analytic", or one positive number per mechanism."""
     if isinstance(costs, str):
         if costs == "nominal":
             return nominal_costs(mechanisms)
@@ -91,21 +82,13 @@ def resolve_costs(
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Forward FLOPs per token of a model, split by what spends them.
+    """Forward FLOPs per token of a model, split by what spends them."""
 
-    Attributes:
-      projections: q, k, v and output projections of all layers.
-      mlp: gated MLPs of all layers.
-      logits: the output head.
-      controller: the routing MLPs of all layers.
-      mechanisms: attention proper, per mechanism, as if every token of every layer used it.
-    """
-
-    projections: float
-    mlp: float
-    logits: float
-    controller: float
-    mechanisms: dict[str, float]
+    projections: float  # q, k, v and output projections of all layers.
+    mlp: float  # Gated MLPs of all layers.
+    logits: float  # The output head.
+    controller: float  # The routing MLPs of all layers.
+    mechanisms: dict[str, float]  # Attention proper, per mechanism, as if every token of every layer used it.
 
     @property
     def trunk(self) -> float:
@@ -133,8 +116,8 @@ class FlopCount:
 def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> FlopCount:
     """Forward FLOPs per token of the language model at sequences of `time` tokens.
 
-    Per layer: projections 2 D d (2 H + 2 G), gated MLP 6 D F, controller 2 ((D + 2) h + h n) with h
-    hidden units and n outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V.
+    Per layer: projections 2 D d (2 H + 2 G), gated MLP 6 D F, controller 2 ((D + 2) h + h n) with h hidden units and n
+    outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V.
     """
     width, layers, heads, dim = config.model_dim, config.num_layers, config.num_heads, config.head_dim
     hidden = config.router.hidden if controller_outputs else 0
@@ -152,46 +135,28 @@ def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> F
 
 @dataclasses.dataclass(frozen=True)
 class CostSetting:
-    """What measured costs hold for.
+    """What measured costs hold for."""
 
-    Attributes:
-      mechanisms: names, in order.
-      time: T, in tokens.
-      window: of mechanisms that have one.
-      num_heads, num_kv_heads, head_dim: H, G, d.
-      dtype: of q, k and v.
-      implementation: of full attention.
-      segments: what is known of them, as `AttentionSpec.segments`.
-    """
-
-    mechanisms: tuple[str, ...]
-    time: int
-    window: int
-    num_heads: int
+    mechanisms: tuple[str, ...]  # Names, in order.
+    time: int  # T, in tokens.
+    window: int  # Of mechanisms that have one.
+    num_heads: int  # H, G, d.
     num_kv_heads: int
     head_dim: int
-    dtype: str = "float32"
-    implementation: str = "auto"
-    segments: str = "any"
+    dtype: str = "float32"  # Of q, k and v.
+    implementation: str = "auto"  # Of full attention.
+    segments: str = "any"  # What is known of them, as `AttentionSpec.segments`.
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts:
-    """Seconds of every mechanism, and where they were taken.
+    """Seconds of every mechanism, and where they were taken."""
 
-    Attributes:
-      setting: what was timed.
-      batch: sequences of a call.
-      seconds: median of one call per mechanism.
-      device: its kind.
-      versions: of Python and the libraries.
-    """
-
-    setting: CostSetting
-    batch: int
-    seconds: tuple[float, ...]
-    device: str
-    versions: dict[str, str]
+    setting: CostSetting  # What was timed.
+    batch: int  # Sequences of a call.
+    seconds: tuple[float, ...]  # Median of one call per mechanism.
+    device: str  # Its kind.
+    versions: dict[str, str]  # Of Python and the libraries.
 
     @property
     def costs(self) -> np.ndarray:
@@ -203,8 +168,8 @@ class MeasuredCosts:
 def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS) -> MeasuredCosts:
     """Times every mechanism once, causal and forward, on this process's first device.
 
-    The compiled mechanisms run in turns on the same random q, k, v of `batch` sequences without
-    padding; the median over rounds counts. Two calls never give the same numbers: freeze them.
+    The compiled mechanisms run in turns on the same random q, k, v of `batch` sequences without padding; the median
+    over rounds counts. Two calls never give the same numbers: freeze them.
     """
     device = jax.local_devices()[0]
     s = setting

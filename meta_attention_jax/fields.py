@@ -34,33 +34,18 @@ SHARE = Bounds("a share in [0, 1]", 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config.
+    """One field of a config."""
 
-    Attributes:
-      default: its type is the field's.
-      help: what it is, in a line.
-      bounds: of a number.
-      choices: of a text; None takes any.
-      since: what runs from before the field did; `ALWAYS` for those of the first version.
-      array: changes no program: points of a sweep that differ in such fields alone train together.
-      free_on_resume: changes no number of a run, so that one that goes on may set it anew.
-    """
-
-    default: Any
-    help: str
-    bounds: Optional[Bounds] = None
-    choices: Optional[Collection[str]] = None
-    since: Any = ALWAYS
-    array: bool = False
-    free_on_resume: bool = False
+    default: Any  # Its type is the field's.
+    help: str  # What it is, in a line.
+    bounds: Optional[Bounds] = None  # Of a number.
+    choices: Optional[Collection[str]] = None  # Of a text; None takes any.
+    since: Any = ALWAYS  # What runs from before the field did; `ALWAYS` for those of the first version.
+    array: bool = False  # Changes no program: points of a sweep that differ in such fields alone train together.
+    free_on_resume: bool = False  # Changes no number of a run, so that one that goes on may set it anew.
 
     def check(self, name: str, value: Any) -> None:
-        """Checks a value by itself.
-
-        Raises:
-          ValueError: another type, a number that arrays of a run cannot hold or outside the bounds, or
-            none of the choices.
-        """
+        """Checks a value by itself."""
         kind = type(self.default)
         if kind is str:
             expect(isinstance(value, str) and "\0" not in value, name, "text", value)

@@ -1,8 +1,7 @@
 """Generation: prefill, then one compiled decode loop; samplers.
 
-A prompt is read in one pass that fills the caches; then every token costs one step in which a row
-reads only what its route needs. Sampling is a function of (row key, position), so a row generates
-the same text alone and in a batch.
+A prompt is read in one pass that fills the caches; then every token costs one step in which a row reads only what its
+route needs. Sampling is a function of (row key, position), so a row generates the same text alone and in a batch.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def keep_top_k(logits: Logits, k: int) -> Logits:
 def keep_top_p(logits: Logits, p: float) -> Logits:
     """-inf for all but the smallest set of most likely tokens whose mass is at least p.
 
-    Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in
-    order of falling probability, have a mass below p; the first always stays. p = 1 keeps all.
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in order of falling
+    probability, have a mass below p; the first always stays. p = 1 keeps all.
     """
     if p >= 1.0:
         return logits
@@ -72,21 +71,16 @@ def _rank(order: Int[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
 class Sampler:
     """Draws from softmax(logits / temperature), cut to the top k, then to the mass p.
 
-    A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the
-    same settings compile once.
-
-    Attributes:
-      temperature: > 0, as a float32.
-      top_k: None or at least 1 (1 is greedy).
-      top_p: None or in (0, 1]; of what `temperature` and `top_k` leave.
+    A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the same settings
+    compile once.
 
     Raises:
       ValueError: a field that is no number, or out of range.
     """
 
-    temperature: float = 1.0
-    top_k: Optional[int] = None
-    top_p: Optional[float] = None
+    temperature: float = 1.0  # > 0, as a float32.
+    top_k: Optional[int] = None  # None or at least 1 (1 is greedy).
+    top_p: Optional[float] = None  # None or in (0, 1]; of what `temperature` and `top_k` leave.
 
     def __post_init__(self) -> None:
         for name, number in (("temperature", real), ("top_k", whole), ("top_p", real)):
@@ -118,11 +112,7 @@ class Sampler:
 
 
 def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None) -> Draw:
-    """`Sampler` of the numbers that are given, `greedy` without any.
-
-    Raises:
-      ValueError: as `Sampler`.
-    """
+    """`Sampler` of the numbers that are given, `greedy` without any."""
     if temperature is None and top_k is None and top_p is None:
         return greedy
     return Sampler(1.0 if temperature is None else temperature, top_k, top_p)
@@ -130,25 +120,15 @@ def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None,
 
 @flax.struct.dataclass
 class Trace:
-    """What was generated; `prompt_*` are of the prompts, right-padded.
+    """What was generated; `prompt_*` are of the prompts, right-padded."""
 
-    Attributes:
-      tokens: the text.
-      route: k* of every generated token, by layer.
-      hard: whether the token used k* alone.
-      uncertainty: u_t in [0, 1].
-      prompt_route: k* of the prompts' tokens; means nothing behind a prompt's length.
-      prompt_hard: likewise.
-      prompt_uncertainty: likewise.
-    """
-
-    tokens: Int[Array, "batch steps"]
-    route: Int[Array, "layer batch steps"]
-    hard: Bool[Array, "layer batch steps"]
-    uncertainty: Float[Array, "layer batch steps"]
-    prompt_route: Int[Array, "layer batch time"]
-    prompt_hard: Bool[Array, "layer batch time"]
-    prompt_uncertainty: Float[Array, "layer batch time"]
+    tokens: Int[Array, "batch steps"]  # The text.
+    route: Int[Array, "layer batch steps"]  # k* of every generated token, by layer.
+    hard: Bool[Array, "layer batch steps"]  # Whether the token used k* alone.
+    uncertainty: Float[Array, "layer batch steps"]  # u_t in [0, 1].
+    prompt_route: Int[Array, "layer batch time"]  # k* of the prompts' tokens; means nothing behind a prompt's length.
+    prompt_hard: Bool[Array, "layer batch time"]  # Likewise.
+    prompt_uncertainty: Float[Array, "layer batch time"]  # Likewise.
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -224,11 +204,7 @@ def _seen(routing: Routing) -> dict[str, Array]:
 def pad_prompts(
     prompts: Sequence[Prompt], vocab_size: int
 ) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch"]]:
-    """Prompts of any lengths as one right-padded array, and their lengths.
-
-    Raises:
-      ValueError: no prompt, an empty one, or a token outside the vocabulary.
-    """
+    """Prompts of any lengths as one right-padded array, and their lengths."""
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
         raise ValueError("prompts: expected at least one, got none.")

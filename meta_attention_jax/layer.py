@@ -2,8 +2,7 @@
 
     o_t = sum_k w_tk o^k_t,    w_t on the simplex, from the controller and the mode
 
-Source: "Meta-Attention: Bayesian Per-Token Routing for Efficient Transformer Inference",
-arXiv 2605.28384.
+Source: "Meta-Attention: Bayesian Per-Token Routing for Efficient Transformer Inference", arXiv 2605.28384.
 """
 
 from __future__ import annotations
@@ -46,52 +45,37 @@ from meta_attention_jax.types import (
 class MetaAttention(nn.Module):
     """Self-attention in which every token is routed to full, linear or local attention.
 
-    Usable in the place of `nn.MultiHeadDotProductAttention` for self-attention: `layer(x)` returns
-    the array alone; the `Routing` is sown as `("intermediates", "routing")`. `routed` returns both,
-    and generates with a cache.
+    Usable in the place of `nn.MultiHeadDotProductAttention` for self-attention: `layer(x)` returns the array alone; the
+    `Routing` is sown as `("intermediates", "routing")`. `routed` returns both, and generates with a cache.
 
-    Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys`
-    (one per example) it trains: one reparameterised sample of pi per token, and straight-through
-    gradients at the tokens that the gate makes hard.
-
-    Attributes:
-      num_heads: H query heads.
-      num_kv_heads: G key/value heads, G divides H; None means H.
-      qkv_features: H d; None means the width of the input.
-      out_features: width of the output; None means the width of the input.
-      spec: who may attend to whom.
-      router: the mechanisms, and who chooses among them.
-      rotary: rotate q and k of the mechanisms that want it (full and local).
-      mode: "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the
-        uncertainty is at most the threshold and soft elsewhere.
-      dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed"
-        does only the work that the routes ask for, "dense" computes all mechanisms and selects,
-        "auto" is packed for long sequences. The output is the same.
-      costs: "nominal" or one positive number per mechanism, used when `hypers` is not given. What
-        depends on the length ("analytic") is refused: a token's route must not.
-      strength: kappa of the prior, when `hypers` is not given.
-      preference: eta of the prior, when `hypers` is not given.
-      threshold: theta of the gate, when `hypers` is not given.
-      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
-      param_dtype: of the parameters.
+    Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys` (one per example) it
+    trains: one reparameterised sample of pi per token, and straight-through gradients at the tokens that the gate makes
+    hard.
     """
 
-    num_heads: int
-    num_kv_heads: Optional[int] = None
-    qkv_features: Optional[int] = None
-    out_features: Optional[int] = None
-    spec: AttentionSpec = AttentionSpec(window=128)
-    router: Router = Router()
-    rotary: bool = False
+    num_heads: int  # H query heads.
+    num_kv_heads: Optional[int] = None  # G key/value heads, G divides H; None means H.
+    qkv_features: Optional[int] = None  # H d; None means the width of the input.
+    out_features: Optional[int] = None  # Width of the output; None means the width of the input.
+    spec: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
+    router: Router = Router()  # The mechanisms, and who chooses among them.
+    rotary: bool = False  # Rotate q and k of the mechanisms that want it (full and local).
+    # "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the uncertainty is at most the
+    # threshold and soft elsewhere.
     mode: str = "soft"
+    # Where every token is hard (mode "hard" without keys, or a forced route): "packed" does only the work that the
+    # routes ask for, "dense" computes all mechanisms and selects, "auto" is packed for long sequences. The output is
+    # the same.
     dispatch: str = "auto"
+    # "nominal" or one positive number per mechanism, used when `hypers` is not given. What depends on the length
+    # ("analytic") is refused: a token's route must not.
     costs: str | Sequence[float] = "nominal"
-    strength: float = 2.0
-    preference: float = 0.1
-    threshold: float = 0.0
+    strength: float = 2.0  # kappa of the prior, when `hypers` is not given.
+    preference: float = 0.1  # eta of the prior, when `hypers` is not given.
+    threshold: float = 0.0  # theta of the gate, when `hypers` is not given.
     use_bias: bool = False
-    dtype: Optional[Any] = None
-    param_dtype: Any = jnp.float32
+    dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
+    param_dtype: Any = jnp.float32  # Of the parameters.
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: Optional[nn.initializers.Initializer] = None
 
@@ -150,9 +134,9 @@ class MetaAttention(nn.Module):
     ) -> tuple[Float[Array, "batch time out"], Routing, Optional[caches.Cache]]:
         """The output, the routing behind it, and the cache with these tokens in it.
 
-        With a cache, one token per row goes on where the row ends: every token enters the cache, and
-        a row then reads only what the mechanisms of non-zero weight need. More tokens per row are
-        prompts from the beginning, padded behind; what the cache held of this layer is overwritten.
+        With a cache, one token per row goes on where the row ends: every token enters the cache, and a row then reads
+        only what the mechanisms of non-zero weight need. More tokens per row are prompts from the beginning, padded
+        behind; what the cache held of this layer is overwritten.
 
         Args:
           x: input, usually normalised.
@@ -252,8 +236,8 @@ class MetaAttention(nn.Module):
         segment_ids: SegmentIds,
         route: Optional[Route],
     ) -> Queries:
-        """Whole sequences: packed dispatch where every token has a route, else all mechanisms on all
-        tokens, mixed by weight."""
+        """Whole sequences: packed dispatch where every token has a route, else all mechanisms on all tokens, mixed by
+        weight."""
         packed = dispatch.resolve_dispatch(self.dispatch, time=heads.q.shape[1]) == "packed"
         if len(names) > 1 and route is not None and packed:
             return dispatch.hard_attention(

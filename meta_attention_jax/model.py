@@ -46,8 +46,7 @@ class StepOutput:
 
 
 class Norm(nn.RMSNorm):
-    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion
-    too."""
+    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion too."""
 
     def __call__(self, x: Float[Array, "*batch model"]) -> Float[Array, "*batch model"]:
         with jax.numpy_dtype_promotion("standard"):
@@ -116,19 +115,13 @@ class TiedEmbedding(nn.Embed):
 
 
 class LanguageModel(nn.Module):
-    """Predicts token t + 1 from tokens <= t.
+    """Predicts token t + 1 from tokens <= t."""
 
-    Attributes:
-      config: what the model is.
-      mode, dispatch: of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same
-        parameters.
-      shard_axis: the mesh axis over which parameters are split by `sharding.RULES`, where the model
-        runs inside `shard_map`: every layer gathers its own and lets go of them. None: they are whole.
-    """
-
-    config: ModelConfig
-    mode: str = "soft"
+    config: ModelConfig  # What the model is.
+    mode: str = "soft"  # Of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same parameters.
     dispatch: str = "auto"
+    # The mesh axis over which parameters are split by `sharding.RULES`, where the model runs inside `shard_map`: every
+    # layer gathers its own and lets go of them. None: they are whole.
     shard_axis: Optional[str] = None
 
     def setup(self):

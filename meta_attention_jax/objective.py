@@ -2,13 +2,12 @@
 
     J = (1/N) sum_t [ NLL_t + beta sum_layers KL(q_t || p) ]        nats per loss token
 
-with one reparameterised sample of pi per token and layer in training. Controllers to compare with put a
-penalty of their own in the place of the KL, or none. What it is, honestly: beta is usually far below 1,
-and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is the price of the
-information about which mechanism.
+with one reparameterised sample of pi per token and layer in training. Controllers to compare with put a penalty of
+their own in the place of the KL, or none. What it is, honestly: beta is usually far below 1, and since q sees only
+x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is the price of the information about which mechanism.
 
-Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and
-`summarise` divides once, by the global number of loss tokens.
+Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and `summarise`
+divides once, by the global number of loss tokens.
 """
 
 from __future__ import annotations
@@ -34,43 +33,24 @@ COLLAPSE = 0.99
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over loss tokens; `layer` axis first where there is one. Additive over batches.
+    """Sums over loss tokens; `layer` axis first where there is one. Additive over batches."""
 
-    Attributes:
-      tokens: N, number of loss tokens.
-      nll: -log p(target), nats.
-      num_bytes: bytes of the targets.
-      kl: KL(q || p) per layer, nats.
-      penalty: what the objective adds, times beta, per layer; the KL but for some baselines.
-      entropy: H(E pi) per layer, nats.
-      uncertainty: u per layer.
-      log_uncertainty: log u per layer, of a measure that has it; else 0.
-      hard: tokens that used one mechanism only, per layer.
-      concentration: sum of alpha per layer; 0 for controllers without one.
-      mean: E pi, [layer mechanism].
-      mean_square: (E pi)^2, [layer mechanism].
-      kind_tokens: tokens of each kind, [kind].
-      kind_nll: nats by kind, [kind].
-      kind_correct: tokens whose argmax is the target, [kind].
-      routes: tokens by kind and mechanism k*, [layer kind mechanism].
-    """
-
-    tokens: Scalar
-    nll: Scalar
-    num_bytes: Scalar
-    kl: Float[Array, "layer"]
-    penalty: Float[Array, "layer"]
-    entropy: Float[Array, "layer"]
-    uncertainty: Float[Array, "layer"]
-    log_uncertainty: Float[Array, "layer"]
-    hard: Float[Array, "layer"]
-    concentration: Float[Array, "layer"]
-    mean: Float[Array, "layer mechanism"]
-    mean_square: Float[Array, "layer mechanism"]
-    kind_tokens: Float[Array, "kind"]
-    kind_nll: Float[Array, "kind"]
-    kind_correct: Float[Array, "kind"]
-    routes: Float[Array, "layer kind mechanism"]
+    tokens: Scalar  # N, number of loss tokens.
+    nll: Scalar  # -log p(target), nats.
+    num_bytes: Scalar  # Bytes of the targets.
+    kl: Float[Array, "layer"]  # KL(q || p) per layer, nats.
+    penalty: Float[Array, "layer"]  # What the objective adds, times beta, per layer; the KL but for some baselines.
+    entropy: Float[Array, "layer"]  # H(E pi) per layer, nats.
+    uncertainty: Float[Array, "layer"]  # u per layer.
+    log_uncertainty: Float[Array, "layer"]  # log u per layer, of a measure that has it; else 0.
+    hard: Float[Array, "layer"]  # Tokens that used one mechanism only, per layer.
+    concentration: Float[Array, "layer"]  # Sum of alpha per layer; 0 for controllers without one.
+    mean: Float[Array, "layer mechanism"]  # E pi, [layer mechanism].
+    mean_square: Float[Array, "layer mechanism"]  # (E pi)^2, [layer mechanism].
+    kind_tokens: Float[Array, "kind"]  # Tokens of each kind, [kind].
+    kind_nll: Float[Array, "kind"]  # Nats by kind, [kind].
+    kind_correct: Float[Array, "kind"]  # Tokens whose argmax is the target, [kind].
+    routes: Float[Array, "layer kind mechanism"]  # Tokens by kind and mechanism k*, [layer kind mechanism].
 
 
 def token_nll(logits: Float[Array, "batch time vocab"], targets: Array) -> Float[Array, "batch time"]:
@@ -119,8 +99,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
 
 
 def objective(sums: Sums, beta: Scalar) -> Scalar:
-    """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of
-    tokens."""
+    """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of tokens."""
     return sums.nll + beta * jnp.sum(sums.penalty)
 
 
@@ -177,9 +156,6 @@ def summarise(
       alpha), diversity (root of the summed variance of E pi over tokens, mean over layers),
       collapsed_layers, fraction/<mechanism>; and under "layers" the same per layer, under "kinds" per
       kind of token.
-
-    Raises:
-      ValueError: no loss tokens at all.
     """
     s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     if s.tokens <= 0:

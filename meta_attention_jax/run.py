@@ -54,29 +54,17 @@ Text = Union[str, bytes, Sequence[int | np.integer], Int[np.ndarray, "tokens"]]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A trained model and everything around it.
+    """A trained model and everything around it."""
 
-    Attributes:
-      path: the run directory.
-      config: as trained.
-      step: of the parameters.
-      steps: all that are saved.
-      params: on this process's first device.
-      model: in soft mode.
-      tokenizer: of the run.
-      hypers: of the config.
-      sequence_length, batch_size: of `dataset`.
-    """
-
-    path: pathlib.Path
-    config: ConfigDict
-    step: int
-    steps: tuple[int, ...]
-    params: Any
-    model: LanguageModel
-    tokenizer: Tokenizer
-    hypers: Hypers
-    sequence_length: int
+    path: pathlib.Path  # The run directory.
+    config: ConfigDict  # As trained.
+    step: int  # Of the parameters.
+    steps: tuple[int, ...]  # All that are saved.
+    params: Any  # On this process's first device.
+    model: LanguageModel  # In soft mode.
+    tokenizer: Tokenizer  # Of the run.
+    hypers: Hypers  # Of the config.
+    sequence_length: int  # Of `dataset`.
     batch_size: int
 
     @functools.cached_property
@@ -189,9 +177,8 @@ class Run:
         return Evaluator(self.model, self.dataset, parallel), parallel.place(self.params)
 
     def at(self, *, price: Optional[float] = None, threshold: Optional[float] = None) -> Run:
-        """The same run at another lambda or theta of its decisions (see `routing.decide`), without
-        compiling. Raises ValueError for a number that is not finite, or theta outside [0, 1].
-        """
+        """The same run at another lambda or theta of its decisions (see `routing.decide`), without compiling. Raises
+        ValueError for a number that is not finite, or theta outside [0, 1]."""
         hypers = self._routing_hypers(threshold)
         if price is not None:
             if not math.isfinite(real("price", price)):
@@ -203,15 +190,15 @@ class Run:
         return other
 
     def at_budget(self, *, cost: Optional[float] = None, share: Optional[float] = None) -> Run:
-        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found.
-        Raises ValueError as that does, or if none was found for these parameters."""
+        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found. Raises ValueError
+        as that does, or if none was found for these parameters."""
         return budgets.at_budget(self, cost, share)
 
     def fit_budget(
         self, *, cost: Optional[float] = None, share: Optional[float] = None, max_batches: Optional[int] = None
     ) -> Run:
-        """The run at the lowest price that keeps a budget on validation, in mode hard; `budgets.json` of
-        the run directory keeps it.
+        """The run at the lowest price that keeps a budget on validation, in mode hard; `budgets.json` of the run
+        directory keeps it.
 
         Args:
           cost: projected cost of the hard routes, of 1; or

@@ -9,8 +9,8 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """NumPy and JAX scalars as Python numbers, arrays as tuples of them, in lists and tuples too;
-    anything else as it is."""
+    """NumPy and JAX scalars as Python numbers, arrays as tuples of them, in lists and tuples too; anything else as it
+    is."""
     if isinstance(value, (np.generic, np.ndarray, jax.Array)):
         value = value.item() if value.ndim == 0 else tuple(value.tolist())
     if type(value) in (list, tuple):
@@ -19,11 +19,7 @@ def plain(value: Any) -> Any:
 
 
 def whole(field: str, value: Any) -> int:
-    """An integer.
-
-    Raises:
-      ValueError: anything else, True and 2.0 too; one sentence.
-    """
+    """An integer."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{field}: expected an integer, got {value!r}.")
@@ -31,11 +27,7 @@ def whole(field: str, value: Any) -> int:
 
 
 def real(field: str, value: Any) -> float:
-    """An integer or a float, NaN and infinities too.
-
-    Raises:
-      ValueError: anything else; one sentence.
-    """
+    """An integer or a float, NaN and infinities too."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{field}: expected a number, got {value!r}.")

@@ -1,10 +1,9 @@
-"""Fully sharded parameters: which axis of which leaf is split, and how a module gets whole leaves;
-and what runs on every device's own rows when the caller has set a mesh.
+"""Fully sharded parameters: which axis of which leaf is split, and how a module gets whole leaves; and what runs on
+every device's own rows when the caller has set a mesh.
 
-Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the
-same paths, are split alike. Inside `shard_map` a module gathers its own leaves when it reads them,
-one layer at a time, and the transpose of that gather adds the gradients up and leaves each device
-its share:
+Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the same paths, are
+split alike. Inside `shard_map` a module gathers its own leaves when it reads them, one layer at a time, and the
+transpose of that gather adds the gradients up and leaves each device its share:
 
     W = all_gather(W_i)        dL/dW_i = reduce_scatter_i(dL/dW)
 
@@ -154,10 +153,9 @@ def by_rows(
 ) -> Callable[..., Any]:
     """`function`, on every device for its own rows where a mesh with explicit axes is set.
 
-    There the type of an array says how it is split, and much of what is in here, loops and distrax
-    above all, has no rule for such types. The first argument with rows says over which mesh axes
-    the rows are split; the other axes of all arguments are made whole. Without a mesh, and inside
-    `shard_map`, this is `function` itself.
+    There the type of an array says how it is split, and much of what is in here, loops and distrax above all, has no
+    rule for such types. The first argument with rows says over which mesh axes the rows are split; the other axes of
+    all arguments are made whole. Without a mesh, and inside `shard_map`, this is `function` itself.
 
     Args:
       function: pure; a row of its results depends on this row of its arguments, and on what all

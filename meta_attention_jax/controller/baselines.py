@@ -1,7 +1,7 @@
 """Controllers to compare with. Layer, schedule, gate and network are shared; only this differs.
 
-Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)`
-and returns a `Routing`; what a controller has no use for, it ignores. Its class says what it has:
+Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)` and returns a
+`Routing`; what a controller has no use for, it ignores. Its class says what it has:
 
     has_prior       a prior, so `prior.preference` matters
     has_posterior   a Dirichlet posterior: `prior.strength` matters, and so do all measures of uncertainty
@@ -35,24 +35,16 @@ from meta_attention_jax.types import (
 class SoftmaxController(nn.Module):
     """Prior-free router: pi_t = softmax(f_t), deterministic, no penalty.
 
-    The routers below are this one with another penalty, another offset of the logits, or other
-    weights in training.
-
-    Attributes:
-      num_mechanisms: K.
-      hidden: width of the network's hidden layer.
-      network: form of the network; see `ControllerMLP`.
-      uncertainty: a measure that needs no concentration.
-      dtype: of the hidden layer's arithmetic.
+    The routers below are this one with another penalty, another offset of the logits, or other weights in training.
     """
 
     has_prior = has_posterior = has_penalty = False
 
-    num_mechanisms: int
-    hidden: int = 64
-    network: str = "zero_output"
-    uncertainty: str = "entropy"
-    dtype: Any = jnp.float32
+    num_mechanisms: int  # K.
+    hidden: int = 64  # Width of the network's hidden layer.
+    network: str = "zero_output"  # Form of the network; see `ControllerMLP`.
+    uncertainty: str = "entropy"  # a measure that needs no concentration.
+    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic.
 
     @nn.compact
     def __call__(
@@ -115,14 +107,11 @@ class SoftmaxKLController(SoftmaxController):
     """pi_t = softmax(log m + f_t) with the penalty KL(pi_t || m) = sum_k pi_tk log(pi_tk / m_k).
 
     The prior mean without the Dirichlet: no sample, no strength, no second-order uncertainty.
-
-    Attributes:
-      prior: one of `PRIORS`; only its mean m is used.
     """
 
     has_prior = has_penalty = True
 
-    prior: str = "cost_aware"
+    prior: str = "cost_aware"  # One of `PRIORS`; only its mean m is used.
 
     def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
         return jnp.log(prior.make_prior(self.prior, hypers).mean)
@@ -132,8 +121,8 @@ class SoftmaxKLController(SoftmaxController):
 
 
 class CostPenaltyController(SoftmaxController):
-    """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for
-    entropy, rho = `hypers.entropy_bonus` in units of cost per nat."""
+    """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for entropy, rho =
+    `hypers.entropy_bonus` in units of cost per nat."""
 
     has_penalty = True
 
@@ -149,9 +138,8 @@ class SwitchController(SoftmaxController):
 
         N K sum_k F_k P_k,   F_k share of tokens with argmax k,   P_k mean of pi_k
 
-    over the N tokens of each sequence rather than of a device's batch, so that sharding and
-    micro-batches change nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use,
-    whatever the mechanisms cost.
+    over the N tokens of each sequence rather than of a device's batch, so that sharding and micro-batches change
+    nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use, whatever the mechanisms cost.
     """
 
     has_penalty = True
@@ -192,11 +180,7 @@ class BayesianMeanController(DirichletController):
 
 
 def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Routing:
-    """Every token on one mechanism, with certainty: u_t = 0 and KL = 0.
-
-    Raises:
-      ValueError: `fixed` is not in [0, num_mechanisms).
-    """
+    """Every token on one mechanism, with certainty: u_t = 0 and KL = 0."""
     if not 0 <= fixed < num_mechanisms:
         raise ValueError(f"fixed: expected an index in [0, {num_mechanisms}), got {fixed}.")
     row = jax.nn.one_hot(fixed, num_mechanisms, dtype=jnp.float32)
@@ -206,17 +190,12 @@ def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Rou
 
 
 class FixedController(nn.Module):
-    """One mechanism for every token of the layer; no parameters.
-
-    Attributes:
-      num_mechanisms: K.
-      fixed: index of the mechanism on the mechanism axis.
-    """
+    """One mechanism for every token of the layer; no parameters."""
 
     has_prior = has_posterior = has_penalty = False
 
-    num_mechanisms: int
-    fixed: int = 0
+    num_mechanisms: int  # K.
+    fixed: int = 0  # Index of the mechanism on the mechanism axis.
 
     def __call__(
         self,
@@ -253,12 +232,7 @@ def measures_of(controller: str) -> tuple[str, ...]:
 
 
 def make_controller(router: Router, **fields: Any) -> nn.Module:
-    """The router's controller; `fields` are those that all have: `dtype`, `name`.
-
-    Raises:
-      ValueError: unknown controller, a fixed mechanism that there is not, or fewer than two
-        mechanisms to choose from.
-    """
+    """The router's controller; `fields` are those that all have: `dtype`, `name`."""
     names = router.mechanisms
     if router.controller not in CONTROLLERS:
         raise ValueError(f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}.")

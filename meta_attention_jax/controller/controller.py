@@ -1,8 +1,8 @@
 """The Bayesian controller: features of a token, a two-layer network, a Dirichlet posterior.
 
-Every feature of token t is a function of x_t, its residual stream and its position. None depends on
-the sequence length, on other sequences or on later tokens, so a token's route is the same in
-training batches, in prefill and in decoding.
+Every feature of token t is a function of x_t, its residual stream and its position. None depends on the sequence
+length, on other sequences or on later tokens, so a token's route is the same in training batches, in prefill and in
+decoding.
 """
 
 from __future__ import annotations
@@ -44,23 +44,16 @@ NETWORKS = ("zero_output", "paper")
 class ControllerMLP(nn.Module):
     """f(h_t) = W_2 gelu(W_1 h_t + b_1) + b_2, the network that all controllers share.
 
-    Two forms: "zero_output", W_2 = 0 at the start, so that every controller starts from what it knows
-    without evidence; and "paper", the authors' (arXiv 2605.28384): all weights from N(0, 0.02), zero
-    biases, the exact GELU, and ||x_t|| / sqrt(D) of the layer's input in the place of the residual's.
-    Their position feature, linspace(0, 1, T), is the one thing that is not followed: it would make a
-    token's route depend on how much text comes after it.
-
-    Attributes:
-      hidden: width of the hidden layer.
-      num_outputs: width of the output.
-      form: one of NETWORKS.
-      dtype: of the hidden layer's arithmetic; the output layer is float32 always.
+    Two forms: "zero_output", W_2 = 0 at the start, so that every controller starts from what it knows without evidence;
+    and "paper", the authors' (arXiv 2605.28384): all weights from N(0, 0.02), zero biases, the exact GELU, and ||x_t||
+    / sqrt(D) of the layer's input in the place of the residual's. Their position feature, linspace(0, 1, T), is the one
+    thing that is not followed: it would make a token's route depend on how much text comes after it.
     """
 
-    hidden: int
-    num_outputs: int
-    form: str = "zero_output"
-    dtype: Any = jnp.float32
+    hidden: int  # Width of the hidden layer.
+    num_outputs: int  # Width of the output.
+    form: str = "zero_output"  # One of NETWORKS.
+    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; the output layer is float32 always.
 
     @nn.compact
     def __call__(
@@ -86,32 +79,18 @@ class ControllerMLP(nn.Module):
 
 
 class DirichletController(nn.Module):
-    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384).
-
-    Attributes:
-      num_mechanisms: K.
-      hidden: width of the network's hidden layer.
-      prior: one of `PRIORS`.
-      posterior: "additive" or "mean_strength".
-      network: form of the network; see `ControllerMLP`.
-      uncertainty: measure of u_t; see `uncertainty`.
-      dtype: of the hidden layer's arithmetic; all statistics are float32.
-      samples: whether training mixes by a sample of pi_t; else by its mean.
-
-    Raises:
-      ValueError: a name above is unknown, or the hypers' costs are not K numbers.
-    """
+    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384)."""
 
     has_prior = has_posterior = has_penalty = True
 
-    num_mechanisms: int
-    hidden: int = 64
-    prior: str = "cost_aware"
-    posterior: str = "mean_strength"
-    network: str = "zero_output"
-    uncertainty: str = "entropy"
-    dtype: Any = jnp.float32
-    samples: bool = True
+    num_mechanisms: int  # K.
+    hidden: int = 64  # Width of the network's hidden layer.
+    prior: str = "cost_aware"  # One of `PRIORS`.
+    posterior: str = "mean_strength"  # "additive" or "mean_strength".
+    network: str = "zero_output"  # Form of the network; see `ControllerMLP`.
+    uncertainty: str = "entropy"  # Measure of u_t; see `uncertainty`.
+    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; all statistics are float32.
+    samples: bool = True  # Whether training mixes by a sample of pi_t; else by its mean.
 
     @nn.compact
     def __call__(

@@ -1,8 +1,8 @@
 """Amortised Dirichlet posteriors q(pi_t | x_t) = Dir(alpha_t), and their closed forms by distrax.
 
-Two ways from the controller's features f_t to the concentration (Meta-Attention, arXiv 2605.28384,
-uses the first). Both are clamped to [min(0.05, alpha0_k), 1e3], where float32 digamma and the sampler
-are good; a prior below 0.05 is met, or q = p would be out of reach.
+Two ways from the controller's features f_t to the concentration (Meta-Attention, arXiv 2605.28384, uses the first).
+Both are clamped to [min(0.05, alpha0_k), 1e3], where float32 digamma and the sampler are good; a prior below 0.05 is
+met, or q = p would be out of reach.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MAX_CONCENTRATION = 1e3
 def additive(prior: Prior, features: Float[Array, "*batch mechanism"]) -> Float[Array, "*batch mechanism"]:
     """alpha_t = alpha0 + softplus(f_t): evidence counted on top of the prior.
 
-    It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats)
-    to overrule a strong prior.
+    It can add to a mechanism but never take the prior's counts away, so it needs a large KL (nats) to overrule a strong
+    prior.
     """
     evidence = jax.nn.softplus(_float32(features))
     return _clamp(_expand(prior.concentration, features) + evidence, prior)
@@ -35,8 +35,7 @@ def mean_strength(
 ) -> Float[Array, "*batch mechanism"]:
     """alpha_t = s_t softmax(log m + f_t), s_t = kappa softplus(g_t) / softplus(0).
 
-    Mean and confidence move apart from each other and in both directions. Zero features give the
-    prior itself, q = p.
+    Mean and confidence move apart from each other and in both directions. Zero features give the prior itself, q = p.
     """
     mean = jax.nn.softmax(_expand(jnp.log(prior.mean), features) + _float32(features), axis=-1)
     ratio = jax.nn.softplus(_float32(strength_features)) / jnp.log(jnp.float32(2.0))
@@ -55,8 +54,8 @@ class Dirichlet(distrax.Dirichlet):
 def kl_divergence(concentration: Float[Array, "*batch mechanism"], prior: Prior) -> Float[Array, "*batch"]:
     """KL(Dir(alpha_t) || Dir(alpha0)) in nats, closed form, float32.
 
-    Absolute rounding error is about 1e-6 times the largest concentration; near q = p the value can
-    be that much below 0.
+    Absolute rounding error is about 1e-6 times the largest concentration; near q = p the value can be that much below
+    0.
     """
     posterior = Dirichlet(_float32(concentration))
     return posterior.kl_divergence(Dirichlet(_expand(prior.concentration, concentration)))

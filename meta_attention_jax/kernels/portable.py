@@ -1,8 +1,8 @@
 """The packed kernel of every platform: loops of XLA whose trip counts follow the work list.
 
-For each block of queries an online softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv
-2205.14135) meets the tiles of keys that the list names. The backward pass keeps the log-sum-exp of
-every query and meets the same tiles. Memory is linear in time.
+For each block of queries an online softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) meets
+the tiles of keys that the list names. The backward pass keeps the log-sum-exp of every query and meets the same tiles.
+Memory is linear in time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ZERO = np.int32(0)  # Indices of one slice share a dtype, whatever the default 
 def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries, and the log-sum-exp of their logits.
 
-    Slots that are not in the list hold anything finite. Softmax in float32; the output has the dtype
-    of q, the log-sum-exp is float32. Two softmaxes over disjoint keys can be merged by the latter.
+    Slots that are not in the list hold anything finite. Softmax in float32; the output has the dtype of q, the
+    log-sum-exp is float32. Two softmaxes over disjoint keys can be merged by the latter.
 
     Args:
       q: `[B, T, H, d]`.
@@ -79,11 +79,10 @@ def _attend_forward(q, k, v, work):
 
 
 def _attend_backward(saved, cotangents):
-    """With P = softmax, L = log-sum-exp: dV = P^T dO, dS = P (dO V^T - sum_d dO O + dL), dQ = dS K,
-    dK = dS^T Q.
+    """With P = softmax, L = log-sum-exp: dV = P^T dO, dS = P (dO V^T - sum_d dO O + dL), dQ = dS K, dK = dS^T Q.
 
-    Tiles are made transposed, keys by queries: four of the five products then contract the last axis
-    of their left side, which is the faster way round on CPU.
+    Tiles are made transposed, keys by queries: four of the five products then contract the last axis of their left
+    side, which is the faster way round on CPU.
     """
     q, k, v, work, out, lse = saved
     d_out, d_lse = cotangents
@@ -138,23 +137,15 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Rows(NamedTuple):
-    """One block of packed queries.
+    """One block of packed queries."""
 
-    Attributes:
-      row: its sequence.
-      slot: its first slot.
-      order: of the work list; no position of the sequence where a slot fills the block.
-      valid: which slots do not.
-      first, last: keys of the windows.
-      sinks: (first, last) of the sinks, the last excluded; None without any.
-    """
-
-    row: Int[Array, ""]
-    slot: Int[Array, ""]
-    order: Int[Array, "block"]
-    valid: Bool[Array, "block"]
-    first: Int[Array, "block"]
+    row: Int[Array, ""]  # Its sequence.
+    slot: Int[Array, ""]  # Its first slot.
+    order: Int[Array, "block"]  # Of the work list; no position of the sequence where a slot fills the block.
+    valid: Bool[Array, "block"]  # Which slots do not.
+    first: Int[Array, "block"]  # Keys of the windows.
     last: Int[Array, "block"]
+    # (first, last) of the sinks, the last excluded; None without any.
     sinks: tuple[Int[Array, "block"], Int[Array, "block"]] | None
 
 
@@ -173,8 +164,8 @@ def _rows(work: WorkList, m: int, n: Int[Array, ""]) -> _Rows:
 
 
 def _walk(blocks: Blocks, n: Int[Array, ""], sinks: bool, meet, carry):
-    """meet(tile index, whole, carry) for every tile of block n: those that need no mask, then the
-    others, then those of the sinks."""
+    """meet(tile index, whole, carry) for every tile of block n: those that need no mask, then the others, then those of
+    the sinks."""
     low, whole, whole_end = blocks.low[n], blocks.whole[n], blocks.whole_end[n]
     steps = blocks.high[n] - low - (whole_end - whole)
 

@@ -10,27 +10,20 @@ from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.types import Reach
 
 BLOCK, TILE, LOCAL_TILE = 64, 128, 64
-"""Queries of a block; keys of a tile where nothing bounds the reach, at T below LONG_TIME (block and
-tile are twice that from there on), and of a tile of a window. Larger blocks are faster per pair, but
-their queries span more positions, so they meet more keys in vain. Forward+backward at 10 % full, twice
-/ once, on two CPU cores (4 heads, d 64), one trial that was not recorded: 1.09 at T 4096, 0.88 at 8192,
-0.87 at 32768."""
+"""Queries of a block; keys of a tile where nothing bounds the reach, at T below LONG_TIME (block and tile are twice
+that from there on), and of a tile of a window. Larger blocks are faster per pair, but their queries span more
+positions, so they meet more keys in vain. Forward+backward at 10 % full, twice / once, on two CPU cores (4 heads, d
+64), one trial that was not recorded: 1.09 at T 4096, 0.88 at 8192, 0.87 at 32768."""
 
 LONG_TIME = 8192
 
 
 class Kernel(NamedTuple):
-    """A packed kernel.
+    """A packed kernel."""
 
-    Attributes:
-      name: for logs.
-      attend: `(q, k, v, work) -> (packed output, log-sum-exp)`, as `portable.attend`.
-      sizes: `(time, reach) -> Sizes` that it wants.
-    """
-
-    name: str
-    attend: Callable
-    sizes: Callable[[int, Reach], Sizes]
+    name: str  # For logs.
+    attend: Callable  # `(q, k, v, work) -> (packed output, log-sum-exp)`, as `portable.attend`.
+    sizes: Callable[[int, Reach], Sizes]  # `(time, reach) -> Sizes` that it wants.
 
 
 def portable_sizes(time: int, reach: Reach) -> Sizes:

@@ -9,12 +9,7 @@ from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 
 def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None) -> None:
-    """Checks the arguments of every `attend` once, at the edge.
-
-    Raises:
-      ValueError: rank other than 4, batch/time/dim that differ, heads not a multiple of kv_heads,
-        segment_ids that are not integers of shape [batch, time].
-    """
+    """Checks the arguments of every `attend` once, at the edge."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}.")

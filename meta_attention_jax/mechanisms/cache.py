@@ -1,10 +1,10 @@
 """What all layers remember of every row while text is generated, for all mechanisms.
 
-Whatever a token's own route is, its key, value and linear state enter, and the routes of later tokens
-decide what is read; how is said by the mechanisms' `step`. Rows have lengths of their own.
+Whatever a token's own route is, its key, value and linear state enter, and the routes of later tokens decide what is
+read; how is said by the mechanisms' `step`. Rows have lengths of their own.
 
-Keys and values are read where they lie: loops take slices of the whole stack of layers, so that a
-compiled decode loop updates its cache in place.
+Keys and values are read where they lie: loops take slices of the whole stack of layers, so that a compiled decode loop
+updates its cache in place.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from meta_attention_jax.mechanisms.masks import MASKED
 from meta_attention_jax.types import Keys, SegmentIds, Values
 
 BLOCK = 1024
-"""Keys that full attention reads at a time, so of what capacities are multiples. Measured on one CPU
-core (d 64, 4 heads), against one product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach
-0.9."""
+"""Keys that full attention reads at a time, so of what capacities are multiples. Measured on one CPU core (d 64, 4
+heads), against one product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach 0.9."""
 
 StepQuery = Float[Array, "batch heads dim"]
 StepKey = Float[Array, "batch kv_heads dim"]
@@ -38,23 +37,15 @@ Normaliser = Float[Array, "layer batch kv_heads dim"]
 class Cache:
     """What all layers remember of every row.
 
-    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU
-    backend would widen the whole stack to float32 and back for every update.
-
-    Attributes:
-      k: keys as full and local attention want them (rotated where the layer is rotary); 0 from the
-        length on.
-      v: values; 0 from the length on.
-      s: S = sum phi(k_s) v_s^T over the unrotated keys, float32.
-      z: z = sum phi(k_s), float32.
-      length: tokens seen, by layer and row.
+    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU backend would widen the
+    whole stack to float32 and back for every update.
     """
 
-    k: Stack
-    v: Stack
-    s: State
-    z: Normaliser
-    length: Int[Array, "layer batch"]
+    k: Stack  # Keys as full and local attention want them (rotated where the layer is rotary); 0 from the length on.
+    v: Stack  # Values; 0 from the length on.
+    s: State  # S = sum phi(k_s) v_s^T over the unrotated keys, float32.
+    z: Normaliser  # z = sum phi(k_s), float32.
+    length: Int[Array, "layer batch"]  # Tokens seen, by layer and row.
 
     @property
     def capacity(self) -> int:
@@ -109,9 +100,6 @@ def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_
       k: keys for linear attention, unrotated.
       v: values.
       segment_ids: 0 from the end of each prompt on; nothing of that enters.
-
-    Raises:
-      ValueError: prompts longer than the capacity.
     """
     time = k.shape[1]
     if time > cache.capacity:

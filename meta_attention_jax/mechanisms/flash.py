@@ -1,9 +1,9 @@
 """Softmax attention by blocks, for the whole past or a window; memory linear in time.
 
-The square of logits is cut into tiles of block x block. For each block of queries an online softmax
-(Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) visits the tiles that a query
-of the block may see, the diagonal tile first; tiles above the diagonal or outside the window are
-never computed. The backward pass keeps only the log-sum-exp of every row and recomputes the tiles.
+The square of logits is cut into tiles of block x block. For each block of queries an online softmax (Milakov &
+Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) visits the tiles that a query of the block may see, the
+diagonal tile first; tiles above the diagonal or outside the window are never computed. The backward pass keeps only the
+log-sum-exp of every row and recomputes the tiles.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _QUERY_TIME, _KEY_TIME = 3, 2
 def attend(
     q: Queries, k: Keys, v: Values, *, segment_ids: SegmentIds | None, causal: bool, window: int | None, block: int
 ) -> tuple[Queries, Float[Array, "batch time heads"]]:
-    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the
-    log-sum-exp of their logits, float32: infinite at padding. Both have gradients.
+    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the log-sum-exp of their
+    logits, float32: infinite at padding. Both have gradients.
 
     Args:
       q, k, v, segment_ids: validated arguments of a mechanism's `attend`.
@@ -143,8 +143,8 @@ def _attend_forward(q, k, v, segments, causal, window, block):
 
 
 def _attend_backward(causal, window, block, saved, cotangents):
-    """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL),
-    dQ = dS K, dK = dS^T Q."""
+    """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL), dQ = dS K, dK = dS^T
+    Q."""
     gradient, d_lse = cotangents
     q, k, v, segments, out, lse = saved
     count = q.shape[_QUERY_TIME] // block

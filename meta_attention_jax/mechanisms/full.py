@@ -89,8 +89,8 @@ def step(
 ) -> cache.StepQuery:
     """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
 
-    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the
-    other rows: an online softmax over blocks, row by row. Softmax in float32.
+    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
+    softmax over blocks, row by row. Softmax in float32.
 
     Args:
       q: query of the newest token of each row.
@@ -131,11 +131,8 @@ def flops(time: int, dim: int, spec: AttentionSpec) -> float:
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` with segment ids spends on all tokens, forward.
 
-    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as
-    many are counted for "cudnn". q and k are asked for shape and dtype only.
-
-    Raises:
-      ValueError: an implementation that cannot serve.
+    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as many are counted
+    for "cudnn". q and k are asked for shape and dtype only.
     """
     batch, time, _, dim = q.shape
     chosen = resolve_implementation(spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments)
@@ -151,8 +148,8 @@ def reach(spec: AttentionSpec) -> Reach:
 
 
 def _dense_block(q: Abstract) -> int:
-    """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the
-    last-level cache (measured)."""
+    """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the last-level cache
+    (measured)."""
     batch, _, heads, _ = q.shape
     # A batch that is a symbol (`jax.export`) may be large.
     return 128 if not isinstance(batch, int) or batch * heads >= 16 else 256
@@ -176,9 +173,6 @@ def resolve_implementation(
 
     Returns:
       "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
-
-    Raises:
-      ValueError: "cudnn" where it cannot serve.
     """
     dtype = jnp.dtype(dtype)
     platform, capability = target or targets.current()

@@ -17,16 +17,16 @@ from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, Seg
 EPSILON = 1e-6
 CHUNK = 64
 BATCHED = 16
-"""Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64
-differ by less than the noise."""
+"""Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64 differ by less
+than the noise."""
 
 
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s).
 
-    Sums run over s <= t of the segment of t, or over the whole segment when not causal.
-    State and products are float32. Time and memory, gradients included, are linear in T: chunks of
-    tokens attend within themselves, and carry (S, z) from chunk to chunk.
+    Sums run over s <= t of the segment of t, or over the whole segment when not causal. State and products are float32.
+    Time and memory, gradients included, are linear in T: chunks of tokens attend within themselves, and carry (S, z)
+    from chunk to chunk.
 
     Args:
       q: `[B, T, H, d]`.
@@ -57,10 +57,9 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
 
-    A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the
-    state, 2 c d^2 per key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many
-    chunks as the loop visits, the filling of its last step included; twice as many when not
-    causal. Bytes: each array once per direction.
+    A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the state, 2 c d^2 per
+    key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many chunks as the loop visits, the filling of
+    its last step included; twice as many when not causal. Bytes: each array once per direction.
     """
     batch, _, heads, dim = q.shape
     steps, m, chunk = _steps(q)
@@ -118,8 +117,8 @@ def _forward(
 ) -> tuple[tuple[Numerator, Denominator], Steps | None]:
     """The sums, and (S, z) before every chunk if they are to be saved.
 
-    A step of the loop takes m chunks: their products are batched, and only the states, which are
-    small, follow each other.
+    A step of the loop takes m chunks: their products are batched, and only the states, which are small, follow each
+    other.
     """
     time = q.shape[1]
     steps, m, chunk = _steps(q)
@@ -148,9 +147,9 @@ def _forward(
 def _sums_backward(inclusive, saved, cotangents):
     """Chunks in reverse, with the gradients (dS, dz) in the place of (S, z).
 
-    With scores A = phi(q) phi(k)^T and dA = dN V^T + dD, N and D the numerator and denominator:
-    dphi(q) = dA phi(k) + dN S^T + dD z^T, dphi(k) = dA^T phi(q) + V dS^T + dz,
-    dV = A^T dN + phi(k) dS, and a chunk adds phi(q)^T dN to dS, phi(q)^T dD to dz.
+    With scores A = phi(q) phi(k)^T and dA = dN V^T + dD, N and D the numerator and denominator: dphi(q) = dA phi(k) +
+    dN S^T + dD z^T, dphi(k) = dA^T phi(q) + V dS^T + dz, dV = A^T dN + phi(k) dS, and a chunk adds phi(q)^T dN to dS,
+    phi(q)^T dD to dz.
     """
     q, k, v, segments, states = saved
     time, kv_heads = q.shape[1], k.shape[2]
@@ -220,8 +219,8 @@ def _advance(state: State, keep: Float[Array, "batch m"], added: States, reverse
 def _group(x: Array, i: Array, m: int, chunk: int, kv_heads: int) -> Array:
     """Step i of `[B, T, H, ...]` as `[B, m, G, r, chunk, ...]`.
 
-    Slices are taken and turned inside the loop, where they stay in cache: turning whole arrays first
-    costs as much as the products.
+    Slices are taken and turned inside the loop, where they stay in cache: turning whole arrays first costs as much as
+    the products.
     """
     x = jax.lax.dynamic_slice_in_dim(x, i * m * chunk, m * chunk, 1)
     batch, _, heads, *rest = x.shape
@@ -251,8 +250,8 @@ def _slices(q: Queries, k: Keys, v: Values, i: Array, m: int, chunk: int):
 def _masks(segments: SegmentIds, i: Array, m: int, chunk: int, inclusive: bool):
     """Who attends to whom within a chunk, who reads the state, who writes it, and whether it stays.
 
-    The state belongs to the segment of the last token before the chunk; segments are contiguous, so
-    no other can go on in the chunk.
+    The state belongs to the segment of the last token before the chunk; segments are contiguous, so no other can go on
+    in the chunk.
     """
     first = i * m * chunk
     ids = jax.lax.dynamic_slice_in_dim(segments, first, m * chunk, 1).reshape(-1, m, chunk)

@@ -27,11 +27,11 @@ BLOCK = 64
 
 
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
-    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment,
-    and over its first `sinks` tokens.
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment, and over its first
+    `sinks` tokens.
 
-    Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and
-    memory, gradients included, are O(T (window + sinks)); a window of T or more gives full attention.
+    Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and memory, gradients
+    included, are O(T (window + sinks)); a window of T or more gives full attention.
 
     Args:
       q: `[B, T, H, d]`.
@@ -85,11 +85,7 @@ def _sinks(
 def step(
     q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
-    """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many.
-
-    Raises:
-      ValueError: no window.
-    """
+    """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many."""
     length, capacity = held.length[layer], held.capacity
     width, sinks = min(spec.width, capacity), min(spec.sinks, capacity)
     offset = jnp.arange(width, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """Who may attend to whom, from indices in the array and segment ids.
 
-Masks are made block by block from index vectors; no function here sees the whole T x T square
-unless it is asked for it.
+Masks are made block by block from index vectors; no function here sees the whole T x T square unless it is asked for
+it.
 """
 
 from __future__ import annotations

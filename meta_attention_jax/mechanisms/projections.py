@@ -16,26 +16,18 @@ Residual = Float[Array, "batch time model"]
 class Projections(nn.Module):
     """The projections that every mechanism of a layer shares.
 
-    `project` maps x `[B, T, D]` to q `[B, T, H, d]` and k, v `[B, T, G, d]`; `merge` maps the
-    heads' outputs `[B, T, H, d]` back to `[B, T, features]`. Parameters: query, key, value, out.
-
-    Attributes:
-      num_heads: H.
-      head_dim: d.
-      num_kv_heads: G, a divisor of H; None for G = H.
-      features: width of the output; None for the width of x.
-      use_bias: biases on all four.
-      dtype: of the computation; parameters are of `param_dtype`.
-      kernel_init, out_kernel_init: of query, key and value; of out (None: the same).
+    `project` maps x `[B, T, D]` to q `[B, T, H, d]` and k, v `[B, T, G, d]`; `merge` maps the heads' outputs `[B, T, H,
+    d]` back to `[B, T, features]`. Parameters: query, key, value, out.
     """
 
-    num_heads: int
-    head_dim: int
-    features: int
-    num_kv_heads: int | None = None
-    use_bias: bool = False
-    dtype: Any = jnp.float32
+    num_heads: int  # H.
+    head_dim: int  # d.
+    features: int  # Width of the output; None for the width of x.
+    num_kv_heads: int | None = None  # G, a divisor of H; None for G = H.
+    use_bias: bool = False  # Biases on all four.
+    dtype: Any = jnp.float32  # Of the computation; parameters are of `param_dtype`.
     param_dtype: Any = jnp.float32
+    # Of query, key and value; of out (None: the same).
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: nn.initializers.Initializer | None = None
 

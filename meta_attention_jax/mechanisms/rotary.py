@@ -13,8 +13,8 @@ def rotate(
 ) -> Float[Array, "batch time heads dim"]:
     """Rotates the pair (x_i, x_{i + d/2}) by the angle p base^(-2i/d), i < d/2.
 
-    The scalar product of a rotated query and a rotated key depends on the difference of their
-    positions alone. Angles are float32 whatever the dtype of x; the result has the dtype of x.
+    The scalar product of a rotated query and a rotated key depends on the difference of their positions alone. Angles
+    are float32 whatever the dtype of x; the result has the dtype of x.
 
     Args:
       x: queries or keys.

@@ -1,9 +1,8 @@
 """What one call of a mechanism spends: FLOPs, and bytes between its arrays and the products.
 
-FLOPs are 2 per multiply-add of matrix products, as everywhere in the project. Bytes are queries,
-keys and values as often as a tile or a chunk takes them, and outputs as they are written; each in
-the dtype of its array. Copies that change a layout, running sums and masks are left out: what a
-compiler makes of them differs from device to device.
+FLOPs are 2 per multiply-add of matrix products, as everywhere in the project. Bytes are queries, keys and values as
+often as a tile or a chunk takes them, and outputs as they are written; each in the dtype of its array. Copies that
+change a layout, running sums and masks are left out: what a compiler makes of them differs from device to device.
 
 Arrays are asked for their shape and dtype only, so abstract ones will do.
 """

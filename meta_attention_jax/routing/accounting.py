@@ -20,34 +20,21 @@ from meta_attention_jax.types import Abstract, AttentionSpec, ModelConfig, Route
 
 @flax.struct.dataclass
 class Spending:
-    """One quantity of attention proper, forward, in four views.
+    """One quantity of attention proper, forward, in four views."""
 
-    Attributes:
-      projected: if every token paid for its own mechanism alone.
-      executed_packed: what packed dispatch does for these routes.
-      executed_dense: what "compute all, select" does: every mechanism on every token.
-      full_only: what full attention does on every token.
-    """
-
-    projected: Float[Array, ""]
-    executed_packed: Float[Array, ""]
-    executed_dense: Float[Array, ""]
-    full_only: Float[Array, ""]
+    projected: Float[Array, ""]  # If every token paid for its own mechanism alone.
+    executed_packed: Float[Array, ""]  # What packed dispatch does for these routes.
+    executed_dense: Float[Array, ""]  # What "compute all, select" does: every mechanism on every token.
+    full_only: Float[Array, ""]  # What full attention does on every token.
 
 
 @flax.struct.dataclass
 class Accounting:
-    """FLOPs and bytes of some tokens. Additive until `per_token` divides.
+    """FLOPs and bytes of some tokens. Additive until `per_token` divides."""
 
-    Attributes:
-      tokens: tokens that are not padding.
-      flops: 2 per multiply-add of matrix products.
-      bytes: queries, keys and values as often as they are read, outputs as they are written
-        (see `mechanisms.spent`).
-    """
-
-    tokens: Float[Array, ""]
-    flops: Spending
+    tokens: Float[Array, ""]  # Tokens that are not padding.
+    flops: Spending  # 2 per multiply-add of matrix products.
+    # Queries, keys and values as often as they are read, outputs as they are written (see `mechanisms.spent`).
     bytes: Spending
 
     def per_token(self) -> Accounting:
@@ -59,21 +46,17 @@ class Accounting:
 def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None) -> Accounting:
     """FLOPs and bytes of one layer's attention for these routes, totals over the batch. Jittable.
 
-    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the
-    packed kernel meets; a mechanism without a reach on all tokens of the batch if any token, padding
-    left out, is routed to it. Dense select: every mechanism on all tokens; the selection itself makes
-    no product and is not counted. Projected FLOPs are those of the equation at T tokens, divided by
-    T; projected bytes, for which there is no equation, those of the mechanism on all tokens, divided
-    by B T. With a fixed router the layer computes no other mechanism: both executed numbers are then
-    those of the routed mechanisms on all tokens.
+    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the packed kernel meets;
+    a mechanism without a reach on all tokens of the batch if any token, padding left out, is routed to it. Dense
+    select: every mechanism on all tokens; the selection itself makes no product and is not counted. Projected FLOPs are
+    those of the equation at T tokens, divided by T; projected bytes, for which there is no equation, those of the
+    mechanism on all tokens, divided by B T. With a fixed router the layer computes no other mechanism: both executed
+    numbers are then those of the routed mechanisms on all tokens.
 
     Args:
       route: `[B, T]`, indices on the axis of the router's mechanisms.
       config: of the model.
       segment_ids: `[B, T]`, 0 is padding; None for one segment.
-
-    Raises:
-      ValueError: unknown mechanism, a missing window, shapes that do not fit.
     """
     if route.ndim != 2:
         raise ValueError(f"route: expected shape [batch, time], got {route.shape}.")

@@ -2,16 +2,15 @@
 
     soft   o_t = sum_k w_tk o^k_t          hard   o_t = o^{k*_t}_t
 
-In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed
-kernel and one work list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which
-queries meet which keys, `kernels/portable.py` computes them. The others run on all tokens of the
-batch, if any token but padding asks for them: linear attention's state needs every key whoever reads
-it.
+In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed kernel and one work
+list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which queries meet which keys,
+`kernels/portable.py` computes them. The others run on all tokens of the batch, if any token but padding asks for them:
+linear attention's state needs every key whoever reads it.
 
-No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
-under `vmap` every example would wait for the longest, so map over the batch axis instead. Inside
-`shard_map`, as in the training step, and where `jax.set_mesh` has set a mesh, each device loops
-over its own rows; `jit` alone, over rows that are split, would communicate inside the loops.
+No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data: under `vmap` every
+example would wait for the longest, so map over the batch axis instead. Inside `shard_map`, as in the training step, and
+where `jax.set_mesh` has set a mesh, each device loops over its own rows; `jit` alone, over rows that are split, would
+communicate inside the loops.
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ from meta_attention_jax.types import (
 DISPATCHES = ("auto", "dense", "packed")
 
 PACKED_TIME = 512
-"""Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on
-two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller
-than what other shares and devices may change; less than 256 was not measured."""
+"""Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on two CPU cores:
+0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller than what other shares and
+devices may change; less than 256 was not measured."""
 
 
 class Heads(NamedTuple):
@@ -68,11 +67,7 @@ class Heads(NamedTuple):
 
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
-    """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense".
-
-    Raises:
-      ValueError: unknown name.
-    """
+    """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense"."""
     if dispatch not in DISPATCHES:
         raise ValueError(f"dispatch: expected one of {DISPATCHES}, got {dispatch!r}.")
     if dispatch != "auto":
@@ -173,8 +168,8 @@ def plan(
     dtype: Any,
     dim: int,
 ) -> Optional[WorkList]:
-    """What the packed kernel of this platform has to do for these routes; None where no mechanism has
-    a reach. Routes outside the axis, padding's among them, ask for nothing."""
+    """What the packed kernel of this platform has to do for these routes; None where no mechanism has a reach. Routes
+    outside the axis, padding's among them, ask for nothing."""
     packed = [index for index, record in enumerate(records) if record.reach is not None]
     if not packed:
         return None
@@ -189,8 +184,8 @@ def plan(
 
 @jax.custom_vjp
 def _unpack(packed: Float[Array, "batch slots heads dim"], work: WorkList) -> Queries:
-    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is
-    another gather, and not a sum."""
+    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is another gather,
+    and not a sum."""
     return _rows_at(packed, work.slot)
 
 

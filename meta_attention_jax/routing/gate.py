@@ -1,8 +1,7 @@
 """The gate: which tokens are certain enough to use one mechanism only, and when in training.
 
-Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its
-final value (1: all hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness
-would then depend on later tokens.
+Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its final value (1: all
+hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness would then depend on later tokens.
 """
 
 from __future__ import annotations
@@ -41,9 +40,6 @@ def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
     """theta = exp(eta + log Gamma(K)), at most 1: the gate H[Dir(alpha_t)] <= eta of `dirichlet_entropy`.
 
     From eta = -log Gamma(K) on, -0.693 for K = 3, every token is hard.
-
-    Raises:
-      ValueError: eta is not finite, or so low that theta is 0 in float32.
     """
     least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)
     if not math.isfinite(nats) or nats < least:
@@ -53,19 +49,12 @@ def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
 
 @flax.struct.dataclass
 class GateState:
-    """What the gate remembers of past steps; it lives in the train state.
+    """What the gate remembers of past steps; it lives in the train state."""
 
-    Attributes:
-      count: steps seen.
-      average: exponential average of the routing entropy, in the unit of `GateSchedule.tolerance`.
-      slow: exponential average of `average`.
-      opened: step after which a `settled` schedule opened, or -1.
-    """
-
-    count: Int[Array, ""]
-    average: Scalar
-    slow: Scalar
-    opened: Int[Array, ""]
+    count: Int[Array, ""]  # Steps seen.
+    average: Scalar  # Exponential average of the routing entropy, in the unit of `GateSchedule.tolerance`.
+    slow: Scalar  # Exponential average of `average`.
+    opened: Int[Array, ""]  # Step after which a `settled` schedule opened, or -1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,29 +68,20 @@ class GateSchedule:
         cosine    (1 - cos(pi p)) / 2 of the linear p
         settled   linear over end - start steps from the step when routing entropy settled
 
-    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta
-    is R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
-    rarely come near 1 too.
+    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta is R / 2 of its
+    final value at p = 1/2, so hardening spreads over the schedule for measures that rarely come near 1 too.
 
-    Routing entropy (for `dirichlet_entropy`, the mean of H[Dir(alpha)]) has settled when, at or after
-    `start` and after at least `window` steps, its exponential average over about `window` steps is
-    within `tolerance` of that average's own average.
-
-    Attributes:
-      kind: "none", "linear", "cosine" or "settled".
-      start: last step with p = 0 (for settled: no opening before it).
-      end: first step with p = 1; for settled only end - start counts.
-      measure: the uncertainty measure that theta is compared with.
-      window: time constant of the averages, steps.
-      tolerance: of settling, a fraction of log K; nats for `dirichlet_entropy`.
+    Routing entropy (for `dirichlet_entropy`, the mean of H[Dir(alpha)]) has settled when, at or after `start` and after
+    at least `window` steps, its exponential average over about `window` steps is within `tolerance` of that average's
+    own average.
     """
 
-    kind: str = "none"
-    start: int = 0
-    end: int = 1
-    measure: str = "entropy"
-    window: int = 100
-    tolerance: float = 0.01
+    kind: str = "none"  # "none", "linear", "cosine" or "settled".
+    start: int = 0  # Last step with p = 0 (for settled: no opening before it).
+    end: int = 1  # First step with p = 1; for settled only end - start counts.
+    measure: str = "entropy"  # The uncertainty measure that theta is compared with.
+    window: int = 100  # Time constant of the averages, steps.
+    tolerance: float = 0.01  # Of settling, a fraction of log K; nats for `dirichlet_entropy`.
 
     def validate(self) -> None:
         """Checks the fields; raises ValueError naming the first that is wrong."""
@@ -137,15 +117,10 @@ class GateSchedule:
 
 @flax.struct.dataclass
 class GateTimes:
-    """When the gate moves, as arrays that a sweep may vary; see `GateSchedule`.
+    """When the gate moves, as arrays that a sweep may vary; see `GateSchedule`."""
 
-    Attributes:
-      start: last step with p = 0.
-      end: first step with p = 1; later than start.
-    """
-
-    start: Int[Array, ""]
-    end: Int[Array, ""]
+    start: Int[Array, ""]  # Last step with p = 0.
+    end: Int[Array, ""]  # First step with p = 1; later than start.
 
 
 def threshold(
@@ -180,9 +155,8 @@ def update(
 ) -> GateState:
     """The state after `step`, whose routing entropy was `entropy`.
 
-    `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at
-    the first entropy seen. A `settled` gate opens once and never closes again. `times` as in
-    `threshold`.
+    `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at the first entropy
+    seen. A `settled` gate opens once and never closes again. `times` as in `threshold`.
     """
     times = times or schedule.times
     rate = 1.0 / schedule.window
