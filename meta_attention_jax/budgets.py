@@ -16,8 +16,8 @@ from typing import Any, Optional
 import numpy as np
 
 from meta_attention_jax.config import read_stored
+from meta_attention_jax.fields import expect, real
 from meta_attention_jax.files import write_whole
-from meta_attention_jax.scalars import real
 
 FILE = "budgets.json"
 HALVINGS = 16
@@ -41,8 +41,7 @@ def check_budget(
         what = "the cheapest mechanism's" if kind == "cost" else "no token"
         raise ValueError(f"{kind}: expected a budget in [{least:g} ({what}), 1], got {value:g}.")
     if kind == "share":
-        if "full" not in mechanisms:
-            raise ValueError(f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}.")
+        expect("full" in mechanisms, "share", "full attention among the mechanisms", tuple(mechanisms))
         full = float(costs[tuple(mechanisms).index("full")])
         if full < max(map(float, costs)):  # A price would send tokens there.
             raise ValueError(f"share: expected full attention to cost most, got {full:g} of 1.")

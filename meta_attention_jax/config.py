@@ -25,7 +25,7 @@ from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
-from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field
+from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect
 from meta_attention_jax.routing.gate import KINDS
 from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS
 
@@ -163,8 +163,7 @@ def near(field: str, known: Iterable[str]) -> str:
 def check_fields(config: Any) -> None:
     """Checks that a config has the fields of the schema, no others, and of each a value that it can have by itself;
     fields that files from before them lack are put in."""
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"config: expected a ConfigDict from get_config(), got {config!r}.")
+    expect(isinstance(config, ConfigDict), "config", "a ConfigDict from get_config()", config)
     sections = {name.partition(".")[0] for name in SCHEMA if "." in name}
     for section in sections:
         if section in config and not isinstance(config[section], ConfigDict):

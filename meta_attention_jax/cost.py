@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
 from meta_attention_jax.types import AttentionSpec, ModelConfig
 
@@ -67,11 +68,8 @@ def resolve_costs(
             return nominal_costs(mechanisms)
         if costs == "analytic":
             return analytic_costs(mechanisms, time=time, dim=dim, spec=spec)
-        if costs == "measured":
-            raise ValueError(
-                "costs: expected 'nominal', 'analytic' or numbers without a run directory to freeze "
-                "measured ones in, got 'measured'."
-            )
+        expected = "'nominal', 'analytic' or numbers without a run directory to freeze measured ones in"
+        expect(costs != "measured", "costs", expected, "measured")
         raise ValueError(f"costs: expected one of {COST_KINDS} or numbers, got {costs!r}.")
     with np.errstate(over="ignore"):  # Infinity is refused below.
         values = np.asarray(costs, np.float32)

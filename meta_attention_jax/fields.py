@@ -1,4 +1,5 @@
-"""What a field of a config is: its default, its bounds, and what is known of it over time."""
+"""What a field of a config is: its default, its bounds, and what is known of it over time; and numbers that callers
+give, of which those of NumPy and JAX are as good as Python's."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import math
 from collections.abc import Collection
 from typing import Any, Optional
 
+import jax
 import numpy as np
 
 SMALLEST, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -70,10 +72,31 @@ class Field:
             expect(value in self.choices, name, f"one of {tuple(self.choices)}", value)
 
 
-def expect(ok: bool, field: str, expected: str, got: Any) -> None:
+def expect(ok: Any, field: str, expected: str, got: Any) -> None:
     """Raises a ValueError of one sentence unless `ok`."""
     if not ok:
         raise ValueError(f"{field}: expected {expected}, got {got!r}.")
+
+
+def plain(value: Any) -> Any:
+    """NumPy and JAX scalars as Python numbers, arrays as tuples of them, in lists and tuples too; all else as it is."""
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        value = value.item() if value.ndim == 0 else tuple(value.tolist())
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def whole(field: str, value: Any) -> int:
+    """An integer; neither True nor 2.0 is one."""
+    value = plain(value)
+    expect(_is_number(value, int), field, "an integer", value)
+    return value
+
+
+def real(field: str, value: Any) -> float:
+    """An integer or a float, NaN and infinities too."""
+    value = plain(value)
+    expect(_is_number(value, (int, float)), field, "a number", value)
+    return value
 
 
 def _is_number(value: Any, kinds: Any) -> bool:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from meta_attention_jax.fields import expect, real, whole
 from meta_attention_jax.mechanisms.cache import Cache
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.types import Routing, RoutingHypers
 
@@ -92,10 +92,8 @@ class Sampler:
                 f"temperature: expected a finite number of at least {TINY:.1e}, got "
                 f"{self.temperature}; without a sampler the text is greedy."
             )
-        if self.top_k is not None and not 1 <= self.top_k < 2**31:
-            raise ValueError(f"top_k: expected at least 1 and less than 2^31, got {self.top_k}.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}.")
+        expect(self.top_k is None or 1 <= self.top_k < 2**31, "top_k", "at least 1 and less than 2^31", self.top_k)
+        expect(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "a number in (0, 1]", self.top_p)
 
     def filtered(self, logits: Logits) -> Logits:
         """Logits that are sampled from, the largest 0; those of tokens that are left out -inf."""
@@ -263,20 +261,15 @@ def generate(
         )
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     steps = whole("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    expect(steps >= 1, "steps", "at least 1", steps)
     needed = int(lengths.max()) + steps
     if capacity is None:
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
     capacity = whole("capacity", capacity)
-    if needed > capacity:
-        raise ValueError(
-            f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, got {capacity}."
-        )
+    expect(needed <= capacity, "capacity", f"at least prompt + steps = {lengths.max()} + {steps} tokens", capacity)
     batch = len(lengths)
     if keys is None:
-        if sampler is not greedy:
-            raise ValueError("keys: expected one PRNG key per row for this sampler, got None.")
+        expect(sampler is greedy, "keys", "one PRNG key per row for this sampler", None)
         keys = jax.random.split(jax.random.key(0), batch)
     if keys.shape != (batch,):
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")

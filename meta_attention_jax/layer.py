@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import resolve_costs
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms import cache as caches
 from meta_attention_jax.mechanisms.projections import Projections
 from meta_attention_jax.mechanisms.registry import check_decodes, get_mechanism
@@ -161,8 +162,8 @@ class MetaAttention(nn.Module):
             spec = dataclasses.replace(spec, segments="one")
             segment_ids = jnp.ones((batch, time), jnp.int32)
         for name, given in (("segment_ids", segment_ids), ("positions", positions), ("route", route)):
-            if given is not None and given.shape != (batch, time):
-                raise ValueError(f"{name}: expected shape {(batch, time)}, got {given.shape}.")
+            if given is not None:
+                expect(given.shape == (batch, time), name, f"shape {(batch, time)}", given.shape)
         if positions is None and cache is not None and time == 1:
             ends = by_rows(lambda cache, layer: cache.length[layer], (1, None))(cache, layer)
             positions = ends[:, None]
@@ -263,11 +264,8 @@ class MetaAttention(nn.Module):
         return mix(outputs, weights)
 
     def _hypers(self, time: int, dim: int) -> RoutingHypers:
-        if self.costs == "analytic":
-            raise ValueError(
-                "costs: expected 'nominal' or numbers, such as those of "
-                "`cost.analytic_costs(..., time=...)` at one fixed length, got 'analytic'."
-            )
+        expected = "'nominal' or numbers, such as those of `cost.analytic_costs(..., time=...)` at one fixed length"
+        expect(self.costs != "analytic", "costs", expected, "analytic")
         costs = resolve_costs(self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec)
         if not self.router.is_fixed:
             validate_prior(strength=self.strength, preference=self.preference, costs=costs)
@@ -286,17 +284,12 @@ class MetaAttention(nn.Module):
             raise ValueError(f"inputs_q: expected [batch, time, model], got shape {x.shape}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         features = x.shape[-1] if self.qkv_features is None else self.qkv_features
-        if self.num_heads <= 0 or features % self.num_heads:
-            raise ValueError(
-                f"num_heads: expected a positive divisor of qkv_features = {features}, got {self.num_heads}."
-            )
-        if kv_heads <= 0 or self.num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a positive divisor of num_heads = {self.num_heads}, got {kv_heads}."
-            )
+        expected = f"a positive divisor of qkv_features = {features}"
+        expect(self.num_heads > 0 and not features % self.num_heads, "num_heads", expected, self.num_heads)
+        expected = f"a positive divisor of num_heads = {self.num_heads}"
+        expect(kv_heads > 0 and not self.num_heads % kv_heads, "num_kv_heads", expected, kv_heads)
         dispatch.resolve_dispatch(self.dispatch, time=x.shape[1])
-        if self.mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}.")
+        expect(self.mode in MODES, "mode", f"one of {MODES}", self.mode)
         for name in self.router.mechanisms:
             get_mechanism(name)
         if cache is not None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.layer import MetaAttention
 from meta_attention_jax.mechanisms.cache import Cache, init_cache
 from meta_attention_jax.mechanisms.registry import check_decodes
@@ -245,8 +246,7 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: prompts longer than the capacity, shapes that do not fit.
         """
-        if lengths.shape != tokens.shape[:1]:
-            raise ValueError(f"lengths: expected shape {tokens.shape[:1]}, got {lengths.shape}.")
+        expect(lengths.shape == tokens.shape[:1], "lengths", f"shape {tokens.shape[:1]}", lengths.shape)
         segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         route = self._layer_routes(route, tokens.shape)
         if tokens.shape[1] == 1:  # One token goes on where a row ends, which is here nowhere.

@@ -31,12 +31,12 @@ from meta_attention_jax import answers, budgets
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
+from meta_attention_jax.fields import expect, real, whole
 from meta_attention_jax.files import local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
-from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator, logits_and_routing
@@ -289,8 +289,7 @@ class Run:
 
     def _mode(self, mode: Optional[str]) -> str:
         mode = self.mode if mode is None else mode
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        expect(mode in MODES, "mode", f"one of {MODES}", mode)
         return mode
 
     def _routing_hypers(self, threshold: Optional[float]) -> RoutingHypers:

@@ -15,10 +15,9 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.tokenizer import load_tokenizer
-from meta_attention_jax.fields import expect
+from meta_attention_jax.fields import expect, plain, whole
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.run import Run
-from meta_attention_jax.scalars import plain, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
 from meta_attention_jax.training.restore import check_params, read_run

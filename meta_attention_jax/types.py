@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.scalars import whole
+from meta_attention_jax.fields import expect, whole
 
 Queries = Float[Array, "batch time heads dim"]
 Keys = Float[Array, "batch time kv_heads dim"]
@@ -68,8 +68,7 @@ def _at_least(record: Any, least: int, name: str, optional: bool = False) -> Non
     if optional and value is None:
         return
     number = whole(name, value)
-    if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {number}.")
+    expect(number >= least, name, f"at least {least}", number)
     object.__setattr__(record, name, number)
 
 
@@ -87,22 +86,17 @@ class AttentionSpec:
     segments: str = "any"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.causal, (bool, np.bool_)):
-            raise ValueError(f"causal: expected True or False, got {self.causal!r}.")
+        expect(isinstance(self.causal, (bool, np.bool_)), "causal", "True or False", self.causal)
         _at_least(self, 1, "window", optional=True)
         _at_least(self, 0, "sinks")
-        if self.implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {self.implementation!r}."
-            )
-        if self.segments not in SEGMENTS:
-            raise ValueError(f"segments: expected one of {SEGMENTS}, got {self.segments!r}.")
+        expected = f"one of {', '.join(IMPLEMENTATIONS)}"
+        expect(self.implementation in IMPLEMENTATIONS, "implementation", expected, self.implementation)
+        expect(self.segments in SEGMENTS, "segments", f"one of {SEGMENTS}", self.segments)
 
     @property
     def width(self) -> int:
         """w, for what needs one; raises ValueError where there is none."""
-        if self.window is None:
-            raise ValueError("window: expected a positive integer for this mechanism, got None.")
+        expect(self.window is not None, "window", "a positive integer for this mechanism", None)
         return self.window
 
 
@@ -135,14 +129,11 @@ class Router:
             given = getattr(self, name)
             given = (given,) if isinstance(given, str) else given
             ok = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
-            if not ok or not given:
-                raise ValueError(f"{name}: expected names of mechanisms, got {given!r}.")
+            expect(ok and given, name, "names of mechanisms", given)
             object.__setattr__(self, name, tuple(given))
         for name in ("controller", "prior", "posterior", "network", "uncertainty"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}: expected a name, got {getattr(self, name)!r}.")
-        if self.fallback not in FALLBACKS:
-            raise ValueError(f"fallback: expected one of {FALLBACKS}, got {self.fallback!r}.")
+            expect(isinstance(getattr(self, name), str), name, "a name", getattr(self, name))
+        expect(self.fallback in FALLBACKS, "fallback", f"one of {FALLBACKS}", self.fallback)
         if self.fallback == "full" and "full" not in self.mechanisms:
             raise ValueError(f"fallback: expected 'soft' without full attention among {self.mechanisms}, got 'full'.")
         _at_least(self, 1, "hidden")

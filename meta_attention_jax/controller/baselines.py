@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Key
 from meta_attention_jax.controller import prior, sampling
 from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
 from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, measured
+from meta_attention_jax.fields import expect
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
     Positions,
@@ -181,8 +182,7 @@ class BayesianMeanController(DirichletController):
 
 def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Routing:
     """Every token on one mechanism, with certainty: u_t = 0 and KL = 0."""
-    if not 0 <= fixed < num_mechanisms:
-        raise ValueError(f"fixed: expected an index in [0, {num_mechanisms}), got {fixed}.")
+    expect(0 <= fixed < num_mechanisms, "fixed", f"an index in [0, {num_mechanisms})", fixed)
     row = jax.nn.one_hot(fixed, num_mechanisms, dtype=jnp.float32)
     mean = jnp.broadcast_to(row, (batch, time, num_mechanisms))
     zeros = jnp.zeros((batch, time), jnp.float32)
@@ -234,13 +234,11 @@ def measures_of(controller: str) -> tuple[str, ...]:
 def make_controller(router: Router, **fields: Any) -> nn.Module:
     """The router's controller; `fields` are those that all have: `dtype`, `name`."""
     names = router.mechanisms
-    if router.controller not in CONTROLLERS:
-        raise ValueError(f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}.")
+    expect(router.controller in CONTROLLERS, "controller", f"one of {tuple(CONTROLLERS)}", router.controller)
     least = 1 if router.is_fixed else 2
     if len(set(names)) != len(names) or len(names) < least:
         raise ValueError(f"mechanisms: expected {least} or more distinct names, got {names}.")
-    if router.is_fixed and router.fixed[0] not in names:
-        raise ValueError(f"fixed: expected one of the mechanisms {names}, got {router.fixed[0]!r}.")
+    expect(not router.is_fixed or router.fixed[0] in names, "fixed", f"one of the mechanisms {names}", router.fixed[0])
     module = CONTROLLERS[router.controller]
     known = {field.name for field in dataclasses.fields(module)}
     own = {

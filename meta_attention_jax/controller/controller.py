@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import posterior, prior, sampling
 from meta_attention_jax.controller.uncertainty import measured
+from meta_attention_jax.fields import expect
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
 
@@ -59,8 +60,7 @@ class ControllerMLP(nn.Module):
     def __call__(
         self, x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
     ) -> Float[Array, "batch time outputs"]:
-        if self.form not in NETWORKS:
-            raise ValueError(f"network: expected one of {NETWORKS}, got {self.form!r}.")
+        expect(self.form in NETWORKS, "network", f"one of {NETWORKS}", self.form)
         theirs = self.form == "paper"
         normal = nn.initializers.normal(0.02)
         h = by_rows(features, (0, 0, 0))(x, x if theirs else jax.lax.stop_gradient(residual), positions)
@@ -114,8 +114,7 @@ class DirichletController(nn.Module):
           keys: one typed PRNG key per example for a reparameterised sample in `weights`; None for
             the posterior mean.
         """
-        if self.posterior not in posterior.POSTERIORS:
-            raise ValueError(f"posterior: expected one of {posterior.POSTERIORS}, got {self.posterior!r}.")
+        expect(self.posterior in posterior.POSTERIORS, "posterior", f"one of {posterior.POSTERIORS}", self.posterior)
         if hypers.costs.shape != (self.num_mechanisms,):
             raise ValueError(
                 f"costs: expected {self.num_mechanisms} numbers, one per mechanism, got shape {hypers.costs.shape}."

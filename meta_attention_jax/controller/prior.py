@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import RoutingHypers, Scalar
 
 
@@ -66,8 +67,7 @@ PRIORS: dict[str, Callable[[RoutingHypers], Prior]] = {
 
 def make_prior(family: str, hypers: RoutingHypers) -> Prior:
     """The named prior at the given (possibly traced) hyper-parameters."""
-    if family not in PRIORS:
-        raise ValueError(f"prior: expected one of {tuple(PRIORS)}, got {family!r}.")
+    expect(family in PRIORS, "prior", f"one of {tuple(PRIORS)}", family)
     return PRIORS[family](hypers)
 
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
+
 
 def _unit(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return jnp.clip(x, 0.0, 1.0)
@@ -123,15 +125,11 @@ def measured(
     measure: str, mean: Float[Array, "*batch mechanism"], concentration: Optional[Float[Array, "*batch mechanism"]]
 ) -> Uncertainty:
     """The named measure of one posterior."""
-    if measure not in MEASURES:
-        raise ValueError(f"uncertainty: expected one of {tuple(MEASURES)}, got {measure!r}.")
+    expect(measure in MEASURES, "uncertainty", f"one of {tuple(MEASURES)}", measure)
     found = MEASURES[measure]
     if not found.of_posterior:
         return Uncertainty(found.function(mean))
-    if concentration is None:
-        raise ValueError(
-            "uncertainty: expected a measure of the mean, such as 'entropy', for a controller without "
-            f"a Dirichlet posterior, got {measure!r}."
-        )
+    expected = "a measure of the mean, such as 'entropy', for a controller without a Dirichlet posterior"
+    expect(concentration is not None, "uncertainty", expected, measure)
     value = found.function(concentration)
     return Uncertainty(jnp.exp(value), value) if found.log else Uncertainty(value)

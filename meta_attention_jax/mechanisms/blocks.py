@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
 
@@ -13,16 +14,14 @@ def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}.")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}.")
+    expect(k.shape == v.shape, "v", f"the shape of k, {k.shape}", v.shape)
     batch, time, heads, dim = q.shape
     if k.shape[:2] != (batch, time) or k.shape[3] != dim:
         raise ValueError(f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}.")
     if heads % k.shape[2]:
         raise ValueError(f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}.")
     if segment_ids is not None:
-        if segment_ids.shape != (batch, time):
-            raise ValueError(f"segment_ids: expected shape {(batch, time)}, got {segment_ids.shape}.")
+        expect(segment_ids.shape == (batch, time), "segment_ids", f"shape {(batch, time)}", segment_ids.shape)
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected integers, got {segment_ids.dtype}.")
 

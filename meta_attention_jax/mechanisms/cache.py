@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.features import feature_map
 from meta_attention_jax.mechanisms.masks import MASKED
@@ -63,8 +64,7 @@ def init_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, dim: in
     """
     sizes = dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim)
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}.")
+        expect(size >= 1, name, "at least 1", size)
     if capacity > BLOCK:
         capacity = -(-capacity // BLOCK) * BLOCK
     kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
@@ -102,8 +102,7 @@ def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_
       segment_ids: 0 from the end of each prompt on; nothing of that enters.
     """
     time = k.shape[1]
-    if time > cache.capacity:
-        raise ValueError(f"prompt: expected at most {cache.capacity} tokens, got {time}.")
+    expect(time <= cache.capacity, "prompt", f"at most {cache.capacity} tokens", time)
     valid = (segment_ids != 0)[:, :, None, None]
     phi = jnp.where(valid, feature_map(k), 0.0)
     state = jnp.einsum("btgd,btge->bgde", phi, v.astype(jnp.float32))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Keys, Queries, Values
 
 Residual = Float[Array, "batch time model"]
@@ -33,8 +34,7 @@ class Projections(nn.Module):
 
     def setup(self):
         kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {kv_heads}.")
+        expect(not self.num_heads % kv_heads, "num_kv_heads", f"a divisor of num_heads={self.num_heads}", kv_heads)
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         into = dict(kernel_init=self.kernel_init, **common)
         self.query = nn.DenseGeneral((self.num_heads, self.head_dim), **into)

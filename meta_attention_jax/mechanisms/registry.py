@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Optional
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.sharding import by_rows
@@ -24,8 +25,7 @@ def register_mechanism(name: str, mechanism: Mechanism) -> None:
     Raises:
       ValueError: a name that is not an identifier or is taken; a value that is no `Mechanism`.
     """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"name: expected an identifier such as 'full', got {name!r}.")
+    expect(isinstance(name, str) and name.isidentifier(), "name", "an identifier such as 'full'", name)
     if name in REGISTRY:
         raise ValueError(f"name: expected a new mechanism, got {name!r}, which is registered.")
     if not isinstance(mechanism, Mechanism):
@@ -73,5 +73,4 @@ def attend(
 def check_decodes(names: Sequence[str]) -> None:
     """Raises ValueError when one of the mechanisms cannot decode."""
     for name in names:
-        if get_mechanism(name).step is None:
-            raise ValueError(f"mechanism: expected one with a `step` function for generation, got {name!r}.")
+        expect(get_mechanism(name).step is not None, "mechanism", "one with a `step` function for generation", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Positions
 
 
@@ -25,10 +26,8 @@ def rotate(
       ValueError: odd `dim`, or positions of another shape than [batch, time].
     """
     batch, time, _, dim = x.shape
-    if dim % 2:
-        raise ValueError(f"dim: expected an even number for rotary positions, got {dim}.")
-    if positions.shape != (batch, time):
-        raise ValueError(f"positions: expected shape {(batch, time)}, got {positions.shape}.")
+    expect(not dim % 2, "dim", "an even number for rotary positions", dim)
+    expect(positions.shape == (batch, time), "positions", f"shape {(batch, time)}", positions.shape)
     half = dim // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]

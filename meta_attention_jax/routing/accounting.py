@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
 from meta_attention_jax.mechanisms.mechanism import Mechanism
@@ -58,8 +59,7 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
       config: of the model.
       segment_ids: `[B, T]`, 0 is padding; None for one segment.
     """
-    if route.ndim != 2:
-        raise ValueError(f"route: expected shape [batch, time], got {route.shape}.")
+    expect(route.ndim == 2, "route", "shape [batch, time]", route.shape)
     if segment_ids is not None and segment_ids.shape != route.shape:
         raise ValueError(f"segment_ids: expected shape {route.shape}, got {segment_ids.shape}.")
     (batch, time), spec, dim = route.shape, config.attention, config.head_dim

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.routing.gate import hard_tokens
 from meta_attention_jax.types import Costs, Route, Routing, Scalar, Weights
 
@@ -61,8 +62,7 @@ def decide(
       route: forced mechanism of every token, or None.
       training: whether gradients will be taken for learning.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+    expect(mode in MODES, "mode", f"one of {MODES}", mode)
     mean = routing.mean
     num = mean.shape[-1]
     if route is not None:
@@ -102,8 +102,7 @@ def mix(
     outputs: Sequence[Float[Array, "batch time heads dim"]], weights: Weights
 ) -> Float[Array, "batch time heads dim"]:
     """sum_k pi_k o^k, summed in float32, in the outputs' dtype."""
-    if len(outputs) != weights.shape[-1]:
-        raise ValueError(f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}.")
+    expect(len(outputs) == weights.shape[-1], "outputs", f"{weights.shape[-1]} arrays, one per weight", len(outputs))
     weights = weights.astype(jnp.float32)[..., None, None, :]
     mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
     return mixed.astype(outputs[0].dtype)

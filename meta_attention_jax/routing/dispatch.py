@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from meta_attention_jax import targets
+from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import select, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
@@ -68,8 +69,7 @@ class Heads(NamedTuple):
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
     """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense"."""
-    if dispatch not in DISPATCHES:
-        raise ValueError(f"dispatch: expected one of {DISPATCHES}, got {dispatch!r}.")
+    expect(dispatch in DISPATCHES, "dispatch", f"one of {DISPATCHES}", dispatch)
     if dispatch != "auto":
         return dispatch
     return "packed" if time >= PACKED_TIME else "dense"
@@ -112,8 +112,7 @@ def hard_attention(
     Raises:
       ValueError: unknown, repeated or no mechanisms, a missing window, shapes that do not fit.
     """
-    if not mechanisms or len(set(mechanisms)) != len(mechanisms):
-        raise ValueError(f"mechanisms: expected distinct names, got {tuple(mechanisms)}.")
+    expect(mechanisms and len(set(mechanisms)) == len(mechanisms), "mechanisms", "distinct names", tuple(mechanisms))
     expect_record("spec", spec, AttentionSpec)
     blocks.validate_qkv(q, k, v, segment_ids)
     route = checked_route(route, q.shape[:2], len(mechanisms))

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.controller.uncertainty import MEASURES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Scalar
 
 KINDS = ("none", "linear", "cosine", "settled")
@@ -42,8 +43,7 @@ def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
     From eta = -log Gamma(K) on, -0.693 for K = 3, every token is hard.
     """
     least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)
-    if not math.isfinite(nats) or nats < least:
-        raise ValueError(f"threshold: expected a finite number of nats >= {least:.1f}, got {nats}.")
+    expect(math.isfinite(nats) and nats >= least, "threshold", f"a finite number of nats >= {least:.1f}", nats)
     return math.exp(min(nats + math.lgamma(num_mechanisms), 0.0))
 
 
@@ -85,20 +85,14 @@ class GateSchedule:
 
     def validate(self) -> None:
         """Checks the fields; raises ValueError naming the first that is wrong."""
-        if self.kind not in KINDS:
-            raise ValueError(f"gate.kind: expected one of {KINDS}, got {self.kind!r}.")
-        if self.measure not in MEASURES:
-            raise ValueError(f"gate.measure: expected one of {tuple(MEASURES)}, got {self.measure!r}.")
+        expect(self.kind in KINDS, "gate.kind", f"one of {KINDS}", self.kind)
+        expect(self.measure in MEASURES, "gate.measure", f"one of {tuple(MEASURES)}", self.measure)
         if self.kind == "none":
             return
-        if self.start < 0:
-            raise ValueError(f"gate.start: expected a step >= 0, got {self.start}.")
-        if self.end <= self.start:
-            raise ValueError(f"gate.end: expected a step > start = {self.start}, got {self.end}.")
-        if self.window < 1:
-            raise ValueError(f"gate.window: expected at least 1 step, got {self.window}.")
-        if not 0.0 < self.tolerance <= 1.0:
-            raise ValueError(f"gate.tolerance: expected a number in (0, 1], got {self.tolerance}.")
+        expect(self.start >= 0, "gate.start", "a step >= 0", self.start)
+        expect(self.end > self.start, "gate.end", f"a step > start = {self.start}", self.end)
+        expect(self.window >= 1, "gate.window", "at least 1 step", self.window)
+        expect(0.0 < self.tolerance <= 1.0, "gate.tolerance", "a number in (0, 1]", self.tolerance)
 
     @property
     def times(self) -> GateTimes:

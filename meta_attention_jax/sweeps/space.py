@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from meta_attention_jax.config import ARRAY_INPUTS, config_to_dict, flat
-from meta_attention_jax.scalars import plain, real, whole
+from meta_attention_jax.fields import plain, real, whole
 from meta_attention_jax.training.build import data_seed
 
 LONGEST = 200
