@@ -21,9 +21,9 @@ from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import resolve_costs
 from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms import cache as caches
+from meta_attention_jax.mechanisms.blocks import rotate
 from meta_attention_jax.mechanisms.projections import Projections
 from meta_attention_jax.mechanisms.registry import check_decodes, get_mechanism
-from meta_attention_jax.mechanisms.rotary import rotate
 from meta_attention_jax.routing import dispatch
 from meta_attention_jax.routing.decide import MODES, decide, mix
 from meta_attention_jax.routing.dispatch import Heads

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from meta_attention_jax import controller as room
-from meta_attention_jax.controller import make_controller
+from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.controller.uncertainty import MEASURES, measured
 from meta_attention_jax.types import Router, RoutingHypers
 from tests.close import assert_close

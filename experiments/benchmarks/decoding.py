@@ -23,7 +23,7 @@ from meta_attention_jax import (
     register_mechanism,
 )
 from meta_attention_jax.generation import decode_loop
-from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.mechanisms.blocks import MASKED
 
 BASELINES = {"full by rows": "full", "full by one product": "full_dense"}
 

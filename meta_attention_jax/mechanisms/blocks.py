@@ -1,12 +1,17 @@
-"""Edge checks and the head-major block layout shared by the three mechanisms."""
+"""What the mechanisms share: checks at the edge, masks from indices and segment ids, the head-major block layout, the
+feature map of linear attention and the rotation of positions. No mask is the whole T x T square unless it is asked for.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+from meta_attention_jax.types import Keys, Positions, Queries, SegmentIds, Values
+
+MASKED = -1e30
+"""Logit of a masked pair: finite, so that a row without any key stays free of NaN."""
 
 
 def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None) -> None:
@@ -68,3 +73,56 @@ def default_segments(q: Queries, segment_ids: SegmentIds | None) -> Int[Array, "
 def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
     """Product in the dtype of the inputs y, accumulated in float32."""
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
+
+
+def band(
+    query: Int[Array, "q"], key: Int[Array, "k"], *, causal: bool, window: int | None = None
+) -> Bool[Array, "q k"]:
+    """Pairs (t, s) by index: causal s in [t - window + 1, t], else |s - t| < window.
+
+    window=None stands for no bound.
+    """
+    distance = query[:, None] - key[None, :]
+    allowed = distance >= 0 if causal else jnp.ones(distance.shape, bool)
+    if window is not None:
+        allowed &= jnp.abs(distance) < window
+    return allowed
+
+
+def same_segment(query: Int[Array, "*batch q"], key: Int[Array, "*batch k"]) -> Bool[Array, "*batch q k"]:
+    """Pairs of one segment. Padding (id 0) attends to padding; callers zero those outputs."""
+    return query[..., :, None] == key[..., None, :]
+
+
+def feature_map(x: Array) -> Array:
+    """phi(x) = ELU(x) + 1 > 0, in float32."""
+    x = x.astype(jnp.float32)
+    return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
+
+
+def rotate(
+    x: Float[Array, "batch time heads dim"], positions: Positions, *, base: float = 10000.0
+) -> Float[Array, "batch time heads dim"]:
+    """Rotates the pair (x_i, x_{i + d/2}) by the angle p base^(-2i/d), i < d/2.
+
+    The scalar product of a rotated query and a rotated key depends on the difference of their positions alone. Angles
+    are float32 whatever the dtype of x; the result has the dtype of x.
+
+    Args:
+      x: queries or keys.
+      positions: p, the index of each token within its segment.
+      base: wavelength scale; the slowest pair turns once in about 2 pi base tokens.
+
+    Raises:
+      ValueError: odd `dim`, or positions of another shape than [batch, time].
+    """
+    batch, time, _, dim = x.shape
+    expect(not dim % 2, "dim", "an even number for rotary positions", dim)
+    expect(positions.shape == (batch, time), "positions", f"shape {(batch, time)}", positions.shape)
+    half = dim // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -17,9 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.features import feature_map
-from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.mechanisms.blocks import MASKED, dot, feature_map
 from meta_attention_jax.types import Keys, SegmentIds, Values
 
 BLOCK = 1024

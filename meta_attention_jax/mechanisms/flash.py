@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meta_attention_jax.mechanisms import blocks, masks, spent
+from meta_attention_jax.mechanisms import blocks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.types import Abstract, Keys, Queries, SegmentIds, Values
@@ -230,10 +230,10 @@ def _logits(
     allowed = None
     if window is not None or (causal and diagonal):
         shift = 0 if diagonal else (i - j) * block
-        allowed = masks.band(index + shift, index, causal=causal, window=window)[None]
+        allowed = blocks.band(index + shift, index, causal=causal, window=window)[None]
     if segments is not None:
-        same = masks.same_segment(_block(segments, i, block, 1), _block(segments, j, block, 1))
+        same = blocks.same_segment(_block(segments, i, block, 1), _block(segments, j, block, 1))
         allowed = same if allowed is None else same & allowed
     if allowed is None:
         return logits
-    return jnp.where(allowed[:, None, None], logits, masks.MASKED)
+    return jnp.where(allowed[:, None, None], logits, blocks.MASKED)

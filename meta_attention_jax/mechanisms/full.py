@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from meta_attention_jax import targets
-from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.targets import Target
 from meta_attention_jax.types import (
     Abstract,
     AttentionSpec,
     Keys,
+    Mechanism,
     Queries,
     Reach,
     SegmentIds,
@@ -114,7 +114,7 @@ def step(
             acc = acc * decay[..., None] + dot("grk,gkd->grd", weights, value)
             return new, total * decay + weights.sum(-1), acc
 
-        empty = jnp.full(query.shape[:2], masks.MASKED, jnp.float32)
+        empty = jnp.full(query.shape[:2], blocks.MASKED, jnp.float32)
         start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
         _, total, acc = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
         return acc / total[..., None]
@@ -204,11 +204,11 @@ def _square(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, caus
     """The textbook form, with all T x T logits at once."""
     index = jnp.arange(q.shape[1])
     segments = blocks.default_segments(q, segment_ids)
-    allowed = masks.band(index, index, causal=causal)[None] & masks.same_segment(segments, segments)
+    allowed = blocks.band(index, index, causal=causal)[None] & blocks.same_segment(segments, segments)
     queries = blocks.group_queries(q, k.shape[2])
     keys, values = blocks.head_major(k), blocks.head_major(v)
     logits = dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, masks.MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, blocks.MASKED), axis=-1)
     out = dot("bgrqk,bgkd->bgrqd", weights, values)
     out = jnp.where(segments[:, None, None, :, None] != 0, out, 0.0)
     return blocks.ungroup_queries(out).astype(q.dtype)

@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, masks, spent
-from meta_attention_jax.mechanisms.features import feature_map
-from meta_attention_jax.mechanisms.mechanism import Mechanism
-from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
+from meta_attention_jax.mechanisms import blocks, cache, spent
+from meta_attention_jax.mechanisms.blocks import feature_map
+from meta_attention_jax.types import (
+    Abstract,
+    AttentionSpec,
+    Keys,
+    Mechanism,
+    Queries,
+    SegmentIds,
+    Values,
+)
 
 EPSILON = 1e-6
 CHUNK = 64
@@ -260,7 +267,7 @@ def _masks(segments: SegmentIds, i: Array, m: int, chunk: int, inclusive: bool):
     owner = jnp.concatenate([jnp.where(i == 0, 0, before), last[:, :-1]], axis=1)
     index = jnp.arange(chunk)
     order = index[:, None] >= index[None, :] if inclusive else index[:, None] > index[None, :]
-    allowed = (masks.same_segment(ids, ids) & order[None, None])[:, :, None, None]
+    allowed = (blocks.same_segment(ids, ids) & order[None, None])[:, :, None, None]
     reads = (ids == owner[..., None]).astype(jnp.float32)[:, :, None, None, :, None]
     writes = (ids == last[..., None]).astype(jnp.float32)[:, :, None, :, None]
     return allowed, reads, writes, (owner == last).astype(jnp.float32)

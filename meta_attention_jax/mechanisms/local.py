@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.types import (
     Abstract,
     AttentionSpec,
     Keys,
+    Mechanism,
     Queries,
     Reach,
     SegmentIds,
@@ -76,7 +76,7 @@ def _sinks(
     keys, values = pick(k, key_at), pick(v, key_at)
     query = q.reshape(batch, time, k.shape[2], -1, dim)
     logits = dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5
-    logits = jnp.where(seen[:, :, None, None], logits, masks.MASKED)
+    logits = jnp.where(seen[:, :, None, None], logits, blocks.MASKED)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = dot("btgrs,btsgd->btgrd", jnp.exp(logits - lse[..., None]), values)
     return out.reshape(batch, time, heads, dim), lse.reshape(batch, time, heads)

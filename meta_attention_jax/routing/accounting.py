@@ -12,11 +12,17 @@ from jaxtyping import Array, Float
 from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import Abstract, AttentionSpec, ModelConfig, Route, SegmentIds
+from meta_attention_jax.types import (
+    Abstract,
+    AttentionSpec,
+    Mechanism,
+    ModelConfig,
+    Route,
+    SegmentIds,
+)
 
 
 @flax.struct.dataclass
@@ -72,7 +78,7 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
     real = jnp.ones(route.shape, bool) if segment_ids is None else segment_ids != 0
     records = [get_mechanism(name) for name in config.router.mechanisms]
     asked = jnp.where(real, route, -1)
-    work = dispatch.plan(asked, segment_ids, records=records, spec=spec, dtype=dtype, dim=dim)
+    work = dispatch.plan(asked, segment_ids, records=records, spec=spec)
     met = iter(() if work is None else zip(work.blocks, worklist.count_tiles(work), work.sizes))
 
     nothing = AttentionCost(0.0, 0.0)

@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax import targets
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import select, worklist
+from meta_attention_jax.kernels import portable, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
 from meta_attention_jax.routing.decide import checked_route
 from meta_attention_jax.sharding import by_rows
@@ -36,6 +34,7 @@ from meta_attention_jax.types import (
     MECHANISMS,
     AttentionSpec,
     Keys,
+    Mechanism,
     Queries,
     Route,
     SegmentIds,
@@ -138,10 +137,9 @@ def _hard_attention(
     if segment_ids is not None:
         route = jnp.where(segment_ids != 0, route, -1)
     out = jnp.zeros_like(q)
-    work = plan(route, segment_ids, records=records, spec=spec, dtype=q.dtype, dim=q.shape[-1])
+    work = plan(route, segment_ids, records=records, spec=spec)
     if work is not None:
-        kernel = select.packed(targets.current().platform, dtype=q.dtype, dim=q.shape[-1])
-        out = _unpack(kernel.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
+        out = _unpack(portable.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
     for index, record in enumerate(records):
         if record.reach is not None:
             continue
@@ -164,17 +162,14 @@ def plan(
     *,
     records: Sequence[Mechanism],
     spec: AttentionSpec,
-    dtype: Any,
-    dim: int,
 ) -> Optional[WorkList]:
-    """What the packed kernel of this platform has to do for these routes; None where no mechanism has a reach. Routes
+    """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes
     outside the axis, padding's among them, ask for nothing."""
     packed = [index for index, record in enumerate(records) if record.reach is not None]
     if not packed:
         return None
     reaches = [records[index].reach(spec) for index in packed]
-    kernel = select.packed(targets.current().platform, dtype=dtype, dim=dim)
-    sizes = [kernel.sizes(route.shape[1], reach) for reach in reaches]
+    sizes = [portable.sizes_for(route.shape[1], reach) for reach in reaches]
     group = jnp.full_like(route, -1)
     for m, index in enumerate(packed):
         group = jnp.where(route == index, m, group)
