@@ -1,12 +1,4 @@
-"""Controllers to compare with. Layer, schedule, gate and network are shared; only this differs.
-
-Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)` and returns a
-`Routing`; what a controller has no use for, it ignores. Its class says what it has:
-
-    has_prior       a prior, so `prior.preference` matters
-    has_posterior   a Dirichlet posterior: `prior.strength` matters, and so do all measures of uncertainty
-    has_penalty     a term of the objective that beta weighs
-"""
+"""Controllers to compare with. Layer, schedule, gate and network are shared; what they make of its outputs differs."""
 
 from __future__ import annotations
 
@@ -19,52 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import prior, sampling
-from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
+from meta_attention_jax.controller.controller import Controller, DirichletController
 from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, measured
 from meta_attention_jax.fields import expect
-from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import (
-    Positions,
-    Router,
-    Routing,
-    RoutingHypers,
-    SegmentIds,
-    Weights,
-)
+from meta_attention_jax.types import Positions, Router, Routing, RoutingHypers, SegmentIds, Weights
 
 
-class SoftmaxController(nn.Module):
+class SoftmaxController(Controller):
     """Prior-free router: pi_t = softmax(f_t), deterministic, no penalty.
 
     The routers below are this one with another penalty, another offset of the logits, or other weights in training.
     """
 
-    has_prior = has_posterior = has_penalty = False
-
-    num_mechanisms: int  # K.
-    hidden: int = 64  # Width of the network's hidden layer.
-    network: str = "zero_output"  # Form of the network; see `ControllerMLP`.
-    uncertainty: str = "entropy"  # a measure that needs no concentration.
-    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic.
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        *,
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
-        segment_ids: SegmentIds,
-        hypers: RoutingHypers,
-        keys: Optional[Key[Array, "batch"]] = None,
-    ) -> Routing:
-        """Routing of every token; raises ValueError for a measure of a posterior."""
-        logits = ControllerMLP(
-            self.hidden, self.num_mechanisms, self.network, self.dtype, name="mlp"
-        )(x, residual, positions)
-        return by_rows(self._routing, (0, 0, 0, 0, None))(logits, positions, segment_ids, keys, hypers)
-
-    def _routing(
+    def routing_of(
         self,
         logits: Weights,
         positions: Positions,
@@ -180,36 +139,19 @@ class BayesianMeanController(DirichletController):
     samples: bool = False
 
 
-def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Routing:
-    """Every token on one mechanism, with certainty: u_t = 0 and KL = 0."""
-    expect(0 <= fixed < num_mechanisms, "fixed", f"an index in [0, {num_mechanisms})", fixed)
-    row = jax.nn.one_hot(fixed, num_mechanisms, dtype=jnp.float32)
-    mean = jnp.broadcast_to(row, (batch, time, num_mechanisms))
-    zeros = jnp.zeros((batch, time), jnp.float32)
-    return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros, penalty=zeros)
-
-
 class FixedController(nn.Module):
-    """One mechanism for every token of the layer; no parameters."""
+    """One mechanism for every token of the layer, with certainty: u_t = 0 and KL = 0; no parameters."""
 
     has_prior = has_posterior = has_penalty = False
 
     num_mechanisms: int  # K.
     fixed: int = 0  # Index of the mechanism on the mechanism axis.
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        *,
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
-        segment_ids: SegmentIds,
-        hypers: RoutingHypers,
-        keys: Optional[Key[Array, "batch"]] = None,
-    ) -> Routing:
-        """Routing of every token; raises ValueError for an index outside [0, K)."""
-        del residual, positions, segment_ids, hypers, keys
-        return fixed_routing(self.fixed, self.num_mechanisms, *x.shape[:2])
+    def __call__(self, x: Float[Array, "batch time model"], **unused: Any) -> Routing:
+        row = jax.nn.one_hot(self.fixed, self.num_mechanisms, dtype=jnp.float32)
+        mean = jnp.broadcast_to(row, (*x.shape[:2], self.num_mechanisms))
+        zeros = jnp.zeros(x.shape[:2], jnp.float32)
+        return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros, penalty=zeros)
 
 
 CONTROLLERS: dict[str, type[nn.Module]] = {

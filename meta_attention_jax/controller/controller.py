@@ -78,19 +78,25 @@ class ControllerMLP(nn.Module):
         )(nn.gelu(h, approximate=not theirs))
 
 
-class DirichletController(nn.Module):
-    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384)."""
+class Controller(nn.Module):
+    """The network, and what `routing_of` makes of its outputs; what a controller has no use for, it ignores.
 
-    has_prior = has_posterior = has_penalty = True
+    A class says what it has: a prior, so that `prior.preference` matters; a Dirichlet posterior, so that
+    `prior.strength` does, and all measures of uncertainty; a penalty, a term of the objective that beta weighs.
+    """
+
+    has_prior = has_posterior = has_penalty = False
 
     num_mechanisms: int  # K.
     hidden: int = 64  # Width of the network's hidden layer.
-    prior: str = "cost_aware"  # One of `PRIORS`.
-    posterior: str = "mean_strength"  # "additive" or "mean_strength".
     network: str = "zero_output"  # Form of the network; see `ControllerMLP`.
-    uncertainty: str = "entropy"  # Measure of u_t; see `uncertainty`.
+    uncertainty: str = "entropy"  # Measure of u_t; one of the mean without a posterior.
     dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; all statistics are float32.
-    samples: bool = True  # Whether training mixes by a sample of pi_t; else by its mean.
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the network."""
+        return self.num_mechanisms
 
     @nn.compact
     def __call__(
@@ -103,36 +109,41 @@ class DirichletController(nn.Module):
         hypers: RoutingHypers,
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Routing:
-        """Routing of every token.
+        """Routing of every token of the layer's input x; at padding, all values are finite and mean nothing. With
+        `keys`, typed and one per example, `weights` are those of training."""
+        network = ControllerMLP(self.hidden, self.num_outputs, self.network, self.dtype, name="mlp")
+        outputs = network(x, residual, positions)
+        return by_rows(self.routing_of, (0, 0, 0, 0, None))(outputs, positions, segment_ids, keys, hypers)
 
-        Args:
-          x: the layer's input.
-          residual: the residual stream before normalisation.
-          positions: index within the segment.
-          segment_ids: 0 is padding, where all values are finite and mean nothing.
-          hypers: strength and preference of the prior, costs.
-          keys: one typed PRNG key per example for a reparameterised sample in `weights`; None for
-            the posterior mean.
-        """
+
+class DirichletController(Controller):
+    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384)."""
+
+    has_prior = has_posterior = has_penalty = True
+
+    prior: str = "cost_aware"  # One of `PRIORS`.
+    posterior: str = "mean_strength"  # One of `POSTERIORS`.
+    samples: bool = True  # Whether training mixes by a sample of pi_t; else by its mean.
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_mechanisms + (self.posterior == "mean_strength")
+
+    def routing_of(
+        self,
+        outputs: Float[Array, "batch time outputs"],
+        positions: Positions,
+        segment_ids: SegmentIds,
+        keys: Optional[Key[Array, "batch"]],
+        hypers: RoutingHypers,
+    ) -> Routing:
+        """What follows from the network's outputs."""
         expect(self.posterior in posterior.POSTERIORS, "posterior", f"one of {posterior.POSTERIORS}", self.posterior)
         if hypers.costs.shape != (self.num_mechanisms,):
             raise ValueError(
                 f"costs: expected {self.num_mechanisms} numbers, one per mechanism, got shape {hypers.costs.shape}."
             )
         preferred = prior.make_prior(self.prior, hypers)
-        num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
-        outputs = ControllerMLP(self.hidden, num_outputs, self.network, self.dtype, name="mlp")(x, residual, positions)
-        return by_rows(self._routing, (0, 0, 0, 0, None))(outputs, positions, segment_ids, keys, preferred)
-
-    def _routing(
-        self,
-        outputs: Float[Array, "batch time outputs"],
-        positions: Positions,
-        segment_ids: SegmentIds,
-        keys: Optional[Key[Array, "batch"]],
-        preferred: prior.Prior,
-    ) -> Routing:
-        """What follows from the network's outputs."""
         if self.posterior == "additive":
             concentration = posterior.additive(preferred, outputs)
         else:

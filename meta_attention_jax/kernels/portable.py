@@ -67,16 +67,12 @@ def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogS
             query = _gather(q, rows, kv_heads) * dim**-0.5
 
             def meet(j, whole, carry):
-                top, total, acc = carry
                 start = _tile_start(j, tile, keys.shape[2])
                 key, value = (_cut(x, rows.row, start, tile) for x in (keys, values))
                 logits = dot("grqd,gkd->grqk", query, key)
                 if not whole:
                     logits = jnp.where(_allowed(rows, j, start, tile)[None, None], logits, MASKED)
-                new = jnp.maximum(top, logits.max(-1))
-                weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
-                acc = acc * decay[..., None] + dot("grqk,gkd->grqd", weights, value)
-                return new, total * decay + weights.sum(-1), acc
+                return layout.online_softmax(carry, logits, value, "grqk,gkd->grqd")
 
             zeros = jnp.zeros_like(query, jnp.float32)
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.

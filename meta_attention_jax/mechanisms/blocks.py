@@ -65,9 +65,7 @@ def pad_time(x: Array, axis: int, before: int = 0, after: int = 0) -> Array:
 
 def default_segments(q: Queries, segment_ids: SegmentIds | None) -> Int[Array, "batch time"]:
     """The given segments, or one segment without padding."""
-    if segment_ids is None:
-        return jnp.ones(q.shape[:2], jnp.int32)
-    return segment_ids
+    return jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
 
 def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
@@ -75,13 +73,22 @@ def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
+Carry = tuple[Array, Array, Array]
+"""Of an online softmax, by query: the largest logit, the sum of the weights relative to it, the sum of values."""
+
+
+def online_softmax(carry: Carry, logits: Array, value: Array, equation: str) -> Carry:
+    """The carry after one more tile; `equation` multiplies weights and values."""
+    top, total, acc = carry
+    new = jnp.maximum(top, logits.max(-1))
+    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+    return new, total * decay + weights.sum(-1), acc * decay[..., None] + dot(equation, weights, value)
+
+
 def band(
     query: Int[Array, "q"], key: Int[Array, "k"], *, causal: bool, window: int | None = None
 ) -> Bool[Array, "q k"]:
-    """Pairs (t, s) by index: causal s in [t - window + 1, t], else |s - t| < window.
-
-    window=None stands for no bound.
-    """
+    """Pairs (t, s) by index: causal s in [t - window + 1, t], else |s - t| < window; None for no bound."""
     distance = query[:, None] - key[None, :]
     allowed = distance >= 0 if causal else jnp.ones(distance.shape, bool)
     if window is not None:
@@ -103,18 +110,10 @@ def feature_map(x: Array) -> Array:
 def rotate(
     x: Float[Array, "batch time heads dim"], positions: Positions, *, base: float = 10000.0
 ) -> Float[Array, "batch time heads dim"]:
-    """Rotates the pair (x_i, x_{i + d/2}) by the angle p base^(-2i/d), i < d/2.
+    """Rotary position embedding (Su et al., arXiv 2104.09864): turns the pair (x_i, x_{i + d/2}) by the angle p
+    base^(-2i/d), i < d/2, so that q . k depends on the difference of positions p alone.
 
-    The scalar product of a rotated query and a rotated key depends on the difference of their positions alone. Angles
-    are float32 whatever the dtype of x; the result has the dtype of x.
-
-    Args:
-      x: queries or keys.
-      positions: p, the index of each token within its segment.
-      base: wavelength scale; the slowest pair turns once in about 2 pi base tokens.
-
-    Raises:
-      ValueError: odd `dim`, or positions of another shape than [batch, time].
+    The slowest pair turns once in about 2 pi base tokens. Angles are float32; the result has the dtype of x.
     """
     batch, time, _, dim = x.shape
     expect(not dim % 2, "dim", "an even number for rotary positions", dim)
@@ -124,5 +123,4 @@ def rotate(
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

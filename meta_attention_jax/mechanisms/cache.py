@@ -56,12 +56,8 @@ def init_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, dim: in
     """An empty cache. A capacity above BLOCK is rounded up to a multiple of it.
 
     Bytes: L B G d (2 C + d + 1 numbers), the 2 C of them in `dtype`, the rest float32.
-
-    Raises:
-      ValueError: a size below 1.
     """
-    sizes = dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim)
-    for name, size in sizes.items():
+    for name, size in dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim).items():
         expect(size >= 1, name, "at least 1", size)
     if capacity > BLOCK:
         capacity = -(-capacity // BLOCK) * BLOCK
@@ -89,16 +85,8 @@ def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
 
 def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds) -> Cache:
-    """The cache after a layer has seen right-padded prompts of at least one token from empty.
-
-    Args:
-      cache: whose `layer` is overwritten.
-      layer: index of the layer.
-      rotated: keys for full and local attention, `[B, P, G, d]`.
-      k: keys for linear attention, unrotated.
-      v: values.
-      segment_ids: 0 from the end of each prompt on; nothing of that enters.
-    """
+    """The cache after a layer, which it overwrites, has seen right-padded prompts of at least one token from empty;
+    `rotated` are the keys for full and local attention, `segment_ids` 0 from the end of each prompt on."""
     time = k.shape[1]
     expect(time <= cache.capacity, "prompt", f"at most {cache.capacity} tokens", time)
     valid = (segment_ids != 0)[:, :, None, None]

@@ -33,11 +33,8 @@ def attend(
     """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the log-sum-exp of their
     logits, float32: infinite at padding. Both have gradients.
 
-    Args:
-      q, k, v, segment_ids: validated arguments of a mechanism's `attend`.
-      causal: s in [t - window + 1, t], else |s - t| < window, by index in the array.
-      window: None for no bound.
-      block: edge of a tile; lowered so that the padding of T stays below the number of blocks.
+    Causal: s in [t - window + 1, t], else |s - t| < window, by index in the array; arguments are validated. `block`,
+    the edge of a tile, is lowered so that the padding of T stays below the number of blocks.
     """
     if blocks.is_empty(q):
         return jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32)
@@ -89,18 +86,6 @@ def _attend(
     window: int | None,
     block: int,
 ) -> tuple[GroupedQueries, LogSumExp]:
-    return _forward(q, k, v, segments, causal, window, block)
-
-
-def _forward(
-    q: GroupedQueries,
-    k: GroupedKeys,
-    v: GroupedKeys,
-    segments: SegmentIds | None,
-    causal: bool,
-    window: int | None,
-    block: int,
-) -> tuple[GroupedQueries, LogSumExp]:
     count = q.shape[_QUERY_TIME] // block
     reach = _reach(count, window, block)
 
@@ -117,12 +102,8 @@ def _forward(
         start = m, weights.sum(-1), dot("bgrqk,bgkd->bgrqd", weights, value)
 
         def visit(step, carry):
-            m, total, acc = carry
             logits, value = tile(_neighbour(i, first, step), diagonal=False)
-            new = jnp.maximum(m, logits.max(-1))
-            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
-            acc = acc * decay[..., None] + dot("bgrqk,bgkd->bgrqd", weights, value)
-            return new, total * decay + weights.sum(-1), acc
+            return blocks.online_softmax(carry, logits, value, "bgrqk,bgkd->bgrqd")
 
         first, steps = _neighbours(i, count, reach, 0 if causal else reach)
         m, total, acc = jax.lax.fori_loop(0, steps, visit, start)
@@ -138,7 +119,7 @@ def _forward(
 
 
 def _attend_forward(q, k, v, segments, causal, window, block):
-    out, lse = _forward(q, k, v, segments, causal, window, block)
+    out, lse = _attend(q, k, v, segments, causal, window, block)
     return (out, lse), (q, k, v, segments, out, lse)
 
 

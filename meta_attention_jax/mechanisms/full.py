@@ -33,22 +33,9 @@ CUDNN_CAPABILITY = 8.0
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
 
-    Bidirectional: over the whole segment. Softmax in float32.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: `implementation`: "xla" builds the T x T square; "blockwise" an online softmax whose
-        memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA GPUs; "auto" is
-        `resolve_implementation`.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`); an implementation that cannot serve
-        these arguments on this backend.
+    Bidirectional: over the whole segment. Softmax in float32. `spec.implementation`: "xla" builds the T x T square;
+    "blockwise" an online softmax whose memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA
+    GPUs; "auto" is `resolve_implementation`.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     chosen = resolve_implementation(
@@ -91,13 +78,6 @@ def step(
 
     Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
     softmax over blocks, row by row. Softmax in float32.
-
-    Args:
-      q: query of the newest token of each row.
-      held: the cache, which has the newest token.
-      layer: which layer.
-      needed: rows whose output will be used.
-      spec: of no consequence here.
     """
     del spec
     length = held.length[layer]
@@ -106,13 +86,9 @@ def step(
 
     def attend(query, row):
         def visit(i, carry):
-            m, total, acc = carry
             key, value = (cache.read(x, layer, row, i * block, block) for x in (held.k, held.v))
             logits = cache.logits_of(query, key, i * block + index < length[row])
-            new = jnp.maximum(m, logits.max(-1))
-            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
-            acc = acc * decay[..., None] + dot("grk,gkd->grd", weights, value)
-            return new, total * decay + weights.sum(-1), acc
+            return blocks.online_softmax(carry, logits, value, "grk,gkd->grd")
 
         empty = jnp.full(query.shape[:2], blocks.MASKED, jnp.float32)
         start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
@@ -131,8 +107,7 @@ def flops(time: int, dim: int, spec: AttentionSpec) -> float:
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` with segment ids spends on all tokens, forward.
 
-    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as many are counted
-    for "cudnn". q and k are asked for shape and dtype only.
+    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as many for "cudnn".
     """
     batch, time, _, dim = q.shape
     chosen = resolve_implementation(spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments)
@@ -158,21 +133,11 @@ def _dense_block(q: Abstract) -> int:
 def resolve_implementation(
     implementation: str, *, time: int, dtype: Any, head_dim: int, segments: str, target: Optional[Target] = None
 ) -> str:
-    """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
+    """What "auto" stands for, and whether an explicit choice can be served; never a fallback. Deterministic, so that a
+    training log can name it.
 
-    "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`.
-
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      time: T.
-      dtype: of q, k and v.
-      head_dim: d.
-      segments: what is known of segment ids, as `AttentionSpec.segments`; "one" where none are given.
-        cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
-      target: None is `targets.current()`. cuDNN's kernel needs compute capability 8.0.
-
-    Returns:
-      "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
+    "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`. `segments` is "one"
+    where no ids are given: cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
     """
     dtype = jnp.dtype(dtype)
     platform, capability = target or targets.current()

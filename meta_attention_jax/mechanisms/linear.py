@@ -34,18 +34,6 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
     Sums run over s <= t of the segment of t, or over the whole segment when not causal. State and products are float32.
     Time and memory, gradients included, are linear in T: chunks of tokens attend within themselves, and carry (S, z)
     from chunk to chunk.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: its direction counts.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`).
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     if blocks.is_empty(q):
@@ -62,7 +50,7 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
-    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
+    """What `attend` spends on all tokens, forward.
 
     A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the state, 2 c d^2 per
     key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many chunks as the loop visits, the filling of

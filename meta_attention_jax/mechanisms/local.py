@@ -32,18 +32,6 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
 
     Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and memory, gradients
     included, are O(T (window + sinks)); a window of T or more gives full attention.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: with a `window`.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`), or no window.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     out, lse = flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK)
@@ -123,7 +111,7 @@ def _outside(time: int, width: int, spec: AttentionSpec) -> int:
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
-    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only."""
+    """What `attend` spends on all tokens, forward."""
     tiles = flash.count_work(q, k, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks:
         return tiles

@@ -8,25 +8,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Keys, Queries, Values
 
 Residual = Float[Array, "batch time model"]
 
 
 class Projections(nn.Module):
-    """The projections that every mechanism of a layer shares.
+    """The projections that every mechanism of a layer shares. Parameters: query, key, value, out."""
 
-    `project` maps x `[B, T, D]` to q `[B, T, H, d]` and k, v `[B, T, G, d]`; `merge` maps the heads' outputs `[B, T, H,
-    d]` back to `[B, T, features]`. Parameters: query, key, value, out.
-    """
-
-    num_heads: int  # H.
-    head_dim: int  # d.
-    features: int  # Width of the output; None for the width of x.
-    num_kv_heads: int | None = None  # G, a divisor of H; None for G = H.
-    use_bias: bool = False  # Biases on all four.
-    dtype: Any = jnp.float32  # Of the computation; parameters are of `param_dtype`.
+    num_heads: int
+    head_dim: int
+    features: int  # Width of the output.
+    num_kv_heads: int | None = None  # A divisor of H; None for G = H.
+    use_bias: bool = False  # On all four.
+    dtype: Any = jnp.float32  # Of the computation.
     param_dtype: Any = jnp.float32
     # Of query, key and value; of out (None: the same).
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -34,7 +29,6 @@ class Projections(nn.Module):
 
     def setup(self):
         kv_heads = self.num_kv_heads or self.num_heads
-        expect(not self.num_heads % kv_heads, "num_kv_heads", f"a divisor of num_heads={self.num_heads}", kv_heads)
         common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         into = dict(kernel_init=self.kernel_init, **common)
         self.query = nn.DenseGeneral((self.num_heads, self.head_dim), **into)

@@ -27,11 +27,7 @@ REGISTRY: dict[str, Mechanism] = {
 
 
 def register_mechanism(name: str, mechanism: Mechanism) -> None:
-    """Adds a mechanism under a new name.
-
-    Raises:
-      ValueError: a name that is not an identifier or is taken; a value that is no `Mechanism`.
-    """
+    """Adds a mechanism under a new name, an identifier; raises ValueError for another one."""
     expect(isinstance(name, str) and name.isidentifier(), "name", "an identifier such as 'full'", name)
     if name in REGISTRY:
         raise ValueError(f"name: expected a new mechanism, got {name!r}, which is registered.")
@@ -41,11 +37,7 @@ def register_mechanism(name: str, mechanism: Mechanism) -> None:
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """The mechanism of that name.
-
-    Raises:
-      ValueError: unknown name; the sentence lists the known ones.
-    """
+    """The mechanism of that name; raises ValueError, with the known ones, if there is none."""
     if name in REGISTRY:
         return REGISTRY[name]
     near = difflib.get_close_matches(str(name), REGISTRY, n=1)
@@ -62,11 +54,8 @@ def attend(
     spec: AttentionSpec = AttentionSpec(),
     segment_ids: Optional[SegmentIds] = None,
 ) -> Queries:
-    """`attend` of a mechanism, on every device's own rows where a mesh is set.
-
-    Raises:
-      ValueError: an unknown mechanism, or what it refuses.
-    """
+    """`attend` of a mechanism (see `Mechanism`), on every device's own rows where a mesh is set; raises ValueError for
+    one that is unknown, and for shapes, a window or an implementation that cannot be."""
     expect_record("spec", spec, AttentionSpec)
     if not isinstance(mechanism, Mechanism):
         mechanism = get_mechanism(mechanism)
@@ -78,6 +67,6 @@ def attend(
 
 
 def check_decodes(names: Sequence[str]) -> None:
-    """Raises ValueError when one of the mechanisms cannot decode."""
+    """Refuses mechanisms of which one cannot decode."""
     for name in names:
         expect(get_mechanism(name).step is not None, "mechanism", "one with a `step` function for generation", name)

@@ -32,14 +32,8 @@ def of_tiles(
 ) -> AttentionCost:
     """Softmax attention by tiles: 4 d H per query-key pair, block x tile pairs a tile.
 
-    Args:
-      q: `[B, T, H, d]`.
-      k: `[B, T, G, d]`.
-      blocks: blocks of queries that are read.
-      tiles: tiles that are met: each reads `tile` keys and as many values.
-      rows: rows of the output that are written.
-      block: queries of a block.
-      tile: keys of a tile.
+    `blocks` of `block` queries are read, `tiles` met, each of `tile` keys and as many values, and `rows` of the output
+    written.
     """
     heads, dim = q.shape[2:]
     kv_row = 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize

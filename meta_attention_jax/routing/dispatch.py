@@ -163,8 +163,8 @@ def plan(
     records: Sequence[Mechanism],
     spec: AttentionSpec,
 ) -> Optional[WorkList]:
-    """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes
-    outside the axis, padding's among them, ask for nothing."""
+    """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes outside the axis,
+    padding's among them, ask for nothing."""
     packed = [index for index, record in enumerate(records) if record.reach is not None]
     if not packed:
         return None
