@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from meta_attention_jax.fields import expect, real, whole
+from meta_attention_jax.fields import LARGEST, SMALLEST, expect, real, whole
 from meta_attention_jax.mechanisms.cache import Cache
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.sharding import without_mesh
@@ -29,7 +29,6 @@ RowKeys = Key[Array, "batch"]
 Prompt = Sequence[int | np.integer] | Int[np.ndarray, "tokens"]
 Draw = Callable[[Logits, RowKeys], Tokens]
 
-TINY, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 CAPACITY_STEP = 64
 """Capacities are rounded up to a multiple of it, so that texts of similar length share a program."""
 
@@ -72,24 +71,21 @@ class Sampler:
     """Draws from softmax(logits / temperature), cut to the top k, then to the mass p.
 
     A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the same settings
-    compile once.
-
-    Raises:
-      ValueError: a field that is no number, or out of range.
+    compile once. Raises ValueError for a field that is no number, or out of range.
     """
 
     temperature: float = 1.0  # > 0, as a float32.
-    top_k: Optional[int] = None  # None or at least 1 (1 is greedy).
-    top_p: Optional[float] = None  # None or in (0, 1]; of what `temperature` and `top_k` leave.
+    top_k: Optional[int] = None  # At least 1 (1 is greedy).
+    top_p: Optional[float] = None  # In (0, 1]; of what `temperature` and `top_k` leave.
 
     def __post_init__(self) -> None:
         for name, number in (("temperature", real), ("top_k", whole), ("top_p", real)):
             if getattr(self, name) is not None or name == "temperature":
                 # Of a kind that can be hashed.
                 object.__setattr__(self, name, number(name, getattr(self, name)))
-        if not TINY <= self.temperature <= LARGEST:
+        if not SMALLEST <= self.temperature <= LARGEST:
             raise ValueError(
-                f"temperature: expected a finite number of at least {TINY:.1e}, got "
+                f"temperature: expected a finite number of at least {SMALLEST:.1e}, got "
                 f"{self.temperature}; without a sampler the text is greedy."
             )
         expect(self.top_k is None or 1 <= self.top_k < 2**31, "top_k", "at least 1 and less than 2^31", self.top_k)
@@ -118,15 +114,15 @@ def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None,
 
 @flax.struct.dataclass
 class Trace:
-    """What was generated; `prompt_*` are of the prompts, right-padded."""
+    """What was generated; `prompt_*` are of the prompts, right-padded, and mean nothing behind a prompt's length."""
 
-    tokens: Int[Array, "batch steps"]  # The text.
-    route: Int[Array, "layer batch steps"]  # k* of every generated token, by layer.
+    tokens: Int[Array, "batch steps"]
+    route: Int[Array, "layer batch steps"]  # k*.
     hard: Bool[Array, "layer batch steps"]  # Whether the token used k* alone.
     uncertainty: Float[Array, "layer batch steps"]  # u_t in [0, 1].
-    prompt_route: Int[Array, "layer batch time"]  # k* of the prompts' tokens; means nothing behind a prompt's length.
-    prompt_hard: Bool[Array, "layer batch time"]  # Likewise.
-    prompt_uncertainty: Float[Array, "layer batch time"]  # Likewise.
+    prompt_route: Int[Array, "layer batch time"]
+    prompt_hard: Bool[Array, "layer batch time"]
+    prompt_uncertainty: Float[Array, "layer batch time"]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -140,12 +136,8 @@ def prefill(
     capacity: int,
     route: Optional[Int[Array, "..."]] = None,
 ) -> tuple[Cache, Logits, dict[str, Array]]:
-    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled.
-
-    Returns:
-      The cache, the logits behind each prompt, and route, hard and uncertainty [layer batch time]
-      by name.
-    """
+    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled: the cache, the logits behind
+    each prompt, and route, hard and uncertainty [layer batch time] by name."""
     cache = model.init_cache(tokens.shape[0], capacity)
     cache, out = model.apply({"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill")
     return cache, out.logits, _seen(out.routing)
@@ -166,20 +158,9 @@ def decode_loop(
 ) -> tuple[Cache, Logits, dict[str, Array]]:
     """`steps` times: draw a token from the logits, then decode it. One compiled loop.
 
-    Args:
-      model: static; its mode says how routed.
-      params: of the model.
-      cache: consumed, its buffers are updated in place; rows need `steps` free places.
-      logits: of the first token to draw; consumed.
-      keys: one per row.
-      hypers: kappa, eta, c, theta as arrays.
-      steps: tokens per row.
-      sampler: `greedy` or a `Sampler`; any hashable function of that signature.
-      route: forces the routes of the generated tokens.
-
-    Returns:
-      The cache with all drawn tokens in it, the logits behind the last, and tokens
-      [batch steps], route, hard and uncertainty [layer batch steps] by name.
+    Consumes the cache, whose buffers are updated in place and whose rows need `steps` free places, and the logits. The
+    sampler is any hashable function like a `Sampler`. Returns the cache with all drawn tokens in it, the logits behind
+    the last, and tokens [batch steps], route, hard and uncertainty [layer batch steps] by name.
     """
 
     def step(carry, forced):
@@ -235,24 +216,17 @@ def generate(
     mode: Optional[str] = None,
     capacity: Optional[int] = None,
 ) -> Trace:
-    """Goes on from each prompt by `steps` tokens.
+    """Goes on from each prompt, token ids of any length, by `steps` >= 1 tokens.
+
+    Raises ValueError for an empty prompt, a token outside the vocabulary, steps that cannot be or exceed the capacity,
+    missing or too few keys.
 
     Args:
-      model: the language model.
-      params: its parameters, as trained.
-      prompts: token ids, rows of any lengths.
-      steps: tokens to generate per row, at least 1.
-      hypers: kappa, eta, c, theta as arrays.
       keys: one PRNG key per row; only `greedy` can do without.
       sampler: `greedy` or a `Sampler`.
       mode: "soft", "hard" or "gated"; None is the model's own.
-      capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded
-        up to a multiple of `CAPACITY_STEP`.
-
-    Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step or no whole
-        number of them, a prompt that with its steps exceeds the capacity, missing or too few keys;
-        one sentence.
+      capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded up to a multiple of
+        `CAPACITY_STEP`.
     """
     if _elsewhere(params):
         return without_mesh(generate)(

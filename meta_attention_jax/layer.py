@@ -91,18 +91,12 @@ class MetaAttention(nn.Module):
         deterministic: Optional[bool] = None,
         **kwargs: Any,
     ) -> Float[Array, "batch time out"]:
-        """Attends from every token to its segment; returns the output array alone.
+        """Attends from every token to its segment; returns the output array alone. Further arguments are `routed`'s.
 
-        Args:
-          inputs_q: x.
-          inputs_k: refused unless it is `inputs_q` itself, as are inputs_v and inputs_kv.
-          mask: refused; padding and packing are `segment_ids`.
-          deterministic: False draws the keys from the rng stream "routing" when none are given; a
-            Python value, so under `nn.remat` name it in `static_argnums` or give `keys`.
-          **kwargs: those of `routed`.
-
-        Raises:
-          ValueError: cross-attention, an arbitrary mask, or a field that cannot be.
+        Raises ValueError for cross-attention (inputs_k, inputs_v and inputs_kv can only be `inputs_q` itself), for a
+        mask (padding and packing are `segment_ids`), and for a field that cannot be. `deterministic=False` draws the
+        keys from the rng stream "routing" when none are given; it is a Python value, so under `nn.remat` name it in
+        `static_argnums` or give `keys`.
         """
         for name, other in (("inputs_k", inputs_k), ("inputs_v", inputs_v), ("inputs_kv", inputs_kv)):
             if other is not None and other is not inputs_q:
@@ -137,23 +131,17 @@ class MetaAttention(nn.Module):
 
         With a cache, one token per row goes on where the row ends: every token enters the cache, and a row then reads
         only what the mechanisms of non-zero weight need. More tokens per row are prompts from the beginning, padded
-        behind; what the cache held of this layer is overwritten.
+        behind; what the cache held of this layer is overwritten. Raises ValueError for a field that cannot be, shapes
+        that do not fit, prompts longer than the capacity, or a cache for what cannot generate.
 
         Args:
-          x: input, usually normalised.
           segment_ids: 0 is padding (output: the bias alone); None means one segment, no padding.
           positions: index within the segment; None derives it from `segment_ids` or the cache.
           residual: the stream before normalisation, whose norm the controller sees; None means x.
           route: forces k*_t; every token is then hard.
-          hypers: kappa, eta, c, theta and lambda as arrays; None takes them from the fields,
-            and lambda 0.
+          hypers: None takes them from the fields, and lambda 0.
           keys: one PRNG key per example; None is deterministic.
-          cache: of all layers; None reads whole sequences and remembers nothing.
-          layer: index of this layer in the cache.
-
-        Raises:
-          ValueError: a field that cannot be, a shape that does not fit, prompts longer than the
-            cache's capacity, or a cache for what cannot generate; one sentence.
+          cache: of all layers, this one's at index `layer`; None reads whole sequences and remembers nothing.
         """
         heads, kv_heads, dim = self._validate(x, cache)
         batch, time, model = x.shape
@@ -237,8 +225,7 @@ class MetaAttention(nn.Module):
         segment_ids: SegmentIds,
         route: Optional[Route],
     ) -> Queries:
-        """Whole sequences: packed dispatch where every token has a route, else all mechanisms on all tokens, mixed by
-        weight."""
+        """Whole sequences: packed where every token has a route, else all mechanisms on all tokens, mixed by weight."""
         packed = dispatch.resolve_dispatch(self.dispatch, time=heads.q.shape[1]) == "packed"
         if len(names) > 1 and route is not None and packed:
             return dispatch.hard_attention(

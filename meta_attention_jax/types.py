@@ -57,14 +57,13 @@ FALLBACKS = ("soft", "full")
 
 
 def expect_record(name: str, value: Any, kind: type) -> None:
-    """Raises ValueError of one sentence unless `value` is a record of that kind."""
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise ValueError(f"{name}: expected {article} {kind.__name__}, got {value!r}.")
+    """Refuses what is not a record of that kind."""
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    expect(isinstance(value, kind), name, f"{article} {kind.__name__}", value)
 
 
 def _at_least(record: Any, least: int, name: str, optional: bool = False) -> None:
-    """Makes a field an int of Python's; raises ValueError unless it is one of at least `least`."""
+    """Makes a field an int of Python's, of at least `least`."""
     value = getattr(record, name)
     if optional and value is None:
         return
@@ -96,7 +95,7 @@ class AttentionSpec:
 
     @property
     def width(self) -> int:
-        """w, for what needs one; raises ValueError where there is none."""
+        """w, for what needs one."""
         expect(self.window is not None, "window", "a positive integer for this mechanism", None)
         return self.window
 
@@ -187,18 +186,18 @@ class Router:
 class ModelConfig:
     """What a language model is; static, and handed on whole."""
 
-    vocab_size: int  # V.
-    model_dim: int  # D.
-    num_layers: int  # L.
-    num_heads: int  # H.
-    num_kv_heads: Optional[int] = None  # G, a divisor of H; None for H.
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: Optional[int] = None  # A divisor of H; None for H.
     mlp_dim: Optional[int] = None  # F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
     attention: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
     router: Router = Router()  # Who chooses.
     scan_layers: bool = False  # Compile one layer and loop over L of them.
     remat: bool = False  # Recompute each layer in the backward pass.
     dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
-    param_dtype: Any = jnp.float32  # Of the parameters.
+    param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         expect_record("attention", self.attention, AttentionSpec)
@@ -269,16 +268,12 @@ class Batch:
 
 
 def positions_in_segment(segment_ids: SegmentIds) -> Positions:
-    """Index of every token within its segment (0 at padding).
-
-    A segment starts where the id changes, so left padding and packing give the positions that the segment would have
-    alone.
-    """
+    """Index of every token within its segment (0 at padding), which starts where the id changes: left padding and
+    packing give the positions that the segment would have alone."""
     time = segment_ids.shape[1]
     if not time:
         return jnp.zeros_like(segment_ids, jnp.int32)
     index = jnp.arange(time, dtype=jnp.int32)[None, :]
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segment_ids != previous, index, 0)
-    start = jax.lax.cummax(starts, axis=1)
+    start = jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
     return jnp.where(segment_ids == 0, 0, index - start)
