@@ -27,14 +27,12 @@ class Tolerant(io.TextIOBase):
 
     Characters that the encoding lacks become "?". After a closed pipe or a terminal that is gone all is lost in
     silence; a full disk, or a full pipe that does not block, costs what it did not take.
-
-    Attributes:
-      lost: the first failure, but for that of a reader that has had enough; None if there was none.
     """
 
     def __init__(self, stream: Optional[TextIO]):
         self._stream = stream
         self._patience = PATIENCE
+        # The first failure, but for that of a reader that has had enough.
         self.lost: Optional[Exception] = None
 
     def write(self, text: str) -> int:

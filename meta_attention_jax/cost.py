@@ -135,10 +135,10 @@ def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> F
 class CostSetting:
     """What measured costs hold for."""
 
-    mechanisms: tuple[str, ...]  # Names, in order.
-    time: int  # T, in tokens.
-    window: int  # Of mechanisms that have one.
-    num_heads: int  # H, G, d.
+    mechanisms: tuple[str, ...]
+    time: int
+    window: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: str = "float32"  # Of q, k and v.
@@ -150,7 +150,7 @@ class CostSetting:
 class MeasuredCosts:
     """Seconds of every mechanism, and where they were taken."""
 
-    setting: CostSetting  # What was timed.
+    setting: CostSetting
     batch: int  # Sequences of a call.
     seconds: tuple[float, ...]  # Median of one call per mechanism.
     device: str  # Its kind.

@@ -33,24 +33,24 @@ COLLAPSE = 0.99
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over loss tokens; `layer` axis first where there is one. Additive over batches."""
+    """Sums over loss tokens; additive over batches."""
 
-    tokens: Scalar  # N, number of loss tokens.
+    tokens: Scalar  # N, their number.
     nll: Scalar  # -log p(target), nats.
-    num_bytes: Scalar  # Bytes of the targets.
-    kl: Float[Array, "layer"]  # KL(q || p) per layer, nats.
-    penalty: Float[Array, "layer"]  # What the objective adds, times beta, per layer; the KL but for some baselines.
-    entropy: Float[Array, "layer"]  # H(E pi) per layer, nats.
-    uncertainty: Float[Array, "layer"]  # u per layer.
-    log_uncertainty: Float[Array, "layer"]  # log u per layer, of a measure that has it; else 0.
-    hard: Float[Array, "layer"]  # Tokens that used one mechanism only, per layer.
-    concentration: Float[Array, "layer"]  # Sum of alpha per layer; 0 for controllers without one.
-    mean: Float[Array, "layer mechanism"]  # E pi, [layer mechanism].
-    mean_square: Float[Array, "layer mechanism"]  # (E pi)^2, [layer mechanism].
-    kind_tokens: Float[Array, "kind"]  # Tokens of each kind, [kind].
-    kind_nll: Float[Array, "kind"]  # Nats by kind, [kind].
-    kind_correct: Float[Array, "kind"]  # Tokens whose argmax is the target, [kind].
-    routes: Float[Array, "layer kind mechanism"]  # Tokens by kind and mechanism k*, [layer kind mechanism].
+    num_bytes: Scalar  # Of the targets.
+    kl: Float[Array, "layer"]  # KL(q || p), nats.
+    penalty: Float[Array, "layer"]  # What the objective adds, times beta; the KL but for some baselines.
+    entropy: Float[Array, "layer"]  # H(E pi), nats.
+    uncertainty: Float[Array, "layer"]  # u.
+    log_uncertainty: Float[Array, "layer"]  # log u, of a measure that has it; else 0.
+    hard: Float[Array, "layer"]  # Tokens that used one mechanism only.
+    concentration: Float[Array, "layer"]  # Sum of alpha; 0 for controllers without one.
+    mean: Float[Array, "layer mechanism"]  # E pi.
+    mean_square: Float[Array, "layer mechanism"]  # (E pi)^2.
+    kind_tokens: Float[Array, "kind"]
+    kind_nll: Float[Array, "kind"]  # Nats.
+    kind_correct: Float[Array, "kind"]  # Tokens whose argmax is the target.
+    routes: Float[Array, "layer kind mechanism"]  # Tokens by k*.
 
 
 def token_nll(logits: Float[Array, "batch time vocab"], targets: Array) -> Float[Array, "batch time"]:

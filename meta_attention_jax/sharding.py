@@ -53,12 +53,8 @@ def split_axis(path: tuple[Any, ...]) -> Optional[int]:
 
 
 def partition(tree: Any, axis_name: Optional[str] = FSDP) -> Any:
-    """A `PartitionSpec` for every leaf of a state, of parameters, or of anything else (replicated).
-
-    Args:
-      tree: leaves that have `ndim`.
-      axis_name: mesh axis to split over; None splits nothing.
-    """
+    """A `PartitionSpec` for every leaf of a state, of parameters, or of anything else (replicated); without the name of
+    a mesh axis nothing is split."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         axis = None if axis_name is None else split_axis(path)
@@ -93,12 +89,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def gather(params: Any, axis_name: str, dtype: Optional[Any] = None) -> Any:
     """Whole leaves from the shards of a module's parameters, inside `shard_map` over `axis_name`.
 
-    Args:
-      params: shards, with enough of their paths for `RULES`.
-      axis_name: of the mesh.
-      dtype: that the module computes in; leaves that it casts anyway travel in it, so bfloat16 moves
-        half the bytes and changes no number. None for that of the leaves. Controllers, which compute
-        in float32 in part, always travel as they are.
+    `dtype` is that which the module computes in (None: that of the leaves). Leaves that it casts anyway travel in it,
+    so bfloat16 moves half the bytes and changes no number; controllers, which compute in float32 in part, as they are.
     """
 
     def whole(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -158,12 +150,11 @@ def by_rows(
     all arguments are made whole. Without a mesh, and inside `shard_map`, this is `function` itself.
 
     Args:
-      function: pure; a row of its results depends on this row of its arguments, and on what all
-        share.
+      function: pure; a row of its results depends on this row of its arguments, and on what all share.
       in_axes: of every argument the axis of the rows; None where all rows share it.
       out_axes: of the results, as `vmap`'s; all have rows.
-      split: for loops whose trip counts follow the data and which would communicate: on auto axes,
-        whose types say nothing, splits the rows over as many axes as their number allows.
+      split: for loops whose trip counts follow the data and which would communicate: on auto axes, whose types say
+        nothing, splits the rows over as many axes as their number allows.
     """
 
     def mapped(*arguments: Any) -> Any:

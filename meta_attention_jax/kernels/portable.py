@@ -33,7 +33,6 @@ LONG_TIME = 8192
 _ZERO = np.int32(0)  # Indices of one slice share a dtype, whatever the default integer is.
 
 
-
 def sizes_for(time: int, reach: Reach) -> Sizes:
     """Blocks and tiles that suit a reach; a tile has at most T keys."""
     if reach.window is not None:
@@ -48,11 +47,6 @@ def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogS
 
     Slots that are not in the list hold anything finite. Softmax in float32; the output has the dtype of q, the
     log-sum-exp is float32. Two softmaxes over disjoint keys can be merged by the latter.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      work: of `worklist.build`.
     """
     batch, _, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -169,9 +163,7 @@ def _rows(work: WorkList, m: int, n: Int[Array, ""]) -> _Rows:
         return jax.lax.dynamic_slice(x, (row, slot), (1, work.sizes[m].block))[0]
 
     order = cut(work.order)
-    sinks = None
-    if work.reaches[m].sinks:
-        sinks = cut(work.sink_first), cut(work.sink_last)
+    sinks = (cut(work.sink_first), cut(work.sink_last)) if work.reaches[m].sinks else None
     return _Rows(row, slot, order, order < work.slot.shape[1], cut(work.first), cut(work.last), sinks)
 
 

@@ -52,10 +52,9 @@ class Blocks(NamedTuple):
 class WorkList:
     """What there is to do. A *slot* is a place of a packed query in its sequence."""
 
-    # Of every slot the position of its query; slots that only fill a block repeat a query of it, T higher, which no
-    # array has.
+    # Position of a slot's query; slots that only fill a block repeat a query of it, T higher, which no array has.
     order: Int[Array, "batch slots"]
-    slot: Int[Array, "batch time"]  # Of every token its slot; S, which there is not, for tokens of no packed mechanism.
+    slot: Int[Array, "batch time"]  # Of every token; S, which there is not, for tokens of no packed mechanism.
     first: Int[Array, "batch slots"]  # Of every slot the keys of its window, last included.
     last: Int[Array, "batch slots"]
     sink_first: Optional[Int[Array, "batch slots"]]  # Of every slot the sinks, `sink_last` excluded; None without any.
@@ -73,16 +72,8 @@ def build(
     reaches: Sequence[Reach],
     sizes: Sequence[Sizes],
 ) -> WorkList:
-    """The list of a batch.
-
-    Args:
-      group: of every token the index of its mechanism in `reaches`; any other number for none.
-        Padding has none.
-      segment_ids: 0 is padding; None for one segment.
-      causal: False lets every token see both sides.
-      reaches: of the mechanisms.
-      sizes: of their blocks and tiles; a tile has at most T keys.
-    """
+    """The list of a batch. `group` is of every token the index of its mechanism in `reaches`, any other number for
+    none; padding has none."""
     batch, time = group.shape
     if segment_ids is not None:
         group = jnp.where(segment_ids != 0, group, -1)

@@ -59,11 +59,6 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
     those of the equation at T tokens, divided by T; projected bytes, for which there is no equation, those of the
     mechanism on all tokens, divided by B T. With a fixed router the layer computes no other mechanism: both executed
     numbers are then those of the routed mechanisms on all tokens.
-
-    Args:
-      route: `[B, T]`, indices on the axis of the router's mechanisms.
-      config: of the model.
-      segment_ids: `[B, T]`, 0 is padding; None for one segment.
     """
     expect(route.ndim == 2, "route", "shape [batch, time]", route.shape)
     if segment_ids is not None and segment_ids.shape != route.shape:

@@ -4,8 +4,8 @@
     hard   o^{k*},  k* = argmax_k (E[pi_k] - lambda c_k)
 
 lambda, the price, is 0 in the paper: the likeliest mechanism. One trained model gives a whole curve of cost against
-loss; a price below 0 is a discount on the dear mechanisms. Both are one weighted sum; hard tokens have one-hot weights,
-exactly.
+loss; a price below 0 is a discount on the dear mechanisms. Both modes are one weighted sum; hard tokens have one-hot
+weights, exactly.
 """
 
 from __future__ import annotations
@@ -52,15 +52,7 @@ def decide(
 
     In training a hard token's weights are one_hot(k*) + mean - stop_gradient(mean): the value is the one-hot's, the
     gradient is the mean's (straight-through). A forced route has plain one-hot weights and makes every token hard.
-
-    Args:
-      routing: of the controller.
-      mode: "soft", "hard" or "gated".
-      threshold: theta.
-      prices: lambda c; None is 0.
-      fallback: mechanism of uncertain tokens in gated evaluation; None keeps them soft.
-      route: forced mechanism of every token, or None.
-      training: whether gradients will be taken for learning.
+    `prices` are lambda c, None for 0.
     """
     expect(mode in MODES, "mode", f"one of {MODES}", mode)
     mean = routing.mean

@@ -69,9 +69,8 @@ class Heads(NamedTuple):
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
     """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense"."""
     expect(dispatch in DISPATCHES, "dispatch", f"one of {DISPATCHES}", dispatch)
-    if dispatch != "auto":
-        return dispatch
-    return "packed" if time >= PACKED_TIME else "dense"
+    chosen = "packed" if time >= PACKED_TIME else "dense"
+    return chosen if dispatch == "auto" else dispatch
 
 
 def all_outputs(
@@ -93,23 +92,11 @@ def hard_attention(
     rotated: Optional[tuple[Queries, Keys]] = None,
     segment_ids: Optional[SegmentIds] = None,
 ) -> Queries:
-    """Every token by the mechanism of its route; equal to "compute all, select".
+    """Every token by the mechanism of its route; equal to "compute all, select", in the dtype of q, 0 at padding.
 
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      route: `[B, T]`, integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the
-        output of a token outside means nothing); it has no gradient.
-      mechanisms: names, in order.
-      spec: who may attend to whom.
-      rotated: (q, k) after rotary positions, for the mechanisms that want them; None means q, k.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: unknown, repeated or no mechanisms, a missing window, shapes that do not fit.
+    Routes are integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the output of a token outside means
+    nothing) and have no gradient. `rotated` is (q, k) after rotary positions, for the mechanisms that want them; None
+    means q, k.
     """
     expect(mechanisms and len(set(mechanisms)) == len(mechanisms), "mechanisms", "distinct names", tuple(mechanisms))
     expect_record("spec", spec, AttentionSpec)
@@ -157,11 +144,7 @@ def _hard_attention(
 
 
 def plan(
-    route: Route,
-    segment_ids: Optional[SegmentIds],
-    *,
-    records: Sequence[Mechanism],
-    spec: AttentionSpec,
+    route: Route, segment_ids: Optional[SegmentIds], *, records: Sequence[Mechanism], spec: AttentionSpec
 ) -> Optional[WorkList]:
     """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes outside the axis,
     padding's among them, ask for nothing."""

@@ -84,7 +84,7 @@ class GateSchedule:
     tolerance: float = 0.01  # Of settling, a fraction of log K; nats for `dirichlet_entropy`.
 
     def validate(self) -> None:
-        """Checks the fields; raises ValueError naming the first that is wrong."""
+        """Checks the fields."""
         expect(self.kind in KINDS, "gate.kind", f"one of {KINDS}", self.kind)
         expect(self.measure in MEASURES, "gate.measure", f"one of {tuple(MEASURES)}", self.measure)
         if self.kind == "none":
@@ -120,15 +120,8 @@ class GateTimes:
 def threshold(
     schedule: GateSchedule, state: GateState, step: Int[Array, ""], final: Scalar, times: Optional[GateTimes] = None
 ) -> Scalar:
-    """theta at `step`, between 0 and `final`.
-
-    Args:
-      schedule: static.
-      state: after `update` with all steps before `step`.
-      step: of training, from 0.
-      final: theta when the schedule has ended, in [0, 1].
-      times: in the place of the schedule's own start and end.
-    """
+    """theta at `step` of training, from 0, between 0 and `final` in [0, 1]. The state has seen all steps before;
+    `times` stand in the place of the schedule's own start and end."""
     times = times or schedule.times
     final = jnp.asarray(final, jnp.float32)
     if schedule.kind == "none":
@@ -158,12 +151,7 @@ def update(
     average = jnp.where(first, entropy, state.average + rate * (entropy - state.average))
     slow = jnp.where(first, entropy, state.slow + rate * (average - state.slow))
     count = state.count + 1
-    settled = (
-        (jnp.abs(average - slow) <= schedule.tolerance)
-        & (count > schedule.window)
-        & (step >= times.start)
-        & (schedule.kind == "settled")
-    )
-    opens = settled & (state.opened < 0)
+    settled = (jnp.abs(average - slow) <= schedule.tolerance) & (count > schedule.window) & (step >= times.start)
+    opens = settled & (schedule.kind == "settled") & (state.opened < 0)
     opened = jnp.where(opens, jnp.asarray(step, jnp.int32), state.opened)
     return GateState(count=count, average=average, slow=slow, opened=opened)
