@@ -10,12 +10,12 @@ stands for runs from before it: without one they cannot be opened.
 
 from __future__ import annotations
 
-import difflib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.baselines import CONTROLLERS
@@ -25,7 +25,7 @@ from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
-from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect
+from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect, near
 from meta_attention_jax.routing.gate import KINDS
 from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS
 
@@ -133,31 +133,16 @@ dense."""
 
 def default_config() -> ConfigDict:
     """Every field at its default."""
-    return ConfigDict(nested({name: field.default for name, field in SCHEMA.items()}))
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as sections."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        section, _, last = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[last] = value
-    return tree
+    return ConfigDict(unflatten_dict({name: field.default for name, field in SCHEMA.items()}, sep="."))
 
 
 def flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field; the inverse of `nested`."""
+    """(dotted name, value) of every field."""
     for name, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def near(field: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown field."""
-    found = difflib.get_close_matches(field, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else "."
 
 
 def check_fields(config: Any) -> None:
@@ -184,22 +169,19 @@ def check_fields(config: Any) -> None:
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain nested dict, tuples as lists: what JSON holds."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, (tuple, list)) else value
-
-    return plain(config.to_dict())
+    return _sequences(config.to_dict(), list)
 
 
 def dict_to_config(values: Mapping[str, Any]) -> ConfigDict:
     """Inverse of `config_to_dict`."""
-    def rich(value):
-        if isinstance(value, dict):
-            return {k: rich(v) for k, v in value.items()}
-        return tuple(value) if isinstance(value, list) else value
+    return ConfigDict(_sequences(values, tuple))
 
-    return ConfigDict(rich(values))
+
+def _sequences(value: Any, kind: type) -> Any:
+    """Tuples and lists in nested dicts as one of the two."""
+    if isinstance(value, dict):
+        return {k: _sequences(v, kind) for k, v in value.items()}
+    return kind(value) if isinstance(value, (tuple, list)) else value
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ give, of which those of NumPy and JAX are as good as Python's."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Optional
 
 import jax
@@ -76,6 +77,12 @@ def expect(ok: Any, field: str, expected: str, got: Any) -> None:
     """Raises a ValueError of one sentence unless `ok`."""
     if not ok:
         raise ValueError(f"{field}: expected {expected}, got {got!r}.")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else "."
 
 
 def plain(value: Any) -> Any:

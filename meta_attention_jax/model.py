@@ -34,6 +34,7 @@ from meta_attention_jax.types import (
 class Output:
     """Logits (float32) of every token, or of the newest of a row, and the `Routing` of all layers, stacked [layer ...].
 
+
     """
 
     logits: Float[Array, "batch time vocab"] | Float[Array, "batch vocab"]

@@ -148,14 +148,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything that is reported about a set of tokens, as plain Python numbers.
 
-    Keys (units):
-      loss (nats/token, at this beta), nll (nats/token), perplexity, bits_per_byte (None where bytes
-      mean nothing), accuracy, kl (nats/token, all layers), elbo (nll + kl), cost (mean c of k*),
-      expected_cost (mean of c . E pi), routing_entropy (mean H(E pi)/log K), usage_entropy
-      (H(mean route)/log K, mean over layers), hard_fraction, uncertainty, concentration (mean sum of
-      alpha), diversity (root of the summed variance of E pi over tokens, mean over layers),
-      collapsed_layers, fraction/<mechanism>; and under "layers" the same per layer, under "kinds" per
-      kind of token.
+    loss (at this beta), nll, kl (of all layers) and elbo = nll + kl are nats per token. cost is the mean c of k*,
+    expected_cost that of c . E pi; routing_entropy the mean of H(E pi) / log K, usage_entropy H(mean route) / log K;
+    concentration the mean sum of alpha; diversity the root of the summed variance of E pi over tokens: means over
+    layers, which "layers" has one by one, as "kinds" has the kinds of tokens. bits_per_byte is None where bytes mean
+    nothing.
     """
     s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     if s.tokens <= 0:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Optional
 
-from meta_attention_jax.fields import expect
+from meta_attention_jax.fields import expect, near
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import (
@@ -40,9 +39,8 @@ def get_mechanism(name: str) -> Mechanism:
     """The mechanism of that name; raises ValueError, with the known ones, if there is none."""
     if name in REGISTRY:
         return REGISTRY[name]
-    near = difflib.get_close_matches(str(name), REGISTRY, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"mechanism: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}{hint}")
+    known = ", ".join(sorted(REGISTRY))
+    raise ValueError(f"mechanism: expected one of {known}, got {name!r}{near(str(name), REGISTRY)}")
 
 
 def attend(
