@@ -54,8 +54,8 @@ class MetaAttention(nn.Module):
     hard.
     """
 
-    num_heads: int  # H query heads.
-    num_kv_heads: Optional[int] = None  # G key/value heads, G divides H; None means H.
+    num_heads: int  # H, of queries.
+    num_kv_heads: Optional[int] = None  # G, of keys and values, a divisor of H; None means H.
     qkv_features: Optional[int] = None  # H d; None means the width of the input.
     out_features: Optional[int] = None  # Width of the output; None means the width of the input.
     spec: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
@@ -76,7 +76,7 @@ class MetaAttention(nn.Module):
     threshold: float = 0.0  # theta of the gate, when `hypers` is not given.
     use_bias: bool = False
     dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
-    param_dtype: Any = jnp.float32  # Of the parameters.
+    param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: Optional[nn.initializers.Initializer] = None
 

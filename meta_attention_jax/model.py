@@ -113,7 +113,7 @@ class TiedEmbedding(nn.Embed):
 class LanguageModel(nn.Module):
     """Predicts token t + 1 from tokens <= t."""
 
-    config: ModelConfig  # What the model is.
+    config: ModelConfig
     mode: str = "soft"  # Of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same parameters.
     dispatch: str = "auto"
     # The mesh axis over which parameters are split by `sharding.RULES`, where the model runs inside `shard_map`: every
@@ -242,8 +242,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Cache, Output]:
         """One more token per row, none of which is at its capacity: the cache with the token in it, the logits behind
         it and its routing, [layer batch ...]. A route is [batch] or [layer batch]."""
-        route = None if route is None else route[..., None]
-        route = self._layer_routes(route, (*token.shape, 1))
+        route = self._layer_routes(None if route is None else route[..., None], (*token.shape, 1))
         x, routing, cache = self._blocks(self.embed(token[:, None]), cache, route, None, None, hypers, None)
         routing = jax.tree.map(lambda leaf: leaf[:, :, 0], routing)
         return cache, Output(logits=self._logits(x)[:, 0], routing=routing)

@@ -109,11 +109,7 @@ class Reach(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """One way to attend.
-
-    Raises:
-      ValueError: a reach without rotary.
-    """
+    """One way to attend."""
 
     # `attend(q, k, v, *, spec, segment_ids) -> out`; q `[B, T, H, d]`, k and v `[B, T, G, d]`, out like q, exactly 0 at
     # padding (segment id 0), and a function of its own segment alone.
@@ -133,7 +129,7 @@ class Mechanism:
     # abstract. None counts `flops`, and every array once.
     work: Optional[Callable] = None
     # `reach(spec)`, the keys that a query may see, where `attend` is softmax attention to them with rotated q and k:
-    # hard dispatch then serves the chosen queries alone. None makes it attend everywhere and select.
+    # hard dispatch then serves the chosen queries alone. None, as without `rotary`: it attends everywhere and selects.
     reach: Optional[Callable[[AttentionSpec], Reach]] = None
 
     def __post_init__(self) -> None:

@@ -24,14 +24,9 @@ from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentI
 def features(
     x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
 ) -> Float[Array, "batch time features"]:
-    """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32.
-
-    Args:
-      x: the layer's (normalised) input.
-      residual: r, the residual stream before normalisation. Its gradient is to be stopped, or the
-        controller could pay for a route by rescaling the stream.
-      positions: index of the token within its segment.
-    """
+    """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32; r is the residual stream
+    before normalisation. Its gradient is to be stopped, or the controller could pay for a route by rescaling the
+    stream."""
     square = jnp.mean(jnp.square(residual.astype(jnp.float32)), axis=-1, keepdims=True)
     # The root has no gradient at 0.
     scale = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
@@ -51,8 +46,8 @@ class ControllerMLP(nn.Module):
     thing that is not followed: it would make a token's route depend on how much text comes after it.
     """
 
-    hidden: int  # Width of the hidden layer.
-    num_outputs: int  # Width of the output.
+    hidden: int
+    num_outputs: int
     form: str = "zero_output"  # One of NETWORKS.
     dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; the output layer is float32 always.
 
