@@ -142,12 +142,12 @@ class Router:
     """Which mechanisms there are, and who chooses among them; static, and handed on whole."""
 
     mechanisms: tuple[str, ...] = MECHANISMS  # Names on the mechanism axis, in order.
-    controller: str = "bayesian"  # One of `controller.CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
+    controller: str = "bayesian"  # One of `CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
     hidden: int = 64  # Width of the controller's hidden layer.
-    prior: str = "cost_aware"  # Form of the prior, one of `controller.PRIORS`.
+    prior: str = "cost_aware"  # Form of the prior, one of `PRIORS`.
     posterior: str = "mean_strength"  # "mean_strength" or "additive".
-    network: str = "zero_output"  # Form of the controller's network, one of `controller.NETWORKS`.
-    uncertainty: str = "entropy"  # Measure of u_t, one of `controller.MEASURES`.
+    network: str = "zero_output"  # Form of the controller's network, one of `NETWORKS`.
+    uncertainty: str = "entropy"  # Measure of u_t, one of `MEASURES`.
     fallback: str = "soft"  # What an uncertain token does in gated mode: "soft" mixes, "full" goes to full attention.
     # With `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g. ("local", "local", "full"); a
     # layer alone takes the first. The others are not computed.
