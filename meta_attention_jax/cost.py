@@ -2,10 +2,10 @@
 
 Two kinds of numbers live here and are never mixed:
 
-* *costs* c in (0, 1]^K, dimensionless, divided by the largest. They enter the prior and the
-  projected cost of a routing.
-* *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax,
-  norms and activations are left out, as is the usual convention for model FLOPs.
+* *costs* c in (0, 1]^K, dimensionless, divided by the largest. They enter the prior and the projected cost of a routing.
+* *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax, norms and activations
+  are left out, as is the usual convention for model FLOPs.
+
 Executed FLOPs and bytes, those of the tiles that the programs really visit for given routes, stand in
 `routing.accounting`.
 """

@@ -55,7 +55,7 @@ def run_directory(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
         str(found).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{field}: expected a path whose name is Unicode, got {str(found)!r}.") from None
-    if "\\" in str(found):
+    if "\\" in str(found):  # The checkpoint library takes it for a separator, and so writes elsewhere.
         raise ValueError(f"{field}: expected a path without a backslash, got {str(found)!r}.")
     return found
 

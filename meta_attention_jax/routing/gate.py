@@ -42,7 +42,7 @@ def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
 
     From eta = -log Gamma(K) on, -0.693 for K = 3, every token is hard.
     """
-    least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)
+    least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)  # Below it, theta is 0 in float32.
     expect(math.isfinite(nats) and nats >= least, "threshold", f"a finite number of nats >= {least:.1f}", nats)
     return math.exp(min(nats + math.lgamma(num_mechanisms), 0.0))
 
