@@ -2,7 +2,7 @@
 
 Two kinds of numbers live here and are never mixed:
 
-* *costs* c in (0, 1]^K, dimensionless, divided by the largest. They enter the prior and the projected cost of a routing.
+* *costs* c in (0, 1]^K, dimensionless, divided by the largest, enter the prior and the projected cost of a routing.
 * *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax, norms and activations
   are left out, as is the usual convention for model FLOPs.
 
