@@ -31,9 +31,7 @@ def records_frame(records: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
 
 def table_html(rows: Mapping[str, Any]) -> str:
     """Names and values as a small table."""
-    cells = "".join(
-        f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
-    )
+    cells = "".join(f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table>{cells}</table>"
 
 
@@ -46,29 +44,20 @@ class Html(str):
 
 @dataclasses.dataclass(frozen=True)
 class TextRoutes:
-    """Routing of one text.
+    """Routing of one text."""
 
-    Attributes:
-      pieces: the text of every token; UTF-8 characters may be split between bytes.
-      mechanisms: names, the mechanism axis.
-      concentration: alpha of the Dirichlet posterior; None without one.
-      mean: E[pi].
-      uncertainty: u in [0, 1].
-      route: k*, index into `mechanisms`.
-      hard: whether the token used k* alone.
-    """
-
-    pieces: list[bytes]
-    mechanisms: tuple[str, ...]
+    pieces: list[bytes]  # The text of every token; UTF-8 characters may be split between bytes.
+    mechanisms: tuple[str, ...]  # Names, the mechanism axis.
+    # alpha of the Dirichlet posterior; None without one.
     concentration: Optional[Float[np.ndarray, "layer token mechanism"]]
-    mean: Float[np.ndarray, "layer token mechanism"]
-    uncertainty: Float[np.ndarray, "layer token"]
-    route: Int[np.ndarray, "layer token"]
-    hard: Bool[np.ndarray, "layer token"]
+    mean: Float[np.ndarray, "layer token mechanism"]  # E[pi].
+    uncertainty: Float[np.ndarray, "layer token"]  # u in [0, 1].
+    route: Int[np.ndarray, "layer token"]  # k*, index into `mechanisms`.
+    hard: Bool[np.ndarray, "layer token"]  # Whether the token used k* alone.
 
     def frame(self) -> pandas.DataFrame:
-        """One row per layer and token: layer, position, token, mechanism, hard, uncertainty, and mean
-        and alpha by mechanism."""
+        """One row per layer and token: layer, position, token, mechanism, hard, uncertainty, and mean and alpha by
+        mechanism."""
         import pandas
 
         layers, tokens = self.route.shape
@@ -87,11 +76,7 @@ class TextRoutes:
         return pandas.DataFrame(columns)
 
     def html(self, *, title: str, layer: Optional[int] = None) -> Html:
-        """The text coloured by mechanism; one layer or all.
-
-        Raises:
-          ValueError: a layer that there is not.
-        """
+        """The text coloured by mechanism; one layer or all."""
         from meta_attention_jax import analysis  # The only use of pictures; they take a second.
 
         layers = list(range(len(self.route)))
@@ -112,19 +97,12 @@ class TextRoutes:
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """A prompt and what the model made of it; prints as text.
+    """A prompt and what the model made of it; prints as text."""
 
-    Attributes:
-      text: prompt and continuation.
-      ids: their token ids.
-      prompt: number of tokens of the prompt.
-      trace: routes and uncertainties; one row.
-    """
-
-    text: str
-    ids: Int[np.ndarray, "tokens"]
-    prompt: int
-    trace: Trace
+    text: str  # Prompt and continuation.
+    ids: Int[np.ndarray, "tokens"]  # Their token ids.
+    prompt: int  # Number of tokens of the prompt.
+    trace: Trace  # Routes and uncertainties; one row.
 
     def __str__(self) -> str:
         return self.text

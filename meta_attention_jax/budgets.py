@@ -1,8 +1,8 @@
 """The price that keeps a budget, found on validation and kept with the run.
 
-k* = argmax_k (E pi_k - lambda c_k): the dearer mechanisms lose tokens as lambda rises, so that projected
-cost and the share of full attention fall with it (of one layer strictly; of several nearly, for the routes
-of one change what the next sees).
+k* = argmax_k (E pi_k - lambda c_k): the dearer mechanisms lose tokens as lambda rises, so that projected cost and the
+share of full attention fall with it (of one layer strictly; of several nearly, for the routes of one change what the
+next sees).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Optional
 import numpy as np
 
 from meta_attention_jax.config import read_stored
+from meta_attention_jax.fields import expect, real
 from meta_attention_jax.files import write_whole
-from meta_attention_jax.scalars import real
 
 FILE = "budgets.json"
 HALVINGS = 16
@@ -30,11 +30,7 @@ KINDS = {"cost": "cost", "share": "fraction/full"}
 def check_budget(
     cost: Optional[float], share: Optional[float], costs: Sequence[float], mechanisms: Sequence[str]
 ) -> tuple[str, float]:
-    """(kind, value) of the one budget that is given.
-
-    Raises:
-      ValueError: none or two, or one that no price can keep or all do.
-    """
+    """(kind, value) of the one budget that is given."""
     given = {kind: value for kind, value in (("cost", cost), ("share", share)) if value is not None}
     if len(given) != 1:
         raise ValueError(f"budget: expected a cost or a share, got {given or 'none'}.")
@@ -45,10 +41,7 @@ def check_budget(
         what = "the cheapest mechanism's" if kind == "cost" else "no token"
         raise ValueError(f"{kind}: expected a budget in [{least:g} ({what}), 1], got {value:g}.")
     if kind == "share":
-        if "full" not in mechanisms:
-            raise ValueError(
-                f"share: expected full attention among the mechanisms, got {tuple(mechanisms)}."
-            )
+        expect("full" in mechanisms, "share", "full attention among the mechanisms", tuple(mechanisms))
         full = float(costs[tuple(mechanisms).index("full")])
         if full < max(map(float, costs)):  # A price would send tokens there.
             raise ValueError(f"share: expected full attention to cost most, got {full:g} of 1.")
@@ -56,11 +49,7 @@ def check_budget(
 
 
 def price_range(costs: Sequence[float]) -> tuple[float, float]:
-    """Prices at which every token takes the dearest, and the cheapest, mechanism, whatever its E pi.
-
-    Raises:
-      ValueError: costs that are all the same.
-    """
+    """Prices at which every token takes the dearest, and the cheapest, mechanism, whatever its E pi."""
     distinct = sorted({float(c) for c in costs})
     if len(distinct) < 2:
         raise ValueError(f"costs: expected two or more that differ for a price, got {tuple(costs)}.")
@@ -70,8 +59,8 @@ def price_range(costs: Sequence[float]) -> tuple[float, float]:
 def find_price(spent: Callable[[float], float], budget: float, costs: Sequence[float]) -> float:
     """The lowest price, to within the last halving, at which `spent(price)` is at most `budget`.
 
-    0, the plain argmax, is taken only if it is such a price by itself: a budget above what the argmax
-    spends is used up by a discount.
+    0, the plain argmax, is taken only if it is such a price by itself: a budget above what the argmax spends is used up
+    by a discount.
     """
     low, high = price_range(costs)
     if spent(low) <= budget:
@@ -106,11 +95,7 @@ def keep_budget(path: pathlib.Path, found: dict[str, Any]) -> None:
 
 
 def stored_price(path: pathlib.Path, kind: str, budget: float, step: int) -> float:
-    """The price that was found.
-
-    Raises:
-      ValueError: none for this budget and step.
-    """
+    """The price that was found."""
     found = read_budgets(path)
     for one in found:
         if one["kind"] == kind and one["budget"] == budget and one["step"] == step:
@@ -128,9 +113,7 @@ def at_budget(run: Any, cost: Optional[float], share: Optional[float]) -> Any:
     return run.at(price=stored_price(run.path, kind, value, run.step))
 
 
-def fit_budget(
-    run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]
-) -> Any:
+def fit_budget(run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]) -> Any:
     """See `Run.fit_budget`."""
     costs = run.hypers.routing.costs
     kind, value = check_budget(cost, share, costs, run.mechanisms)

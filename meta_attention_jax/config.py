@@ -1,21 +1,21 @@
 """The schema: every field of an experiment, once.
 
-A config is a `ConfigDict` of sections; `SCHEMA` has its fields by dotted name. Defaults, types, bounds,
-help, what runs from before a field did, what a sweep may vary within one program and what a resumed run
-may set anew are all read from here.
+A config is a `ConfigDict` of sections; `SCHEMA` has its fields by dotted name. Defaults, types, bounds, help, what runs
+from before a field did, what a sweep may vary within one program and what a resumed run may set anew are all read from
+here.
 
-To add a field, add a line to `SCHEMA` and use it. One that changes what a run computes needs `since`,
-the value that stands for runs from before it: without one they cannot be opened.
+To add a field, add a line to `SCHEMA` and use it. One that changes what a run computes needs `since`, the value that
+stands for runs from before it: without one they cannot be opened.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.baselines import CONTROLLERS
@@ -25,7 +25,7 @@ from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
-from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field
+from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect, near
 from meta_attention_jax.routing.gate import KINDS
 from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS
 
@@ -34,12 +34,8 @@ SCHEMA: dict[str, Field] = {
     "seed": Field(0, "Of parameters and samples.", array=True),
     # -- data
     "data.corpus": Field("sotu", "sotu, recall, stdlib, path:FILE_OR_FOLDER or hf:NAME[/CONFIG]."),
-    "data.split": Field(
-        "auto", "Of path: by names such as train and test, or by a hash.", choices=RULES, since="auto"
-    ),
-    "data.tokenizer": Field(
-        "bytes", "Of text; `recall` has symbols of its own.", choices=TOKENIZERS
-    ),
+    "data.split": Field("auto", "Of path: by names such as train and test, or by a hash.", choices=RULES, since="auto"),
+    "data.tokenizer": Field("bytes", "Of text; `recall` has symbols of its own.", choices=TOKENIZERS),
     "data.vocab_size": Field(4096, "Of a trained bpe.", POSITIVE),
     "data.sequence_length": Field(256, "T, tokens of a window.", POSITIVE),
     "data.batch_size": Field(16, "Windows of a step, over all devices.", POSITIVE),
@@ -47,9 +43,7 @@ SCHEMA: dict[str, Field] = {
     "data.num_keys": Field(16, "recall: keys that exist.", POSITIVE),
     "data.num_values": Field(16, "recall: values that exist.", POSITIVE),
     "data.num_pairs": Field(8, "recall: bindings in a sequence.", POSITIVE),
-    "data.min_distance": Field(
-        0, "recall: tokens from a binding to a query; 0 is the window.", since=0
-    ),
+    "data.min_distance": Field(0, "recall: tokens from a binding to a query; 0 is the window.", since=0),
     "data.query_rate": Field(0.25, "recall: share of the places that ask.", since=0.25),
     "data.num_marks": Field(0, "recall: symbols to be counted; 0 or at least 2.", since=0),
     "data.mark_rate": Field(0.0, "recall: share of the places with a mark.", since=0.0),
@@ -69,33 +63,25 @@ SCHEMA: dict[str, Field] = {
     "model.remat": Field(False, "Recompute each layer in the backward pass."),
     # -- controller
     "controller.name": Field(
-        "bayesian", "bayesian, bayesian_mean (no sampling), softmax (prior-free), ...",
-        choices=CONTROLLERS,
+        "bayesian", "bayesian, bayesian_mean (no sampling), softmax (prior-free), ...", choices=CONTROLLERS
     ),
     "controller.hidden": Field(64, "Width of its MLP.", POSITIVE),
     "controller.posterior": Field("mean_strength", "Form of the posterior.", choices=POSTERIORS),
     "controller.network": Field(
-        "zero_output", "Its MLP: W2 = 0 at the start, or the paper's.", choices=NETWORKS,
-        since="zero_output",
+        "zero_output", "Its MLP: W2 = 0 at the start, or the paper's.", choices=NETWORKS, since="zero_output"
     ),
     "controller.uncertainty": Field("entropy", "Measure of u_t.", choices=MEASURES),
     "controller.fixed": Field(("full",), "fixed: mechanisms of the layers, repeated."),
     "controller.entropy_bonus": Field(
         0.1, "cost_penalty: cost per nat of routing entropy.", NOT_NEGATIVE, since=0.0, array=True
     ),
-    "controller.temperature": Field(
-        0.5, "gumbel: when the gate has ended.", POSITIVE, since=1.0
-    ),
-    "controller.temperature_start": Field(
-        2.0, "gumbel: at the first step, from where it falls.", POSITIVE, since=1.0
-    ),
+    "controller.temperature": Field(0.5, "gumbel: when the gate has ended.", POSITIVE, since=1.0),
+    "controller.temperature_start": Field(2.0, "gumbel: at the first step, from where it falls.", POSITIVE, since=1.0),
     # -- prior
     "prior.family": Field("cost_aware", "Form of the prior's mean.", choices=PRIORS),
     "prior.strength": Field(2.0, "kappa, pseudo-counts in all; paper: beta0.", array=True),
     "prior.preference": Field(0.1, "eta, the preference floor.", array=True),
-    "prior.costs": Field(
-        "nominal", "nominal, analytic, measured (frozen in the run), or '1,0.15,0.3'.", array=True
-    ),
+    "prior.costs": Field("nominal", "nominal, analytic, measured (frozen in the run), or '1,0.15,0.3'.", array=True),
     # -- objective
     "objective.beta": Field(0.01, "Weight of the KL.", NOT_NEGATIVE, array=True),
     "objective.beta_warmup": Field(0.2, "Share of the steps over which beta rises.", SHARE),
@@ -108,12 +94,8 @@ SCHEMA: dict[str, Field] = {
         "theta", "Of the threshold: theta in [0, 1], or eta in nats of dirichlet_entropy.",
         choices=("theta", "nats"), since="theta",
     ),
-    "gate.price": Field(
-        0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True
-    ),
-    "gate.fallback": Field(
-        "soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"
-    ),
+    "gate.price": Field(0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True),
+    "gate.fallback": Field("soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"),
     # -- optimizer
     "optimizer.name": Field("adamw", "The optimizer.", choices=("adamw", "sgd")),
     "optimizer.learning_rate": Field(3e-3, "At its peak.", POSITIVE, array=True),
@@ -131,18 +113,13 @@ SCHEMA: dict[str, Field] = {
     "train.checkpoint_every": Field(500, "Steps between checkpoints.", POSITIVE, free_on_resume=True),
     "train.keep_latest": Field(2, "Newest checkpoints that stay.", POSITIVE, free_on_resume=True),
     "train.packed": Field(False, "Packed dispatch once every token is hard.", since=False),
-    "train.packed_dense_rows": Field(
-        0.0, "Share of the rows that then run all mechanisms.", SHARE, since=0.0
-    ),
+    "train.packed_dense_rows": Field(0.0, "Share of the rows that then run all mechanisms.", SHARE, since=0.0),
     "train.profile_step": Field(-1, "First of 3 traced steps; -1 is off.", free_on_resume=True),
     # -- parallel
-    "parallel.mode": Field(
-        "jit", "A mesh (jit) or pmap.", choices=("jit", "pmap"), free_on_resume=True
-    ),
+    "parallel.mode": Field("jit", "A mesh (jit) or pmap.", choices=("jit", "pmap"), free_on_resume=True),
     "parallel.devices": Field(0, "0 is all.", NOT_NEGATIVE, free_on_resume=True),
     "parallel.fsdp": Field(
-        1, "Devices that share one copy of parameters and moments.", POSITIVE, since=1,
-        free_on_resume=True,
+        1, "Devices that share one copy of parameters and moments.", POSITIVE, since=1, free_on_resume=True
     ),
 }
 
@@ -150,26 +127,17 @@ ARRAY_INPUTS = tuple(name for name, field in SCHEMA.items() if field.array)
 """Fields that change no program: points of a sweep that differ in these alone are trained together."""
 
 FREE_ON_RESUME = tuple(name for name, field in SCHEMA.items() if field.free_on_resume)
-"""Fields that a resumed run may set anew; but with `train.packed_dense_rows` the devices decide how many
-rows run dense."""
+"""Fields that a resumed run may set anew; but with `train.packed_dense_rows` the devices decide how many rows run
+dense."""
 
 
 def default_config() -> ConfigDict:
     """Every field at its default."""
-    return ConfigDict(nested({name: field.default for name, field in SCHEMA.items()}))
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as sections."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        section, _, last = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[last] = value
-    return tree
+    return ConfigDict(unflatten_dict({name: field.default for name, field in SCHEMA.items()}, sep="."))
 
 
 def flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every field; the inverse of `nested`."""
+    """(dotted name, value) of every field."""
     for name, value in tree.items():
         if isinstance(value, Mapping | ConfigDict):
             yield from flat(value, f"{prefix}{name}.")
@@ -177,27 +145,14 @@ def flat(tree: Mapping[str, Any] | ConfigDict, prefix: str = "") -> Iterator[tup
             yield f"{prefix}{name}", value
 
 
-def near(field: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown field."""
-    found = difflib.get_close_matches(field, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else "."
-
-
 def check_fields(config: Any) -> None:
-    """Checks that a config has the fields of the schema, no others, and of each a value that it can have
-    by itself; fields that files from before them lack are put in.
-
-    Raises:
-      ValueError: the first field that is wrong.
-    """
-    if not isinstance(config, ConfigDict):
-        raise ValueError(f"config: expected a ConfigDict from get_config(), got {config!r}.")
+    """Checks that a config has the fields of the schema, no others, and of each a value that it can have by itself;
+    fields that files from before them lack are put in."""
+    expect(isinstance(config, ConfigDict), "config", "a ConfigDict from get_config()", config)
     sections = {name.partition(".")[0] for name in SCHEMA if "." in name}
     for section in sections:
         if section in config and not isinstance(config[section], ConfigDict):
-            raise ValueError(
-                f"{section}: expected a section with its fields, got {config[section]!r}."
-            )
+            raise ValueError(f"{section}: expected a section with its fields, got {config[section]!r}.")
     given = dict(flat(config))
     for name in given:
         if name not in SCHEMA:
@@ -214,22 +169,19 @@ def check_fields(config: Any) -> None:
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
     """Plain nested dict, tuples as lists: what JSON holds."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, (tuple, list)) else value
-
-    return plain(config.to_dict())
+    return _sequences(config.to_dict(), list)
 
 
 def dict_to_config(values: Mapping[str, Any]) -> ConfigDict:
     """Inverse of `config_to_dict`."""
-    def rich(value):
-        if isinstance(value, dict):
-            return {k: rich(v) for k, v in value.items()}
-        return tuple(value) if isinstance(value, list) else value
+    return ConfigDict(_sequences(values, tuple))
 
-    return ConfigDict(rich(values))
+
+def _sequences(value: Any, kind: type) -> Any:
+    """Tuples and lists in nested dicts as one of the two."""
+    if isinstance(value, dict):
+        return {k: _sequences(v, kind) for k, v in value.items()}
+    return kind(value) if isinstance(value, (tuple, list)) else value
 
 
 def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,11 +195,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_stored(path: pathlib.Path, what: str = "a config") -> dict[str, Any]:
-    """`what` is a JSON object in a file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
+    """`what` is a JSON object in a file."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError):  # JSON of 100,000 brackets is too deep.
@@ -262,9 +210,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     return completed(read_stored(path))
 
 
-def config_difference(
-    stored: Mapping[str, Any], given: Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
+def config_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted field, stored value, given value) wherever two plain configs differ."""
     left, right = dict(flat(stored)), dict(flat(given))
     fields = sorted(left.keys() | right.keys())
@@ -273,8 +219,8 @@ def config_difference(
 
 
 def may_change(field: str, old: Any, new: Any) -> bool:
-    """Whether a run may go on with another value of a field: those that are free, and where data of
-    one's own lie and what says their split, for the manifest says what they are."""
+    """Whether a run may go on with another value of a field: those that are free, and where data of one's own lie and
+    what says their split, for the manifest says what they are."""
     moved = field == "data.corpus" and all(str(value).startswith("path:") for value in (old, new))
     return field in FREE_ON_RESUME or field == "data.split" or moved
 

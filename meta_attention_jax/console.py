@@ -1,5 +1,5 @@
-"""Printing that never ends a run: a reader that has gone away, a closed stream or an encoding without a
-letter costs the words, not the work."""
+"""Printing that never ends a run: a reader that has gone away, a closed stream or an encoding without a letter costs
+the words, not the work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PATIENCE = 5.0
 """Seconds for which a pipe that does not block may be full before words are lost."""
 
 _PIECE = 2048
-"""Characters that fit into an empty buffer, whatever their encoding: what the buffer has taken is written
-by a later `flush`, what it has not is lost."""
+"""Characters that fit into an empty buffer, whatever their encoding: what the buffer has taken is written by a later
+`flush`, what it has not is lost."""
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 """Of a stream that nobody will read any more."""
@@ -25,16 +25,14 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 class Tolerant(io.TextIOBase):
     """A text stream that loses what its own stream cannot take.
 
-    Characters that the encoding lacks become "?". After a closed pipe or a terminal that is gone all is
-    lost in silence; a full disk, or a full pipe that does not block, costs what it did not take.
-
-    Attributes:
-      lost: the first failure, but for that of a reader that has had enough; None if there was none.
+    Characters that the encoding lacks become "?". After a closed pipe or a terminal that is gone all is lost in
+    silence; a full disk, or a full pipe that does not block, costs what it did not take.
     """
 
     def __init__(self, stream: Optional[TextIO]):
         self._stream = stream
         self._patience = PATIENCE
+        # The first failure, but for that of a reader that has had enough.
         self.lost: Optional[Exception] = None
 
     def write(self, text: str) -> int:

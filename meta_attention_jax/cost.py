@@ -2,10 +2,10 @@
 
 Two kinds of numbers live here and are never mixed:
 
-* *costs* c in (0, 1]^K, dimensionless, divided by the largest. They enter the prior and the
-  projected cost of a routing.
-* *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax,
-  norms and activations are left out, as is the usual convention for model FLOPs.
+* *costs* c in (0, 1]^K, dimensionless, divided by the largest, enter the prior and the projected cost of a routing.
+* *projected FLOPs*, 2 per multiply-add, of the matrix products that the equations need. Softmax, norms and activations
+  are left out, as is the usual convention for model FLOPs.
+
 Executed FLOPs and bytes, those of the tiles that the programs really visit for given routes, stand in
 `routing.accounting`.
 """
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
 from meta_attention_jax.types import AttentionSpec, ModelConfig
 
@@ -35,11 +36,7 @@ MINIMUM_SECONDS = 2e-3
 
 
 def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:
-    """The paper's costs, on the axis `mechanisms`, divided by their largest.
-
-    Raises:
-      ValueError: a mechanism without a nominal cost (a custom one needs `costs` as numbers).
-    """
+    """The paper's costs, on the axis `mechanisms`, divided by their largest."""
     costs = [get_mechanism(name).cost for name in mechanisms]
     unknown = [name for name, cost in zip(mechanisms, costs) if cost is None]
     if unknown:
@@ -51,13 +48,11 @@ def nominal_costs(mechanisms: Sequence[str]) -> np.ndarray:
     return costs / costs.max()
 
 
-def analytic_costs(
-    mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec
-) -> np.ndarray:
+def analytic_costs(mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec) -> np.ndarray:
     """FLOPs of each mechanism on a sequence of `time` tokens, divided by the largest.
 
-    Short sequences can make `linear` the dearest of the three (it costs about 4 d^2 per token
-    against 2 d T of causal full attention); that is the truth, not a mistake.
+    Short sequences can make `linear` the dearest of the three (it costs about 4 d^2 per token against 2 d T of causal
+    full attention); that is the truth, not a mistake.
     """
     flops = [get_mechanism(name).flops(time, dim, spec) for name in mechanisms]
     costs = np.array(flops, np.float64)
@@ -65,56 +60,33 @@ def analytic_costs(
 
 
 def resolve_costs(
-    costs: str | Sequence[float],
-    mechanisms: Sequence[str],
-    *,
-    time: int,
-    dim: int,
-    spec: AttentionSpec,
+    costs: str | Sequence[float], mechanisms: Sequence[str], *, time: int, dim: int, spec: AttentionSpec
 ) -> np.ndarray:
-    """`costs` as numbers: "nominal", "analytic", or one positive number per mechanism.
-
-    Raises:
-      ValueError: unknown kind, wrong length, or a number that is not positive; "measured", whose
-        numbers belong to a run directory (see `measure_costs`).
-    """
+    """`costs` as numbers: "nominal", "analytic", or one positive number per mechanism."""
     if isinstance(costs, str):
         if costs == "nominal":
             return nominal_costs(mechanisms)
         if costs == "analytic":
             return analytic_costs(mechanisms, time=time, dim=dim, spec=spec)
-        if costs == "measured":
-            raise ValueError(
-                "costs: expected 'nominal', 'analytic' or numbers without a run directory to freeze "
-                "measured ones in, got 'measured'."
-            )
+        expected = "'nominal', 'analytic' or numbers without a run directory to freeze measured ones in"
+        expect(costs != "measured", "costs", expected, "measured")
         raise ValueError(f"costs: expected one of {COST_KINDS} or numbers, got {costs!r}.")
     with np.errstate(over="ignore"):  # Infinity is refused below.
         values = np.asarray(costs, np.float32)
     if values.shape != (len(mechanisms),) or not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError(
-            f"costs: expected {len(mechanisms)} positive numbers, one per mechanism, got {costs!r}."
-        )
+        raise ValueError(f"costs: expected {len(mechanisms)} positive numbers, one per mechanism, got {costs!r}.")
     return values / values.max()
 
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Forward FLOPs per token of a model, split by what spends them.
+    """Forward FLOPs per token of a model, split by what spends them."""
 
-    Attributes:
-      projections: q, k, v and output projections of all layers.
-      mlp: gated MLPs of all layers.
-      logits: the output head.
-      controller: the routing MLPs of all layers.
-      mechanisms: attention proper, per mechanism, as if every token of every layer used it.
-    """
-
-    projections: float
-    mlp: float
-    logits: float
-    controller: float
-    mechanisms: dict[str, float]
+    projections: float  # q, k, v and output projections of all layers.
+    mlp: float  # Gated MLPs of all layers.
+    logits: float  # The output head.
+    controller: float  # The routing MLPs of all layers.
+    mechanisms: dict[str, float]  # Attention proper, per mechanism, as if every token of every layer used it.
 
     @property
     def trunk(self) -> float:
@@ -142,14 +114,13 @@ class FlopCount:
 def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> FlopCount:
     """Forward FLOPs per token of the language model at sequences of `time` tokens.
 
-    Per layer: projections 2 D d (2 H + 2 G), gated MLP 6 D F, controller 2 ((D + 2) h + h n) with h
-    hidden units and n outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V.
+    Per layer: projections 2 D d (2 H + 2 G), gated MLP 6 D F, controller 2 ((D + 2) h + h n) with h hidden units and n
+    outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V.
     """
     width, layers, heads, dim = config.model_dim, config.num_layers, config.num_heads, config.head_dim
     hidden = config.router.hidden if controller_outputs else 0
     per_head = {
-        name: get_mechanism(name).flops(time, dim, config.attention) / time
-        for name in config.router.mechanisms
+        name: get_mechanism(name).flops(time, dim, config.attention) / time for name in config.router.mechanisms
     }
     return FlopCount(
         projections=layers * 2.0 * width * dim * (2 * heads + 2 * config.kv_heads),
@@ -162,17 +133,7 @@ def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> F
 
 @dataclasses.dataclass(frozen=True)
 class CostSetting:
-    """What measured costs hold for.
-
-    Attributes:
-      mechanisms: names, in order.
-      time: T, in tokens.
-      window: of mechanisms that have one.
-      num_heads, num_kv_heads, head_dim: H, G, d.
-      dtype: of q, k and v.
-      implementation: of full attention.
-      segments: what is known of them, as `AttentionSpec.segments`.
-    """
+    """What measured costs hold for."""
 
     mechanisms: tuple[str, ...]
     time: int
@@ -180,28 +141,20 @@ class CostSetting:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: str = "float32"
-    implementation: str = "auto"
-    segments: str = "any"
+    dtype: str = "float32"  # Of q, k and v.
+    implementation: str = "auto"  # Of full attention.
+    segments: str = "any"  # What is known of them, as `AttentionSpec.segments`.
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCosts:
-    """Seconds of every mechanism, and where they were taken.
-
-    Attributes:
-      setting: what was timed.
-      batch: sequences of a call.
-      seconds: median of one call per mechanism.
-      device: its kind.
-      versions: of Python and the libraries.
-    """
+    """Seconds of every mechanism, and where they were taken."""
 
     setting: CostSetting
-    batch: int
-    seconds: tuple[float, ...]
-    device: str
-    versions: dict[str, str]
+    batch: int  # Sequences of a call.
+    seconds: tuple[float, ...]  # Median of one call per mechanism.
+    device: str  # Its kind.
+    versions: dict[str, str]  # Of Python and the libraries.
 
     @property
     def costs(self) -> np.ndarray:
@@ -210,13 +163,11 @@ class MeasuredCosts:
         return (seconds / seconds.max()).astype(np.float32)
 
 
-def measure_costs(
-    setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS
-) -> MeasuredCosts:
+def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS) -> MeasuredCosts:
     """Times every mechanism once, causal and forward, on this process's first device.
 
-    The compiled mechanisms run in turns on the same random q, k, v of `batch` sequences without
-    padding; the median over rounds counts. Two calls never give the same numbers: freeze them.
+    The compiled mechanisms run in turns on the same random q, k, v of `batch` sequences without padding; the median
+    over rounds counts. Two calls never give the same numbers: freeze them.
     """
     device = jax.local_devices()[0]
     s = setting
@@ -230,9 +181,7 @@ def measure_costs(
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(
-        window=s.window, implementation=s.implementation, segments=s.segments
-    )
+    spec = AttentionSpec(window=s.window, implementation=s.implementation, segments=s.segments)
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

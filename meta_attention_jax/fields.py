@@ -1,12 +1,15 @@
-"""What a field of a config is: its default, its bounds, and what is known of it over time."""
+"""What a field of a config is: its default, its bounds, and what is known of it over time; and numbers that callers
+give, of which those of NumPy and JAX are as good as Python's."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Optional
 
+import jax
 import numpy as np
 
 SMALLEST, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -34,33 +37,18 @@ SHARE = Bounds("a share in [0, 1]", 0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config.
+    """One field of a config."""
 
-    Attributes:
-      default: its type is the field's.
-      help: what it is, in a line.
-      bounds: of a number.
-      choices: of a text; None takes any.
-      since: what runs from before the field did; `ALWAYS` for those of the first version.
-      array: changes no program: points of a sweep that differ in such fields alone train together.
-      free_on_resume: changes no number of a run, so that one that goes on may set it anew.
-    """
-
-    default: Any
-    help: str
-    bounds: Optional[Bounds] = None
-    choices: Optional[Collection[str]] = None
-    since: Any = ALWAYS
-    array: bool = False
-    free_on_resume: bool = False
+    default: Any  # Its type is the field's.
+    help: str  # What it is, in a line.
+    bounds: Optional[Bounds] = None  # Of a number.
+    choices: Optional[Collection[str]] = None  # Of a text; None takes any.
+    since: Any = ALWAYS  # What runs from before the field did; `ALWAYS` for those of the first version.
+    array: bool = False  # Changes no program: points of a sweep that differ in such fields alone train together.
+    free_on_resume: bool = False  # Changes no number of a run, so that one that goes on may set it anew.
 
     def check(self, name: str, value: Any) -> None:
-        """Checks a value by itself.
-
-        Raises:
-          ValueError: another type, a number that arrays of a run cannot hold or outside the bounds, or
-            none of the choices.
-        """
+        """Checks a value by itself."""
         kind = type(self.default)
         if kind is str:
             expect(isinstance(value, str) and "\0" not in value, name, "text", value)
@@ -85,10 +73,37 @@ class Field:
             expect(value in self.choices, name, f"one of {tuple(self.choices)}", value)
 
 
-def expect(ok: bool, field: str, expected: str, got: Any) -> None:
+def expect(ok: Any, field: str, expected: str, got: Any) -> None:
     """Raises a ValueError of one sentence unless `ok`."""
     if not ok:
         raise ValueError(f"{field}: expected {expected}, got {got!r}.")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else "."
+
+
+def plain(value: Any) -> Any:
+    """NumPy and JAX scalars as Python numbers, arrays as tuples of them, in lists and tuples too; all else as it is."""
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        value = value.item() if value.ndim == 0 else tuple(value.tolist())
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def whole(field: str, value: Any) -> int:
+    """An integer; neither True nor 2.0 is one."""
+    value = plain(value)
+    expect(_is_number(value, int), field, "an integer", value)
+    return value
+
+
+def real(field: str, value: Any) -> float:
+    """An integer or a float, NaN and infinities too."""
+    value = plain(value)
+    expect(_is_number(value, (int, float)), field, "a number", value)
+    return value
 
 
 def _is_number(value: Any, kinds: Any) -> bool:

@@ -23,12 +23,7 @@ _NOT_REPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDE
 
 
 def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """The absolute path on this machine: `~` is a home, `file://` understood, nothing else resolved.
-
-    Raises:
-      ValueError: an address of any other scheme, another host's file, or a home that nobody has;
-        names `field`.
-    """
+    """The absolute path on this machine: `~` is a home, `file://` understood, nothing else resolved."""
     text = os.fspath(path)
     address = _ADDRESS.match(text)
     if address and address[1].lower() == "file":
@@ -39,8 +34,7 @@ def local(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
         text = re.sub(r"(?:%[0-9A-Fa-f]{2})+", _decoded, here[1])
     elif address:
         raise ValueError(
-            f"{field}: expected a path of this machine (~ and file:// are understood), got the address "
-            f"{text!r}."
+            f"{field}: expected a path of this machine (~ and file:// are understood), got the address {text!r}."
         )
     if "\0" in text:
         raise ValueError(f"{field}: expected a path, got {text!r}.")
@@ -55,29 +49,24 @@ def _decoded(escaped: re.Match[str]) -> str:
 
 
 def run_directory(field: str, path: str | os.PathLike[str]) -> pathlib.Path:
-    """`local`, of a folder that checkpoints can be kept in.
-
-    Raises:
-      ValueError: as `local`; a path that is not Unicode, or with a backslash, which the checkpoint
-        library takes for a separator and so writes elsewhere.
-    """
+    """`local`, of a folder that checkpoints can be kept in."""
     found = local(field, path)
     try:
         str(found).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{field}: expected a path whose name is Unicode, got {str(found)!r}.") from None
-    if "\\" in str(found):
+    if "\\" in str(found):  # The checkpoint library takes it for a separator, and so writes elsewhere.
         raise ValueError(f"{field}: expected a path without a backslash, got {str(found)!r}.")
     return found
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file whole or not at all: to a temporary file beside it, then renamed. Missing folders
-    are made; `path` is resolved as by `local`.
+    """Writes a file whole or not at all: to a temporary file beside it, then renamed. Missing folders are made; `path`
+    is resolved as by `local`.
 
-    What is no regular file (a terminal, a pipe, /dev/null) is written through, as is a standard stream
-    by any of its names; of a symbolic link the target is written. A file that cannot be replaced, but
-    written (it is mounted by itself, or nothing new may be made in its folder), is written in place.
+    What is no regular file (a terminal, a pipe, /dev/null) is written through, as is a standard stream by any of its
+    names; of a symbolic link the target is written. A file that cannot be replaced, but written (it is mounted by
+    itself, or nothing new may be made in its folder), is written in place.
     """
     content = content.encode("utf-8") if isinstance(content, str) else content
     path = local("path", path)

@@ -1,8 +1,7 @@
 """Generation: prefill, then one compiled decode loop; samplers.
 
-A prompt is read in one pass that fills the caches; then every token costs one step in which a row
-reads only what its route needs. Sampling is a function of (row key, position), so a row generates
-the same text alone and in a batch.
+A prompt is read in one pass that fills the caches; then every token costs one step in which a row reads only what its
+route needs. Sampling is a function of (row key, position), so a row generates the same text alone and in a batch.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from meta_attention_jax.fields import LARGEST, SMALLEST, expect, real, whole
 from meta_attention_jax.mechanisms.cache import Cache
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.types import Routing, RoutingHypers
 
@@ -30,7 +29,6 @@ RowKeys = Key[Array, "batch"]
 Prompt = Sequence[int | np.integer] | Int[np.ndarray, "tokens"]
 Draw = Callable[[Logits, RowKeys], Tokens]
 
-TINY, LARGEST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 CAPACITY_STEP = 64
 """Capacities are rounded up to a multiple of it, so that texts of similar length share a program."""
 
@@ -50,8 +48,8 @@ def keep_top_k(logits: Logits, k: int) -> Logits:
 def keep_top_p(logits: Logits, p: float) -> Logits:
     """-inf for all but the smallest set of most likely tokens whose mass is at least p.
 
-    Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in
-    order of falling probability, have a mass below p; the first always stays. p = 1 keeps all.
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751). A token stays iff the tokens before it, in order of falling
+    probability, have a mass below p; the first always stays. p = 1 keeps all.
     """
     if p >= 1.0:
         return logits
@@ -72,36 +70,26 @@ def _rank(order: Int[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
 class Sampler:
     """Draws from softmax(logits / temperature), cut to the top k, then to the mass p.
 
-    A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the
-    same settings compile once.
-
-    Attributes:
-      temperature: > 0, as a float32.
-      top_k: None or at least 1 (1 is greedy).
-      top_p: None or in (0, 1]; of what `temperature` and `top_k` leave.
-
-    Raises:
-      ValueError: a field that is no number, or out of range.
+    A pure function (logits [batch vocab], one key per row) -> tokens [batch]; hashable, so that the same settings
+    compile once. Raises ValueError for a field that is no number, or out of range.
     """
 
-    temperature: float = 1.0
-    top_k: Optional[int] = None
-    top_p: Optional[float] = None
+    temperature: float = 1.0  # > 0, as a float32.
+    top_k: Optional[int] = None  # At least 1 (1 is greedy).
+    top_p: Optional[float] = None  # In (0, 1]; of what `temperature` and `top_k` leave.
 
     def __post_init__(self) -> None:
         for name, number in (("temperature", real), ("top_k", whole), ("top_p", real)):
             if getattr(self, name) is not None or name == "temperature":
                 # Of a kind that can be hashed.
                 object.__setattr__(self, name, number(name, getattr(self, name)))
-        if not TINY <= self.temperature <= LARGEST:
+        if not SMALLEST <= self.temperature <= LARGEST:
             raise ValueError(
-                f"temperature: expected a finite number of at least {TINY:.1e}, got "
+                f"temperature: expected a finite number of at least {SMALLEST:.1e}, got "
                 f"{self.temperature}; without a sampler the text is greedy."
             )
-        if self.top_k is not None and not 1 <= self.top_k < 2**31:
-            raise ValueError(f"top_k: expected at least 1 and less than 2^31, got {self.top_k}.")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}.")
+        expect(self.top_k is None or 1 <= self.top_k < 2**31, "top_k", "at least 1 and less than 2^31", self.top_k)
+        expect(self.top_p is None or 0.0 < self.top_p <= 1.0, "top_p", "a number in (0, 1]", self.top_p)
 
     def filtered(self, logits: Logits) -> Logits:
         """Logits that are sampled from, the largest 0; those of tokens that are left out -inf."""
@@ -117,14 +105,8 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
 
 
-def sampler_of(
-    temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None
-) -> Draw:
-    """`Sampler` of the numbers that are given, `greedy` without any.
-
-    Raises:
-      ValueError: as `Sampler`.
-    """
+def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None, top_p: Optional[float] = None) -> Draw:
+    """`Sampler` of the numbers that are given, `greedy` without any."""
     if temperature is None and top_k is None and top_p is None:
         return greedy
     return Sampler(1.0 if temperature is None else temperature, top_k, top_p)
@@ -132,22 +114,12 @@ def sampler_of(
 
 @flax.struct.dataclass
 class Trace:
-    """What was generated; `prompt_*` are of the prompts, right-padded.
-
-    Attributes:
-      tokens: the text.
-      route: k* of every generated token, by layer.
-      hard: whether the token used k* alone.
-      uncertainty: u_t in [0, 1].
-      prompt_route: k* of the prompts' tokens; means nothing behind a prompt's length.
-      prompt_hard: likewise.
-      prompt_uncertainty: likewise.
-    """
+    """What was generated; `prompt_*` are of the prompts, right-padded, and mean nothing behind a prompt's length."""
 
     tokens: Int[Array, "batch steps"]
-    route: Int[Array, "layer batch steps"]
-    hard: Bool[Array, "layer batch steps"]
-    uncertainty: Float[Array, "layer batch steps"]
+    route: Int[Array, "layer batch steps"]  # k*.
+    hard: Bool[Array, "layer batch steps"]  # Whether the token used k* alone.
+    uncertainty: Float[Array, "layer batch steps"]  # u_t in [0, 1].
     prompt_route: Int[Array, "layer batch time"]
     prompt_hard: Bool[Array, "layer batch time"]
     prompt_uncertainty: Float[Array, "layer batch time"]
@@ -164,22 +136,14 @@ def prefill(
     capacity: int,
     route: Optional[Int[Array, "..."]] = None,
 ) -> tuple[Cache, Logits, dict[str, Array]]:
-    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled.
-
-    Returns:
-      The cache, the logits behind each prompt, and route, hard and uncertainty [layer batch time]
-      by name.
-    """
+    """`LanguageModel.prefill` into a new cache of `capacity` tokens per row, compiled: the cache, the logits behind
+    each prompt, and route, hard and uncertainty [layer batch time] by name."""
     cache = model.init_cache(tokens.shape[0], capacity)
-    cache, out = model.apply(
-        {"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill"
-    )
+    cache, out = model.apply({"params": params}, cache, tokens, lengths, hypers=hypers, route=route, method="prefill")
     return cache, out.logits, _seen(out.routing)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits")
-)
+@functools.partial(jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits"))
 def decode_loop(
     model: LanguageModel,
     params: Any,
@@ -194,37 +158,21 @@ def decode_loop(
 ) -> tuple[Cache, Logits, dict[str, Array]]:
     """`steps` times: draw a token from the logits, then decode it. One compiled loop.
 
-    Args:
-      model: static; its mode says how routed.
-      params: of the model.
-      cache: consumed, its buffers are updated in place; rows need `steps` free places.
-      logits: of the first token to draw; consumed.
-      keys: one per row.
-      hypers: kappa, eta, c, theta as arrays.
-      steps: tokens per row.
-      sampler: `greedy` or a `Sampler`; any hashable function of that signature.
-      route: forces the routes of the generated tokens.
-
-    Returns:
-      The cache with all drawn tokens in it, the logits behind the last, and tokens
-      [batch steps], route, hard and uncertainty [layer batch steps] by name.
+    Consumes the cache, whose buffers are updated in place and whose rows need `steps` free places, and the logits. The
+    sampler is any hashable function like a `Sampler`. Returns the cache with all drawn tokens in it, the logits behind
+    the last, and tokens [batch steps], route, hard and uncertainty [layer batch steps] by name.
     """
 
     def step(carry, forced):
         cache, logits = carry
         fold = jax.vmap(jax.random.fold_in)
         token = sampler(logits, fold(keys, cache.length[0]))
-        cache, out = model.apply(
-            {"params": params}, cache, token, hypers=hypers, route=forced, method="decode"
-        )
+        cache, out = model.apply({"params": params}, cache, token, hypers=hypers, route=forced, method="decode")
         return (cache, out.logits), dict(token=token, **_seen(out.routing))
 
     (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
     tokens = seen.pop("token")
-    return cache, logits, {
-        "tokens": tokens.T,
-        **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()},
-    }
+    return cache, logits, {"tokens": tokens.T, **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()}}
 
 
 def _seen(routing: Routing) -> dict[str, Array]:
@@ -235,11 +183,7 @@ def _seen(routing: Routing) -> dict[str, Array]:
 def pad_prompts(
     prompts: Sequence[Prompt], vocab_size: int
 ) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch"]]:
-    """Prompts of any lengths as one right-padded array, and their lengths.
-
-    Raises:
-      ValueError: no prompt, an empty one, or a token outside the vocabulary.
-    """
+    """Prompts of any lengths as one right-padded array, and their lengths."""
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
         raise ValueError("prompts: expected at least one, got none.")
@@ -272,24 +216,17 @@ def generate(
     mode: Optional[str] = None,
     capacity: Optional[int] = None,
 ) -> Trace:
-    """Goes on from each prompt by `steps` tokens.
+    """Goes on from each prompt, token ids of any length, by `steps` >= 1 tokens.
+
+    Raises ValueError for an empty prompt, a token outside the vocabulary, steps that cannot be or exceed the capacity,
+    missing or too few keys.
 
     Args:
-      model: the language model.
-      params: its parameters, as trained.
-      prompts: token ids, rows of any lengths.
-      steps: tokens to generate per row, at least 1.
-      hypers: kappa, eta, c, theta as arrays.
       keys: one PRNG key per row; only `greedy` can do without.
       sampler: `greedy` or a `Sampler`.
       mode: "soft", "hard" or "gated"; None is the model's own.
-      capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded
-        up to a multiple of `CAPACITY_STEP`.
-
-    Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, fewer than 1 step or no whole
-        number of them, a prompt that with its steps exceeds the capacity, missing or too few keys;
-        one sentence.
+      capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded up to a multiple of
+        `CAPACITY_STEP`.
     """
     if _elsewhere(params):
         return without_mesh(generate)(
@@ -298,29 +235,21 @@ def generate(
         )
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     steps = whole("steps", steps)
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    expect(steps >= 1, "steps", "at least 1", steps)
     needed = int(lengths.max()) + steps
     if capacity is None:
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
     capacity = whole("capacity", capacity)
-    if needed > capacity:
-        raise ValueError(
-            f"capacity: expected at least prompt + steps = {lengths.max()} + {steps} tokens, "
-            f"got {capacity}."
-        )
+    expect(needed <= capacity, "capacity", f"at least prompt + steps = {lengths.max()} + {steps} tokens", capacity)
     batch = len(lengths)
     if keys is None:
-        if sampler is not greedy:
-            raise ValueError("keys: expected one PRNG key per row for this sampler, got None.")
+        expect(sampler is greedy, "keys", "one PRNG key per row for this sampler", None)
         keys = jax.random.split(jax.random.key(0), batch)
     if keys.shape != (batch,):
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
     model = model.clone(mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
-    _, _, seen = decode_loop(
-        model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler
-    )
+    _, _, seen = decode_loop(model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler)
     return Trace(**seen, **{f"prompt_{name}": values for name, values in first.items()})
 
 

@@ -2,8 +2,7 @@
 
     o_t = sum_k w_tk o^k_t,    w_t on the simplex, from the controller and the mode
 
-Source: "Meta-Attention: Bayesian Per-Token Routing for Efficient Transformer Inference",
-arXiv 2605.28384.
+Source: "Meta-Attention: Bayesian Per-Token Routing for Efficient Transformer Inference", arXiv 2605.28384.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from jaxtyping import Array, Float, Key
 from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import resolve_costs
+from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms import cache as caches
+from meta_attention_jax.mechanisms.blocks import rotate
 from meta_attention_jax.mechanisms.projections import Projections
 from meta_attention_jax.mechanisms.registry import check_decodes, get_mechanism
-from meta_attention_jax.mechanisms.rotary import rotate
 from meta_attention_jax.routing import dispatch
 from meta_attention_jax.routing.decide import MODES, decide, mix
 from meta_attention_jax.routing.dispatch import Heads
@@ -46,51 +46,36 @@ from meta_attention_jax.types import (
 class MetaAttention(nn.Module):
     """Self-attention in which every token is routed to full, linear or local attention.
 
-    Usable in the place of `nn.MultiHeadDotProductAttention` for self-attention: `layer(x)` returns
-    the array alone; the `Routing` is sown as `("intermediates", "routing")`. `routed` returns both,
-    and generates with a cache.
+    Usable in the place of `nn.MultiHeadDotProductAttention` for self-attention: `layer(x)` returns the array alone; the
+    `Routing` is sown as `("intermediates", "routing")`. `routed` returns both, and generates with a cache.
 
-    Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys`
-    (one per example) it trains: one reparameterised sample of pi per token, and straight-through
-    gradients at the tokens that the gate makes hard.
-
-    Attributes:
-      num_heads: H query heads.
-      num_kv_heads: G key/value heads, G divides H; None means H.
-      qkv_features: H d; None means the width of the input.
-      out_features: width of the output; None means the width of the input.
-      spec: who may attend to whom.
-      router: the mechanisms, and who chooses among them.
-      rotary: rotate q and k of the mechanisms that want it (full and local).
-      mode: "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the
-        uncertainty is at most the threshold and soft elsewhere.
-      dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed"
-        does only the work that the routes ask for, "dense" computes all mechanisms and selects,
-        "auto" is packed for long sequences. The output is the same.
-      costs: "nominal" or one positive number per mechanism, used when `hypers` is not given. What
-        depends on the length ("analytic") is refused: a token's route must not.
-      strength: kappa of the prior, when `hypers` is not given.
-      preference: eta of the prior, when `hypers` is not given.
-      threshold: theta of the gate, when `hypers` is not given.
-      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
-      param_dtype: of the parameters.
+    Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys` (one per example) it
+    trains: one reparameterised sample of pi per token, and straight-through gradients at the tokens that the gate makes
+    hard.
     """
 
-    num_heads: int
-    num_kv_heads: Optional[int] = None
-    qkv_features: Optional[int] = None
-    out_features: Optional[int] = None
-    spec: AttentionSpec = AttentionSpec(window=128)
-    router: Router = Router()
-    rotary: bool = False
+    num_heads: int  # H, of queries.
+    num_kv_heads: Optional[int] = None  # G, of keys and values, a divisor of H; None means H.
+    qkv_features: Optional[int] = None  # H d; None means the width of the input.
+    out_features: Optional[int] = None  # Width of the output; None means the width of the input.
+    spec: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
+    router: Router = Router()  # The mechanisms, and who chooses among them.
+    rotary: bool = False  # Rotate q and k of the mechanisms that want it (full and local).
+    # "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the uncertainty is at most the
+    # threshold and soft elsewhere.
     mode: str = "soft"
+    # Where every token is hard (mode "hard" without keys, or a forced route): "packed" does only the work that the
+    # routes ask for, "dense" computes all mechanisms and selects, "auto" is packed for long sequences. The output is
+    # the same.
     dispatch: str = "auto"
+    # "nominal" or one positive number per mechanism, used when `hypers` is not given. What depends on the length
+    # ("analytic") is refused: a token's route must not.
     costs: str | Sequence[float] = "nominal"
-    strength: float = 2.0
-    preference: float = 0.1
-    threshold: float = 0.0
+    strength: float = 2.0  # kappa of the prior, when `hypers` is not given.
+    preference: float = 0.1  # eta of the prior, when `hypers` is not given.
+    threshold: float = 0.0  # theta of the gate, when `hypers` is not given.
     use_bias: bool = False
-    dtype: Optional[Any] = None
+    dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: Optional[nn.initializers.Initializer] = None
@@ -106,18 +91,12 @@ class MetaAttention(nn.Module):
         deterministic: Optional[bool] = None,
         **kwargs: Any,
     ) -> Float[Array, "batch time out"]:
-        """Attends from every token to its segment; returns the output array alone.
+        """Attends from every token to its segment; returns the output array alone. Further arguments are `routed`'s.
 
-        Args:
-          inputs_q: x.
-          inputs_k: refused unless it is `inputs_q` itself, as are inputs_v and inputs_kv.
-          mask: refused; padding and packing are `segment_ids`.
-          deterministic: False draws the keys from the rng stream "routing" when none are given; a
-            Python value, so under `nn.remat` name it in `static_argnums` or give `keys`.
-          **kwargs: those of `routed`.
-
-        Raises:
-          ValueError: cross-attention, an arbitrary mask, or a field that cannot be.
+        Raises ValueError for cross-attention (inputs_k, inputs_v and inputs_kv can only be `inputs_q` itself), for a
+        mask (padding and packing are `segment_ids`), and for a field that cannot be. `deterministic=False` draws the
+        keys from the rng stream "routing" when none are given; it is a Python value, so under `nn.remat` name it in
+        `static_argnums` or give `keys`.
         """
         for name, other in (("inputs_k", inputs_k), ("inputs_v", inputs_v), ("inputs_kv", inputs_kv)):
             if other is not None and other is not inputs_q:
@@ -150,25 +129,19 @@ class MetaAttention(nn.Module):
     ) -> tuple[Float[Array, "batch time out"], Routing, Optional[caches.Cache]]:
         """The output, the routing behind it, and the cache with these tokens in it.
 
-        With a cache, one token per row goes on where the row ends: every token enters the cache, and
-        a row then reads only what the mechanisms of non-zero weight need. More tokens per row are
-        prompts from the beginning, padded behind; what the cache held of this layer is overwritten.
+        With a cache, one token per row goes on where the row ends: every token enters the cache, and a row then reads
+        only what the mechanisms of non-zero weight need. More tokens per row are prompts from the beginning, padded
+        behind; what the cache held of this layer is overwritten. Raises ValueError for a field that cannot be, shapes
+        that do not fit, prompts longer than the capacity, or a cache for what cannot generate.
 
         Args:
-          x: input, usually normalised.
           segment_ids: 0 is padding (output: the bias alone); None means one segment, no padding.
           positions: index within the segment; None derives it from `segment_ids` or the cache.
           residual: the stream before normalisation, whose norm the controller sees; None means x.
           route: forces k*_t; every token is then hard.
-          hypers: kappa, eta, c, theta and lambda as arrays; None takes them from the fields,
-            and lambda 0.
+          hypers: None takes them from the fields, and lambda 0.
           keys: one PRNG key per example; None is deterministic.
-          cache: of all layers; None reads whole sequences and remembers nothing.
-          layer: index of this layer in the cache.
-
-        Raises:
-          ValueError: a field that cannot be, a shape that does not fit, prompts longer than the
-            cache's capacity, or a cache for what cannot generate; one sentence.
+          cache: of all layers, this one's at index `layer`; None reads whole sequences and remembers nothing.
         """
         heads, kv_heads, dim = self._validate(x, cache)
         batch, time, model = x.shape
@@ -177,8 +150,8 @@ class MetaAttention(nn.Module):
             spec = dataclasses.replace(spec, segments="one")
             segment_ids = jnp.ones((batch, time), jnp.int32)
         for name, given in (("segment_ids", segment_ids), ("positions", positions), ("route", route)):
-            if given is not None and given.shape != (batch, time):
-                raise ValueError(f"{name}: expected shape {(batch, time)}, got {given.shape}.")
+            if given is not None:
+                expect(given.shape == (batch, time), name, f"shape {(batch, time)}", given.shape)
         if positions is None and cache is not None and time == 1:
             ends = by_rows(lambda cache, layer: cache.length[layer], (1, None))(cache, layer)
             positions = ends[:, None]
@@ -197,9 +170,7 @@ class MetaAttention(nn.Module):
             out_kernel_init=self.out_kernel_init,
             name="projections",
         )
-        controller = make_controller(
-            self.router, dtype=self.dtype or jnp.float32, name="controller"
-        )
+        controller = make_controller(self.router, dtype=self.dtype or jnp.float32, name="controller")
         hypers = self._hypers(time, dim) if hypers is None else hypers
         routing = controller(
             x,
@@ -254,8 +225,7 @@ class MetaAttention(nn.Module):
         segment_ids: SegmentIds,
         route: Optional[Route],
     ) -> Queries:
-        """Whole sequences: packed dispatch where every token has a route, else all mechanisms on all
-        tokens, mixed by weight."""
+        """Whole sequences: packed where every token has a route, else all mechanisms on all tokens, mixed by weight."""
         packed = dispatch.resolve_dispatch(self.dispatch, time=heads.q.shape[1]) == "packed"
         if len(names) > 1 and route is not None and packed:
             return dispatch.hard_attention(
@@ -266,12 +236,7 @@ class MetaAttention(nn.Module):
         return mix(outputs, weights) if len(names) > 1 else outputs[0]
 
     def _step(
-        self,
-        names: Sequence[str],
-        heads: Heads,
-        weights: Weights,
-        cache: caches.Cache,
-        layer: caches.Layer,
+        self, names: Sequence[str], heads: Heads, weights: Weights, cache: caches.Cache, layer: caches.Layer
     ) -> Queries:
         """One token per row, which the cache has. Weights of 0 say which rows need nothing."""
         outputs = []
@@ -286,14 +251,9 @@ class MetaAttention(nn.Module):
         return mix(outputs, weights)
 
     def _hypers(self, time: int, dim: int) -> RoutingHypers:
-        if self.costs == "analytic":
-            raise ValueError(
-                "costs: expected 'nominal' or numbers, such as those of "
-                "`cost.analytic_costs(..., time=...)` at one fixed length, got 'analytic'."
-            )
-        costs = resolve_costs(
-            self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec
-        )
+        expected = "'nominal' or numbers, such as those of `cost.analytic_costs(..., time=...)` at one fixed length"
+        expect(self.costs != "analytic", "costs", expected, "analytic")
+        costs = resolve_costs(self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec)
         if not self.router.is_fixed:
             validate_prior(strength=self.strength, preference=self.preference, costs=costs)
         return RoutingHypers(
@@ -311,19 +271,12 @@ class MetaAttention(nn.Module):
             raise ValueError(f"inputs_q: expected [batch, time, model], got shape {x.shape}.")
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         features = x.shape[-1] if self.qkv_features is None else self.qkv_features
-        if self.num_heads <= 0 or features % self.num_heads:
-            raise ValueError(
-                f"num_heads: expected a positive divisor of qkv_features = {features}, "
-                f"got {self.num_heads}."
-            )
-        if kv_heads <= 0 or self.num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a positive divisor of num_heads = {self.num_heads}, "
-                f"got {kv_heads}."
-            )
+        expected = f"a positive divisor of qkv_features = {features}"
+        expect(self.num_heads > 0 and not features % self.num_heads, "num_heads", expected, self.num_heads)
+        expected = f"a positive divisor of num_heads = {self.num_heads}"
+        expect(kv_heads > 0 and not self.num_heads % kv_heads, "num_kv_heads", expected, kv_heads)
         dispatch.resolve_dispatch(self.dispatch, time=x.shape[1])
-        if self.mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {self.mode!r}.")
+        expect(self.mode in MODES, "mode", f"one of {MODES}", self.mode)
         for name in self.router.mechanisms:
             get_mechanism(name)
         if cache is not None:

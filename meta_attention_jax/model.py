@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.layer import MetaAttention
 from meta_attention_jax.mechanisms.cache import Cache, init_cache
 from meta_attention_jax.mechanisms.registry import check_decodes
@@ -31,23 +32,17 @@ from meta_attention_jax.types import (
 
 @flax.struct.dataclass
 class Output:
-    """Logits [batch time vocab] (float32) and the `Routing` of all layers, stacked [layer ...]."""
-
-    logits: Float[Array, "batch time vocab"]
-    routing: Routing
+    """Logits (float32) of every token, or of the newest of a row, and the `Routing` of all layers, stacked [layer ...].
 
 
-@flax.struct.dataclass
-class StepOutput:
-    """Logits of the next token [batch vocab] (float32) and the `Routing` of all layers."""
+    """
 
-    logits: Float[Array, "batch vocab"]
+    logits: Float[Array, "batch time vocab"] | Float[Array, "batch vocab"]
     routing: Routing
 
 
 class Norm(nn.RMSNorm):
-    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion
-    too."""
+    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion too."""
 
     def __call__(self, x: Float[Array, "*batch model"]) -> Float[Array, "*batch model"]:
         with jax.numpy_dtype_promotion("standard"):
@@ -116,19 +111,13 @@ class TiedEmbedding(nn.Embed):
 
 
 class LanguageModel(nn.Module):
-    """Predicts token t + 1 from tokens <= t.
-
-    Attributes:
-      config: what the model is.
-      mode, dispatch: of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same
-        parameters.
-      shard_axis: the mesh axis over which parameters are split by `sharding.RULES`, where the model
-        runs inside `shard_map`: every layer gathers its own and lets go of them. None: they are whole.
-    """
+    """Predicts token t + 1 from tokens <= t."""
 
     config: ModelConfig
-    mode: str = "soft"
+    mode: str = "soft"  # Of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same parameters.
     dispatch: str = "auto"
+    # The mesh axis over which parameters are split by `sharding.RULES`, where the model runs inside `shard_map`: every
+    # layer gathers its own and lets go of them. None: they are whole.
     shard_axis: Optional[str] = None
 
     def setup(self):
@@ -148,10 +137,7 @@ class LanguageModel(nn.Module):
             block = nn.map_variables(block, "params", trans_in_fn=whole)
         kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
         self.embedding = table(
-            config.vocab_size,
-            config.model_dim,
-            embedding_init=nn.initializers.normal(config.model_dim**-0.5),
-            **kinds,
+            config.vocab_size, config.model_dim, embedding_init=nn.initializers.normal(config.model_dim**-0.5), **kinds
         )
         if config.remat:
             block = nn.remat(block, prevent_cse=not config.scan_layers)
@@ -196,16 +182,8 @@ class LanguageModel(nn.Module):
         hypers: RoutingHypers,
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Output:
-        """Logits and routing from embeddings.
-
-        Args:
-          x: embedded tokens.
-          segment_ids: 0 is padding; None means one segment.
-          positions: index within the segment; None derives it.
-          route: [batch time] for all layers or [layer batch time]; forces k* and hard routing.
-          hypers: kappa, eta, c, theta as arrays.
-          keys: one PRNG key per example trains (sampled pi); None is deterministic.
-        """
+        """Logits and routing from embeddings. A route, [batch time] for all layers or [layer batch time], forces k* and
+        hard routing; one PRNG key per example trains (sampled pi), None is deterministic."""
         batch, time, _ = x.shape
         if positions is None and segment_ids is not None:
             positions = by_rows(positions_in_segment, (0,))(segment_ids)
@@ -214,11 +192,8 @@ class LanguageModel(nn.Module):
         return Output(logits=self._logits(x), routing=routing)
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens (`mechanisms.cache.init_cache`).
-
-        Raises:
-          ValueError: a size below 1; a mechanism that cannot decode.
-        """
+        """An empty cache for `batch` rows of up to `capacity` tokens (`mechanisms.cache.init_cache`); raises ValueError
+        for a size below 1 and for a mechanism that cannot decode."""
         config = self.config
         check_decodes(config.router.mechanisms)
         return init_cache(
@@ -238,37 +213,24 @@ class LanguageModel(nn.Module):
         *,
         hypers: RoutingHypers,
         route: Optional[Int[Array, "..."]] = None,
-    ) -> tuple[Cache, StepOutput]:
-        """One pass over right-padded prompts, from an empty cache.
+    ) -> tuple[Cache, Output]:
+        """One pass over right-padded prompts of `lengths` in [1, time], from an empty cache; `route` as in
+        `from_embeddings`.
 
-        Args:
-          cache: of `init_cache`.
-          tokens: prompts; what stands behind a prompt's length is ignored.
-          lengths: tokens of each prompt, in [1, time].
-          hypers: kappa, eta, c, theta as arrays.
-          route: [batch time] or [layer batch time]; forces k* and hard routing.
-
-        Returns:
-          The filled cache; logits behind the last token of each prompt and the routing of all
-          tokens, [layer batch time ...].
-
-        Raises:
-          ValueError: prompts longer than the capacity, shapes that do not fit.
+        Returns the filled cache, logits behind the last token of each prompt and the routing of all tokens. Raises
+        ValueError for prompts longer than the capacity and for shapes that do not fit.
         """
-        if lengths.shape != tokens.shape[:1]:
-            raise ValueError(f"lengths: expected shape {tokens.shape[:1]}, got {lengths.shape}.")
+        expect(lengths.shape == tokens.shape[:1], "lengths", f"shape {tokens.shape[:1]}", lengths.shape)
         segment_ids = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
         route = self._layer_routes(route, tokens.shape)
         if tokens.shape[1] == 1:  # One token goes on where a row ends, which is here nowhere.
             cache = jax.tree.map(jnp.zeros_like, cache)
-        x, routing, cache = self._blocks(
-            self.embed(tokens), cache, route, segment_ids, None, hypers, None
-        )
+        x, routing, cache = self._blocks(self.embed(tokens), cache, route, segment_ids, None, hypers, None)
         # The head sees one token per row: logits of long prompts would outweigh the cache.
         last = by_rows(
             lambda x, lengths: jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1), (0, 0)
         )(x, lengths)
-        return cache, StepOutput(logits=self._logits(last)[:, 0], routing=routing)
+        return cache, Output(logits=self._logits(last)[:, 0], routing=routing)
 
     def decode(
         self,
@@ -277,26 +239,13 @@ class LanguageModel(nn.Module):
         *,
         hypers: RoutingHypers,
         route: Optional[Int[Array, "..."]] = None,
-    ) -> tuple[Cache, StepOutput]:
-        """One more token per row: (cache, token) -> (cache, output).
-
-        Args:
-          cache: after `prefill` or `decode`; no row at its capacity.
-          token: of each row.
-          hypers: kappa, eta, c, theta as arrays.
-          route: [batch] or [layer batch]; forces k* and hard routing.
-
-        Returns:
-          The cache with the token in it; logits behind the token and its routing,
-          [layer batch ...].
-        """
-        route = None if route is None else route[..., None]
-        route = self._layer_routes(route, (*token.shape, 1))
-        x, routing, cache = self._blocks(
-            self.embed(token[:, None]), cache, route, None, None, hypers, None
-        )
+    ) -> tuple[Cache, Output]:
+        """One more token per row, none of which is at its capacity: the cache with the token in it, the logits behind
+        it and its routing, [layer batch ...]. A route is [batch] or [layer batch]."""
+        route = self._layer_routes(None if route is None else route[..., None], (*token.shape, 1))
+        x, routing, cache = self._blocks(self.embed(token[:, None]), cache, route, None, None, hypers, None)
         routing = jax.tree.map(lambda leaf: leaf[:, :, 0], routing)
-        return cache, StepOutput(logits=self._logits(x)[:, 0], routing=routing)
+        return cache, Output(logits=self._logits(x)[:, 0], routing=routing)
 
     def _blocks(
         self, x: Any, cache: Optional[Cache], route: Any, *shared: Any
@@ -319,9 +268,7 @@ class LanguageModel(nn.Module):
         if route is not None and route.ndim == 2:
             route = jnp.broadcast_to(route[None], (self.config.num_layers, *route.shape))
         if route is not None and route.shape != (self.config.num_layers, *shape):
-            raise ValueError(
-                f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}."
-            )
+            raise ValueError(f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}.")
         return route
 
     def _table(self) -> Float[Array, "vocab model"]:

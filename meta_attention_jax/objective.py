@@ -2,13 +2,12 @@
 
     J = (1/N) sum_t [ NLL_t + beta sum_layers KL(q_t || p) ]        nats per loss token
 
-with one reparameterised sample of pi per token and layer in training. Controllers to compare with put a
-penalty of their own in the place of the KL, or none. What it is, honestly: beta is usually far below 1,
-and since q sees only x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is the price of the
-information about which mechanism.
+with one reparameterised sample of pi per token and layer in training. Controllers to compare with put a penalty of
+their own in the place of the KL, or none. What it is, honestly: beta is usually far below 1, and since q sees only
+x_{<=t}, E_q[NLL] alone already bounds -log p; the KL is the price of the information about which mechanism.
 
-Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and
-`summarise` divides once, by the global number of loss tokens.
+Sums and normalisation are kept apart: a shard, a micro-batch and an evaluation batch return sums, and `summarise`
+divides once, by the global number of loss tokens.
 """
 
 from __future__ import annotations
@@ -34,48 +33,27 @@ COLLAPSE = 0.99
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over loss tokens; `layer` axis first where there is one. Additive over batches.
+    """Sums over loss tokens; additive over batches."""
 
-    Attributes:
-      tokens: N, number of loss tokens.
-      nll: -log p(target), nats.
-      num_bytes: bytes of the targets.
-      kl: KL(q || p) per layer, nats.
-      penalty: what the objective adds, times beta, per layer; the KL but for some baselines.
-      entropy: H(E pi) per layer, nats.
-      uncertainty: u per layer.
-      log_uncertainty: log u per layer, of a measure that has it; else 0.
-      hard: tokens that used one mechanism only, per layer.
-      concentration: sum of alpha per layer; 0 for controllers without one.
-      mean: E pi, [layer mechanism].
-      mean_square: (E pi)^2, [layer mechanism].
-      kind_tokens: tokens of each kind, [kind].
-      kind_nll: nats by kind, [kind].
-      kind_correct: tokens whose argmax is the target, [kind].
-      routes: tokens by kind and mechanism k*, [layer kind mechanism].
-    """
-
-    tokens: Scalar
-    nll: Scalar
-    num_bytes: Scalar
-    kl: Float[Array, "layer"]
-    penalty: Float[Array, "layer"]
-    entropy: Float[Array, "layer"]
-    uncertainty: Float[Array, "layer"]
-    log_uncertainty: Float[Array, "layer"]
-    hard: Float[Array, "layer"]
-    concentration: Float[Array, "layer"]
-    mean: Float[Array, "layer mechanism"]
-    mean_square: Float[Array, "layer mechanism"]
+    tokens: Scalar  # N, their number.
+    nll: Scalar  # -log p(target), nats.
+    num_bytes: Scalar  # Of the targets.
+    kl: Float[Array, "layer"]  # KL(q || p), nats.
+    penalty: Float[Array, "layer"]  # What the objective adds, times beta; the KL but for some baselines.
+    entropy: Float[Array, "layer"]  # H(E pi), nats.
+    uncertainty: Float[Array, "layer"]  # u.
+    log_uncertainty: Float[Array, "layer"]  # log u, of a measure that has it; else 0.
+    hard: Float[Array, "layer"]  # Tokens that used one mechanism only.
+    concentration: Float[Array, "layer"]  # Sum of alpha; 0 for controllers without one.
+    mean: Float[Array, "layer mechanism"]  # E pi.
+    mean_square: Float[Array, "layer mechanism"]  # (E pi)^2.
     kind_tokens: Float[Array, "kind"]
-    kind_nll: Float[Array, "kind"]
-    kind_correct: Float[Array, "kind"]
-    routes: Float[Array, "layer kind mechanism"]
+    kind_nll: Float[Array, "kind"]  # Nats.
+    kind_correct: Float[Array, "kind"]  # Tokens whose argmax is the target.
+    routes: Float[Array, "layer kind mechanism"]  # Tokens by k*.
 
 
-def token_nll(
-    logits: Float[Array, "batch time vocab"], targets: Array
-) -> Float[Array, "batch time"]:
+def token_nll(logits: Float[Array, "batch time vocab"], targets: Array) -> Float[Array, "batch time"]:
     """-log softmax(logits)[target], nats."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -121,18 +99,12 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
 
 
 def objective(sums: Sums, beta: Scalar) -> Scalar:
-    """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of
-    tokens."""
+    """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of tokens."""
     return sums.nll + beta * jnp.sum(sums.penalty)
 
 
 def forward(
-    model: nn.Module,
-    params: Any,
-    batch: Batch,
-    hypers: RoutingHypers,
-    *,
-    keys: Optional[Key[Array, "batch"]] = None,
+    model: nn.Module, params: Any, batch: Batch, hypers: RoutingHypers, *, keys: Optional[Key[Array, "batch"]] = None
 ) -> Output:
     """The model on a batch. With `keys`, pi is sampled (training, ELBO)."""
     return model.apply(
@@ -159,9 +131,7 @@ def apply_sums(
     return loss_sums(output, batch, num_kinds=num_kinds)
 
 
-def predictive_nll(
-    log_likelihoods: Float[Array, "sample batch time"],
-) -> Float[Array, "batch time"]:
+def predictive_nll(log_likelihoods: Float[Array, "sample batch time"]) -> Float[Array, "batch time"]:
     """-log (1/S) sum_s p(target | pi_s), nats, from log p(target | pi_s)."""
     samples = log_likelihoods.shape[0]
     return math.log(samples) - jax.nn.logsumexp(log_likelihoods, axis=0)
@@ -178,17 +148,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything that is reported about a set of tokens, as plain Python numbers.
 
-    Keys (units):
-      loss (nats/token, at this beta), nll (nats/token), perplexity, bits_per_byte (None where bytes
-      mean nothing), accuracy, kl (nats/token, all layers), elbo (nll + kl), cost (mean c of k*),
-      expected_cost (mean of c . E pi), routing_entropy (mean H(E pi)/log K), usage_entropy
-      (H(mean route)/log K, mean over layers), hard_fraction, uncertainty, concentration (mean sum of
-      alpha), diversity (root of the summed variance of E pi over tokens, mean over layers),
-      collapsed_layers, fraction/<mechanism>; and under "layers" the same per layer, under "kinds" per
-      kind of token.
-
-    Raises:
-      ValueError: no loss tokens at all.
+    loss (at this beta), nll, kl (of all layers) and elbo = nll + kl are nats per token. cost is the mean c of k*,
+    expected_cost that of c . E pi; routing_entropy the mean of H(E pi) / log K, usage_entropy H(mean route) / log K;
+    concentration the mean sum of alpha; diversity the root of the summed variance of E pi over tokens: means over
+    layers, which "layers" has one by one, as "kinds" has the kinds of tokens. bits_per_byte is None where bytes mean
+    nothing.
     """
     s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     if s.tokens <= 0:

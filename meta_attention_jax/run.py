@@ -31,12 +31,12 @@ from meta_attention_jax import answers, budgets
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
+from meta_attention_jax.fields import expect, real, whole
 from meta_attention_jax.files import local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
-from meta_attention_jax.scalars import real, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator, logits_and_routing
@@ -54,38 +54,23 @@ Text = Union[str, bytes, Sequence[int | np.integer], Int[np.ndarray, "tokens"]]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A trained model and everything around it.
-
-    Attributes:
-      path: the run directory.
-      config: as trained.
-      step: of the parameters.
-      steps: all that are saved.
-      params: on this process's first device.
-      model: in soft mode.
-      tokenizer: of the run.
-      hypers: of the config.
-      sequence_length, batch_size: of `dataset`.
-    """
+    """A trained model and everything around it. Whatever is asked in vain (of data that are gone or not the same, an
+    unknown token, mode or split, a number out of range) is answered by a ValueError of one sentence."""
 
     path: pathlib.Path
-    config: ConfigDict
-    step: int
-    steps: tuple[int, ...]
-    params: Any
-    model: LanguageModel
+    config: ConfigDict  # As trained.
+    step: int  # Of the parameters.
+    steps: tuple[int, ...]  # All that are saved.
+    params: Any  # On this process's first device.
+    model: LanguageModel  # In soft mode.
     tokenizer: Tokenizer
     hypers: Hypers
-    sequence_length: int
+    sequence_length: int  # Of `dataset`.
     batch_size: int
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The run's corpus, as trained or at the length and batch size asked for.
-
-        Raises:
-          ValueError: data that are not there any more, or not the same.
-        """
+        """The run's corpus, as trained or at the length and batch size asked for."""
         place = self.config.data.corpus
         if place.startswith("path:") and not local("data.corpus", place[5:]).exists():
             raise ValueError(
@@ -111,19 +96,11 @@ class Run:
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:
-        """What training logged: a row per record, `event` and `step` first, "/" in nested names.
-
-        Raises:
-          ValueError: no log.
-        """
+        """What training logged: a row per record, `event` and `step` first, "/" in nested names."""
         return answers.records_frame(read_metrics(self.path))
 
     def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
-        """Token ids of a text; ids stay as they are.
-
-        Raises:
-          ValueError: no token, or one that the run does not know.
-        """
+        """Token ids of a text, at least one; ids stay as they are."""
         if isinstance(text, str):
             text = text.encode("utf-8", "surrogateescape")
         ids = self.tokenizer.encode(text) if isinstance(text, bytes) else np.asarray(text)
@@ -137,16 +114,8 @@ class Run:
     def logits(
         self, text: Text, *, mode: Optional[str] = None, threshold: Optional[float] = None
     ) -> Float[np.ndarray, "token vocab"]:
-        """Logits of the token after each token of the text.
-
-        Args:
-          text: a text, or token ids.
-          mode: "soft", "hard" or "gated"; None is `mode`.
-          threshold: theta of gated mode; None is the run's own.
-
-        Raises:
-          ValueError: no token, an unknown one, or an unknown mode.
-        """
+        """Logits of the token after each token of a text, or of token ids, in mode "soft", "hard" or "gated" (None is
+        `mode`); `threshold` is theta of gated mode (None is the run's own)."""
         return self._apply(text, mode, threshold)[1]
 
     def routes(
@@ -165,27 +134,13 @@ class Run:
         )
 
     def evaluate(
-        self,
-        split: str = "validation",
-        *,
-        mode: Optional[str] = None,
-        max_batches: Optional[int] = None,
+        self, split: str = "validation", *, mode: Optional[str] = None, max_batches: Optional[int] = None
     ) -> dict[str, Any]:
-        """Everything that is reported of a split (see `objective.summarise`), at the posterior mean.
-
-        Args:
-          split: "train", "validation" or "test".
-          mode: as in `logits`.
-          max_batches: at most so many, spread evenly over the split; None is all of it.
-
-        Raises:
-          ValueError: unknown split or mode, or data that are not there any more.
-        """
+        """Everything that is reported of a split, "train", "validation" or "test" (see `objective.summarise`), at the
+        posterior mean: of at most `max_batches`, spread evenly over it, or of all. `mode` as in `logits`."""
         evaluator, params = self._evaluator
         hypers = evaluator.parallel.place(self.hypers.routing)
-        sums = evaluator.sums(
-            params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches
-        )
+        sums = evaluator.sums(params, hypers, split=split, mode=self._mode(mode), max_batches=max_batches)
         return summarise(sums, mechanisms=self.mechanisms, costs=self.hypers.routing.costs)
 
     @functools.cached_property
@@ -195,13 +150,11 @@ class Run:
         return Evaluator(self.model, self.dataset, parallel), parallel.place(self.params)
 
     def at(self, *, price: Optional[float] = None, threshold: Optional[float] = None) -> Run:
-        """The same run at another lambda or theta of its decisions (see `routing.decide`), without
-        compiling. Raises ValueError for a number that is not finite, or theta outside [0, 1].
-        """
+        """The same run at another lambda or theta of its decisions (see `routing.decide`), without compiling."""
         hypers = self._routing_hypers(threshold)
         if price is not None:
-            if not math.isfinite(real("price", price)):
-                raise ValueError(f"price: expected a finite number, got {price}.")
+            price = real("price", price)
+            expect(math.isfinite(price), "price", "a finite number", price)
             hypers = hypers.replace(price=jnp.float32(price))
         other = dataclasses.replace(self, hypers=self.hypers.replace(routing=hypers))
         shared = self.__dict__.keys() & {"dataset", "metrics", "_evaluator"}
@@ -209,39 +162,20 @@ class Run:
         return other
 
     def at_budget(self, *, cost: Optional[float] = None, share: Optional[float] = None) -> Run:
-        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found.
-        Raises ValueError as that does, or if none was found for these parameters."""
+        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found for it."""
         return budgets.at_budget(self, cost, share)
 
     def fit_budget(
-        self,
-        *,
-        cost: Optional[float] = None,
-        share: Optional[float] = None,
-        max_batches: Optional[int] = None,
+        self, *, cost: Optional[float] = None, share: Optional[float] = None, max_batches: Optional[int] = None
     ) -> Run:
-        """The run at the lowest price that keeps a budget on validation, in mode hard; `budgets.json` of
-        the run directory keeps it.
-
-        Args:
-          cost: projected cost of the hard routes, of 1; or
-          share: of tokens on full attention.
-          max_batches: of the validation split; None is all of it.
-
-        Raises:
-          ValueError: a budget below the cheapest mechanism or above 1, or a run that does not route.
-        """
+        """The run at the lowest price that keeps a budget on validation, in mode hard: the projected cost of the
+        routes, from the cheapest mechanism's to 1, or the share of tokens on full attention. `budgets.json` of the run
+        directory keeps it. `max_batches` as in `evaluate`."""
         return budgets.fit_budget(self, cost, share, max_batches)
 
     @without_mesh
-    def routed_batch(
-        self, split: str = "validation", *, mode: Optional[str] = None
-    ) -> tuple[Batch, Routing]:
-        """The first batch of a split and its routing, [layer row time ...]; `mode` as in `logits`.
-
-        Raises:
-          ValueError: unknown split or mode, or data that are not there any more.
-        """
+    def routed_batch(self, split: str = "validation", *, mode: Optional[str] = None) -> tuple[Batch, Routing]:
+        """The first batch of a split and its routing, [layer row time ...]; `mode` as in `logits`."""
         batch = next(self.dataset.eval_batches(split, max_batches=1))
         _, routing = logits_and_routing(
             self.model.clone(mode=self._mode(mode)), self.params, batch.tokens,
@@ -262,18 +196,8 @@ class Run:
         seed: int = 0,
         threshold: Optional[float] = None,
     ) -> answers.Continuation:
-        """Goes on from a prompt by `steps` tokens; greedy unless one of the sampler's numbers is given.
-
-        Args:
-          prompt: a text, or token ids.
-          steps: tokens to generate.
-          mode, threshold: as in `logits`.
-          temperature, top_k, top_p: of `Sampler`.
-          seed: of the samples.
-
-        Raises:
-          ValueError: an empty prompt, an unknown token, or a number out of range.
-        """
+        """Goes on from a prompt, a text or token ids, by `steps` tokens: greedy unless one of `Sampler`'s numbers is
+        given, by samples of `seed` then; `mode` and `threshold` as in `logits`."""
         draw = sampler_of(temperature, top_k, top_p)
         ids = self.encode(prompt)
         trace = generate(
@@ -292,18 +216,9 @@ class Run:
         return answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
 
     def show(
-        self,
-        text: Text,
-        *,
-        layer: Optional[int] = None,
-        mode: Optional[str] = None,
-        threshold: Optional[float] = None,
+        self, text: Text, *, layer: Optional[int] = None, mode: Optional[str] = None, threshold: Optional[float] = None
     ) -> answers.Html:
-        """The text coloured by mechanism, for a notebook; one layer or all.
-
-        Raises:
-          ValueError: as `logits`, or a layer that there is not.
-        """
+        """The text coloured by mechanism, for a notebook; one layer or all."""
         found = self.routes(text, mode=mode, threshold=threshold)
         return found.html(title=f"{self.config.name}, step {self.step}", layer=layer)
 
@@ -319,15 +234,14 @@ class Run:
 
     def _mode(self, mode: Optional[str]) -> str:
         mode = self.mode if mode is None else mode
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+        expect(mode in MODES, "mode", f"one of {MODES}", mode)
         return mode
 
     def _routing_hypers(self, threshold: Optional[float]) -> RoutingHypers:
         if threshold is None:
             return self.hypers.routing
-        if not 0 <= real("threshold", threshold) <= 1:
-            raise ValueError(f"threshold: expected theta in [0, 1], got {threshold}.")
+        threshold = real("threshold", threshold)
+        expect(0 <= threshold <= 1, "threshold", "theta in [0, 1]", threshold)
         return self.hypers.routing.replace(threshold=jnp.float32(threshold))
 
     @without_mesh

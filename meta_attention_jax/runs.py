@@ -1,10 +1,4 @@
-"""Opening a run directory anywhere, from the directory alone.
-
-    run = load_run("runs/recall")
-    run.evaluate("test")            and all else that a `Run` answers
-
-Whatever trained it, one device is enough.
-"""
+"""Opening a run directory anywhere, from the directory alone. Whatever trained it, one device is enough."""
 
 from __future__ import annotations
 
@@ -15,10 +9,9 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.tokenizer import load_tokenizer
-from meta_attention_jax.fields import expect
+from meta_attention_jax.fields import expect, plain, whole
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.run import Run
-from meta_attention_jax.scalars import plain, whole
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build
 from meta_attention_jax.training.restore import check_params, read_run
@@ -38,6 +31,14 @@ def _check_config(config: ConfigDict, path: pathlib.Path) -> None:
         raise ValueError(f"workdir: {place}: {error}") from None
 
 
+def _size(name: str, given: Optional[int]) -> Optional[int]:
+    if given is None:
+        return None
+    size = whole(name, given)
+    expect(size > 0, name, "a number > 0", size)
+    return size
+
+
 @without_mesh
 def load_run(
     path: str | pathlib.Path,
@@ -48,39 +49,28 @@ def load_run(
     corpus: Optional[str] = None,
     data_split: Optional[str] = None,
 ) -> Run:
-    """Opens the run in `path`; writes nothing.
+    """Opens the run in `path`; writes nothing. What is None is as trained.
 
     Args:
-      path: a run directory.
       step: "latest", "best" or a saved step.
-      sequence_length: of the data; None is as trained.
-      batch_size: of the data; None is as trained.
-      corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER"; None is as trained.
-      data_split: `data.split`; None is as trained. The data have to be the same, whatever they are
-        called.
+      sequence_length, batch_size: of the data.
+      corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER". They have to be the same, whatever
+        they are called.
+      data_split: `data.split`.
 
     Raises:
-      ValueError: no run there, a config that is not complete, no such step, or parameters that are
-        not those of the config; one sentence.
+      ValueError: no run there, a config that is not complete, no such step, or parameters of another config.
     """
     path = run_directory("workdir", path)
-    if sequence_length is not None:
-        sequence_length = whole("sequence_length", sequence_length)
-        expect(sequence_length > 0, "sequence_length", "a number > 0", sequence_length)
-    if batch_size is not None:
-        batch_size = whole("batch_size", batch_size)
-        expect(batch_size > 0, "batch_size", "a number > 0", batch_size)
+    sequence_length, batch_size = _size("sequence_length", sequence_length), _size("batch_size", batch_size)
     config, found, steps, params = read_run(path, plain(step))
     _check_config(config, path)
     if corpus is not None:
         config.data.corpus = corpus
     if data_split is not None:
         config.data.split = data_split
-    tokens = (sequence_length or config.data.sequence_length) * (
-        batch_size or config.data.batch_size
-    )
-    fewer = "fewer than 2^31 tokens in a batch"
-    expect(tokens < 2**31, "sequence_length", fewer, sequence_length)
+    length, rows = sequence_length or config.data.sequence_length, batch_size or config.data.batch_size
+    expect(length * rows < 2**31, "sequence_length", "fewer than 2^31 tokens in a batch", sequence_length)
     tokenizer = load_tokenizer(path)
     model = build.build_model(config, tokenizer.vocab_size)
     run = Run(
@@ -93,8 +83,8 @@ def load_run(
         tokenizer=tokenizer,
         # Costs are those of the length as trained, whatever is evaluated.
         hypers=build.build_hypers(config, path),
-        sequence_length=sequence_length or config.data.sequence_length,
-        batch_size=batch_size or config.data.batch_size,
+        sequence_length=length,
+        batch_size=rows,
     )
     try:
         check_params(params, model)

@@ -1,10 +1,9 @@
-"""Fully sharded parameters: which axis of which leaf is split, and how a module gets whole leaves;
-and what runs on every device's own rows when the caller has set a mesh.
+"""Fully sharded parameters: which axis of which leaf is split, and how a module gets whole leaves; and what runs on
+every device's own rows when the caller has set a mesh.
 
-Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the
-same paths, are split alike. Inside `shard_map` a module gathers its own leaves when it reads them,
-one layer at a time, and the transpose of that gather adds the gradients up and leaves each device
-its share:
+Every matrix is split along one axis over the mesh axis "fsdp"; the optimizer's moments, which have the same paths, are
+split alike. Inside `shard_map` a module gathers its own leaves when it reads them, one layer at a time, and the
+transpose of that gather adds the gradients up and leaves each device its share:
 
     W = all_gather(W_i)        dL/dW_i = reduce_scatter_i(dL/dW)
 
@@ -54,12 +53,8 @@ def split_axis(path: tuple[Any, ...]) -> Optional[int]:
 
 
 def partition(tree: Any, axis_name: Optional[str] = FSDP) -> Any:
-    """A `PartitionSpec` for every leaf of a state, of parameters, or of anything else (replicated).
-
-    Args:
-      tree: leaves that have `ndim`.
-      axis_name: mesh axis to split over; None splits nothing.
-    """
+    """A `PartitionSpec` for every leaf of a state, of parameters, or of anything else (replicated); without the name of
+    a mesh axis nothing is split."""
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         axis = None if axis_name is None else split_axis(path)
@@ -80,9 +75,7 @@ def _gather_forward(shard: Array, axis_name: str, axis: int, dtype: Any) -> tupl
     return _gather(shard, axis_name, axis, dtype), jnp.zeros((0,), shard.dtype)
 
 
-def _gather_backward(
-    axis_name: str, axis: int, dtype: Any, like: Array, cotangent: Array
-) -> tuple[Array]:
+def _gather_backward(axis_name: str, axis: int, dtype: Any, like: Array, cotangent: Array) -> tuple[Array]:
     # Added up in the parameter's own precision, whatever was gathered.
     cotangent = cotangent.astype(like.dtype)
     return (
@@ -96,12 +89,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def gather(params: Any, axis_name: str, dtype: Optional[Any] = None) -> Any:
     """Whole leaves from the shards of a module's parameters, inside `shard_map` over `axis_name`.
 
-    Args:
-      params: shards, with enough of their paths for `RULES`.
-      axis_name: of the mesh.
-      dtype: that the module computes in; leaves that it casts anyway travel in it, so bfloat16 moves
-        half the bytes and changes no number. None for that of the leaves. Controllers, which compute
-        in float32 in part, always travel as they are.
+    `dtype` is that which the module computes in (None: that of the leaves). Leaves that it casts anyway travel in it,
+    so bfloat16 moves half the bytes and changes no number; controllers, which compute in float32 in part, as they are.
     """
 
     def whole(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -120,8 +109,7 @@ def sum_gradients(gradients: Any, axis_names: Any, shard_axis: Optional[str]) ->
         return jax.lax.psum(gradients, axis_names)
     others = tuple(name for name in axis_names if name != shard_axis)
     return jax.tree_util.tree_map_with_path(
-        lambda path, g: jax.lax.psum(g, axis_names if split_axis(path) is None else others),
-        gradients,
+        lambda path, g: jax.lax.psum(g, axis_names if split_axis(path) is None else others), gradients
     )
 
 
@@ -153,23 +141,20 @@ def without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_rows(
-    function: Callable[..., Any], in_axes: tuple[Optional[int], ...], out_axes: Any = 0,
-    *, split: bool = False,
+    function: Callable[..., Any], in_axes: tuple[Optional[int], ...], out_axes: Any = 0, *, split: bool = False
 ) -> Callable[..., Any]:
     """`function`, on every device for its own rows where a mesh with explicit axes is set.
 
-    There the type of an array says how it is split, and much of what is in here, loops and distrax
-    above all, has no rule for such types. The first argument with rows says over which mesh axes
-    the rows are split; the other axes of all arguments are made whole. Without a mesh, and inside
-    `shard_map`, this is `function` itself.
+    There the type of an array says how it is split, and much of what is in here, loops and distrax above all, has no
+    rule for such types. The first argument with rows says over which mesh axes the rows are split; the other axes of
+    all arguments are made whole. Without a mesh, and inside `shard_map`, this is `function` itself.
 
     Args:
-      function: pure; a row of its results depends on this row of its arguments, and on what all
-        share.
+      function: pure; a row of its results depends on this row of its arguments, and on what all share.
       in_axes: of every argument the axis of the rows; None where all rows share it.
       out_axes: of the results, as `vmap`'s; all have rows.
-      split: for loops whose trip counts follow the data and which would communicate: on auto axes,
-        whose types say nothing, splits the rows over as many axes as their number allows.
+      split: for loops whose trip counts follow the data and which would communicate: on auto axes, whose types say
+        nothing, splits the rows over as many axes as their number allows.
     """
 
     def mapped(*arguments: Any) -> Any:
@@ -192,9 +177,7 @@ def by_rows(
 
         specs = tuple(spec(axis) for axis in in_axes)
         if mesh.explicit_axes:
-            arguments = jax.sharding.reshard(
-                arguments, tuple(NamedSharding(mesh, one) for one in specs)
-            )
+            arguments = jax.sharding.reshard(arguments, tuple(NamedSharding(mesh, one) for one in specs))
         # check_vma=False: all sums over devices are the transpose's, which needs no types for them.
         return jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(spec, out_axes),

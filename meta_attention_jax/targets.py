@@ -1,7 +1,7 @@
 """What a program is compiled for: the devices of this process, unless something else is said.
 
-Which form of attention runs depends on it. A compiler for a GPU does not need the GPU, so the platform of
-this process (`jax.default_backend()`) is not always the one that counts.
+Which form of attention runs depends on it. A compiler for a GPU does not need the GPU, so the platform of this process
+(`jax.default_backend()`) is not always the one that counts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.benchmarks.common import Row, random_routes
 from experiments.benchmarks.gpu_timings import cudnn_refusal, cudnn_window
-from meta_attention_jax.mechanisms import attend
+from meta_attention_jax.mechanisms.registry import attend
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.types import MECHANISMS, AttentionSpec

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from meta_attention_jax import AttentionSpec, LanguageModel, MetaAttention, ModelConfig, Router
-from meta_attention_jax.mechanisms import attend
+from meta_attention_jax.mechanisms.registry import attend
 from meta_attention_jax.routing import dispatch
 
 SPEC = {field.name for field in dataclasses.fields(AttentionSpec)}

@@ -10,7 +10,7 @@ import pytest
 from configs import smoke
 from experiments.studies import arms, comparison
 from meta_attention_jax import analysis
-from meta_attention_jax.controller import CONTROLLERS
+from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.training import build
 from tests.test_commands import SMOKE, check_mistake, check_success, command  # noqa: F401
 

@@ -13,7 +13,7 @@ import pytest
 
 from configs import smoke
 from meta_attention_jax import cost
-from meta_attention_jax.kernels import select
+from meta_attention_jax.kernels import portable
 from meta_attention_jax.mechanisms import full, linear, local, registry
 from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
@@ -81,7 +81,7 @@ def enumerated(route, segments, causal):
     """(FLOPs, bytes) of packed dispatch, totals."""
     flops = traffic = 0
     for index, window in ((FULL, None), (LOCAL, WINDOW)):
-        block, tile = select.portable_sizes(TIME, Reach(window))
+        block, tile = portable.sizes_for(TIME, Reach(window))
         blocks, tiles, rows = enumerate_tiles(
             route == index, segments, causal=causal, window=window, block=block, tile=tile
         )
@@ -182,7 +182,7 @@ def test_what_nobody_asks_for_costs_nothing():
     assert padded.flops.executed_packed == padded.bytes.executed_packed == 0.0
     one = ones * LINEAR
     one[1, 150] = FULL
-    block, tile = select.portable_sizes(TIME, Reach())
+    block, tile = portable.sizes_for(TIME, Reach())
     tiles = -(-151 // tile)
     more = counted(one).flops.executed_packed - counted(ones * LINEAR).flops.executed_packed
     assert float(more) == 4 * DIM * HEADS * block * tile * tiles
@@ -193,7 +193,7 @@ def test_all_full_is_between_the_causal_floor_and_a_tile_and_a_block_more(time):
     got = counted(jnp.zeros((2, time), jnp.int32)).per_token().flops
     unit = 4 * DIM * HEADS
     floor = unit * (time + 1) / 2
-    block, tile = select.portable_sizes(time, Reach())
+    block, tile = portable.sizes_for(time, Reach())
     rim, filled = block + tile, -(-time // block) * block
     assert floor * (1 - 1e-6) <= got.executed_packed <= (floor + unit * rim) * filled / time
     assert float(got.projected) == pytest.approx(floor)

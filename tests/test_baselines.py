@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from configs import smoke
-from meta_attention_jax.controller import CONTROLLERS, cost_aware, make_controller
+from meta_attention_jax.controller.baselines import CONTROLLERS, make_controller
+from meta_attention_jax.controller.prior import cost_aware
 from meta_attention_jax.objective import apply_sums, objective
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays

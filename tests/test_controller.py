@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from meta_attention_jax import controller as room
-from meta_attention_jax.controller import make_controller
+from meta_attention_jax.controller import uncertainty
+from meta_attention_jax.controller.baselines import make_controller
+from meta_attention_jax.controller.controller import features
+from meta_attention_jax.controller.prior import PRIORS, make_prior
 from meta_attention_jax.controller.uncertainty import MEASURES, measured
 from meta_attention_jax.types import Router, RoutingHypers
 from tests.close import assert_close
@@ -108,10 +110,10 @@ def test_uncertainty_is_in_the_unit_interval_with_finite_gradients(measure):
 
 def test_entropy_at_the_corners_of_the_simplex():
     mean = jnp.asarray([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0]])
-    u, pull = jax.vjp(room.entropy, mean)
+    u, pull = jax.vjp(uncertainty.entropy, mean)
     assert_close(u, np.array([0.0, 1.0, np.log(2) / np.log(3)]), 1e-6)
     assert np.isfinite(pull(jnp.ones_like(u))[0]).all()
-    nats = room.categorical_entropy(mean)
+    nats = uncertainty.categorical_entropy(mean)
     assert_close(nats, np.array([0.0, np.log(3), np.log(2)]), 1e-6)
 
 
@@ -218,7 +220,7 @@ def test_residual_norm_is_a_feature_without_gradient(learned):
 
 def test_features_are_their_formula():
     given = inputs()
-    got = room.features(given["x"], given["residual"], given["positions"])
+    got = features(given["x"], given["residual"], given["positions"])
     norm = np.linalg.norm(given["residual"], axis=-1) / np.sqrt(D)
     np.testing.assert_array_equal(got[..., :D], given["x"])
     assert_close(got[..., D], norm)
@@ -229,11 +231,11 @@ def test_features_are_their_formula():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("prior", room.PRIORS)
+@pytest.mark.parametrize("prior", PRIORS)
 def test_initial_controllers_know_what_they_know_without_evidence(prior):
     """mean_strength: q = p. additive: p plus softplus(0) each. softmax: uniform."""
     given = inputs() | {"keys": None}
-    alpha = np.asarray(room.make_prior(prior, hypers()).concentration)
+    alpha = np.asarray(make_prior(prior, hypers()).concentration)
     apply, params = build("mean_strength", perturb=False, prior=prior)
     out = apply(params, **given)
     assert_close(out.concentration, np.broadcast_to(alpha, (B, T, K)))

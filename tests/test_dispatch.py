@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meta_attention_jax.kernels import portable, select, worklist
-from meta_attention_jax.mechanisms import Mechanism, get_mechanism, register_mechanism, registry
+from meta_attention_jax.kernels import portable, worklist
+from meta_attention_jax.mechanisms import registry
+from meta_attention_jax.mechanisms.registry import get_mechanism, register_mechanism
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import MECHANISMS, Reach
+from meta_attention_jax.types import MECHANISMS, Mechanism, Reach
 from tests import making, oracles
 from tests.close import assert_close, distance
 
@@ -126,7 +127,7 @@ def test_equals_compute_all_and_select(shape):
     [(1, 1, 8192), (64, 1, 8192), (128, 2**31 - 1, 8192), (129, 130, 8192), (256, 256, 1), (300, 9, 1)],
 )
 def test_edges_of_blocks_and_windows_without_segments(monkeypatch, time, window, long_time):
-    monkeypatch.setattr(select, "LONG_TIME", long_time)
+    monkeypatch.setattr(portable, "LONG_TIME", long_time)
     keys = jax.random.split(jax.random.key(time), 4)
     q, k, v, cotangent = (jax.random.normal(key, (1, time, 2, DIM)) for key in keys)
     route = jax.random.randint(jax.random.key(1), (1, time), 0, 3)

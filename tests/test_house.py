@@ -24,7 +24,7 @@ from tests import making
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "meta_attention_jax"
 FLOORS = (
-    ("targets", "scalars", "files", "fields", "console"),
+    ("targets", "files", "fields", "console"),
     ("types",),
     ("sharding",),
     ("mechanisms", "controller", "data"),

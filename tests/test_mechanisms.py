@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.mechanisms import full, linear, local
-from meta_attention_jax.mechanisms.rotary import rotate
+from meta_attention_jax.mechanisms.blocks import rotate
 from meta_attention_jax.targets import Target
 from meta_attention_jax.types import AttentionSpec
 from tests import making, oracles

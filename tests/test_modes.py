@@ -20,15 +20,7 @@ from configs import smoke
 from meta_attention_jax import generation
 from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.sweeps.space import (
-    chain,
-    configured,
-    labels,
-    log_spaced,
-    point,
-    product,
-    sweep,
-)
+from meta_attention_jax.sweeps.space import chain, configured, labels, log_spaced, point, product, sweep
 from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import eval_step, sampled_eval_step
 from meta_attention_jax.training.job import prepare

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from meta_attention_jax.controller import Prior, posterior
+from meta_attention_jax.controller import posterior
+from meta_attention_jax.controller.prior import Prior
 from tests.close import assert_close
 
 PRIOR = np.array([0.1, 0.95, 0.8])

@@ -9,13 +9,7 @@ import pytest
 
 from configs import recall_oracle
 from meta_attention_jax.data import recall
-from meta_attention_jax.data.recall import (
-    KIND_AGGREGATE,
-    KIND_LOCAL,
-    KIND_QUERY,
-    RecallConfig,
-    entropy_floor,
-)
+from meta_attention_jax.data.recall import KIND_AGGREGATE, KIND_LOCAL, KIND_QUERY, RecallConfig, entropy_floor
 from meta_attention_jax.training import build
 
 CONFIGS = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from meta_attention_jax import AttentionSpec, LanguageModel, ModelConfig, Router, RoutingHypers
 from meta_attention_jax.generation import decode_loop
-from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.mechanisms.registry import REGISTRY
 
 BASELINES = {"full by rows": "full", "full by one product": "full_dense"}

@@ -18,7 +18,8 @@ import numpy as np
 
 from experiments.benchmarks import common, decoding
 from experiments.benchmarks.common import Row
-from meta_attention_jax.mechanisms import attend, full
+from meta_attention_jax.mechanisms import full
+from meta_attention_jax.mechanisms.registry import attend
 from meta_attention_jax.objective import forward
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.training import build

@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common
-from meta_attention_jax.mechanisms import attend
+from meta_attention_jax.mechanisms.registry import attend
 from meta_attention_jax.types import AttentionSpec
 
 JSON = commands.define_path("json", None, "Write the rows here.")

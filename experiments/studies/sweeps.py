@@ -15,8 +15,7 @@ from experiments.studies.pinned import Data
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
 from meta_attention_jax.data.pipeline import Dataset
-from meta_attention_jax.fields import expect
-from meta_attention_jax.scalars import plain
+from meta_attention_jax.fields import expect, plain
 from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
 from meta_attention_jax.sweeps.together import Lost, Moved, train_together
 from meta_attention_jax.training import build

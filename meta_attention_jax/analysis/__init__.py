@@ -3,13 +3,7 @@
 # ruff: noqa: F401
 from meta_attention_jax.analysis.canvas import save
 from meta_attention_jax.analysis.figures import loss_curves, routing_by_layer
-from meta_attention_jax.analysis.page import (
-    Section,
-    figure_html,
-    figure_png_base64,
-    html_page,
-    table_html,
-)
+from meta_attention_jax.analysis.page import Section, figure_html, figure_png_base64, html_page, table_html
 from meta_attention_jax.analysis.palette import Style, arm_styles, mechanism_styles
 from meta_attention_jax.analysis.posterior_figures import (
     dynamics_figure,

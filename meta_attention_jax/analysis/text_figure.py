@@ -20,14 +20,7 @@ from matplotlib.transforms import Affine2D
 
 from meta_attention_jax.analysis import palette
 from meta_attention_jax.analysis.canvas import new_figure
-from meta_attention_jax.analysis.text import (
-    DEPTHS,
-    UNDECODABLE,
-    RoutedText,
-    depth_labels,
-    layer_headings,
-    routed_text,
-)
+from meta_attention_jax.analysis.text import DEPTHS, UNDECODABLE, RoutedText, depth_labels, layer_headings, routed_text
 
 Cell = tuple[str, int]  # A character and the token it belongs to.
 Run = tuple[str, palette.Style | None, int]  # Letters, style (None: no colour), depth.

@@ -1,12 +1,4 @@
-"""Controllers to compare with. Layer, schedule, gate and network are shared; only this differs.
-
-Every controller is called as `controller(x, residual=, positions=, segment_ids=, hypers=, keys=)`
-and returns a `Routing`; what a controller has no use for, it ignores. Its class says what it has:
-
-    has_prior       a prior, so `prior.preference` matters
-    has_posterior   a Dirichlet posterior: `prior.strength` matters, and so do all measures of uncertainty
-    has_penalty     a term of the objective that beta weighs
-"""
+"""Controllers to compare with. Layer, schedule, gate and network are shared; what they make of its outputs differs."""
 
 from __future__ import annotations
 
@@ -19,61 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import prior, sampling
-from meta_attention_jax.controller.controller import ControllerMLP, DirichletController
+from meta_attention_jax.controller.controller import Controller, DirichletController
 from meta_attention_jax.controller.uncertainty import MEASURES, categorical_entropy, measured
-from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import (
-    Positions,
-    Router,
-    Routing,
-    RoutingHypers,
-    SegmentIds,
-    Weights,
-)
+from meta_attention_jax.fields import expect
+from meta_attention_jax.types import Positions, Router, Routing, RoutingHypers, SegmentIds, Weights
 
 
-class SoftmaxController(nn.Module):
+class SoftmaxController(Controller):
     """Prior-free router: pi_t = softmax(f_t), deterministic, no penalty.
 
-    The routers below are this one with another penalty, another offset of the logits, or other
-    weights in training.
-
-    Attributes:
-      num_mechanisms: K.
-      hidden: width of the network's hidden layer.
-      network: form of the network; see `ControllerMLP`.
-      uncertainty: a measure that needs no concentration.
-      dtype: of the hidden layer's arithmetic.
+    The routers below are this one with another penalty, another offset of the logits, or other weights in training.
     """
 
-    has_prior = has_posterior = has_penalty = False
-
-    num_mechanisms: int
-    hidden: int = 64
-    network: str = "zero_output"
-    uncertainty: str = "entropy"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        *,
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
-        segment_ids: SegmentIds,
-        hypers: RoutingHypers,
-        keys: Optional[Key[Array, "batch"]] = None,
-    ) -> Routing:
-        """Routing of every token; raises ValueError for a measure of a posterior."""
-        logits = ControllerMLP(
-            self.hidden, self.num_mechanisms, self.network, self.dtype, name="mlp"
-        )(x, residual, positions)
-        return by_rows(self._routing, (0, 0, 0, 0, None))(
-            logits, positions, segment_ids, keys, hypers
-        )
-
-    def _routing(
+    def routing_of(
         self,
         logits: Weights,
         positions: Positions,
@@ -86,9 +36,7 @@ class SoftmaxController(nn.Module):
         mean = jax.nn.softmax(logits, axis=-1)
         weights = mean
         if keys is not None:
-            weights = self.training_weights(
-                logits, hypers, sampling.token_keys(keys, positions, segment_ids)
-            )
+            weights = self.training_weights(logits, hypers, sampling.token_keys(keys, positions, segment_ids))
         return Routing(
             mean=mean,
             weights=weights,
@@ -105,16 +53,12 @@ class SoftmaxController(nn.Module):
         """KL of the weights to a prior, nats; 0 without a prior."""
         return jnp.zeros(mean.shape[:-1], jnp.float32)
 
-    def penalty(
-        self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds
-    ) -> Float[Array, "batch time"]:
+    def penalty(self, mean: Weights, hypers: RoutingHypers, segment_ids: SegmentIds) -> Float[Array, "batch time"]:
         """What the objective adds, times beta."""
         del segment_ids
         return self.kl(mean, hypers)
 
-    def training_weights(
-        self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]
-    ) -> Weights:
+    def training_weights(self, logits: Weights, hypers: RoutingHypers, keys: Key[Array, "batch time"]) -> Weights:
         """pi_t of soft tokens in training."""
         return jax.nn.softmax(logits, axis=-1)
 
@@ -123,14 +67,11 @@ class SoftmaxKLController(SoftmaxController):
     """pi_t = softmax(log m + f_t) with the penalty KL(pi_t || m) = sum_k pi_tk log(pi_tk / m_k).
 
     The prior mean without the Dirichlet: no sample, no strength, no second-order uncertainty.
-
-    Attributes:
-      prior: one of `PRIORS`; only its mean m is used.
     """
 
     has_prior = has_penalty = True
 
-    prior: str = "cost_aware"
+    prior: str = "cost_aware"  # One of `PRIORS`; only its mean m is used.
 
     def offset(self, hypers: RoutingHypers) -> Float[Array, "mechanism"]:
         return jnp.log(prior.make_prior(self.prior, hypers).mean)
@@ -140,8 +81,8 @@ class SoftmaxKLController(SoftmaxController):
 
 
 class CostPenaltyController(SoftmaxController):
-    """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for
-    entropy, rho = `hypers.entropy_bonus` in units of cost per nat."""
+    """pi_t = softmax(f_t) with the penalty c . pi_t - rho H[pi_t]: the price itself, and a bonus for entropy, rho =
+    `hypers.entropy_bonus` in units of cost per nat."""
 
     has_penalty = True
 
@@ -157,9 +98,8 @@ class SwitchController(SoftmaxController):
 
         N K sum_k F_k P_k,   F_k share of tokens with argmax k,   P_k mean of pi_k
 
-    over the N tokens of each sequence rather than of a device's batch, so that sharding and
-    micro-batches change nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use,
-    whatever the mechanisms cost.
+    over the N tokens of each sequence rather than of a device's batch, so that sharding and micro-batches change
+    nothing. As a penalty of token t: K sum_k F_k pi_tk. It asks for equal use, whatever the mechanisms cost.
     """
 
     has_penalty = True
@@ -199,46 +139,19 @@ class BayesianMeanController(DirichletController):
     samples: bool = False
 
 
-def fixed_routing(fixed: int, num_mechanisms: int, batch: int, time: int) -> Routing:
-    """Every token on one mechanism, with certainty: u_t = 0 and KL = 0.
-
-    Raises:
-      ValueError: `fixed` is not in [0, num_mechanisms).
-    """
-    if not 0 <= fixed < num_mechanisms:
-        raise ValueError(f"fixed: expected an index in [0, {num_mechanisms}), got {fixed}.")
-    row = jax.nn.one_hot(fixed, num_mechanisms, dtype=jnp.float32)
-    mean = jnp.broadcast_to(row, (batch, time, num_mechanisms))
-    zeros = jnp.zeros((batch, time), jnp.float32)
-    return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros, penalty=zeros)
-
-
 class FixedController(nn.Module):
-    """One mechanism for every token of the layer; no parameters.
-
-    Attributes:
-      num_mechanisms: K.
-      fixed: index of the mechanism on the mechanism axis.
-    """
+    """One mechanism for every token of the layer, with certainty: u_t = 0 and KL = 0; no parameters."""
 
     has_prior = has_posterior = has_penalty = False
 
-    num_mechanisms: int
-    fixed: int = 0
+    num_mechanisms: int  # K.
+    fixed: int = 0  # Index of the mechanism on the mechanism axis.
 
-    def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        *,
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
-        segment_ids: SegmentIds,
-        hypers: RoutingHypers,
-        keys: Optional[Key[Array, "batch"]] = None,
-    ) -> Routing:
-        """Routing of every token; raises ValueError for an index outside [0, K)."""
-        del residual, positions, segment_ids, hypers, keys
-        return fixed_routing(self.fixed, self.num_mechanisms, *x.shape[:2])
+    def __call__(self, x: Float[Array, "batch time model"], **unused: Any) -> Routing:
+        row = jax.nn.one_hot(self.fixed, self.num_mechanisms, dtype=jnp.float32)
+        mean = jnp.broadcast_to(row, (*x.shape[:2], self.num_mechanisms))
+        zeros = jnp.zeros(x.shape[:2], jnp.float32)
+        return Routing(mean=mean, weights=mean, uncertainty=zeros, kl=zeros, penalty=zeros)
 
 
 CONTROLLERS: dict[str, type[nn.Module]] = {
@@ -261,24 +174,13 @@ def measures_of(controller: str) -> tuple[str, ...]:
 
 
 def make_controller(router: Router, **fields: Any) -> nn.Module:
-    """The router's controller; `fields` are those that all have: `dtype`, `name`.
-
-    Raises:
-      ValueError: unknown controller, a fixed mechanism that there is not, or fewer than two
-        mechanisms to choose from.
-    """
+    """The router's controller; `fields` are those that all have: `dtype`, `name`."""
     names = router.mechanisms
-    if router.controller not in CONTROLLERS:
-        raise ValueError(
-            f"controller: expected one of {tuple(CONTROLLERS)}, got {router.controller!r}."
-        )
+    expect(router.controller in CONTROLLERS, "controller", f"one of {tuple(CONTROLLERS)}", router.controller)
     least = 1 if router.is_fixed else 2
     if len(set(names)) != len(names) or len(names) < least:
         raise ValueError(f"mechanisms: expected {least} or more distinct names, got {names}.")
-    if router.is_fixed and router.fixed[0] not in names:
-        raise ValueError(
-            f"fixed: expected one of the mechanisms {names}, got {router.fixed[0]!r}."
-        )
+    expect(not router.is_fixed or router.fixed[0] in names, "fixed", f"one of the mechanisms {names}", router.fixed[0])
     module = CONTROLLERS[router.controller]
     known = {field.name for field in dataclasses.fields(module)}
     own = {

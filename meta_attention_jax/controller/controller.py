@@ -1,8 +1,8 @@
 """The Bayesian controller: features of a token, a two-layer network, a Dirichlet posterior.
 
-Every feature of token t is a function of x_t, its residual stream and its position. None depends on
-the sequence length, on other sequences or on later tokens, so a token's route is the same in
-training batches, in prefill and in decoding.
+Every feature of token t is a function of x_t, its residual stream and its position. None depends on the sequence
+length, on other sequences or on later tokens, so a token's route is the same in training batches, in prefill and in
+decoding.
 """
 
 from __future__ import annotations
@@ -16,23 +16,17 @@ from jaxtyping import Array, Float, Key
 
 from meta_attention_jax.controller import posterior, prior, sampling
 from meta_attention_jax.controller.uncertainty import measured
+from meta_attention_jax.fields import expect
 from meta_attention_jax.sharding import by_rows
 from meta_attention_jax.types import Positions, Routing, RoutingHypers, SegmentIds
 
 
 def features(
-    x: Float[Array, "batch time model"],
-    residual: Float[Array, "batch time model"],
-    positions: Positions,
+    x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
 ) -> Float[Array, "batch time features"]:
-    """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32.
-
-    Args:
-      x: the layer's (normalised) input.
-      residual: r, the residual stream before normalisation. Its gradient is to be stopped, or the
-        controller could pay for a route by rescaling the stream.
-      positions: index of the token within its segment.
-    """
+    """h_t = [x_t ; ||r_t|| / sqrt(D) ; log(1 + position) / 10], D + 2 numbers in float32; r is the residual stream
+    before normalisation. Its gradient is to be stopped, or the controller could pay for a route by rescaling the
+    stream."""
     square = jnp.mean(jnp.square(residual.astype(jnp.float32)), axis=-1, keepdims=True)
     # The root has no gradient at 0.
     scale = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
@@ -46,38 +40,25 @@ NETWORKS = ("zero_output", "paper")
 class ControllerMLP(nn.Module):
     """f(h_t) = W_2 gelu(W_1 h_t + b_1) + b_2, the network that all controllers share.
 
-    Two forms: "zero_output", W_2 = 0 at the start, so that every controller starts from what it knows
-    without evidence; and "paper", the authors' (arXiv 2605.28384): all weights from N(0, 0.02), zero
-    biases, the exact GELU, and ||x_t|| / sqrt(D) of the layer's input in the place of the residual's.
-    Their position feature, linspace(0, 1, T), is the one thing that is not followed: it would make a
-    token's route depend on how much text comes after it.
-
-    Attributes:
-      hidden: width of the hidden layer.
-      num_outputs: width of the output.
-      form: one of NETWORKS.
-      dtype: of the hidden layer's arithmetic; the output layer is float32 always.
+    Two forms: "zero_output", W_2 = 0 at the start, so that every controller starts from what it knows without evidence;
+    and "paper", the authors' (arXiv 2605.28384): all weights from N(0, 0.02), zero biases, the exact GELU, and ||x_t||
+    / sqrt(D) of the layer's input in the place of the residual's. Their position feature, linspace(0, 1, T), is the one
+    thing that is not followed: it would make a token's route depend on how much text comes after it.
     """
 
     hidden: int
     num_outputs: int
-    form: str = "zero_output"
-    dtype: Any = jnp.float32
+    form: str = "zero_output"  # One of NETWORKS.
+    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; the output layer is float32 always.
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch time model"],
-        residual: Float[Array, "batch time model"],
-        positions: Positions,
+        self, x: Float[Array, "batch time model"], residual: Float[Array, "batch time model"], positions: Positions
     ) -> Float[Array, "batch time outputs"]:
-        if self.form not in NETWORKS:
-            raise ValueError(f"network: expected one of {NETWORKS}, got {self.form!r}.")
+        expect(self.form in NETWORKS, "network", f"one of {NETWORKS}", self.form)
         theirs = self.form == "paper"
         normal = nn.initializers.normal(0.02)
-        h = by_rows(features, (0, 0, 0))(
-            x, x if theirs else jax.lax.stop_gradient(residual), positions
-        )
+        h = by_rows(features, (0, 0, 0))(x, x if theirs else jax.lax.stop_gradient(residual), positions)
         h = nn.Dense(
             self.hidden,
             dtype=self.dtype,
@@ -92,33 +73,25 @@ class ControllerMLP(nn.Module):
         )(nn.gelu(h, approximate=not theirs))
 
 
-class DirichletController(nn.Module):
-    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384).
+class Controller(nn.Module):
+    """The network, and what `routing_of` makes of its outputs; what a controller has no use for, it ignores.
 
-    Attributes:
-      num_mechanisms: K.
-      hidden: width of the network's hidden layer.
-      prior: one of `PRIORS`.
-      posterior: "additive" or "mean_strength".
-      network: form of the network; see `ControllerMLP`.
-      uncertainty: measure of u_t; see `uncertainty`.
-      dtype: of the hidden layer's arithmetic; all statistics are float32.
-      samples: whether training mixes by a sample of pi_t; else by its mean.
-
-    Raises:
-      ValueError: a name above is unknown, or the hypers' costs are not K numbers.
+    A class says what it has: a prior, so that `prior.preference` matters; a Dirichlet posterior, so that
+    `prior.strength` does, and all measures of uncertainty; a penalty, a term of the objective that beta weighs.
     """
 
-    has_prior = has_posterior = has_penalty = True
+    has_prior = has_posterior = has_penalty = False
 
-    num_mechanisms: int
-    hidden: int = 64
-    prior: str = "cost_aware"
-    posterior: str = "mean_strength"
-    network: str = "zero_output"
-    uncertainty: str = "entropy"
-    dtype: Any = jnp.float32
-    samples: bool = True
+    num_mechanisms: int  # K.
+    hidden: int = 64  # Width of the network's hidden layer.
+    network: str = "zero_output"  # Form of the network; see `ControllerMLP`.
+    uncertainty: str = "entropy"  # Measure of u_t; one of the mean without a posterior.
+    dtype: Any = jnp.float32  # Of the hidden layer's arithmetic; all statistics are float32.
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the network."""
+        return self.num_mechanisms
 
     @nn.compact
     def __call__(
@@ -131,44 +104,41 @@ class DirichletController(nn.Module):
         hypers: RoutingHypers,
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Routing:
-        """Routing of every token.
+        """Routing of every token of the layer's input x; at padding, all values are finite and mean nothing. With
+        `keys`, typed and one per example, `weights` are those of training."""
+        network = ControllerMLP(self.hidden, self.num_outputs, self.network, self.dtype, name="mlp")
+        outputs = network(x, residual, positions)
+        return by_rows(self.routing_of, (0, 0, 0, 0, None))(outputs, positions, segment_ids, keys, hypers)
 
-        Args:
-          x: the layer's input.
-          residual: the residual stream before normalisation.
-          positions: index within the segment.
-          segment_ids: 0 is padding, where all values are finite and mean nothing.
-          hypers: strength and preference of the prior, costs.
-          keys: one typed PRNG key per example for a reparameterised sample in `weights`; None for
-            the posterior mean.
-        """
-        if self.posterior not in posterior.POSTERIORS:
-            raise ValueError(
-                f"posterior: expected one of {posterior.POSTERIORS}, got {self.posterior!r}."
-            )
-        if hypers.costs.shape != (self.num_mechanisms,):
-            raise ValueError(
-                f"costs: expected {self.num_mechanisms} numbers, one per mechanism, "
-                f"got shape {hypers.costs.shape}."
-            )
-        preferred = prior.make_prior(self.prior, hypers)
-        num_outputs = self.num_mechanisms + (self.posterior == "mean_strength")
-        outputs = ControllerMLP(self.hidden, num_outputs, self.network, self.dtype, name="mlp")(
-            x, residual, positions
-        )
-        return by_rows(self._routing, (0, 0, 0, 0, None))(
-            outputs, positions, segment_ids, keys, preferred
-        )
 
-    def _routing(
+class DirichletController(Controller):
+    """Amortised Dirichlet posterior over the mechanisms (Meta-Attention, arXiv 2605.28384)."""
+
+    has_prior = has_posterior = has_penalty = True
+
+    prior: str = "cost_aware"  # One of `PRIORS`.
+    posterior: str = "mean_strength"  # One of `POSTERIORS`.
+    samples: bool = True  # Whether training mixes by a sample of pi_t; else by its mean.
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_mechanisms + (self.posterior == "mean_strength")
+
+    def routing_of(
         self,
         outputs: Float[Array, "batch time outputs"],
         positions: Positions,
         segment_ids: SegmentIds,
         keys: Optional[Key[Array, "batch"]],
-        preferred: prior.Prior,
+        hypers: RoutingHypers,
     ) -> Routing:
         """What follows from the network's outputs."""
+        expect(self.posterior in posterior.POSTERIORS, "posterior", f"one of {posterior.POSTERIORS}", self.posterior)
+        if hypers.costs.shape != (self.num_mechanisms,):
+            raise ValueError(
+                f"costs: expected {self.num_mechanisms} numbers, one per mechanism, got shape {hypers.costs.shape}."
+            )
+        preferred = prior.make_prior(self.prior, hypers)
         if self.posterior == "additive":
             concentration = posterior.additive(preferred, outputs)
         else:
@@ -176,9 +146,7 @@ class DirichletController(nn.Module):
         mean = posterior.Dirichlet(concentration).mean()
         weights = mean
         if keys is not None and self.samples:
-            weights = sampling.sample_dirichlet(
-                sampling.token_keys(keys, positions, segment_ids), concentration
-            )
+            weights = sampling.sample_dirichlet(sampling.token_keys(keys, positions, segment_ids), concentration)
         kl = posterior.kl_divergence(concentration, preferred)
         return Routing(
             mean=mean,

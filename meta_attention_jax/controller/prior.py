@@ -17,20 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import RoutingHypers, Scalar
 
 
 @flax.struct.dataclass
 class Prior:
-    """p(pi) = Dir(kappa m), as a value.
+    """p(pi) = Dir(kappa m), as a value."""
 
-    Attributes:
-      mean: m, on the simplex.
-      strength: kappa > 0, pseudo-counts in all.
-    """
-
-    mean: Float[Array, "mechanism"]
-    strength: Scalar
+    mean: Float[Array, "mechanism"]  # m, on the simplex.
+    strength: Scalar  # kappa > 0, pseudo-counts in all.
 
     @property
     def concentration(self) -> Float[Array, "mechanism"]:
@@ -53,8 +49,8 @@ def uniform(hypers: RoutingHypers) -> Prior:
 def paper(hypers: RoutingHypers) -> Prior:
     """The authors' own, not normalised: alpha0_k = beta0 ((1 - c_k) + eta), beta0 = `strength`.
 
-    They write epsilon for beta0 eta. With beta0 = 1, eta = 0.01 and the nominal costs it is
-    (0.01, 0.86, 0.71): kappa = 1.58, and 22.3 % expected cost under the prior's mean.
+    They write epsilon for beta0 eta. With beta0 = 1, eta = 0.01 and the nominal costs it is (0.01, 0.86, 0.71): kappa =
+    1.58, and 22.3 % expected cost under the prior's mean.
     """
     gain = 1.0 - hypers.costs + hypers.preference
     total = jnp.sum(gain)
@@ -70,25 +66,13 @@ PRIORS: dict[str, Callable[[RoutingHypers], Prior]] = {
 
 
 def make_prior(family: str, hypers: RoutingHypers) -> Prior:
-    """The named prior at the given (possibly traced) hyper-parameters.
-
-    Raises:
-      ValueError: `family` is unknown.
-    """
-    if family not in PRIORS:
-        raise ValueError(f"prior: expected one of {tuple(PRIORS)}, got {family!r}.")
+    """The named prior at the given (possibly traced) hyper-parameters."""
+    expect(family in PRIORS, "prior", f"one of {tuple(PRIORS)}", family)
     return PRIORS[family](hypers)
 
 
-def validate_prior(
-    *, strength: float, preference: float, costs: Optional[Sequence[float] | np.ndarray] = None
-) -> None:
-    """Checks concrete hyper-parameters, and costs where given, before any work starts.
-
-    Raises:
-      ValueError: kappa or eta is not a finite positive number, or costs are not at least two
-        numbers in (0, 1] of which the largest is 1.
-    """
+def validate_prior(*, strength: float, preference: float, costs: Optional[Sequence[float] | np.ndarray] = None) -> None:
+    """Checks concrete hyper-parameters, and costs where given, before any work starts."""
     if not 0.0 < strength < float("inf"):
         raise ValueError(f"strength: expected a finite number > 0, got {strength}.")
     if not 0.0 < preference < float("inf"):
@@ -97,6 +81,4 @@ def validate_prior(
         return
     costs = [float(cost) for cost in costs]
     if len(costs) < 2 or not all(0.0 < cost <= 1.0 for cost in costs) or max(costs) != 1.0:
-        raise ValueError(
-            f"costs: expected two or more numbers in (0, 1], the largest being 1, got {costs}."
-        )
+        raise ValueError(f"costs: expected two or more numbers in (0, 1], the largest being 1, got {costs}.")

@@ -1,9 +1,8 @@
 """Dirichlet samples without loops: exact shape augmentation and a gamma quantile in closed form.
 
-Rejection samplers loop until the last element of the array is accepted; compiled with a sharded
-batch, every turn of that loop is a collective. The sampler here is a fixed sequence of elementwise
-operations, so it partitions like any other, and plain autodiff through it is the exact pathwise
-gradient of the distribution it draws from.
+Rejection samplers loop until the last element of the array is accepted; compiled with a sharded batch, every turn of
+that loop is a collective. The sampler here is a fixed sequence of elementwise operations, so it partitions like any
+other, and plain autodiff through it is the exact pathwise gradient of the distribution it draws from.
 
 For X ~ Gamma(a) with independent U_i ~ U(0, 1),
 
@@ -13,9 +12,9 @@ and for shapes a >= 2 the quantile function at a standard normal z has the Corni
 
     log X_a = log a + sum_{j=1}^{5} q_j(z) a^{-j/2} + O(a^-3),
 
-whose q_j follow from equating densities, order by order, in the logarithm (where truncation can
-never produce a negative X). The largest distance between the distribution function of the draws and
-that of Gamma(a) is 5e-5 over a in [0.05, 1e3], reached near a = 0.4.
+whose q_j follow from equating densities, order by order, in the logarithm (where truncation can never produce a
+negative X). The largest distance between the distribution function of the draws and that of Gamma(a) is 5e-5 over a in
+[0.05, 1e3], reached near a = 0.4.
 """
 
 from __future__ import annotations
@@ -45,9 +44,7 @@ def log_gamma_quantile(
     return jnp.log(shape_parameter) + s * (z + s * (q2 + s * (q3 + s * (q4 + s * q5))))
 
 
-def log_gamma(
-    key: Key[Array, ""], concentration: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+def log_gamma(key: Key[Array, ""], concentration: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """One reparameterised draw of log X, X ~ Gamma(alpha, 1), for each alpha; float32.
 
     In log space: at alpha = 0.05 one draw in a hundred lies below the smallest positive float32.
@@ -55,9 +52,7 @@ def log_gamma(
     alpha = concentration.astype(jnp.float32)
     # One call for the normal and the two exponentials: every call costs a hash per element.
     # The open interval (-1, 1) keeps erf_inv and the logarithms finite.
-    noise = jax.random.uniform(
-        key, (1 + _AUGMENTATION, *alpha.shape), jnp.float32, minval=-1.0 + 2.0**-23, maxval=1.0
-    )
+    noise = jax.random.uniform(key, (1 + _AUGMENTATION, *alpha.shape), jnp.float32, minval=-1.0 + 2.0**-23, maxval=1.0)
     normal = jnp.sqrt(jnp.float32(2.0)) * jax.lax.erf_inv(noise[0])
     log_uniform = jnp.log(0.5 - 0.5 * noise[1:])
     log_x = log_gamma_quantile(normal, alpha + float(_AUGMENTATION))
@@ -66,15 +61,10 @@ def log_gamma(
     return log_x
 
 
-def token_keys(
-    keys: Key[Array, "batch"], positions: Positions, segment_ids: SegmentIds
-) -> Key[Array, "batch time"]:
+def token_keys(keys: Key[Array, "batch"], positions: Positions, segment_ids: SegmentIds) -> Key[Array, "batch time"]:
     """One key per token, a function of (key of its example, its segment id, its position) alone.
 
     Cutting a sequence, padding it or batching it with others therefore changes no draw.
-
-    Raises:
-      ValueError: `keys` are not typed PRNG keys (`jax.random.key`), one per example.
     """
     if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != positions.shape[:1]:
         raise ValueError(

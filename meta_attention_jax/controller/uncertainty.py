@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
+
 
 def _unit(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return jnp.clip(x, 0.0, 1.0)
@@ -61,8 +63,8 @@ def differential_entropy(concentration: Float[Array, "*batch mechanism"]) -> Flo
 
         H = sum_k h(alpha_k) - h(A) - (K - 1) psi(A),   A = sum_k alpha_k
 
-    with h(a) = a + log Gamma(a) + (1 - a) psi(a), the entropy of Gamma(a, 1), which grows as log(a) / 2.
-    The usual form adds terms of the size of A log A, and loses 2e-3 of a few nats in float32.
+    with h(a) = a + log Gamma(a) + (1 - a) psi(a), the entropy of Gamma(a, 1), which grows as log(a) / 2. The usual form
+    adds terms of the size of A log A, and loses 2e-3 of a few nats in float32.
     """
     num = concentration.shape[-1]
     total = jnp.sum(concentration, axis=-1)
@@ -92,20 +94,15 @@ def log_dirichlet_entropy(concentration: Float[Array, "*batch mechanism"]) -> Fl
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One measure of uncertainty.
+    """One measure of uncertainty."""
 
-    Attributes:
-      function: of the concentration, or of the mean where it is not `of_posterior`; in [0, 1].
-      typical: what u_t rarely exceeds in practice, under a prior of a few pseudo-counts: a schedule of
-        the threshold spreads hardening over that range.
-      of_posterior: whether it needs a Dirichlet posterior.
-      log: whether the function gives log u, since u itself underflows; what is compared is then log u.
-    """
-
+    # Of the concentration, or of the mean where it is not `of_posterior`; in [0, 1].
     function: Callable[[Any], Float[Array, "*batch"]]
+    # What u_t rarely exceeds in practice, under a prior of a few pseudo-counts: a schedule of the threshold spreads
+    # hardening over that range.
     typical: float
-    of_posterior: bool = True
-    log: bool = False
+    of_posterior: bool = True  # Whether it needs a Dirichlet posterior.
+    log: bool = False  # Whether the function gives log u, since u itself underflows; what is compared is then log u.
 
 
 MEASURES: dict[str, Measure] = {
@@ -125,24 +122,14 @@ class Uncertainty(NamedTuple):
 
 
 def measured(
-    measure: str,
-    mean: Float[Array, "*batch mechanism"],
-    concentration: Optional[Float[Array, "*batch mechanism"]],
+    measure: str, mean: Float[Array, "*batch mechanism"], concentration: Optional[Float[Array, "*batch mechanism"]]
 ) -> Uncertainty:
-    """The named measure of one posterior.
-
-    Raises:
-      ValueError: `measure` is unknown, or needs a concentration that the controller does not have.
-    """
-    if measure not in MEASURES:
-        raise ValueError(f"uncertainty: expected one of {tuple(MEASURES)}, got {measure!r}.")
+    """The named measure of one posterior."""
+    expect(measure in MEASURES, "uncertainty", f"one of {tuple(MEASURES)}", measure)
     found = MEASURES[measure]
     if not found.of_posterior:
         return Uncertainty(found.function(mean))
-    if concentration is None:
-        raise ValueError(
-            "uncertainty: expected a measure of the mean, such as 'entropy', for a controller without "
-            f"a Dirichlet posterior, got {measure!r}."
-        )
+    expected = "a measure of the mean, such as 'entropy', for a controller without a Dirichlet posterior"
+    expect(concentration is not None, "uncertainty", expected, measure)
     value = found.function(concentration)
     return Uncertainty(jnp.exp(value), value) if found.log else Uncertainty(value)

@@ -1,4 +1,4 @@
 """Packed attention: softmax attention of chosen queries, in work proportional to the choice.
 
-`worklist` says what is to do, as arrays; a kernel does it; `select` names the kernel of a platform.
+`worklist` says what is to do, as arrays; `portable` does it, on every platform.
 """

@@ -1,10 +1,10 @@
 """What packed attention has to do for a batch of routes: which queries, in which blocks, on which keys.
 
-The tokens of every mechanism that has a packed form are packed in order of position, in blocks that
-belong to one mechanism and one sequence; the last block of each is filled up. A token may see one
-interval of keys, its window or its whole past, and the first tokens (`sinks`) of its segment. For
-every block the list names the tiles of keys that hold one which one of its queries may see. It is
-built once for a layer's routes; forward pass, backward pass and accounting all read it.
+The tokens of every mechanism that has a packed form are packed in order of position, in blocks that belong to one
+mechanism and one sequence; the last block of each is filled up. A token may see one interval of keys, its window or its
+whole past, and the first tokens (`sinks`) of its segment. For every block the list names the tiles of keys that hold
+one which one of its queries may see. It is built once for a layer's routes; forward pass, backward pass and accounting
+all read it.
 
 All shapes are static; how many blocks and tiles there are follows the data.
 """
@@ -35,49 +35,32 @@ class Blocks(NamedTuple):
     """The blocks of one mechanism, those of the first sequence first.
 
     Entries from `count` on mean nothing. Tiles are half-open intervals of tile indices.
-
-    Attributes:
-      count: how many there are.
-      row: sequence of each.
-      slot: its first slot.
-      low, high: tiles that hold the windows of its queries, and sinks ahead of them.
-      whole, whole_end: those among them in which every query of the block sees every key.
-      sink_low, sink_high: tiles before `low` that hold sinks; empty without any.
     """
 
-    count: Index
-    row: Int[Array, "blocks"]
-    slot: Int[Array, "blocks"]
-    low: Int[Array, "blocks"]
+    count: Index  # How many there are.
+    row: Int[Array, "blocks"]  # Sequence of each.
+    slot: Int[Array, "blocks"]  # Its first slot.
+    low: Int[Array, "blocks"]  # Tiles that hold the windows of its queries, and sinks ahead of them.
     high: Int[Array, "blocks"]
-    whole: Int[Array, "blocks"]
+    whole: Int[Array, "blocks"]  # Those among them in which every query of the block sees every key.
     whole_end: Int[Array, "blocks"]
-    sink_low: Int[Array, "blocks"]
+    sink_low: Int[Array, "blocks"]  # Tiles before `low` that hold sinks; empty without any.
     sink_high: Int[Array, "blocks"]
 
 
 @flax.struct.dataclass
 class WorkList:
-    """What there is to do. A *slot* is a place of a packed query in its sequence.
+    """What there is to do. A *slot* is a place of a packed query in its sequence."""
 
-    Attributes:
-      order: of every slot the position of its query; slots that only fill a block repeat a query of
-        it, T higher, which no array has.
-      slot: of every token its slot; S, which there is not, for tokens of no packed mechanism.
-      first, last: of every slot the keys of its window, last included.
-      sink_first, sink_last: of every slot the sinks, `sink_last` excluded; None without any.
-      blocks: by mechanism.
-      reaches, sizes: by mechanism, static.
-    """
-
+    # Position of a slot's query; slots that only fill a block repeat a query of it, T higher, which no array has.
     order: Int[Array, "batch slots"]
-    slot: Int[Array, "batch time"]
-    first: Int[Array, "batch slots"]
+    slot: Int[Array, "batch time"]  # Of every token; S, which there is not, for tokens of no packed mechanism.
+    first: Int[Array, "batch slots"]  # Of every slot the keys of its window, last included.
     last: Int[Array, "batch slots"]
-    sink_first: Optional[Int[Array, "batch slots"]]
+    sink_first: Optional[Int[Array, "batch slots"]]  # Of every slot the sinks, `sink_last` excluded; None without any.
     sink_last: Optional[Int[Array, "batch slots"]]
-    blocks: tuple[Blocks, ...]
-    reaches: tuple[Reach, ...] = flax.struct.field(pytree_node=False)
+    blocks: tuple[Blocks, ...]  # By mechanism.
+    reaches: tuple[Reach, ...] = flax.struct.field(pytree_node=False)  # By mechanism, static.
     sizes: tuple[Sizes, ...] = flax.struct.field(pytree_node=False)
 
 
@@ -89,16 +72,8 @@ def build(
     reaches: Sequence[Reach],
     sizes: Sequence[Sizes],
 ) -> WorkList:
-    """The list of a batch.
-
-    Args:
-      group: of every token the index of its mechanism in `reaches`; any other number for none.
-        Padding has none.
-      segment_ids: 0 is padding; None for one segment.
-      causal: False lets every token see both sides.
-      reaches: of the mechanisms.
-      sizes: of their blocks and tiles; a tile has at most T keys.
-    """
+    """The list of a batch. `group` is of every token the index of its mechanism in `reaches`, any other number for
+    none; padding has none."""
     batch, time = group.shape
     if segment_ids is not None:
         group = jnp.where(segment_ids != 0, group, -1)
@@ -113,17 +88,14 @@ def build(
     filled = jax.lax.cummax(jnp.where(packed < time, jnp.arange(slots, dtype=jnp.int32)[None], 0), axis=1)
     query = jnp.minimum(_take(packed, filled), time - 1)
     first, last, sink_first, sink_last = (
-        None if x is None else _take(x, query)
-        for x in _bounds(served, segment_ids, index, causal, reaches)
+        None if x is None else _take(x, query) for x in _bounds(served, segment_ids, index, causal, reaches)
     )
     order = jnp.where(packed < time, packed, time + query)
     blocks = tuple(
         _blocks(starts[:, m], counts[:, m], first, last, sink_first, sink_last, time, size)
         for m, size in enumerate(sizes)
     )
-    return WorkList(
-        order, slot, first, last, sink_first, sink_last, blocks, tuple(reaches), tuple(sizes)
-    )
+    return WorkList(order, slot, first, last, sink_first, sink_last, blocks, tuple(reaches), tuple(sizes))
 
 
 def count_tiles(work: WorkList) -> tuple[Float[Array, ""], ...]:

@@ -1,46 +1,32 @@
-"""Edge checks and the head-major block layout shared by the three mechanisms."""
+"""What the mechanisms share: checks at the edge, masks from indices and segment ids, the head-major block layout, the
+feature map of linear attention and the rotation of positions. No mask is the whole T x T square unless it is asked for.
+"""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
+from meta_attention_jax.fields import expect
+from meta_attention_jax.types import Keys, Positions, Queries, SegmentIds, Values
+
+MASKED = -1e30
+"""Logit of a masked pair: finite, so that a row without any key stays free of NaN."""
 
 
-def validate_qkv(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    segment_ids: SegmentIds | None = None,
-) -> None:
-    """Checks the arguments of every `attend` once, at the edge.
-
-    Raises:
-      ValueError: rank other than 4, batch/time/dim that differ, heads not a multiple of kv_heads,
-        segment_ids that are not integers of shape [batch, time].
-    """
+def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None) -> None:
+    """Checks the arguments of every `attend` once, at the edge."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            raise ValueError(
-                f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}."
-            )
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected the shape of k, {k.shape}, got {v.shape}.")
+            raise ValueError(f"{name}: expected rank 4 [batch, time, heads, dim], got shape {x.shape}.")
+    expect(k.shape == v.shape, "v", f"the shape of k, {k.shape}", v.shape)
     batch, time, heads, dim = q.shape
     if k.shape[:2] != (batch, time) or k.shape[3] != dim:
-        raise ValueError(
-            f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}."
-        )
+        raise ValueError(f"k: expected [batch={batch}, time={time}, kv_heads, dim={dim}] as in q, got {k.shape}.")
     if heads % k.shape[2]:
-        raise ValueError(
-            f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}."
-        )
+        raise ValueError(f"heads: expected a multiple of kv_heads={k.shape[2]}, got heads={heads}.")
     if segment_ids is not None:
-        if segment_ids.shape != (batch, time):
-            raise ValueError(
-                f"segment_ids: expected shape {(batch, time)}, got {segment_ids.shape}."
-            )
+        expect(segment_ids.shape == (batch, time), "segment_ids", f"shape {(batch, time)}", segment_ids.shape)
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected integers, got {segment_ids.dtype}.")
 
@@ -50,9 +36,7 @@ def is_empty(q: Queries) -> bool:
     return 0 in q.shape
 
 
-def group_queries(
-    q: Queries, kv_heads: int
-) -> Float[Array, "batch kv_heads group time dim"]:
+def group_queries(q: Queries, kv_heads: int) -> Float[Array, "batch kv_heads group time dim"]:
     """Head-major queries; the `group` = heads / kv_heads queries that share a key stay together."""
     batch, time, heads, dim = q.shape
     q = q.reshape(batch, time, kv_heads, heads // kv_heads, dim)
@@ -81,11 +65,62 @@ def pad_time(x: Array, axis: int, before: int = 0, after: int = 0) -> Array:
 
 def default_segments(q: Queries, segment_ids: SegmentIds | None) -> Int[Array, "batch time"]:
     """The given segments, or one segment without padding."""
-    if segment_ids is None:
-        return jnp.ones(q.shape[:2], jnp.int32)
-    return segment_ids
+    return jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
 
 def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
     """Product in the dtype of the inputs y, accumulated in float32."""
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
+
+
+Carry = tuple[Array, Array, Array]
+"""Of an online softmax, by query: the largest logit, the sum of the weights relative to it, the sum of values."""
+
+
+def online_softmax(carry: Carry, logits: Array, value: Array, equation: str) -> Carry:
+    """The carry after one more tile; `equation` multiplies weights and values."""
+    top, total, acc = carry
+    new = jnp.maximum(top, logits.max(-1))
+    weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+    return new, total * decay + weights.sum(-1), acc * decay[..., None] + dot(equation, weights, value)
+
+
+def band(
+    query: Int[Array, "q"], key: Int[Array, "k"], *, causal: bool, window: int | None = None
+) -> Bool[Array, "q k"]:
+    """Pairs (t, s) by index: causal s in [t - window + 1, t], else |s - t| < window; None for no bound."""
+    distance = query[:, None] - key[None, :]
+    allowed = distance >= 0 if causal else jnp.ones(distance.shape, bool)
+    if window is not None:
+        allowed &= jnp.abs(distance) < window
+    return allowed
+
+
+def same_segment(query: Int[Array, "*batch q"], key: Int[Array, "*batch k"]) -> Bool[Array, "*batch q k"]:
+    """Pairs of one segment. Padding (id 0) attends to padding; callers zero those outputs."""
+    return query[..., :, None] == key[..., None, :]
+
+
+def feature_map(x: Array) -> Array:
+    """phi(x) = ELU(x) + 1 > 0, in float32."""
+    x = x.astype(jnp.float32)
+    return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
+
+
+def rotate(
+    x: Float[Array, "batch time heads dim"], positions: Positions, *, base: float = 10000.0
+) -> Float[Array, "batch time heads dim"]:
+    """Rotary position embedding (Su et al., arXiv 2104.09864): turns the pair (x_i, x_{i + d/2}) by the angle p
+    base^(-2i/d), i < d/2, so that q . k depends on the difference of positions p alone.
+
+    The slowest pair turns once in about 2 pi base tokens. Angles are float32; the result has the dtype of x.
+    """
+    batch, time, _, dim = x.shape
+    expect(not dim % 2, "dim", "an even number for rotary positions", dim)
+    expect(positions.shape == (batch, time), "positions", f"shape {(batch, time)}", positions.shape)
+    half = dim // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

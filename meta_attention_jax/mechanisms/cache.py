@@ -1,10 +1,10 @@
 """What all layers remember of every row while text is generated, for all mechanisms.
 
-Whatever a token's own route is, its key, value and linear state enter, and the routes of later tokens
-decide what is read; how is said by the mechanisms' `step`. Rows have lengths of their own.
+Whatever a token's own route is, its key, value and linear state enter, and the routes of later tokens decide what is
+read; how is said by the mechanisms' `step`. Rows have lengths of their own.
 
-Keys and values are read where they lie: loops take slices of the whole stack of layers, so that a
-compiled decode loop updates its cache in place.
+Keys and values are read where they lie: loops take slices of the whole stack of layers, so that a compiled decode loop
+updates its cache in place.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.features import feature_map
-from meta_attention_jax.mechanisms.masks import MASKED
+from meta_attention_jax.fields import expect
+from meta_attention_jax.mechanisms.blocks import MASKED, dot, feature_map
 from meta_attention_jax.types import Keys, SegmentIds, Values
 
 BLOCK = 1024
-"""Keys that full attention reads at a time, so of what capacities are multiples. Measured on one CPU
-core (d 64, 4 heads), against one product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach
-0.9."""
+"""Keys that full attention reads at a time, so of what capacities are multiples. Measured on one CPU core (d 64, 4
+heads), against one product over all keys: 256 reach 0.6 of its speed, 1024 and 4096 reach 0.9."""
 
 StepQuery = Float[Array, "batch heads dim"]
 StepKey = Float[Array, "batch kv_heads dim"]
@@ -38,23 +36,15 @@ Normaliser = Float[Array, "layer batch kv_heads dim"]
 class Cache:
     """What all layers remember of every row.
 
-    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU
-    backend would widen the whole stack to float32 and back for every update.
-
-    Attributes:
-      k: keys as full and local attention want them (rotated where the layer is rotary); 0 from the
-        length on.
-      v: values; 0 from the length on.
-      s: S = sum phi(k_s) v_s^T over the unrotated keys, float32.
-      z: z = sum phi(k_s), float32.
-      length: tokens seen, by layer and row.
+    bfloat16 keys and values are kept as their bits, in uint16 (`stored`, `loaded`): XLA's CPU backend would widen the
+    whole stack to float32 and back for every update.
     """
 
-    k: Stack
-    v: Stack
-    s: State
-    z: Normaliser
-    length: Int[Array, "layer batch"]
+    k: Stack  # Keys as full and local attention want them (rotated where the layer is rotary); 0 from the length on.
+    v: Stack  # Values; 0 from the length on.
+    s: State  # S = sum phi(k_s) v_s^T over the unrotated keys, float32.
+    z: Normaliser  # z = sum phi(k_s), float32.
+    length: Int[Array, "layer batch"]  # Tokens seen, by layer and row.
 
     @property
     def capacity(self) -> int:
@@ -62,20 +52,13 @@ class Cache:
         return self.v.shape[3]
 
 
-def init_cache(
-    *, layers: int, batch: int, capacity: int, kv_heads: int, dim: int, dtype: Any = jnp.float32
-) -> Cache:
+def init_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, dim: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache. A capacity above BLOCK is rounded up to a multiple of it.
 
     Bytes: L B G d (2 C + d + 1 numbers), the 2 C of them in `dtype`, the rest float32.
-
-    Raises:
-      ValueError: a size below 1.
     """
-    sizes = dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim)
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}.")
+    for name, size in dict(layers=layers, batch=batch, capacity=capacity, kv_heads=kv_heads, dim=dim).items():
+        expect(size >= 1, name, "at least 1", size)
     if capacity > BLOCK:
         capacity = -(-capacity // BLOCK) * BLOCK
     kept = jnp.uint16 if dtype == jnp.bfloat16 else dtype
@@ -101,25 +84,11 @@ def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def fill(
-    cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds
-) -> Cache:
-    """The cache after a layer has seen right-padded prompts of at least one token from empty.
-
-    Args:
-      cache: whose `layer` is overwritten.
-      layer: index of the layer.
-      rotated: keys for full and local attention, `[B, P, G, d]`.
-      k: keys for linear attention, unrotated.
-      v: values.
-      segment_ids: 0 from the end of each prompt on; nothing of that enters.
-
-    Raises:
-      ValueError: prompts longer than the capacity.
-    """
+def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds) -> Cache:
+    """The cache after a layer, which it overwrites, has seen right-padded prompts of at least one token from empty;
+    `rotated` are the keys for full and local attention, `segment_ids` 0 from the end of each prompt on."""
     time = k.shape[1]
-    if time > cache.capacity:
-        raise ValueError(f"prompt: expected at most {cache.capacity} tokens, got {time}.")
+    expect(time <= cache.capacity, "prompt", f"at most {cache.capacity} tokens", time)
     valid = (segment_ids != 0)[:, :, None, None]
     phi = jnp.where(valid, feature_map(k), 0.0)
     state = jnp.einsum("btgd,btge->bgde", phi, v.astype(jnp.float32))

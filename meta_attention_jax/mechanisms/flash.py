@@ -1,9 +1,9 @@
 """Softmax attention by blocks, for the whole past or a window; memory linear in time.
 
-The square of logits is cut into tiles of block x block. For each block of queries an online softmax
-(Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) visits the tiles that a query
-of the block may see, the diagonal tile first; tiles above the diagonal or outside the window are
-never computed. The backward pass keeps only the log-sum-exp of every row and recomputes the tiles.
+The square of logits is cut into tiles of block x block. For each block of queries an online softmax (Milakov &
+Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135) visits the tiles that a query of the block may see, the
+diagonal tile first; tiles above the diagonal or outside the window are never computed. The backward pass keeps only the
+log-sum-exp of every row and recomputes the tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from meta_attention_jax.mechanisms import blocks, masks, spent
+from meta_attention_jax.mechanisms import blocks, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.types import Abstract, Keys, Queries, SegmentIds, Values
@@ -28,23 +28,13 @@ _QUERY_TIME, _KEY_TIME = 3, 2
 
 
 def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    segment_ids: SegmentIds | None,
-    causal: bool,
-    window: int | None,
-    block: int,
+    q: Queries, k: Keys, v: Values, *, segment_ids: SegmentIds | None, causal: bool, window: int | None, block: int
 ) -> tuple[Queries, Float[Array, "batch time heads"]]:
-    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the
-    log-sum-exp of their logits, float32: infinite at padding. Both have gradients.
+    """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the log-sum-exp of their
+    logits, float32: infinite at padding. Both have gradients.
 
-    Args:
-      q, k, v, segment_ids: validated arguments of a mechanism's `attend`.
-      causal: s in [t - window + 1, t], else |s - t| < window, by index in the array.
-      window: None for no bound.
-      block: edge of a tile; lowered so that the padding of T stays below the number of blocks.
+    Causal: s in [t - window + 1, t], else |s - t| < window, by index in the array; arguments are validated. `block`,
+    the edge of a tile, is lowered so that the padding of T stays below the number of blocks.
     """
     if blocks.is_empty(q):
         return jnp.zeros_like(q), jnp.zeros_like(q[..., 0], jnp.float32)
@@ -74,12 +64,9 @@ def count_work(q: Abstract, k: Abstract, *, causal: bool, window: int | None, bl
     batch, time = q.shape[:2]
     count, block = _edges(time, block)
     reach = _reach(count, window, block)
-    tiles = sum(
-        1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count)
-    )
+    tiles = sum(1 + min(i + (0 if causal else reach), count - 1) - max(i - reach, 0) for i in range(count))
     return spent.of_tiles(
-        q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block,
-        block=block, tile=block,
+        q, k, blocks=batch * count, tiles=batch * tiles, rows=batch * count * block, block=block, tile=block
     )
 
 
@@ -91,18 +78,6 @@ def _edges(time: int, block: int) -> tuple[int, int]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attend(
-    q: GroupedQueries,
-    k: GroupedKeys,
-    v: GroupedKeys,
-    segments: SegmentIds | None,
-    causal: bool,
-    window: int | None,
-    block: int,
-) -> tuple[GroupedQueries, LogSumExp]:
-    return _forward(q, k, v, segments, causal, window, block)
-
-
-def _forward(
     q: GroupedQueries,
     k: GroupedKeys,
     v: GroupedKeys,
@@ -127,12 +102,8 @@ def _forward(
         start = m, weights.sum(-1), dot("bgrqk,bgkd->bgrqd", weights, value)
 
         def visit(step, carry):
-            m, total, acc = carry
             logits, value = tile(_neighbour(i, first, step), diagonal=False)
-            new = jnp.maximum(m, logits.max(-1))
-            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
-            acc = acc * decay[..., None] + dot("bgrqk,bgkd->bgrqd", weights, value)
-            return new, total * decay + weights.sum(-1), acc
+            return blocks.online_softmax(carry, logits, value, "bgrqk,bgkd->bgrqd")
 
         first, steps = _neighbours(i, count, reach, 0 if causal else reach)
         m, total, acc = jax.lax.fori_loop(0, steps, visit, start)
@@ -148,13 +119,13 @@ def _forward(
 
 
 def _attend_forward(q, k, v, segments, causal, window, block):
-    out, lse = _forward(q, k, v, segments, causal, window, block)
+    out, lse = _attend(q, k, v, segments, causal, window, block)
     return (out, lse), (q, k, v, segments, out, lse)
 
 
 def _attend_backward(causal, window, block, saved, cotangents):
-    """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL),
-    dQ = dS K, dK = dS^T Q."""
+    """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL), dQ = dS K, dK = dS^T
+    Q."""
     gradient, d_lse = cotangents
     q, k, v, segments, out, lse = saved
     count = q.shape[_QUERY_TIME] // block
@@ -240,10 +211,10 @@ def _logits(
     allowed = None
     if window is not None or (causal and diagonal):
         shift = 0 if diagonal else (i - j) * block
-        allowed = masks.band(index + shift, index, causal=causal, window=window)[None]
+        allowed = blocks.band(index + shift, index, causal=causal, window=window)[None]
     if segments is not None:
-        same = masks.same_segment(_block(segments, i, block, 1), _block(segments, j, block, 1))
+        same = blocks.same_segment(_block(segments, i, block, 1), _block(segments, j, block, 1))
         allowed = same if allowed is None else same & allowed
     if allowed is None:
         return logits
-    return jnp.where(allowed[:, None, None], logits, masks.MASKED)
+    return jnp.where(allowed[:, None, None], logits, blocks.MASKED)

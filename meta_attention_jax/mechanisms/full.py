@@ -9,19 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from meta_attention_jax import targets
-from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.targets import Target
-from meta_attention_jax.types import (
-    Abstract,
-    AttentionSpec,
-    Keys,
-    Queries,
-    Reach,
-    SegmentIds,
-    Values,
-)
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Mechanism, Queries, Reach, SegmentIds, Values
 
 BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
@@ -30,27 +21,12 @@ CUDNN_DIM = 128
 CUDNN_CAPABILITY = 8.0
 
 
-def attend(
-    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
-) -> Queries:
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
 
-    Bidirectional: over the whole segment. Softmax in float32.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: `implementation`: "xla" builds the T x T square; "blockwise" an online softmax whose
-        memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA GPUs; "auto" is
-        `resolve_implementation`.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`); an implementation that cannot serve
-        these arguments on this backend.
+    Bidirectional: over the whole segment. Softmax in float32. `spec.implementation`: "xla" builds the T x T square;
+    "blockwise" an online softmax whose memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA
+    GPUs; "auto" is `resolve_implementation`.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     chosen = resolve_implementation(
@@ -66,14 +42,10 @@ def attend(
         return fused(q, k, v, segment_ids if spec.segments == "padded" else None, spec.causal)
     if chosen == "xla":
         return _square(q, k, v, segment_ids, spec.causal)
-    return flash.attend(
-        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q)
-    )[0]
+    return flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q))[0]
 
 
-def fused(
-    q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool
-) -> Queries:
+def fused(q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool) -> Queries:
     """cuDNN's kernel, for rows of one segment whose padding, if any, stands behind it."""
     if segment_ids is None:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
@@ -91,24 +63,12 @@ def fused(
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
     """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
 
-    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the
-    other rows: an online softmax over blocks, row by row. Softmax in float32.
-
-    Args:
-      q: query of the newest token of each row.
-      held: the cache, which has the newest token.
-      layer: which layer.
-      needed: rows whose output will be used.
-      spec: of no consequence here.
+    Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
+    softmax over blocks, row by row. Softmax in float32.
     """
     del spec
     length = held.length[layer]
@@ -117,15 +77,11 @@ def step(
 
     def attend(query, row):
         def visit(i, carry):
-            m, total, acc = carry
             key, value = (cache.read(x, layer, row, i * block, block) for x in (held.k, held.v))
             logits = cache.logits_of(query, key, i * block + index < length[row])
-            new = jnp.maximum(m, logits.max(-1))
-            weights, decay = jnp.exp(logits - new[..., None]), jnp.exp(m - new)
-            acc = acc * decay[..., None] + dot("grk,gkd->grd", weights, value)
-            return new, total * decay + weights.sum(-1), acc
+            return blocks.online_softmax(carry, logits, value, "grk,gkd->grd")
 
-        empty = jnp.full(query.shape[:2], masks.MASKED, jnp.float32)
+        empty = jnp.full(query.shape[:2], blocks.MASKED, jnp.float32)
         start = empty, jnp.zeros(query.shape[:2], jnp.float32), jnp.zeros(query.shape, jnp.float32)
         _, total, acc = jax.lax.fori_loop(0, -(-length[row] // block), visit, start)
         return acc / total[..., None]
@@ -142,20 +98,12 @@ def flops(time: int, dim: int, spec: AttentionSpec) -> float:
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
     """What `attend` with segment ids spends on all tokens, forward.
 
-    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as
-    many are counted for "cudnn". q and k are asked for shape and dtype only.
-
-    Raises:
-      ValueError: an implementation that cannot serve.
+    "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as many for "cudnn".
     """
     batch, time, _, dim = q.shape
-    chosen = resolve_implementation(
-        spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments,
-    )
+    chosen = resolve_implementation(spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments)
     if chosen == "xla":
-        return spent.of_tiles(
-            q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time
-        )
+        return spent.of_tiles(q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time)
     return flash.count_work(q, k, causal=spec.causal, window=None, block=_dense_block(q))
 
 
@@ -166,40 +114,21 @@ def reach(spec: AttentionSpec) -> Reach:
 
 
 def _dense_block(q: Abstract) -> int:
-    """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the
-    last-level cache (measured)."""
+    """Edge of a tile of all tokens; on a 2-core CPU, tiles of all heads together should fit the last-level cache
+    (measured)."""
     batch, _, heads, _ = q.shape
     # A batch that is a symbol (`jax.export`) may be large.
     return 128 if not isinstance(batch, int) or batch * heads >= 16 else 256
 
 
 def resolve_implementation(
-    implementation: str,
-    *,
-    time: int,
-    dtype: Any,
-    head_dim: int,
-    segments: str,
-    target: Optional[Target] = None,
+    implementation: str, *, time: int, dtype: Any, head_dim: int, segments: str, target: Optional[Target] = None
 ) -> str:
-    """What "auto" stands for, and whether an explicit choice can be served; never a fallback.
+    """What "auto" stands for, and whether an explicit choice can be served; never a fallback. Deterministic, so that a
+    training log can name it.
 
-    "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`.
-
-    Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      time: T.
-      dtype: of q, k and v.
-      head_dim: d.
-      segments: what is known of segment ids, as `AttentionSpec.segments`; "one" where none are given.
-        cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
-      target: None is `targets.current()`. cuDNN's kernel needs compute capability 8.0.
-
-    Returns:
-      "xla", "blockwise" or "cudnn": deterministic, so that a training log can name it.
-
-    Raises:
-      ValueError: "cudnn" where it cannot serve.
+    "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`. `segments` is "one"
+    where no ids are given: cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
     """
     dtype = jnp.dtype(dtype)
     platform, capability = target or targets.current()
@@ -227,22 +156,18 @@ def resolve_implementation(
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
 
 
-def _square(
-    q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool
-) -> Queries:
+def _square(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool) -> Queries:
     """The textbook form, with all T x T logits at once."""
     index = jnp.arange(q.shape[1])
     segments = blocks.default_segments(q, segment_ids)
-    allowed = masks.band(index, index, causal=causal)[None] & masks.same_segment(segments, segments)
+    allowed = blocks.band(index, index, causal=causal)[None] & blocks.same_segment(segments, segments)
     queries = blocks.group_queries(q, k.shape[2])
     keys, values = blocks.head_major(k), blocks.head_major(v)
     logits = dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, masks.MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, blocks.MASKED), axis=-1)
     out = dot("bgrqk,bgkd->bgrqd", weights, values)
     out = jnp.where(segments[:, None, None, :, None] != 0, out, 0.0)
     return blocks.ungroup_queries(out).astype(q.dtype)
 
 
-MECHANISM = Mechanism(
-    attend, flops, cost=1.0, rotary=True, step=step, work=count_work, reach=reach
-)
+MECHANISM = Mechanism(attend, flops, cost=1.0, rotary=True, step=step, work=count_work, reach=reach)

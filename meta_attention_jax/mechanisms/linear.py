@@ -9,43 +9,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, masks, spent
-from meta_attention_jax.mechanisms.features import feature_map
-from meta_attention_jax.mechanisms.mechanism import Mechanism
-from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
+from meta_attention_jax.mechanisms import blocks, cache, spent
+from meta_attention_jax.mechanisms.blocks import feature_map
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Mechanism, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
 CHUNK = 64
 BATCHED = 16
-"""Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64
-differ by less than the noise."""
+"""Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64 differ by less
+than the noise."""
 
 
-def attend(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    *,
-    spec: AttentionSpec,
-    segment_ids: Optional[SegmentIds] = None,
-) -> Queries:
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s).
 
-    Sums run over s <= t of the segment of t, or over the whole segment when not causal.
-    State and products are float32. Time and memory, gradients included, are linear in T: chunks of
-    tokens attend within themselves, and carry (S, z) from chunk to chunk.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: its direction counts.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`).
+    Sums run over s <= t of the segment of t, or over the whole segment when not causal. State and products are float32.
+    Time and memory, gradients included, are linear in T: chunks of tokens attend within themselves, and carry (S, z)
+    from chunk to chunk.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
     if blocks.is_empty(q):
@@ -62,12 +42,11 @@ def attend(
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
-    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only.
+    """What `attend` spends on all tokens, forward.
 
-    A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the
-    state, 2 c d^2 per key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many
-    chunks as the loop visits, the filling of its last step included; twice as many when not
-    causal. Bytes: each array once per direction.
+    A chunk of c tokens makes scores and multiplies them with values, 4 c^2 d per head; adds to the state, 2 c d^2 per
+    key/value head; reads (S, z), 2 c d^2 + 2 c d per head. There are as many chunks as the loop visits, the filling of
+    its last step included; twice as many when not causal. Bytes: each array once per direction.
     """
     batch, _, heads, dim = q.shape
     steps, m, chunk = _steps(q)
@@ -79,12 +58,7 @@ def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.Attention
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
     """phi(q)^T S / (phi(q)^T z + 1e-6) in float32, in the rows that are needed; 0 elsewhere.
 
@@ -108,20 +82,14 @@ Numerator = Float[Array, "batch time heads dim"]
 Denominator = Float[Array, "batch time heads"]
 State = tuple[Float[Array, "batch kv_heads dim value"], Float[Array, "batch kv_heads dim"]]
 """(S, z), float32."""
-States = tuple[
-    Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]
-]
+States = tuple[Float[Array, "batch m kv_heads dim value"], Float[Array, "batch m kv_heads dim"]]
 """m of them, one per chunk."""
-Steps = tuple[
-    Float[Array, "steps batch m kv_heads dim value"], Float[Array, "steps batch m kv_heads dim"]
-]
+Steps = tuple[Float[Array, "steps batch m kv_heads dim value"], Float[Array, "steps batch m kv_heads dim"]]
 """Those of all steps of the loop."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sums(
-    q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool
-) -> tuple[Numerator, Denominator]:
+def _sums(q: Queries, k: Keys, v: Values, segments: SegmentIds, inclusive: bool) -> tuple[Numerator, Denominator]:
     """phi(q_t)^T S_t and phi(q_t)^T z_t over s <= t (inclusive) or s < t of the same segment."""
     return _forward(q, k, v, segments, inclusive, save=False)[0]
 
@@ -136,8 +104,8 @@ def _forward(
 ) -> tuple[tuple[Numerator, Denominator], Steps | None]:
     """The sums, and (S, z) before every chunk if they are to be saved.
 
-    A step of the loop takes m chunks: their products are batched, and only the states, which are
-    small, follow each other.
+    A step of the loop takes m chunks: their products are batched, and only the states, which are small, follow each
+    other.
     """
     time = q.shape[1]
     steps, m, chunk = _steps(q)
@@ -158,11 +126,7 @@ def _forward(
         denominator = _put(denominator, _ungroup(bottom), i)
         return (state, numerator, denominator), (s, z) if save else None
 
-    start = (
-        _zero_state(k, v),
-        jnp.zeros_like(q, jnp.float32),
-        jnp.zeros_like(q[..., 0], jnp.float32),
-    )
+    start = (_zero_state(k, v), jnp.zeros_like(q, jnp.float32), jnp.zeros_like(q[..., 0], jnp.float32))
     (_, numerator, denominator), states = jax.lax.scan(step, start, jnp.arange(steps))
     return (numerator[:, :time], denominator[:, :time]), states
 
@@ -170,16 +134,14 @@ def _forward(
 def _sums_backward(inclusive, saved, cotangents):
     """Chunks in reverse, with the gradients (dS, dz) in the place of (S, z).
 
-    With scores A = phi(q) phi(k)^T and dA = dN V^T + dD, N and D the numerator and denominator:
-    dphi(q) = dA phi(k) + dN S^T + dD z^T, dphi(k) = dA^T phi(q) + V dS^T + dz,
-    dV = A^T dN + phi(k) dS, and a chunk adds phi(q)^T dN to dS, phi(q)^T dD to dz.
+    With scores A = phi(q) phi(k)^T and dA = dN V^T + dD, N and D the numerator and denominator: dphi(q) = dA phi(k) +
+    dN S^T + dD z^T, dphi(k) = dA^T phi(q) + V dS^T + dz, dV = A^T dN + phi(k) dS, and a chunk adds phi(q)^T dN to dS,
+    phi(q)^T dD to dz.
     """
     q, k, v, segments, states = saved
     time, kv_heads = q.shape[1], k.shape[2]
     steps, m, chunk = _steps(q)
-    q, k, v, segments, *cotangents = (
-        _padded(x, steps * m * chunk) for x in (q, k, v, segments, *cotangents)
-    )
+    q, k, v, segments, *cotangents = (_padded(x, steps * m * chunk) for x in (q, k, v, segments, *cotangents))
 
     def step(carry, inputs):
         state, dq, dk, dv = carry
@@ -189,10 +151,7 @@ def _sums_backward(inclusive, saved, cotangents):
         top, bottom = (_group(x, i, m, chunk, kv_heads) for x in cotangents)
         bottom = bottom[..., None]
         reading, writing = query * reads, key * writes
-        added = (
-            jnp.einsum("bmgrqd,bmgrqe->bmgde", reading, top),
-            (reading * bottom).sum((3, 4)),
-        )
+        added = (jnp.einsum("bmgrqd,bmgrqe->bmgde", reading, top), (reading * bottom).sum((3, 4)))
         (ds, dz), state = _advance(state, keep, added, reverse=True)
         scores = jnp.where(allowed, jnp.einsum("bmgrqd,bmgkd->bmgrqk", query, key), 0.0)
         d_scores = jnp.einsum("bmgrqe,bmgke->bmgrqk", top, value) + bottom
@@ -233,27 +192,22 @@ def _padded(x: Array, time: int) -> Array:
     return blocks.pad_time(x, 1, after=time - x.shape[1])
 
 
-def _advance(
-    state: State, keep: Float[Array, "batch m"], added: States, reverse: bool = False
-) -> tuple[States, State]:
+def _advance(state: State, keep: Float[Array, "batch m"], added: States, reverse: bool = False) -> tuple[States, State]:
     """The state before each of m chunks (after, in reverse), stacked on axis 1; and the last one."""
     m = keep.shape[1]
     before = [None] * m
     for j in reversed(range(m)) if reverse else range(m):
         before[j] = state
         stay = keep[:, j, None, None]
-        state = (
-            state[0] * stay[..., None] + added[0][:, j],
-            state[1] * stay + added[1][:, j],
-        )
+        state = (state[0] * stay[..., None] + added[0][:, j], state[1] * stay + added[1][:, j])
     return jax.tree.map(lambda *x: jnp.stack(x, 1), *before), state
 
 
 def _group(x: Array, i: Array, m: int, chunk: int, kv_heads: int) -> Array:
     """Step i of `[B, T, H, ...]` as `[B, m, G, r, chunk, ...]`.
 
-    Slices are taken and turned inside the loop, where they stay in cache: turning whole arrays first
-    costs as much as the products.
+    Slices are taken and turned inside the loop, where they stay in cache: turning whole arrays first costs as much as
+    the products.
     """
     x = jax.lax.dynamic_slice_in_dim(x, i * m * chunk, m * chunk, 1)
     batch, _, heads, *rest = x.shape
@@ -283,8 +237,8 @@ def _slices(q: Queries, k: Keys, v: Values, i: Array, m: int, chunk: int):
 def _masks(segments: SegmentIds, i: Array, m: int, chunk: int, inclusive: bool):
     """Who attends to whom within a chunk, who reads the state, who writes it, and whether it stays.
 
-    The state belongs to the segment of the last token before the chunk; segments are contiguous, so
-    no other can go on in the chunk.
+    The state belongs to the segment of the last token before the chunk; segments are contiguous, so no other can go on
+    in the chunk.
     """
     first = i * m * chunk
     ids = jax.lax.dynamic_slice_in_dim(segments, first, m * chunk, 1).reshape(-1, m, chunk)
@@ -293,7 +247,7 @@ def _masks(segments: SegmentIds, i: Array, m: int, chunk: int, inclusive: bool):
     owner = jnp.concatenate([jnp.where(i == 0, 0, before), last[:, :-1]], axis=1)
     index = jnp.arange(chunk)
     order = index[:, None] >= index[None, :] if inclusive else index[:, None] > index[None, :]
-    allowed = (masks.same_segment(ids, ids) & order[None, None])[:, :, None, None]
+    allowed = (blocks.same_segment(ids, ids) & order[None, None])[:, :, None, None]
     reads = (ids == owner[..., None]).astype(jnp.float32)[:, :, None, None, :, None]
     writes = (ids == last[..., None]).astype(jnp.float32)[:, :, None, :, None]
     return allowed, reads, writes, (owner == last).astype(jnp.float32)

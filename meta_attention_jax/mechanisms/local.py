@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, flash, masks, spent
+from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.types import (
     Abstract,
     AttentionSpec,
     Keys,
+    Mechanism,
     Queries,
     Reach,
     SegmentIds,
@@ -26,31 +26,15 @@ BLOCK = 64
 """Edge of a tile of all tokens."""
 
 
-def attend(
-    q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None
-) -> Queries:
-    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment,
-    and over its first `sinks` tokens.
+def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment, and over its first
+    `sinks` tokens.
 
-    Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and
-    memory, gradients included, are O(T (window + sinks)); a window of T or more gives full attention.
-
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      spec: with a `window`.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: shapes that do not fit (see `validate_qkv`), or no window.
+    Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and memory, gradients
+    included, are O(T (window + sinks)); a window of T or more gives full attention.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
-    out, lse = flash.attend(
-        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK
-    )
+    out, lse = flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks or blocks.is_empty(q):
         return out
     segments = blocks.default_segments(q, segment_ids)
@@ -59,8 +43,7 @@ def attend(
     lse = jnp.where(segments[..., None] != 0, lse, 0.0)
     total = jnp.logaddexp(lse, sink_lse)
     merged = (
-        out.astype(jnp.float32) * jnp.exp(lse - total)[..., None]
-        + sink_out * jnp.exp(sink_lse - total)[..., None]
+        out.astype(jnp.float32) * jnp.exp(lse - total)[..., None] + sink_out * jnp.exp(sink_lse - total)[..., None]
     )
     return jnp.where(segments[..., None, None] != 0, merged, 0.0).astype(q.dtype)
 
@@ -81,25 +64,16 @@ def _sinks(
     keys, values = pick(k, key_at), pick(v, key_at)
     query = q.reshape(batch, time, k.shape[2], -1, dim)
     logits = dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5
-    logits = jnp.where(seen[:, :, None, None], logits, masks.MASKED)
+    logits = jnp.where(seen[:, :, None, None], logits, blocks.MASKED)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = dot("btgrs,btsgd->btgrd", jnp.exp(logits - lse[..., None]), values)
     return out.reshape(batch, time, heads, dim), lse.reshape(batch, time, heads)
 
 
 def step(
-    q: cache.StepQuery,
-    held: cache.Cache,
-    layer: cache.Layer,
-    *,
-    needed: Bool[Array, "batch"],
-    spec: AttentionSpec,
+    q: cache.StepQuery, held: cache.Cache, layer: cache.Layer, *, needed: Bool[Array, "batch"], spec: AttentionSpec
 ) -> cache.StepQuery:
-    """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many.
-
-    Raises:
-      ValueError: no window.
-    """
+    """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many."""
     length, capacity = held.length[layer], held.capacity
     width, sinks = min(spec.width, capacity), min(spec.sinks, capacity)
     offset = jnp.arange(width, dtype=jnp.int32)
@@ -137,7 +111,7 @@ def _outside(time: int, width: int, spec: AttentionSpec) -> int:
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:
-    """What `attend` spends on all tokens, forward; q and k are asked for shape and dtype only."""
+    """What `attend` spends on all tokens, forward."""
     tiles = flash.count_work(q, k, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks:
         return tiles
@@ -152,6 +126,4 @@ def reach(spec: AttentionSpec) -> Reach:
     return Reach(spec.width, spec.sinks)
 
 
-MECHANISM = Mechanism(
-    attend, flops, cost=0.30, rotary=True, step=step, work=count_work, reach=reach
-)
+MECHANISM = Mechanism(attend, flops, cost=0.30, rotary=True, step=step, work=count_work, reach=reach)

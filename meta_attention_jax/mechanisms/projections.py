@@ -14,51 +14,28 @@ Residual = Float[Array, "batch time model"]
 
 
 class Projections(nn.Module):
-    """The projections that every mechanism of a layer shares.
-
-    `project` maps x `[B, T, D]` to q `[B, T, H, d]` and k, v `[B, T, G, d]`; `merge` maps the
-    heads' outputs `[B, T, H, d]` back to `[B, T, features]`. Parameters: query, key, value, out.
-
-    Attributes:
-      num_heads: H.
-      head_dim: d.
-      num_kv_heads: G, a divisor of H; None for G = H.
-      features: width of the output; None for the width of x.
-      use_bias: biases on all four.
-      dtype: of the computation; parameters are of `param_dtype`.
-      kernel_init, out_kernel_init: of query, key and value; of out (None: the same).
-    """
+    """The projections that every mechanism of a layer shares. Parameters: query, key, value, out."""
 
     num_heads: int
     head_dim: int
-    features: int
-    num_kv_heads: int | None = None
-    use_bias: bool = False
-    dtype: Any = jnp.float32
+    features: int  # Width of the output.
+    num_kv_heads: int | None = None  # A divisor of H; None for G = H.
+    use_bias: bool = False  # On all four.
+    dtype: Any = jnp.float32  # Of the computation.
     param_dtype: Any = jnp.float32
+    # Of query, key and value; of out (None: the same).
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: nn.initializers.Initializer | None = None
 
     def setup(self):
         kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % kv_heads:
-            raise ValueError(
-                f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {kv_heads}."
-            )
-        common = dict(
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+        common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
         into = dict(kernel_init=self.kernel_init, **common)
         self.query = nn.DenseGeneral((self.num_heads, self.head_dim), **into)
         self.key = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.value = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.out = nn.DenseGeneral(
-            self.features,
-            axis=(-2, -1),
-            kernel_init=self.out_kernel_init or self.kernel_init,
-            **common,
+            self.features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init, **common
         )
 
     def project(self, x: Residual) -> tuple[Queries, Keys, Values]:

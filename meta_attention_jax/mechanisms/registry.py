@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Optional
 
+from meta_attention_jax.fields import expect, near
 from meta_attention_jax.mechanisms import full, linear, local
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values, expect_record
+from meta_attention_jax.types import AttentionSpec, Keys, Mechanism, Queries, SegmentIds, Values, expect_record
 
 REGISTRY: dict[str, Mechanism] = {
     "full": full.MECHANISM,
@@ -19,13 +18,8 @@ REGISTRY: dict[str, Mechanism] = {
 
 
 def register_mechanism(name: str, mechanism: Mechanism) -> None:
-    """Adds a mechanism under a new name.
-
-    Raises:
-      ValueError: a name that is not an identifier or is taken; a value that is no `Mechanism`.
-    """
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"name: expected an identifier such as 'full', got {name!r}.")
+    """Adds a mechanism under a new name, an identifier; raises ValueError for another one."""
+    expect(isinstance(name, str) and name.isidentifier(), "name", "an identifier such as 'full'", name)
     if name in REGISTRY:
         raise ValueError(f"name: expected a new mechanism, got {name!r}, which is registered.")
     if not isinstance(mechanism, Mechanism):
@@ -34,18 +28,11 @@ def register_mechanism(name: str, mechanism: Mechanism) -> None:
 
 
 def get_mechanism(name: str) -> Mechanism:
-    """The mechanism of that name.
-
-    Raises:
-      ValueError: unknown name; the sentence lists the known ones.
-    """
+    """The mechanism of that name; raises ValueError, with the known ones, if there is none."""
     if name in REGISTRY:
         return REGISTRY[name]
-    near = difflib.get_close_matches(str(name), REGISTRY, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(
-        f"mechanism: expected one of {', '.join(sorted(REGISTRY))}, got {name!r}{hint}"
-    )
+    known = ", ".join(sorted(REGISTRY))
+    raise ValueError(f"mechanism: expected one of {known}, got {name!r}{near(str(name), REGISTRY)}")
 
 
 def attend(
@@ -57,11 +44,8 @@ def attend(
     spec: AttentionSpec = AttentionSpec(),
     segment_ids: Optional[SegmentIds] = None,
 ) -> Queries:
-    """`attend` of a mechanism, on every device's own rows where a mesh is set.
-
-    Raises:
-      ValueError: an unknown mechanism, or what it refuses.
-    """
+    """`attend` of a mechanism (see `Mechanism`), on every device's own rows where a mesh is set; raises ValueError for
+    one that is unknown, and for shapes, a window or an implementation that cannot be."""
     expect_record("spec", spec, AttentionSpec)
     if not isinstance(mechanism, Mechanism):
         mechanism = get_mechanism(mechanism)
@@ -73,9 +57,6 @@ def attend(
 
 
 def check_decodes(names: Sequence[str]) -> None:
-    """Raises ValueError when one of the mechanisms cannot decode."""
+    """Refuses mechanisms of which one cannot decode."""
     for name in names:
-        if get_mechanism(name).step is None:
-            raise ValueError(
-                f"mechanism: expected one with a `step` function for generation, got {name!r}."
-            )
+        expect(get_mechanism(name).step is not None, "mechanism", "one with a `step` function for generation", name)

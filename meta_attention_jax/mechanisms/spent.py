@@ -1,9 +1,8 @@
 """What one call of a mechanism spends: FLOPs, and bytes between its arrays and the products.
 
-FLOPs are 2 per multiply-add of matrix products, as everywhere in the project. Bytes are queries,
-keys and values as often as a tile or a chunk takes them, and outputs as they are written; each in
-the dtype of its array. Copies that change a layout, running sums and masks are left out: what a
-compiler makes of them differs from device to device.
+FLOPs are 2 per multiply-add of matrix products, as everywhere in the project. Bytes are queries, keys and values as
+often as a tile or a chunk takes them, and outputs as they are written; each in the dtype of its array. Copies that
+change a layout, running sums and masks are left out: what a compiler makes of them differs from device to device.
 
 Arrays are asked for their shape and dtype only, so abstract ones will do.
 """
@@ -33,14 +32,8 @@ def of_tiles(
 ) -> AttentionCost:
     """Softmax attention by tiles: 4 d H per query-key pair, block x tile pairs a tile.
 
-    Args:
-      q: `[B, T, H, d]`.
-      k: `[B, T, G, d]`.
-      blocks: blocks of queries that are read.
-      tiles: tiles that are met: each reads `tile` keys and as many values.
-      rows: rows of the output that are written.
-      block: queries of a block.
-      tile: keys of a tile.
+    `blocks` of `block` queries are read, `tiles` met, each of `tile` keys and as many values, and `rows` of the output
+    written.
     """
     heads, dim = q.shape[2:]
     kv_row = 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize
@@ -49,8 +42,7 @@ def of_tiles(
     if isinstance(lines, jax.Array):
         lines = lines.astype(jnp.float32)
     return AttentionCost(
-        flops=tiles * (4.0 * heads * dim * block * tile),
-        bytes=tiles * float(tile * kv_row) + lines * float(q_row),
+        flops=tiles * (4.0 * heads * dim * block * tile), bytes=tiles * float(tile * kv_row) + lines * float(q_row)
     )
 
 

@@ -9,51 +9,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import (
-    Abstract,
-    AttentionSpec,
-    ModelConfig,
-    Route,
-    SegmentIds,
-)
+from meta_attention_jax.types import Abstract, AttentionSpec, Mechanism, ModelConfig, Route, SegmentIds
 
 
 @flax.struct.dataclass
 class Spending:
-    """One quantity of attention proper, forward, in four views.
+    """One quantity of attention proper, forward, in four views."""
 
-    Attributes:
-      projected: if every token paid for its own mechanism alone.
-      executed_packed: what packed dispatch does for these routes.
-      executed_dense: what "compute all, select" does: every mechanism on every token.
-      full_only: what full attention does on every token.
-    """
-
-    projected: Float[Array, ""]
-    executed_packed: Float[Array, ""]
-    executed_dense: Float[Array, ""]
-    full_only: Float[Array, ""]
+    projected: Float[Array, ""]  # If every token paid for its own mechanism alone.
+    executed_packed: Float[Array, ""]  # What packed dispatch does for these routes.
+    executed_dense: Float[Array, ""]  # What "compute all, select" does: every mechanism on every token.
+    full_only: Float[Array, ""]  # What full attention does on every token.
 
 
 @flax.struct.dataclass
 class Accounting:
-    """FLOPs and bytes of some tokens. Additive until `per_token` divides.
+    """FLOPs and bytes of some tokens. Additive until `per_token` divides."""
 
-    Attributes:
-      tokens: tokens that are not padding.
-      flops: 2 per multiply-add of matrix products.
-      bytes: queries, keys and values as often as they are read, outputs as they are written
-        (see `mechanisms.spent`).
-    """
-
-    tokens: Float[Array, ""]
-    flops: Spending
+    tokens: Float[Array, ""]  # Tokens that are not padding.
+    flops: Spending  # 2 per multiply-add of matrix products.
+    # Queries, keys and values as often as they are read, outputs as they are written (see `mechanisms.spent`).
     bytes: Spending
 
     def per_token(self) -> Accounting:
@@ -62,29 +43,17 @@ class Accounting:
         return Accounting(self.tokens / self.tokens, *scaled)
 
 
-def count_attention(
-    route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None
-) -> Accounting:
+def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None) -> Accounting:
     """FLOPs and bytes of one layer's attention for these routes, totals over the batch. Jittable.
 
-    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the
-    packed kernel meets; a mechanism without a reach on all tokens of the batch if any token, padding
-    left out, is routed to it. Dense select: every mechanism on all tokens; the selection itself makes
-    no product and is not counted. Projected FLOPs are those of the equation at T tokens, divided by
-    T; projected bytes, for which there is no equation, those of the mechanism on all tokens, divided
-    by B T. With a fixed router the layer computes no other mechanism: both executed numbers are then
-    those of the routed mechanisms on all tokens.
-
-    Args:
-      route: `[B, T]`, indices on the axis of the router's mechanisms.
-      config: of the model.
-      segment_ids: `[B, T]`, 0 is padding; None for one segment.
-
-    Raises:
-      ValueError: unknown mechanism, a missing window, shapes that do not fit.
+    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the packed kernel meets;
+    a mechanism without a reach on all tokens of the batch if any token, padding left out, is routed to it. Dense
+    select: every mechanism on all tokens; the selection itself makes no product and is not counted. Projected FLOPs are
+    those of the equation at T tokens, divided by T; projected bytes, for which there is no equation, those of the
+    mechanism on all tokens, divided by B T. With a fixed router the layer computes no other mechanism: both executed
+    numbers are then those of the routed mechanisms on all tokens.
     """
-    if route.ndim != 2:
-        raise ValueError(f"route: expected shape [batch, time], got {route.shape}.")
+    expect(route.ndim == 2, "route", "shape [batch, time]", route.shape)
     if segment_ids is not None and segment_ids.shape != route.shape:
         raise ValueError(f"segment_ids: expected shape {route.shape}, got {segment_ids.shape}.")
     (batch, time), spec, dim = route.shape, config.attention, config.head_dim
@@ -97,7 +66,7 @@ def count_attention(
     real = jnp.ones(route.shape, bool) if segment_ids is None else segment_ids != 0
     records = [get_mechanism(name) for name in config.router.mechanisms]
     asked = jnp.where(real, route, -1)
-    work = dispatch.plan(asked, segment_ids, records=records, spec=spec, dtype=dtype, dim=dim)
+    work = dispatch.plan(asked, segment_ids, records=records, spec=spec)
     met = iter(() if work is None else zip(work.blocks, worklist.count_tiles(work), work.sizes))
 
     nothing = AttentionCost(0.0, 0.0)
@@ -112,18 +81,13 @@ def count_attention(
         if record.reach is not None:
             blocks, tiles, (block, tile) = next(met)
             rows = jnp.sum(chosen, dtype=jnp.int32)
-            by_tiles = spent.of_tiles(
-                q, k, blocks=blocks.count, tiles=tiles, rows=rows, block=block, tile=tile
-            )
+            by_tiles = spent.of_tiles(q, k, blocks=blocks.count, tiles=tiles, rows=rows, block=block, tile=tile)
         packed.append(if_used if config.router.is_fixed else by_tiles)
         dense.append(if_used if config.router.is_fixed else whole)
     sides = projected, packed, dense, [_everywhere(get_mechanism("full"), q, k, spec)]
     return Accounting(
         jnp.sum(real, dtype=jnp.float32),
-        *(
-            Spending(*(jnp.float32(sum(work[kind] for work in side)) for side in sides))
-            for kind in range(2)
-        ),
+        *(Spending(*(jnp.float32(sum(work[kind] for work in side)) for side in sides)) for kind in range(2)),
     )
 
 

@@ -3,8 +3,9 @@
     soft   sum_k pi_k o^k
     hard   o^{k*},  k* = argmax_k (E[pi_k] - lambda c_k)
 
-lambda, the price, is 0 in the paper: the likeliest mechanism. One trained model gives a whole curve of
-cost against loss; a price below 0 is a discount on the dear mechanisms. Both are one weighted sum; hard tokens have one-hot weights, exactly.
+lambda, the price, is 0 in the paper: the likeliest mechanism. One trained model gives a whole curve of cost against
+loss; a price below 0 is a discount on the dear mechanisms. Both modes are one weighted sum; hard tokens have one-hot
+weights, exactly.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from meta_attention_jax.fields import expect
 from meta_attention_jax.routing.gate import hard_tokens
 from meta_attention_jax.types import Costs, Route, Routing, Scalar, Weights
 
@@ -24,17 +26,11 @@ MODES = ("soft", "hard", "gated")
 
 
 class Decision(NamedTuple):
-    """What every token uses.
+    """What every token uses."""
 
-    Attributes:
-      weights: of the mechanisms' outputs; one-hot at hard tokens.
-      route: k*.
-      hard: whether the token uses k* alone.
-    """
-
-    weights: Weights
-    route: Route
-    hard: Bool[Array, "batch time"]
+    weights: Weights  # Of the mechanisms' outputs; one-hot at hard tokens.
+    route: Route  # k*.
+    hard: Bool[Array, "batch time"]  # Whether the token uses k* alone.
 
 
 def decide(
@@ -49,31 +45,16 @@ def decide(
 ) -> Decision:
     """Weights, mechanism and hardness of every token.
 
-    Mode `soft` keeps every token soft in evaluation; `hard` makes every token hard; `gated` makes a
-    token hard iff theta > 0 and u_t <= theta. Training in mode `soft` is gated too: that is how the
-    scheduled threshold hardens a model. Soft tokens take `routing.weights`, the posterior mean
-    unless the controller was given keys. With a fallback, evaluation in mode `gated` sends the tokens
-    that are not certain there, and every token is hard.
+    Mode `soft` keeps every token soft in evaluation; `hard` makes every token hard; `gated` makes a token hard iff
+    theta > 0 and u_t <= theta. Training in mode `soft` is gated too: that is how the scheduled threshold hardens a
+    model. Soft tokens take `routing.weights`, the posterior mean unless the controller was given keys. With a fallback,
+    evaluation in mode `gated` sends the tokens that are not certain there, and every token is hard.
 
-    In training a hard token's weights are one_hot(k*) + mean - stop_gradient(mean): the value is
-    the one-hot's, the gradient is the mean's (straight-through). A forced route has plain one-hot
-    weights and makes every token hard.
-
-    Args:
-      routing: of the controller.
-      mode: "soft", "hard" or "gated".
-      threshold: theta.
-      prices: lambda c; None is 0.
-      fallback: mechanism of uncertain tokens in gated evaluation; None keeps them soft.
-      route: forced mechanism of every token, or None.
-      training: whether gradients will be taken for learning.
-
-    Raises:
-      ValueError: unknown mode, or a forced route of the wrong shape, dtype or (when its values are
-        known outside a trace) range.
+    In training a hard token's weights are one_hot(k*) + mean - stop_gradient(mean): the value is the one-hot's, the
+    gradient is the mean's (straight-through). A forced route has plain one-hot weights and makes every token hard.
+    `prices` are lambda c, None for 0.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}.")
+    expect(mode in MODES, "mode", f"one of {MODES}", mode)
     mean = routing.mean
     num = mean.shape[-1]
     if route is not None:
@@ -101,9 +82,7 @@ def decide(
 def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
     """The forced route as int32, after checking what is known of it."""
     if route.shape != shape or not jnp.issubdtype(route.dtype, jnp.integer):
-        raise ValueError(
-            f"route: expected integers of shape {shape}, got {route.dtype} of shape {route.shape}."
-        )
+        raise ValueError(f"route: expected integers of shape {shape}, got {route.dtype} of shape {route.shape}.")
     if not isinstance(route, jax.core.Tracer):
         low, high = (int(f(np.asarray(route), initial=0)) for f in (np.min, np.max))
         if low < 0 or high >= num:
@@ -114,15 +93,8 @@ def checked_route(route: Route, shape: tuple[int, ...], num: int) -> Route:
 def mix(
     outputs: Sequence[Float[Array, "batch time heads dim"]], weights: Weights
 ) -> Float[Array, "batch time heads dim"]:
-    """sum_k pi_k o^k, summed in float32, in the outputs' dtype.
-
-    Raises:
-      ValueError: the number of outputs is not the number of weights.
-    """
-    if len(outputs) != weights.shape[-1]:
-        raise ValueError(
-            f"outputs: expected {weights.shape[-1]} arrays, one per weight, got {len(outputs)}."
-        )
+    """sum_k pi_k o^k, summed in float32, in the outputs' dtype."""
+    expect(len(outputs) == weights.shape[-1], "outputs", f"{weights.shape[-1]} arrays, one per weight", len(outputs))
     weights = weights.astype(jnp.float32)[..., None, None, :]
     mixed = sum(weights[..., k] * out.astype(jnp.float32) for k, out in enumerate(outputs))
     return mixed.astype(outputs[0].dtype)

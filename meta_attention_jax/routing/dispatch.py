@@ -2,33 +2,31 @@
 
     soft   o_t = sum_k w_tk o^k_t          hard   o_t = o^{k*_t}_t
 
-In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed
-kernel and one work list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which
-queries meet which keys, `kernels/portable.py` computes them. The others run on all tokens of the
-batch, if any token but padding asks for them: linear attention's state needs every key whoever reads
-it.
+In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed kernel and one work
+list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which queries meet which keys,
+`kernels/portable.py` computes them. The others run on all tokens of the batch, if any token but padding asks for them:
+linear attention's state needs every key whoever reads it.
 
-No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data:
-under `vmap` every example would wait for the longest, so map over the batch axis instead. Inside
-`shard_map`, as in the training step, and where `jax.set_mesh` has set a mesh, each device loops
-over its own rows; `jit` alone, over rows that are split, would communicate inside the loops.
+No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data: under `vmap` every
+example would wait for the longest, so map over the batch axis instead. Inside `shard_map`, as in the training step, and
+where `jax.set_mesh` has set a mesh, each device loops over its own rows; `jit` alone, over rows that are split, would
+communicate inside the loops.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from meta_attention_jax import targets
-from meta_attention_jax.kernels import select, worklist
+from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels import portable, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
-from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
 from meta_attention_jax.routing.decide import checked_route
 from meta_attention_jax.sharding import by_rows
@@ -36,6 +34,7 @@ from meta_attention_jax.types import (
     MECHANISMS,
     AttentionSpec,
     Keys,
+    Mechanism,
     Queries,
     Route,
     SegmentIds,
@@ -46,9 +45,9 @@ from meta_attention_jax.types import (
 DISPATCHES = ("auto", "dense", "packed")
 
 PACKED_TIME = 512
-"""Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on
-two CPU cores: 0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller
-than what other shares and devices may change; less than 256 was not measured."""
+"""Length from which "auto" prefers `packed`. Hard forward pass of a layer, 10 % full, packed / dense on two CPU cores:
+0.83 at T 256, 0.7 at 512, 0.5 at 1024 (H 4, d 32 to 64). Below 512 the gain is smaller than what other shares and
+devices may change; less than 256 was not measured."""
 
 
 class Heads(NamedTuple):
@@ -68,16 +67,10 @@ class Heads(NamedTuple):
 
 
 def resolve_dispatch(dispatch: str, *, time: int) -> str:
-    """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense".
-
-    Raises:
-      ValueError: unknown name.
-    """
-    if dispatch not in DISPATCHES:
-        raise ValueError(f"dispatch: expected one of {DISPATCHES}, got {dispatch!r}.")
-    if dispatch != "auto":
-        return dispatch
-    return "packed" if time >= PACKED_TIME else "dense"
+    """What "auto" stands for at this length: "packed" from PACKED_TIME tokens on, else "dense"."""
+    expect(dispatch in DISPATCHES, "dispatch", f"one of {DISPATCHES}", dispatch)
+    chosen = "packed" if time >= PACKED_TIME else "dense"
+    return chosen if dispatch == "auto" else dispatch
 
 
 def all_outputs(
@@ -85,9 +78,7 @@ def all_outputs(
 ) -> list[Queries]:
     """o^k of every mechanism on all tokens."""
     records = [get_mechanism(name) for name in names]
-    return [
-        attend(record, *heads.of(record), spec=spec, segment_ids=segment_ids) for record in records
-    ]
+    return [attend(record, *heads.of(record), spec=spec, segment_ids=segment_ids) for record in records]
 
 
 def hard_attention(
@@ -101,26 +92,13 @@ def hard_attention(
     rotated: Optional[tuple[Queries, Keys]] = None,
     segment_ids: Optional[SegmentIds] = None,
 ) -> Queries:
-    """Every token by the mechanism of its route; equal to "compute all, select".
+    """Every token by the mechanism of its route; equal to "compute all, select", in the dtype of q, 0 at padding.
 
-    Args:
-      q: `[B, T, H, d]`.
-      k, v: `[B, T, G, d]`, G a divisor of H.
-      route: `[B, T]`, integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the
-        output of a token outside means nothing); it has no gradient.
-      mechanisms: names, in order.
-      spec: who may attend to whom.
-      rotated: (q, k) after rotary positions, for the mechanisms that want them; None means q, k.
-      segment_ids: `[B, T]`, 0 is padding (output 0); None for one segment.
-
-    Returns:
-      `[B, T, H, d]` in the dtype of q.
-
-    Raises:
-      ValueError: unknown, repeated or no mechanisms, a missing window, shapes that do not fit.
+    Routes are integers in [0, K) on the axis `mechanisms` (not checked under `jit`: the output of a token outside means
+    nothing) and have no gradient. `rotated` is (q, k) after rotary positions, for the mechanisms that want them; None
+    means q, k.
     """
-    if not mechanisms or len(set(mechanisms)) != len(mechanisms):
-        raise ValueError(f"mechanisms: expected distinct names, got {tuple(mechanisms)}.")
+    expect(mechanisms and len(set(mechanisms)) == len(mechanisms), "mechanisms", "distinct names", tuple(mechanisms))
     expect_record("spec", spec, AttentionSpec)
     blocks.validate_qkv(q, k, v, segment_ids)
     route = checked_route(route, q.shape[:2], len(mechanisms))
@@ -146,10 +124,9 @@ def _hard_attention(
     if segment_ids is not None:
         route = jnp.where(segment_ids != 0, route, -1)
     out = jnp.zeros_like(q)
-    work = plan(route, segment_ids, records=records, spec=spec, dtype=q.dtype, dim=q.shape[-1])
+    work = plan(route, segment_ids, records=records, spec=spec)
     if work is not None:
-        kernel = select.packed(targets.current().platform, dtype=q.dtype, dim=q.shape[-1])
-        out = _unpack(kernel.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
+        out = _unpack(portable.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
     for index, record in enumerate(records):
         if record.reach is not None:
             continue
@@ -167,22 +144,15 @@ def _hard_attention(
 
 
 def plan(
-    route: Route,
-    segment_ids: Optional[SegmentIds],
-    *,
-    records: Sequence[Mechanism],
-    spec: AttentionSpec,
-    dtype: Any,
-    dim: int,
+    route: Route, segment_ids: Optional[SegmentIds], *, records: Sequence[Mechanism], spec: AttentionSpec
 ) -> Optional[WorkList]:
-    """What the packed kernel of this platform has to do for these routes; None where no mechanism has
-    a reach. Routes outside the axis, padding's among them, ask for nothing."""
+    """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes outside the axis,
+    padding's among them, ask for nothing."""
     packed = [index for index, record in enumerate(records) if record.reach is not None]
     if not packed:
         return None
     reaches = [records[index].reach(spec) for index in packed]
-    kernel = select.packed(targets.current().platform, dtype=dtype, dim=dim)
-    sizes = [kernel.sizes(route.shape[1], reach) for reach in reaches]
+    sizes = [portable.sizes_for(route.shape[1], reach) for reach in reaches]
     group = jnp.full_like(route, -1)
     for m, index in enumerate(packed):
         group = jnp.where(route == index, m, group)
@@ -191,8 +161,8 @@ def plan(
 
 @jax.custom_vjp
 def _unpack(packed: Float[Array, "batch slots heads dim"], work: WorkList) -> Queries:
-    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is
-    another gather, and not a sum."""
+    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is another gather,
+    and not a sum."""
     return _rows_at(packed, work.slot)
 
 
@@ -202,6 +172,5 @@ def _rows_at(x: Array, place: Array) -> Array:
 
 
 _unpack.defvjp(
-    lambda packed, work: (_unpack(packed, work), work),
-    lambda work, gradient: (_rows_at(gradient, work.order), None),
+    lambda packed, work: (_unpack(packed, work), work), lambda work, gradient: (_rows_at(gradient, work.order), None)
 )

@@ -1,8 +1,7 @@
 """The gate: which tokens are certain enough to use one mechanism only, and when in training.
 
-Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its
-final value (1: all hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness
-would then depend on later tokens.
+Token t is hard iff theta > 0 and u_t <= theta. Theta follows a schedule from 0 (all soft) to its final value (1: all
+hard, since u_t <= 1). It is never a quantile of the batch: a token's hardness would then depend on later tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.controller.uncertainty import MEASURES
+from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Scalar
 
 KINDS = ("none", "linear", "cosine", "settled")
@@ -41,31 +41,20 @@ def threshold_of_nats(nats: float, num_mechanisms: int) -> float:
     """theta = exp(eta + log Gamma(K)), at most 1: the gate H[Dir(alpha_t)] <= eta of `dirichlet_entropy`.
 
     From eta = -log Gamma(K) on, -0.693 for K = 3, every token is hard.
-
-    Raises:
-      ValueError: eta is not finite, or so low that theta is 0 in float32.
     """
-    least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)
-    if not math.isfinite(nats) or nats < least:
-        raise ValueError(f"threshold: expected a finite number of nats >= {least:.1f}, got {nats}.")
+    least = math.log(np.finfo(np.float32).tiny) - math.lgamma(num_mechanisms)  # Below it, theta is 0 in float32.
+    expect(math.isfinite(nats) and nats >= least, "threshold", f"a finite number of nats >= {least:.1f}", nats)
     return math.exp(min(nats + math.lgamma(num_mechanisms), 0.0))
 
 
 @flax.struct.dataclass
 class GateState:
-    """What the gate remembers of past steps; it lives in the train state.
+    """What the gate remembers of past steps; it lives in the train state."""
 
-    Attributes:
-      count: steps seen.
-      average: exponential average of the routing entropy, in the unit of `GateSchedule.tolerance`.
-      slow: exponential average of `average`.
-      opened: step after which a `settled` schedule opened, or -1.
-    """
-
-    count: Int[Array, ""]
-    average: Scalar
-    slow: Scalar
-    opened: Int[Array, ""]
+    count: Int[Array, ""]  # Steps seen.
+    average: Scalar  # Exponential average of the routing entropy, in the unit of `GateSchedule.tolerance`.
+    slow: Scalar  # Exponential average of `average`.
+    opened: Int[Array, ""]  # Step after which a `settled` schedule opened, or -1.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,48 +68,31 @@ class GateSchedule:
         cosine    (1 - cos(pi p)) / 2 of the linear p
         settled   linear over end - start steps from the step when routing entropy settled
 
-    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta
-    is R / 2 of its final value at p = 1/2, so hardening spreads over the schedule for measures that
-    rarely come near 1 too.
+    and theta = final p^gamma with gamma = log2(2 / R), R the practical range of the measure: theta is R / 2 of its
+    final value at p = 1/2, so hardening spreads over the schedule for measures that rarely come near 1 too.
 
-    Routing entropy (for `dirichlet_entropy`, the mean of H[Dir(alpha)]) has settled when, at or after
-    `start` and after at least `window` steps, its exponential average over about `window` steps is
-    within `tolerance` of that average's own average.
-
-    Attributes:
-      kind: "none", "linear", "cosine" or "settled".
-      start: last step with p = 0 (for settled: no opening before it).
-      end: first step with p = 1; for settled only end - start counts.
-      measure: the uncertainty measure that theta is compared with.
-      window: time constant of the averages, steps.
-      tolerance: of settling, a fraction of log K; nats for `dirichlet_entropy`.
+    Routing entropy (for `dirichlet_entropy`, the mean of H[Dir(alpha)]) has settled when, at or after `start` and after
+    at least `window` steps, its exponential average over about `window` steps is within `tolerance` of that average's
+    own average.
     """
 
-    kind: str = "none"
-    start: int = 0
-    end: int = 1
-    measure: str = "entropy"
-    window: int = 100
-    tolerance: float = 0.01
+    kind: str = "none"  # "none", "linear", "cosine" or "settled".
+    start: int = 0  # Last step with p = 0 (for settled: no opening before it).
+    end: int = 1  # First step with p = 1; for settled only end - start counts.
+    measure: str = "entropy"  # The uncertainty measure that theta is compared with.
+    window: int = 100  # Time constant of the averages, steps.
+    tolerance: float = 0.01  # Of settling, a fraction of log K; nats for `dirichlet_entropy`.
 
     def validate(self) -> None:
-        """Checks the fields; raises ValueError naming the first that is wrong."""
-        if self.kind not in KINDS:
-            raise ValueError(f"gate.kind: expected one of {KINDS}, got {self.kind!r}.")
-        if self.measure not in MEASURES:
-            raise ValueError(
-                f"gate.measure: expected one of {tuple(MEASURES)}, got {self.measure!r}."
-            )
+        """Checks the fields."""
+        expect(self.kind in KINDS, "gate.kind", f"one of {KINDS}", self.kind)
+        expect(self.measure in MEASURES, "gate.measure", f"one of {tuple(MEASURES)}", self.measure)
         if self.kind == "none":
             return
-        if self.start < 0:
-            raise ValueError(f"gate.start: expected a step >= 0, got {self.start}.")
-        if self.end <= self.start:
-            raise ValueError(f"gate.end: expected a step > start = {self.start}, got {self.end}.")
-        if self.window < 1:
-            raise ValueError(f"gate.window: expected at least 1 step, got {self.window}.")
-        if not 0.0 < self.tolerance <= 1.0:
-            raise ValueError(f"gate.tolerance: expected a number in (0, 1], got {self.tolerance}.")
+        expect(self.start >= 0, "gate.start", "a step >= 0", self.start)
+        expect(self.end > self.start, "gate.end", f"a step > start = {self.start}", self.end)
+        expect(self.window >= 1, "gate.window", "at least 1 step", self.window)
+        expect(0.0 < self.tolerance <= 1.0, "gate.tolerance", "a number in (0, 1]", self.tolerance)
 
     @property
     def times(self) -> GateTimes:
@@ -139,33 +111,17 @@ class GateSchedule:
 
 @flax.struct.dataclass
 class GateTimes:
-    """When the gate moves, as arrays that a sweep may vary; see `GateSchedule`.
+    """When the gate moves, as arrays that a sweep may vary; see `GateSchedule`."""
 
-    Attributes:
-      start: last step with p = 0.
-      end: first step with p = 1; later than start.
-    """
-
-    start: Int[Array, ""]
-    end: Int[Array, ""]
+    start: Int[Array, ""]  # Last step with p = 0.
+    end: Int[Array, ""]  # First step with p = 1; later than start.
 
 
 def threshold(
-    schedule: GateSchedule,
-    state: GateState,
-    step: Int[Array, ""],
-    final: Scalar,
-    times: Optional[GateTimes] = None,
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], final: Scalar, times: Optional[GateTimes] = None
 ) -> Scalar:
-    """theta at `step`, between 0 and `final`.
-
-    Args:
-      schedule: static.
-      state: after `update` with all steps before `step`.
-      step: of training, from 0.
-      final: theta when the schedule has ended, in [0, 1].
-      times: in the place of the schedule's own start and end.
-    """
+    """theta at `step` of training, from 0, between 0 and `final` in [0, 1]. The state has seen all steps before;
+    `times` stand in the place of the schedule's own start and end."""
     times = times or schedule.times
     final = jnp.asarray(final, jnp.float32)
     if schedule.kind == "none":
@@ -182,17 +138,12 @@ def threshold(
 
 
 def update(
-    schedule: GateSchedule,
-    state: GateState,
-    step: Int[Array, ""],
-    entropy: Scalar,
-    times: Optional[GateTimes] = None,
+    schedule: GateSchedule, state: GateState, step: Int[Array, ""], entropy: Scalar, times: Optional[GateTimes] = None
 ) -> GateState:
     """The state after `step`, whose routing entropy was `entropy`.
 
-    `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at
-    the first entropy seen. A `settled` gate opens once and never closes again. `times` as in
-    `threshold`.
+    `average` += (entropy - average) / window, `slow` += (average - slow) / window, both starting at the first entropy
+    seen. A `settled` gate opens once and never closes again. `times` as in `threshold`.
     """
     times = times or schedule.times
     rate = 1.0 / schedule.window
@@ -200,12 +151,7 @@ def update(
     average = jnp.where(first, entropy, state.average + rate * (entropy - state.average))
     slow = jnp.where(first, entropy, state.slow + rate * (average - state.slow))
     count = state.count + 1
-    settled = (
-        (jnp.abs(average - slow) <= schedule.tolerance)
-        & (count > schedule.window)
-        & (step >= times.start)
-        & (schedule.kind == "settled")
-    )
-    opens = settled & (state.opened < 0)
+    settled = (jnp.abs(average - slow) <= schedule.tolerance) & (count > schedule.window) & (step >= times.start)
+    opens = settled & (schedule.kind == "settled") & (state.opened < 0)
     opened = jnp.where(opens, jnp.asarray(step, jnp.int32), state.opened)
     return GateState(count=count, average=average, slow=slow, opened=opened)

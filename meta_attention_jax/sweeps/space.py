@@ -20,8 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from meta_attention_jax.config import ARRAY_INPUTS, config_to_dict, flat
-from meta_attention_jax.fields import expect
-from meta_attention_jax.scalars import plain, real, whole
+from meta_attention_jax.fields import expect, plain, real, whole
 from meta_attention_jax.training.build import data_seed
 
 LONGEST = 200  # Characters of a point's name: file systems take 255 bytes, and files beside a point say more

@@ -15,14 +15,7 @@ from jaxtyping import Array, Float, Int
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect
 from meta_attention_jax.model import LanguageModel
-from meta_attention_jax.objective import (
-    Sums,
-    apply_sums,
-    forward,
-    loss_sums,
-    predictive_nll,
-    token_nll,
-)
+from meta_attention_jax.objective import Sums, apply_sums, forward, loss_sums, predictive_nll, token_nll
 from meta_attention_jax.routing.accounting import Accounting, count_attention
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh

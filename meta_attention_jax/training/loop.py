@@ -23,21 +23,10 @@ from meta_attention_jax.training.drive import Finite, Tally, drive, not_finite
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.logs import (
-    MetricsLog,
-    Progress,
-    SilentLog,
-    read_metrics,
-    status_line,
-)
+from meta_attention_jax.training.logs import MetricsLog, Progress, SilentLog, read_metrics, status_line
 from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
-from meta_attention_jax.training.step import (
-    TrainState,
-    count_parameters,
-    init_state,
-    num_dense_rows,
-)
+from meta_attention_jax.training.step import TrainState, count_parameters, init_state, num_dense_rows
 
 PROFILED_STEPS = 3
 
