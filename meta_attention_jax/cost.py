@@ -190,7 +190,7 @@ def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS)
 
         return lambda: run(q, k, v, ids)
 
-    seconds = _time_in_turns({name: call(name) for name in s.mechanisms}, rounds)
+    seconds = time_in_turns({name: call(name) for name in s.mechanisms}, rounds)
     return MeasuredCosts(
         setting=setting,
         batch=batch,
@@ -201,7 +201,7 @@ def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS)
     )
 
 
-def _time_in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def time_in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of one call of each; who goes first rotates from round to round."""
 
     def seconds(name: str, calls: int) -> float:

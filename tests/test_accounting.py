@@ -278,7 +278,7 @@ def timer(monkeypatch):
         assert all(jax.eval_shape(f).shape == (8, 32, 2, 16) for f in functions.values())
         return {"full": 3e-3, "linear": 1e-3, "local": 0.7e-3}
 
-    monkeypatch.setattr(cost, "_time_in_turns", taken)
+    monkeypatch.setattr(cost, "time_in_turns", taken)
     return calls
 
 
@@ -303,7 +303,7 @@ def test_measured_costs_are_timed_once_and_frozen(timer, tmp_path):
         raise AssertionError("measured twice")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "_time_in_turns", refuse)
+        patch.setattr(cost, "time_in_turns", refuse)
         again = prepare(config(), run)
         opened, shorter = load_run(run), load_run(run, sequence_length=16)
     for other in (again, opened, shorter):
@@ -378,7 +378,7 @@ def test_a_failure_of_the_first_process_reaches_the_others(monkeypatch, tmp_path
     """Process 1 of two: nothing is timed or written; it gets the numbers of process 0."""
     monkeypatch.setattr(frozen.jax, "process_count", lambda: 2)
     monkeypatch.setattr(frozen.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(cost, "_time_in_turns", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(cost, "time_in_turns", lambda *_: pytest.fail("timed"))
     setting = build.build_cost_setting(config())
     theirs = np.array([1.0, 0.5, 0.25], np.float32)
     send = frozen.multihost_utils

@@ -193,12 +193,20 @@ def test_runs_inside_shard_map_with_its_checks():
     assert_close(run(*case), compiled("short", "packed")(*case))
 
 
-def test_compiles_once_where_the_caller_does_not_compile():
+def test_compiles_once_where_the_caller_does_not_compile(monkeypatch):
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    traced = []
+
+    def attend(q, k, v, **named):
+        traced.append(q.shape)
+        return linear.attend(q, k, v, **named)
+
+    linear = get_mechanism("linear")
+    register_mechanism("counted", dataclasses.replace(linear, attend=attend))
     q = jax.random.normal(jax.random.key(0), (1, 33, 2, DIM))
-    before = dispatch._hard_attention._cache_size()
     for index in range(3):
-        making.hard(q, q, q, jnp.full((1, 33), index), window=3)
-        assert dispatch._hard_attention._cache_size() == before + 1
+        making.hard(q, q, q, jnp.full((1, 33), index % 2), mechanisms=("full", "counted"), window=3)
+        assert traced == [q.shape]
 
 
 @pytest.mark.parametrize("shape", ["grouped heads", "both directions"])

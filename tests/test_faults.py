@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import io
+import os
 import random
 import shutil
 import signal
@@ -22,7 +24,7 @@ from configs import smoke
 from experiments import common
 from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
-from meta_attention_jax.training import build, interrupt
+from meta_attention_jax.training import build, interrupt, processes
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import drive, not_finite
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
@@ -151,15 +153,15 @@ def test_a_signal_that_is_ignored_stays_so():
 def test_a_handler_of_the_host_program_stays_but_for_the_two_that_end_it(name, several, monkeypatch):
     number = getattr(signal, name)
     assert number in interrupt.SIGNALS
-    block = interrupt._agreed if several else interruptible
+    monkeypatch.setattr(processes, "several", lambda: several)
     assert signal.getsignal(number) is signal.SIG_DFL
-    with block():
+    with interruptible():
         assert signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN)
     got = []
     for handler in (lambda *_: got.append(number), signal.SIG_IGN):
         before = signal.signal(number, handler)
         try:
-            with block():
+            with interruptible():
                 assert signal.getsignal(number) is handler
                 signal.raise_signal(number)
         finally:
@@ -265,19 +267,25 @@ def test_kill_at_any_moment_changes_nothing(tmp_path):
     same(params(run, LONG), wanted)
 
 
-def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path):
+def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path, monkeypatch):
     """In this thread: one of its own would die of it, and leave the next write waiting for ever."""
-    before = set(threading.enumerate())
+    class Disk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > 5000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def open_on_it(path, *arguments, **named):
+        return Disk(path, "w") if "tfevents" in str(path) else opened(path, *arguments, **named)
+
+    before, opened = set(threading.enumerate()), open
+    monkeypatch.setattr("builtins.open", open_on_it)
     log = MetricsLog(tmp_path)
     assert set(threading.enumerate()) == before
-    with open("/dev/full", "wb", buffering=0) as full:
-        events = log._board._py_recordio_writer
-        events._writer.close()
-        events._writer = full
-        with pytest.raises(OSError) as error:
-            for step in range(10_000):
-                log.write("train", step, {"nll": 1.0})
-    log._file.close()
+    with pytest.raises(OSError) as error:
+        for step in range(10_000):
+            log.write("train", step, {"nll": 1.0})
+    log.close()
     assert common.no_room(error.value)
 
 

@@ -237,7 +237,7 @@ def test_a_point_that_cannot_be_read_is_named_and_stops_no_other(
         done.extend(jobs)
 
     monkeypatch.setattr(sweeps, "train", one)
-    monkeypatch.setattr(sweeps, "_train_group", group)
+    monkeypatch.setattr(sweeps, "train_group", group)
     jobs = jobs_of(root)
     sweeps.train_points(root, jobs, together=together)
     assert done == ["seed=0", "seed=2"]

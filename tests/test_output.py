@@ -148,22 +148,34 @@ def test_what_ends_a_stream_for_good(number, for_good, remembered):
     assert (tolerant.lost is not None) == remembered
 
 
-def test_another_thread_may_let_go_of_a_stream_at_any_moment():
-    tolerant = Tolerant(None)
+@pytest.mark.parametrize("use", ["write", "flush", "isatty"])
+def test_another_thread_may_let_go_of_a_stream_at_any_moment(use):
+    """Between the look and the write: here, in what is asked of the stream meanwhile, its reader leaves."""
 
     class Leaving(io.StringIO):
+        gone = False
+
+        def leave(self):
+            if not self.gone:
+                self.gone = True
+                tolerant.flush()
+
+        def flush(self):
+            if self.gone:
+                raise BrokenPipeError(errno.EPIPE, "")
+
         def fileno(self):
-            tolerant._stream = None  # Between the look and the write.
+            self.leave()
             raise io.UnsupportedOperation
 
         def isatty(self):
-            tolerant._stream = None
+            self.leave()
             return False
 
-    for use in (lambda: tolerant.write("words"), tolerant.flush, tolerant.isatty):
-        tolerant._stream = Leaving()
-        use()
-    assert tolerant.lost is None
+    stream = Leaving()
+    tolerant = Tolerant(stream)
+    getattr(tolerant, use)(*["words"][: use == "write"])
+    assert tolerant.lost is None and stream.gone == (use != "flush")
 
 
 @pytest.mark.parametrize("encoding, said", [("ascii", "a ? b\n"), ("latin-1", "a ? b\n"),

@@ -169,7 +169,7 @@ def test_a_word_of_a_whole_file_is_trained_on_in_pieces():
     tokenizer = BPETokenizer.train([text], 260)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2
-    pieces = list(tokenizer_module._broken(text.decode()))
+    pieces = list(tokenizer_module.short_words(text.decode()))
     assert "".join(pieces).encode() == text
     assert max(len(word) for piece in pieces for word in piece.split()) == 1000
-    assert list(tokenizer_module._broken("some words\n and more\n")) == ["some words\n and more\n"]
+    assert list(tokenizer_module.short_words("some words\n and more\n")) == ["some words\n and more\n"]

@@ -138,7 +138,7 @@ def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_
         if len(members) > 1:
             group = {label: jobs[label] for label in members}
             try:
-                _train_group(root, group, start)
+                train_group(root, group, start)
             except Moved:
                 again |= group
             except Lost as error:
@@ -161,7 +161,7 @@ def _busy(label: str) -> str:
     return f"{label}: left to the process that trains it."
 
 
-def _train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None:
+def train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None:
     """Trains as one program those that no other process has, or has had since this one looked."""
     with contextlib.ExitStack() as stack:
         mine = {}

@@ -124,7 +124,7 @@ class BPETokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=sorted(_byte_alphabet()), show_progress=False
         )
-        parts = (part for text in texts for chunk in _chunks(text) for part in _broken(chunk))
+        parts = (part for text in texts for chunk in _chunks(text) for part in short_words(chunk))
         tokenizer.train_from_iterator(parts, trainer)
         expect(tokenizer.get_vocab_size() == vocab_size, "vocab_size",
                f"at most {tokenizer.get_vocab_size()}, all that the training text gives", vocab_size)
@@ -203,7 +203,7 @@ def _chunks(data: bytes) -> Iterator[str]:
         start = stop
 
 
-def _broken(text: str) -> Iterator[str]:
+def short_words(text: str) -> Iterator[str]:
     """A text in pieces without longer words than `_WORD`."""
     start = 0
     for found in _WORD.finditer(text):
