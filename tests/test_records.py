@@ -5,9 +5,13 @@ from __future__ import annotations
 import pathlib
 import re
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.studies import records
+from meta_attention_jax.run import Run
 from tests.test_commands import ROOT
 
 
@@ -39,3 +43,26 @@ def test_links_lead_somewhere(name):
 
 def test_the_front_door_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_layer_of_the_front_door_stands_in_a_model():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [snippet] = [block for block in blocks if "MetaAttention(" in block]
+
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x, segment_ids):
+            names = {"x": x, "segment_ids": segment_ids}
+            exec(snippet, names)
+            return names["y"]
+
+    x, ids = jnp.ones((2, 9, 16)), jnp.ones((2, 9), jnp.int32)
+    keys = {"params": jax.random.key(0), "routing": jax.random.key(1)}
+    y, variables = jax.eval_shape(lambda: Parent().init_with_output(keys, x, ids))
+    assert y.shape == x.shape and jax.tree.leaves(variables["params"])
+
+
+def test_what_the_front_door_asks_of_a_run_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    asked = set(re.findall(r"^run\.(\w+)", text, re.MULTILINE)) | {"at_budget"}
+    assert len(asked) > 6 and all(hasattr(Run, name) for name in asked)
