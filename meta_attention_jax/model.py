@@ -32,10 +32,7 @@ from meta_attention_jax.types import (
 
 @flax.struct.dataclass
 class Output:
-    """Logits (float32) of every token, or of the newest of a row, and the `Routing` of all layers, stacked [layer ...].
-
-
-    """
+    """Logits (float32) of every token, or of the newest of a row, and the `Routing` of all layers, stacked."""
 
     logits: Float[Array, "batch time vocab"] | Float[Array, "batch vocab"]
     routing: Routing
