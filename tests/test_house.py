@@ -98,6 +98,7 @@ def test_a_toy_mechanism_is_one_file_and_one_line_and_then_trains_decodes_and_is
     config = smoke.get_config()
     config.update_from_flattened_dict({
         "model.mechanisms": ("full", "uniform"), "model.num_layers": 1, "train.steps": 4,
+        "controller.name": "softmax_kl",  # The smallest program of those that read the costs.
         "train.eval_every": 4, "train.checkpoint_every": 4, "train.eval_batches": 1,
     })
     train(prepare(config, tmp_path / "run"), progress=False)

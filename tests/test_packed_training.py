@@ -112,6 +112,7 @@ def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     config = smoke.get_config()
     config.parallel.devices = 1
     config.model.num_layers = 1
+    config.model.mechanisms = ("full", "local")  # Of all three the gradients are compared above.
     config.update_from_flattened_dict(
         {"train.steps": 8, "train.eval_every": 8, "train.checkpoint_every": 2,
          "train.keep_latest": 4, "train.eval_batches": 1, "train.log_every": 1,

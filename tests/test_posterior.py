@@ -14,8 +14,13 @@ PRIOR = np.array([0.1, 0.95, 0.8])
 
 
 def prior_of(concentration):
-    counts = jnp.float32(concentration)
+    counts = np.float32(concentration)
     return Prior(counts / counts.sum(), counts.sum())
+
+
+kl_divergence = jax.jit(lambda alpha, prior: posterior.kl_divergence(alpha, Prior(*prior)))
+additive = jax.jit(lambda prior, f: posterior.additive(Prior(*prior), f))
+mean_strength = jax.jit(lambda prior, f, g: posterior.mean_strength(Prior(*prior), f, g))
 
 
 def kl_reference(alpha, beta):
