@@ -35,11 +35,11 @@ HYPERS = RoutingHypers(
 SEGMENTS = jnp.asarray(np.arange(T)[None] < np.array([[8], [5], [3]]), jnp.int32)
 
 
-X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 
 def arguments(x):
-    return dict(residual=x, positions=jnp.tile(jnp.arange(T)[None], (B, 1)), segment_ids=SEGMENTS)
+    return dict(residual=x, positions=jnp.asarray(np.tile(np.arange(T, dtype=np.int32), (B, 1))), segment_ids=SEGMENTS)
 
 
 @functools.cache

@@ -37,13 +37,13 @@ def inputs(seed=0):
     rng = np.random.default_rng(seed)
     x, residual = (np.float32(rng.normal(size=(B, T, D))) for _ in range(2))
     positions = np.tile(np.arange(T, dtype=np.int32)[None], (B, 1))
-    return {
+    arrays = {
         "x": x,
         "residual": np.float32(3.0) * residual,
         "positions": positions,
         "segment_ids": np.ones((B, T), np.int32),
-        "keys": jax.random.split(jax.random.key(seed), B),
     }
+    return jax.tree.map(jnp.asarray, arrays) | {"keys": jax.random.split(jax.random.key(seed), B)}
 
 
 def controller(arm, *, dtype=jnp.float32, **fields):
@@ -142,7 +142,7 @@ def test_entropy_at_the_corners_of_the_simplex():
 
 
 def test_evidence_lowers_epistemic_uncertainty_and_not_the_total():
-    mean = np.float32([0.2, 0.5, 0.3])
+    mean = jnp.asarray([0.2, 0.5, 0.3])
     for measure in ("mutual_information", "vacuity"):
         of = jax.jit(jax.vmap(lambda s, measure=measure: measured(measure, mean, s * mean).uncertainty))
         values = np.asarray(of(np.float32([1.0, 10.0, 100.0])))
@@ -215,7 +215,7 @@ def test_routing_ignores_cutting_padding_and_batching(learned):
     given = inputs()
     full = jax.device_get(apply(params, **given))
     per_token = ("x", "residual", "positions", "segment_ids")
-    cut = {name: given[name][1:, :4] for name in per_token} | {"keys": given["keys"][1:]}
+    cut = {name: np.asarray(given[name])[1:, :4] for name in per_token} | {"keys": given["keys"][1:]}
     expected = jax.tree.map(lambda leaf: leaf[1:, :4], full)
     assert_close(apply(params, **cut), expected)
 
@@ -240,7 +240,7 @@ def test_residual_norm_is_a_feature_without_gradient(learned):
 
     slope, mean = total(given["residual"])
     assert not np.any(slope)
-    scaled = apply(params, **{**given, "residual": np.float32(4.0) * given["residual"]}).mean
+    scaled = apply(params, **{**given, "residual": np.float32(4.0) * np.asarray(given["residual"])}).mean
     assert np.abs(np.asarray(mean) - np.asarray(scaled)).max() > 1e-3
 
 

@@ -30,7 +30,7 @@ def setting():
     config.objective.beta_warmup = 0.0
     dataset = build.build_dataset(config)
     spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
-    batch = dataset.train_batch(0)
+    batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
     state = jax.jit(lambda key: init_state(spec, key, batch, hypers))(jax.random.key(0))
 
     def moved(path, leaf):
@@ -99,11 +99,11 @@ def test_the_controller_learns_from_the_dense_rows_alone(setting, packed_gradien
     mixed = dataclasses.replace(spec, dense_rows=0.3)  # 3 of 8 rows
     whole = split(gradients_of(mixed)(state, hypers, batch)[0])
     dense = dataclasses.replace(mixed, packed=False)
-    rows = jax.tree.map(lambda leaf: leaf[:3], batch)
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[:3], batch)
     alone = split(gradients_of(dense)(state, hypers, rows)[0])
     assert np.linalg.norm(alone[0]) > 0
     assert_close(whole[0], alone[0], 2e-5)
-    counts = batch.loss_mask & (np.arange(len(batch.loss_mask)) >= 3)[:, None]
+    counts = np.asarray(batch.loss_mask) & (np.arange(len(batch.loss_mask)) >= 3)[:, None]
     rest = split(packed_gradients(batch.replace(loss_mask=counts))[0])
     assert_close(whole[1], alone[1] + rest[1], 2e-5, "what learns from all rows: everything else")
 

@@ -15,7 +15,7 @@ PRIOR = np.array([0.1, 0.95, 0.8])
 
 def prior_of(concentration):
     counts = np.float32(concentration)
-    return Prior(counts / counts.sum(), counts.sum())
+    return Prior(jnp.asarray(counts / counts.sum()), jnp.asarray(counts.sum()))
 
 
 additive, mean_strength = jax.jit(posterior.additive), jax.jit(posterior.mean_strength)
