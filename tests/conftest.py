@@ -8,6 +8,8 @@ import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The products of float64 references are small: several threads take ten times the CPU time of one, waiting.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The tests compile much and compute little. This is the last stage alone: what XLA makes of a program
 # (fusions, buffers, collectives) stays as it is.
 given = os.environ.get("XLA_FLAGS", "")

@@ -19,7 +19,6 @@ from meta_attention_jax.training.evaluation import Evaluator, token_arrays
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import in_controller, init_state, routing_hypers
 from meta_attention_jax.types import Router, RoutingHypers
-from tests import making
 from tests.close import assert_close
 
 B, T, D, K = 3, 8, 6, 3
@@ -36,37 +35,52 @@ HYPERS = RoutingHypers(
 SEGMENTS = jnp.asarray(np.arange(T)[None] < np.array([[8], [5], [3]]), jnp.int32)
 
 
-def call(name, params=None, x=None, keys=None, hypers=HYPERS):
-    """(routing, parameters); random parameters unless given."""
+X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+
+
+def arguments(x):
+    return dict(residual=x, positions=jnp.asarray(np.tile(np.arange(T, dtype=np.int32), (B, 1))), segment_ids=SEGMENTS)
+
+
+@functools.cache
+def controller(name):
+    """(params, x, keys, hypers) -> routing without keys, with them, and d (mean, weights of the token
+    [0, 4]) / d x, as one program for all tests; random parameters."""
     module = make_controller(Router(controller=name, hidden=8, posterior="additive"))
-    x = jax.random.normal(jax.random.key(0), (B, T, D)) if x is None else x
-    given = dict(
-        residual=x, positions=jnp.tile(jnp.arange(T)[None], (B, 1)), segment_ids=SEGMENTS,
-        hypers=hypers,
-    )
-    if params is None:
-        params = making.initial(module, x, **given)
-        params = jax.tree.map(
-            lambda leaf: leaf + 0.5 * jax.random.normal(jax.random.key(2), leaf.shape), params
-        )
-    return module.apply(params, x, keys=keys, **given), params
+    shapes = jax.eval_shape(lambda key: module.init(key, X, hypers=HYPERS, **arguments(X)), jax.random.key(0))
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda leaf: np.float32(0.5 * rng.normal(size=leaf.shape)), shapes)
+
+    @jax.jit
+    def run(params, x, keys, hypers):
+        def routed(x, keys):
+            return module.apply(params, x, keys=keys, hypers=hypers, **arguments(x))
+
+        def of_token(x):
+            routing = routed(x, keys)
+            return jnp.stack([routing.mean, routing.weights])[:, 0, 4]
+
+        return routed(x, None), routed(x, keys), jax.jacobian(of_token)(x)
+
+    return run, params
+
+
+def call(name, params=None, sampled=False, hypers=HYPERS):
+    """(routing, parameters); random parameters unless given."""
+    run, own = controller(name)
+    params = own if params is None else params
+    plain, drawn, _ = run(params, X, jax.random.split(jax.random.key(3), B), hypers)
+    return jax.device_get(drawn if sampled else plain), params
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_routing_is_on_the_simplex_and_depends_on_its_own_token_alone(name):
-    keys = jax.random.split(jax.random.key(3), B)
-    for given in (None, keys):
-        routing, _ = call(name, keys=given)
+    run, params = controller(name)
+    *routings, jacobian = jax.device_get(run(params, X, jax.random.split(jax.random.key(3), B), HYPERS))
+    for routing in routings:
         for weights in (routing.mean, routing.weights):
             np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
-            assert np.all(np.asarray(weights) >= -1e-6)
-
-    def of_token(x):
-        routing, _ = call(name, x=x, keys=keys)
-        return jnp.stack([routing.mean, routing.weights])[:, 0, 4]
-
-    x = jax.random.normal(jax.random.key(0), (B, T, D))
-    jacobian = np.asarray(jax.jacobian(of_token)(x))
+            assert np.all(weights >= -1e-6)
     others = np.ones((B, T), bool)
     others[0, 4] = False
     assert np.all(jacobian[..., others, :] == 0.0) and np.any(jacobian[..., 0, 4, :] != 0.0)
@@ -76,10 +90,8 @@ def test_routing_is_on_the_simplex_and_depends_on_its_own_token_alone(name):
 def test_starts_from_what_it_knows(name):
     """W_2 = 0: the prior mean where there is a prior, else all alike."""
     module = make_controller(Router(controller=name, hidden=8))
-    x = jax.random.normal(jax.random.key(0), (B, T, D))
-    given = dict(residual=x, positions=jnp.zeros((B, T), jnp.int32), segment_ids=SEGMENTS,
-                 hypers=HYPERS)
-    routing = module.apply(making.initial(module, x, **given), x, **given)
+    given = arguments(X) | {"positions": jnp.zeros((B, T), jnp.int32), "hypers": HYPERS}
+    routing, _ = jax.jit(lambda key: module.init_with_output(key, X, **given))(jax.random.key(0))
     prior = cost_aware(HYPERS).mean
     expected = prior if name in ("bayesian", "bayesian_mean", "softmax_kl") else np.full(K, 1 / K)
     assert_close(routing.mean, np.broadcast_to(expected, (B, T, K)))
@@ -99,9 +111,8 @@ def test_softmax_kl_is_the_categorical_kl_to_the_prior_mean():
 
 
 def test_bayesian_mean_is_the_posterior_without_its_sample():
-    keys = jax.random.split(jax.random.key(3), B)
-    sampled, params = call("bayesian", keys=keys)
-    mean, _ = call("bayesian_mean", params=params, keys=keys)
+    sampled, params = call("bayesian", sampled=True)
+    mean, _ = call("bayesian_mean", params=params, sampled=True)
     np.testing.assert_array_equal(mean.weights, mean.mean)
     for field in ("mean", "kl", "concentration", "uncertainty"):
         assert_close(getattr(mean, field), getattr(sampled, field))
@@ -129,29 +140,42 @@ def test_switch_is_the_load_balance_of_every_sequence():
 def test_switch_moves_weight_from_the_busy_mechanism_to_the_idle_ones():
     """Descent on the penalty lowers the largest share; at equal use the penalty is 1 a token."""
     _, params = call("switch")
-    params["params"]["mlp"]["output"]["bias"] = jnp.array([0.0, 2.0, 0.0])
+    module = make_controller(Router(controller="switch", hidden=8))
 
+    @jax.jit
+    @jax.value_and_grad
     def total(params):
-        return jnp.sum(call("switch", params=params)[0].penalty * (SEGMENTS != 0))
+        routing = module.apply(params, X, hypers=HYPERS, **arguments(X))
+        return jnp.sum(routing.penalty * (SEGMENTS != 0))
 
-    gradient = jax.grad(total)(params)["params"]["mlp"]["output"]["bias"]
+    output = params["params"]["mlp"]["output"]
+
+    def at(**changes):
+        changed = {"mlp": params["params"]["mlp"] | {"output": output | changes}}
+        return total({"params": changed})
+
+    busy, slopes = at(bias=np.float32([0.0, 2.0, 0.0]))
+    gradient = slopes["params"]["mlp"]["output"]["bias"]
     assert gradient[1] > 0 and gradient[0] < 0 and gradient[2] < 0
-    busy = float(total(params)) / np.asarray(SEGMENTS).sum()
-    params["params"]["mlp"]["output"]["bias"] = jnp.zeros(K)
-    params["params"]["mlp"]["output"]["kernel"] *= 0.0
-    even = float(total(params)) / np.asarray(SEGMENTS).sum()
-    assert busy > 1.2 and even == pytest.approx(1.0), "1 a token where all weights are equal"
+    even, _ = at(bias=np.zeros(K, np.float32), kernel=0.0 * output["kernel"])
+    tokens = np.asarray(SEGMENTS).sum()
+    assert float(busy) / tokens > 1.2
+    assert float(even) / tokens == pytest.approx(1.0), "1 a token where all weights are equal"
 
 
 def test_gumbel_trains_with_hard_samples_of_the_softmax():
     """One-hot exactly, with the frequencies of softmax(f) at every temperature."""
     draws = 4000
     module = make_controller(Router(controller="gumbel", hidden=8))
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
-    keys = jax.random.split(jax.random.key(0), (1, draws))
+    logits = np.float32(np.tile(np.log([0.5, 0.3, 0.2]), (1, draws, 1)))
+
+    @jax.jit
+    def sampled(key, temperature):
+        keys = jax.random.split(key, (1, draws))
+        return module.training_weights(logits, HYPERS.replace(temperature=temperature), keys)[0]
+
     for temperature in (0.2, 3.0):
-        hypers = HYPERS.replace(temperature=jnp.float32(temperature))
-        weights = module.training_weights(jnp.tile(logits, (1, draws, 1)), hypers, keys)[0]
+        weights = np.asarray(sampled(jax.random.key(0), np.float32(temperature)))
         assert set(np.unique(weights)) == {0.0, 1.0}
         error = 4 * 0.5 / np.sqrt(draws)
         np.testing.assert_allclose(np.mean(weights, 0), [0.5, 0.3, 0.2], atol=error)
@@ -159,19 +183,19 @@ def test_gumbel_trains_with_hard_samples_of_the_softmax():
 
 def test_gumbel_gradient_is_that_of_the_relaxed_sample():
     module = make_controller(Router(controller="gumbel", hidden=8))
-    logits = jax.random.normal(jax.random.key(1), (1, 5, K))
+    logits, target = np.float32(np.random.default_rng(1).normal(size=(2, 1, 5, K)))
     keys = jax.random.split(jax.random.key(2), (1, 5))
-    target = jax.random.normal(jax.random.key(3), (1, 5, K))
 
     def straight_through(logits):
         return jnp.sum(module.training_weights(logits, HYPERS, keys) * target)
 
     def relaxed(logits):
-        noise = jnp.stack([jax.random.gumbel(key, (K,)) for key in keys[0]])[None]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (K,)))(keys[0])[None]
         return jnp.sum(jax.nn.softmax((logits + noise) / 0.7, axis=-1) * target)
 
-    assert_close(jax.grad(straight_through)(logits), jax.grad(relaxed)(logits))
-    np.testing.assert_array_equal(call("gumbel")[0].weights, call("gumbel")[0].mean)
+    assert_close(*jax.jit(lambda logits: (jax.grad(straight_through)(logits), jax.grad(relaxed)(logits)))(logits))
+    routing, _ = call("gumbel")
+    np.testing.assert_array_equal(routing.weights, routing.mean)
 
 
 def tiny(name):
@@ -187,17 +211,26 @@ def setting(name):
     dataset = build.build_dataset(config)
     spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
     batch = jax.tree.map(jnp.asarray, dataset.train_batch(0))
-    return spec, hypers, batch, init_state(spec, jax.random.key(0), batch, hypers)
+    return spec, hypers, batch, initial_state()
+
+
+@functools.cache
+def initial_state():
+    """Of softmax, whose parameters and gate all the others here have."""
+    config = tiny("softmax")
+    dataset = build.build_dataset(config)
+    spec, hypers = build.build_spec(config, dataset), build.build_hypers(config)
+    return jax.jit(lambda key: init_state(spec, key, dataset.train_batch(0), hypers))(jax.random.key(0))
 
 
 def moved(params):
     """Controllers away from where they start, so that no penalty is 0 by luck."""
 
     def leaf(path, x):
-        noise = jax.random.normal(jax.random.key(x.size), x.shape)
+        noise = np.float32(np.random.default_rng(x.size).normal(size=x.shape))
         return x + 0.5 * noise if in_controller(path) else x
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(leaf, jax.device_get(params))
 
 
 @pytest.mark.parametrize("name", ["softmax", "cost_penalty", "softmax_kl", "switch"])
@@ -251,8 +284,12 @@ def test_temperature_falls_to_the_end_of_the_gate():
     spec, hypers, _, state = setting("gumbel")
     end = spec.schedule.gate.end
 
+    @jax.jit
+    def temperature(step):
+        return routing_hypers(spec, state.replace(step=step), hypers).temperature
+
     def at(step):
-        return float(routing_hypers(spec, state.replace(step=jnp.int32(step)), hypers).temperature)
+        return float(temperature(jnp.int32(step)))
 
     np.testing.assert_allclose([at(0), at(end), at(end + 5)], [2.0, 0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(at(end / 2), 1.0, rtol=0.3)

@@ -1,6 +1,7 @@
 """The authors' system by name: their prior, network, entropy, threshold in nats; the price and the fallback."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -18,8 +19,9 @@ from meta_attention_jax.generation import generate
 from meta_attention_jax.routing.decide import decide
 from meta_attention_jax.routing.gate import hard_tokens, threshold_of_nats
 from meta_attention_jax.training import build
+from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.loop import save
 from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.training.step import init_state, train_step
 from meta_attention_jax.types import Router, Routing, RoutingHypers
@@ -46,14 +48,14 @@ def concentrations(num, rows=4000):
 
 @pytest.mark.parametrize("num", [2, 3, 5])
 def test_the_entropy_is_that_of_scipy_and_keeps_its_digits_in_float32(num):
-    alpha = concentrations(num)
+    alpha = np.float64(np.float32(concentrations(num)))  # The same numbers in both precisions.
     exact = np.array([stats.dirichlet.entropy(row) for row in alpha])
-    single = np.float64(jax.jit(measures.differential_entropy)(jnp.float32(alpha)))
-    single_exact = np.array([stats.dirichlet.entropy(row) for row in np.float64(np.float32(alpha))])
-    assert np.max(np.abs(single - single_exact) / (1.0 + np.abs(single_exact))) < 4e-6
+    entropy = jax.jit(measures.differential_entropy)
+    single = np.float64(entropy(np.float32(alpha)))
+    assert np.max(np.abs(single - exact) / (1.0 + np.abs(exact))) < 4e-6
     with jax.enable_x64(True):
-        double = np.asarray(measures.differential_entropy(jnp.asarray(alpha, jnp.float64)))
-    assert np.max(np.abs(double - exact)) < 1e-9
+        double = np.asarray(entropy(alpha))
+    assert double.dtype == np.float64 and np.max(np.abs(double - exact)) < 1e-9
 
 
 def test_its_gradient_is_finite_and_that_of_the_exact_formula():
@@ -66,12 +68,19 @@ def test_its_gradient_is_finite_and_that_of_the_exact_formula():
 
 
 def test_the_gate_compares_entropies_where_u_has_underflowed():
-    alpha = jnp.asarray([[[0.01, 1000.0, 1000.0], [0.02, 1000.0, 1000.0], [1.0, 1.0, 1.0]]])
-    u, log_u = measures.measured("dirichlet_entropy", alpha, alpha)
+    alpha = np.float32([[[0.01, 1000.0, 1000.0], [0.02, 1000.0, 1000.0], [1.0, 1.0, 1.0]]])
+
+    @jax.jit
+    def gated(alpha, *thetas):
+        u, log_u = measures.measured("dirichlet_entropy", alpha, alpha)
+        return u, log_u, [hard_tokens(u, theta, log_u) for theta in thetas]
+
+    u, log_u, (some, none) = jax.device_get(
+        gated(alpha, np.float32(threshold_of_nats(-80.0, 3)), np.float32(0.0))
+    )
     assert u[0, 0] == 0 and log_u[0, 0] < -85 < log_u[0, 1] < log_u[0, 2] == 0
-    theta = jnp.float32(threshold_of_nats(-80.0, 3))
-    assert hard_tokens(u, theta, log_u).tolist() == [[True, False, False]]
-    assert not hard_tokens(u, jnp.float32(0.0), log_u).any()
+    assert some.tolist() == [[True, False, False]]
+    assert not none.any()
 
 
 @pytest.mark.parametrize(
@@ -96,9 +105,14 @@ def test_the_prior_is_theirs():
 
 
 def test_mean_strength_starts_at_it():
-    prior = make_prior("paper", hypers())
-    alpha = mean_strength(prior, jnp.zeros((1, 1, 3)), jnp.zeros((1, 1)))
-    assert_close(alpha[0, 0], prior.concentration, 1e-6)
+
+    @jax.jit
+    def start():
+        prior = make_prior("paper", hypers())
+        return mean_strength(prior, jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))), prior.concentration
+
+    alpha, prior = start()
+    assert_close(alpha[0, 0], prior, 1e-6)
 
 
 def test_the_controller_is_their_equations():
@@ -116,7 +130,9 @@ def test_the_controller_is_their_equations():
     params["controller"]["mlp"] = jax.tree.map(
         lambda p: p + jnp.float32(rng.normal(size=p.shape) * 0.5), own
     )
-    _, routing, _ = layer.apply({"params": params}, x, hypers=hypers(), method="routed")
+    routing = jax.jit(
+        lambda params: layer.apply({"params": params}, x, hypers=hypers(), method="routed")[1]
+    )(params)
     alpha, mean, kl, u = oracles.paper_controller(
         np.float64(x), params["controller"]["mlp"], costs=COSTS, beta0=1.0, epsilon=0.01
     )
@@ -205,14 +221,21 @@ def test_what_cannot_be_is_one_sentence(change, message):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small run that routes; its controller is moved so that routes and their certainty vary."""
+    """A small run that routes: saved as it starts, and its controller moved so that routes and their
+    certainty vary. Nothing here hinges on steps, and they are most of what a run compiles."""
     config = smoke.get_config()
     config.update_from_flattened_dict({
         "model.num_layers": 1, "train.steps": 2, "train.eval_every": 2, "train.checkpoint_every": 2,
         "train.eval_batches": 1, "gate.kind": "none",
     })
     path = tmp_path_factory.mktemp("trained") / "run"
-    train(prepare(config, path), progress=False)
+    job = prepare(config, path)
+    state = job.parallel.make(
+        lambda: init_state(job.spec, jax.random.key(0), job.dataset.train_batch(0), job.hypers)
+    )
+    checkpoints = Checkpoints(path / "checkpoints")
+    save(checkpoints, 2, state, config, None)
+    checkpoints.close()
     run = load_run(path)
     mlp = run.params["layer_0"]["attention"]["controller"]["mlp"]
     noise = np.random.default_rng(0).normal(size=mlp["output"]["kernel"].shape)
@@ -232,45 +255,51 @@ def test_one_model_at_six_prices_spends_less_and_less(trained):
 
 
 def test_packed_dense_and_stepwise_agree_at_each_price(trained):
-    tokens = jnp.asarray(np.random.default_rng(1).integers(trained.tokenizer.vocab_size, size=(2, 24)))
+    tokens = np.random.default_rng(1).integers(trained.tokenizer.vocab_size, size=(2, 24))
+
+    def program(form):
+        model = trained.model.clone(mode="hard", dispatch=form)
+
+        @jax.jit
+        def run(tokens, routing):
+            out = model.apply({"params": trained.params}, tokens, hypers=routing)
+            return out.logits, out.routing.route
+
+        return run
+
+    dense, packed = program("dense"), program("packed")
     seen = set()
     for price in PRICES:
         routing = trained.at(price=price).hypers.routing
-        dense, packed = (
-            trained.model.clone(mode="hard", dispatch=form).apply(
-                {"params": trained.params}, tokens, hypers=routing
-            )
-            for form in ("dense", "packed")
-        )
-        np.testing.assert_array_equal(dense.routing.route, packed.routing.route)
-        assert_close(packed.logits, dense.logits)
-        trace = generate(
-            trained.model, trained.params, [np.asarray(tokens[0, :8])], steps=6, hypers=routing, mode="hard"
-        )
-        text = np.concatenate([tokens[0, :8], trace.tokens[0]])
-        whole = trained.model.clone(mode="hard").apply(
-            {"params": trained.params}, text[None], hypers=routing
-        )
-        np.testing.assert_array_equal(np.argmax(whole.logits[0, 7:-1], -1), trace.tokens[0])
-        seen |= set(np.unique(whole.routing.route).tolist())
+        (logits, route), (packed_logits, packed_route) = dense(tokens, routing), packed(tokens, routing)
+        np.testing.assert_array_equal(route, packed_route)
+        assert_close(packed_logits, logits)
+        trace = generate(trained.model, trained.params, [tokens[0, :8]], steps=6, hypers=routing, mode="hard")
+        # In the shape of the others, so that it is their program; what stands behind it is not seen.
+        whole = tokens.copy()
+        whole[0, 8:14] = trace.tokens[0]
+        logits, route = dense(whole, routing)
+        np.testing.assert_array_equal(np.argmax(logits[0, 7:13], -1), trace.tokens[0])
+        seen |= set(np.unique(np.asarray(route)[:, 0, :14]).tolist())
     assert seen == {0, 1, 2}
 
 
 def test_a_budget_is_kept_on_validation_stored_and_used(trained):
     plain = trained.evaluate(mode="hard")
-    for budget in ({"cost": 0.5 * (plain["cost"] + 0.15)}, {"share": 0.3}):
+    for budget, max_batches in (({"cost": 0.5 * (plain["cost"] + 0.15)}, None), ({"share": 0.3}, 4)):
         [(kind, value)] = budget.items()
+        plain = trained.evaluate(mode="hard", max_batches=max_batches)
         with pytest.raises(ValueError, match=f"^{kind}: expected a budget found for the run"):
             trained.at_budget(**budget)
-        fitted = trained.fit_budget(**budget)
+        fitted = trained.fit_budget(**budget, max_batches=max_batches)
         again = load_run(trained.path).at_budget(**budget)
         assert again.hypers.routing.price == fitted.hypers.routing.price
-        found = fitted.evaluate(mode="hard")
+        found = fitted.evaluate(mode="hard", max_batches=max_batches)
         metric = found[budgets.KINDS[kind]]
         assert 0.8 * value < metric <= value
         assert (fitted.hypers.routing.price > 0) == (value < plain[budgets.KINDS[kind]])
     assert len(budgets.read_budgets(trained.path)) == 2
-    trained.fit_budget(**budget)
+    trained.fit_budget(**budget, max_batches=max_batches)
     assert len(budgets.read_budgets(trained.path)) == 2, "found again, it is not stored twice"
 
 
@@ -323,7 +352,7 @@ def test_a_budget_of_the_cheapest_mechanism_can_be_kept_and_one_of_share_needs_f
 
 
 def test_another_price_compiles_nothing(trained):
-    prompt, compiled = "k1=v1 c0 ?k1", []
+    prompt, compiled = np.arange(8), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
@@ -332,10 +361,9 @@ def test_another_price_compiles_nothing(trained):
         run = trained.at(price=price)
         run.evaluate(mode="hard", max_batches=1)
         run.logits(prompt, mode="hard")
-        run.generate(prompt, steps=2, mode="hard")
+        run.generate(prompt, steps=6, mode="hard")
 
     trained.evaluate(mode="hard", max_batches=1)
-    jax.clear_caches()
     ask(0.1)
     assert compiled, "the first one is heard"
     compiled.clear()
@@ -343,8 +371,9 @@ def test_another_price_compiles_nothing(trained):
     assert not compiled
 
 
-@pytest.mark.parametrize("theta", [0.0, 0.9])
-def test_gated_with_the_fallback_packs_and_is_dense(theta):
+@functools.cache
+def gated_with_fallback():
+    """(theta -> (dense, routing, packed), one program for any theta)."""
     rng = np.random.default_rng(0)
     x = jnp.float32(rng.normal(size=(2, 40, 8)))
     fields = dict(num_heads=2, window=4, mode="gated", fallback="full")
@@ -352,25 +381,38 @@ def test_gated_with_the_fallback_packs_and_is_dense(theta):
     params = making.initial(layers["dense"], x)["params"]
     kernel = params["controller"]["mlp"]["output"]["kernel"]
     params["controller"]["mlp"]["output"]["kernel"] = jnp.float32(rng.normal(size=kernel.shape))
-    at = hypers(strength=2.0, preference=0.1, threshold=jnp.float32(theta))
-    (dense, routing, _), (packed, _, _) = (
-        jax.jit(lambda layer=layer: layer.apply({"params": params}, x, hypers=at, method="routed"))()
-        for layer in layers.values()
-    )
+
+    @jax.jit
+    def run(theta):
+        at = hypers(strength=2.0, preference=0.1, threshold=theta)
+        (dense, routing, _), (packed, _, _) = (
+            layer.apply({"params": params}, x, hypers=at, method="routed") for layer in layers.values()
+        )
+        return dense, routing, packed
+
+    return lambda theta: run(np.float32(theta))
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.9])
+def test_gated_with_the_fallback_packs_and_is_dense(theta):
+    dense, routing, packed = gated_with_fallback()(theta)
     assert_close(packed, dense)
     certain = np.asarray(routing.uncertainty) <= theta
     np.testing.assert_array_equal(routing.route, np.where(certain, np.argmax(routing.mean, -1), 0))
-    assert routing.hard.all() and (0 < certain.mean() < 1 if theta else not certain.any())
+    assert np.all(routing.hard) and (0 < certain.mean() < 1 if theta else not certain.any())
 
 
 def test_a_fixed_layer_has_no_decision_that_a_price_or_a_fallback_could_change():
     x = jnp.float32(np.random.default_rng(0).normal(size=(1, 6, 8)))
     layer = making.layer(num_heads=2, window=4, mode="gated", fallback="full", controller="fixed",
                          fixed=("local",))
-    params = making.initial(layer, x)["params"]
-    at = hypers(threshold=jnp.float32(0.0), price=jnp.float32(9.0))
-    _, routing, _ = layer.apply({"params": params}, x, hypers=at, method="routed")
-    assert (routing.route == 2).all()
+
+    @jax.jit
+    def route(key):
+        at = hypers(threshold=jnp.float32(0.0), price=jnp.float32(9.0))
+        return layer.init_with_output(key, x, hypers=at, method="routed")[0][1].route
+
+    assert np.all(np.asarray(route(jax.random.key(0))) == 2)
 
 
 def test_settled_waits_for_their_entropy():
@@ -381,11 +423,15 @@ def test_settled_waits_for_their_entropy():
     })
     dataset = build.build_dataset(config)
     spec, at, batch = build.build_spec(config, dataset), build.build_hypers(config), dataset.train_batch(0)
-    state = init_state(spec, jax.random.key(0), batch, at)
-    state, metrics = jax.jit(lambda state: train_step(spec, state, batch, at))(state)
+
+    @jax.jit
+    def measured(key):
+        """What is asked of a step alone: no gradient is compiled."""
+        state, metrics = train_step(spec, init_state(spec, key, batch, at), batch, at)
+        return state.gate.average, metrics["sums"].uncertainty.mean() / metrics["sums"].tokens
+
+    average, uncertainty = measured(jax.random.key(0))
     prior = make_prior("cost_aware", at.routing).concentration
     expected = stats.dirichlet.entropy(np.float64(prior)) + special.gammaln(3)  # q = p at the start.
-    assert float(state.gate.average) == pytest.approx(expected, abs=1e-4) and expected < -1
-    assert float(metrics["sums"].uncertainty.mean() / metrics["sums"].tokens) == pytest.approx(
-        np.exp(expected), rel=1e-3
-    )
+    assert float(average) == pytest.approx(expected, abs=1e-4) and expected < -1
+    assert float(uncertainty) == pytest.approx(np.exp(expected), rel=1e-3)
