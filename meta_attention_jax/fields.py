@@ -76,6 +76,7 @@ class Field:
 def expect(ok: Any, field: str, expected: str, got: Any) -> None:
     """Raises a ValueError of one sentence unless `ok`."""
     if not ok:
+        got = got.item() if isinstance(got, np.generic) else got
         raise ValueError(f"{field}: expected {expected}, got {got!r}.")
 
 

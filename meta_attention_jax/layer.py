@@ -52,30 +52,43 @@ class MetaAttention(nn.Module):
     Without `keys` the layer is deterministic: weights are those of the posterior mean. With `keys` (one per example) it
     trains: one reparameterised sample of pi per token, and straight-through gradients at the tokens that the gate makes
     hard.
+
+    Attributes:
+      num_heads: H, of queries.
+      num_kv_heads: G, of keys and values, a divisor of H; None means H.
+      qkv_features: H d; None means the width of the input.
+      out_features: width of the output; None means the width of the input.
+      spec: who may attend to whom.
+      router: the mechanisms, and who chooses among them.
+      rotary: rotate q and k of the mechanisms that want it (full and local).
+      mode: "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the uncertainty is at
+        most the threshold and soft elsewhere.
+      dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed" does only the work
+        that the routes ask for, "dense" computes all mechanisms and selects, "auto" is packed for long sequences. The
+        output is the same.
+      costs: "nominal" or one positive number per mechanism, used when `hypers` is not given. What depends on the length
+        ("analytic") is refused: a token's route must not.
+      strength: kappa of the prior, when `hypers` is not given.
+      preference: eta of the prior, when `hypers` is not given.
+      threshold: theta of the gate, when `hypers` is not given.
+      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
     """
 
-    num_heads: int  # H, of queries.
-    num_kv_heads: Optional[int] = None  # G, of keys and values, a divisor of H; None means H.
-    qkv_features: Optional[int] = None  # H d; None means the width of the input.
-    out_features: Optional[int] = None  # Width of the output; None means the width of the input.
-    spec: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
-    router: Router = Router()  # The mechanisms, and who chooses among them.
-    rotary: bool = False  # Rotate q and k of the mechanisms that want it (full and local).
-    # "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the uncertainty is at most the
-    # threshold and soft elsewhere.
+    num_heads: int
+    num_kv_heads: Optional[int] = None
+    qkv_features: Optional[int] = None
+    out_features: Optional[int] = None
+    spec: AttentionSpec = AttentionSpec(window=128)
+    router: Router = Router()
+    rotary: bool = False
     mode: str = "soft"
-    # Where every token is hard (mode "hard" without keys, or a forced route): "packed" does only the work that the
-    # routes ask for, "dense" computes all mechanisms and selects, "auto" is packed for long sequences. The output is
-    # the same.
     dispatch: str = "auto"
-    # "nominal" or one positive number per mechanism, used when `hypers` is not given. What depends on the length
-    # ("analytic") is refused: a token's route must not.
     costs: str | Sequence[float] = "nominal"
-    strength: float = 2.0  # kappa of the prior, when `hypers` is not given.
-    preference: float = 0.1  # eta of the prior, when `hypers` is not given.
-    threshold: float = 0.0  # theta of the gate, when `hypers` is not given.
+    strength: float = 2.0
+    preference: float = 0.1
+    threshold: float = 0.0
     use_bias: bool = False
-    dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
+    dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_kernel_init: Optional[nn.initializers.Initializer] = None

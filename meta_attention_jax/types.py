@@ -74,15 +74,22 @@ def _at_least(record: Any, least: int, name: str, optional: bool = False) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """Who may attend to whom, and by which program; static, and handed on whole."""
+    """Who may attend to whom, and by which program; static, and handed on whole.
 
-    causal: bool = True  # s <= t; False lets every token see both sides.
-    window: Optional[int] = None  # w of mechanisms that have one, in tokens, the token itself included.
-    sinks: int = 0  # First tokens of its segment that a windowed token sees besides its window.
-    implementation: str = "auto"  # Of full attention on all tokens, one of IMPLEMENTATIONS.
-    # What the caller promises of `segment_ids`: nothing ("any"), one segment with padding behind it alone ("padded"),
-    # or one segment without padding ("one"). Kernels without ids can serve the last two; a promise that is broken gives
-    # wrong results.
+    Attributes:
+      causal: s <= t; False lets every token see both sides.
+      window: w of mechanisms that have one, in tokens, the token itself included.
+      sinks: first tokens of its segment that a windowed token sees besides its window.
+      implementation: of full attention on all tokens, one of IMPLEMENTATIONS.
+      segments: what the caller promises of `segment_ids`: nothing ("any"), one segment with padding behind it alone
+        ("padded"), or one segment without padding ("one"). Kernels without ids can serve the last two; a promise that
+        is broken gives wrong results.
+    """
+
+    causal: bool = True
+    window: Optional[int] = None
+    sinks: int = 0
+    implementation: str = "auto"
     segments: str = "any"
 
     def __post_init__(self) -> None:
@@ -109,27 +116,32 @@ class Reach(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-    """One way to attend."""
+    """One way to attend.
 
-    # `attend(q, k, v, *, spec, segment_ids) -> out`; q `[B, T, H, d]`, k and v `[B, T, G, d]`, out like q, exactly 0 at
-    # padding (segment id 0), and a function of its own segment alone.
+    Attributes:
+      attend: `attend(q, k, v, *, spec, segment_ids) -> out`; q `[B, T, H, d]`, k and v `[B, T, G, d]`, out like q,
+        exactly 0 at padding (segment id 0), and a function of its own segment alone.
+      flops: `flops(time, dim, spec)`, FLOPs of the matrix products (2 per multiply-add) that the equation needs for one
+        head and one sequence of `time` tokens.
+      cost: its nominal cost, in units of that of full attention; None: it needs `costs` as numbers.
+      rotary: whether q and k arrive rotated when the layer uses rotary positions.
+      step: `step(q, cache, layer, *, needed, spec) -> out`, attention of the newest token of each row; q and out `[B,
+        H, d]`, the `cache.Cache` has the token, `needed` `[B]` are the rows that will be used. None: it cannot
+        generate. A layer with rotary positions keeps its keys rotated, and hides them (`cache.k` is None) from a
+        mechanism that is not rotary.
+      work: `work(q, k, spec)`, what `attend` really spends on all tokens, forward, as an `AttentionCost`; q and k may
+        be abstract. None counts `flops`, and every array once.
+      reach: `reach(spec)`, the keys that a query may see, where `attend` is softmax attention to them with rotated q
+        and k: hard dispatch then serves the chosen queries alone. None, as without `rotary`: it attends everywhere and
+        selects.
+    """
+
     attend: Callable[..., Queries]
-    # `flops(time, dim, spec)`, FLOPs of the matrix products (2 per multiply-add) that the equation needs for one head
-    # and one sequence of `time` tokens.
     flops: Callable[[int, int, AttentionSpec], float]
-    # Its nominal cost, in units of that of full attention; None: it needs `costs` as numbers.
     cost: Optional[float] = None
-    rotary: bool = False  # Whether q and k arrive rotated when the layer uses rotary positions.
-    # `step(q, cache, layer, *, needed, spec) -> out`, attention of the newest token of each row; q and out `[B, H, d]`,
-    # the `cache.Cache` has the token, `needed` `[B]` are the rows that will be used. None: it cannot generate. A layer
-    # with rotary positions keeps its keys rotated, and hides them (`cache.k` is None) from a mechanism that is not
-    # rotary.
+    rotary: bool = False
     step: Optional[Callable[..., Queries]] = None
-    # `work(q, k, spec)`, what `attend` really spends on all tokens, forward, as an `AttentionCost`; q and k may be
-    # abstract. None counts `flops`, and every array once.
     work: Optional[Callable] = None
-    # `reach(spec)`, the keys that a query may see, where `attend` is softmax attention to them with rotated q and k:
-    # hard dispatch then serves the chosen queries alone. None, as without `rotary`: it attends everywhere and selects.
     reach: Optional[Callable[[AttentionSpec], Reach]] = None
 
     def __post_init__(self) -> None:
@@ -139,18 +151,29 @@ class Mechanism:
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """Which mechanisms there are, and who chooses among them; static, and handed on whole."""
+    """Which mechanisms there are, and who chooses among them; static, and handed on whole.
 
-    mechanisms: tuple[str, ...] = MECHANISMS  # Names on the mechanism axis, in order.
-    controller: str = "bayesian"  # One of `CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
-    hidden: int = 64  # Width of the controller's hidden layer.
-    prior: str = "cost_aware"  # Form of the prior, one of `PRIORS`.
-    posterior: str = "mean_strength"  # "mean_strength" or "additive".
-    network: str = "zero_output"  # Form of the controller's network, one of `NETWORKS`.
-    uncertainty: str = "entropy"  # Measure of u_t, one of `MEASURES`.
-    fallback: str = "soft"  # What an uncertain token does in gated mode: "soft" mixes, "full" goes to full attention.
-    # With `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g. ("local", "local", "full"); a
-    # layer alone takes the first. The others are not computed.
+    Attributes:
+      mechanisms: names on the mechanism axis, in order.
+      controller: one of `CONTROLLERS`: "bayesian", "softmax" (prior-free), ... or "fixed".
+      hidden: width of the controller's hidden layer.
+      prior: form of the prior, one of `PRIORS`.
+      posterior: "mean_strength" or "additive".
+      network: form of the controller's network, one of `NETWORKS`.
+      uncertainty: measure of u_t, one of `MEASURES`.
+      fallback: what an uncertain token does in gated mode: "soft" mixes, "full" goes to full attention.
+      fixed: with `controller="fixed"`: mechanisms of the layers, repeated to L layers, e.g. ("local", "local", "full");
+        a layer alone takes the first. The others are not computed.
+    """
+
+    mechanisms: tuple[str, ...] = MECHANISMS
+    controller: str = "bayesian"
+    hidden: int = 64
+    prior: str = "cost_aware"
+    posterior: str = "mean_strength"
+    network: str = "zero_output"
+    uncertainty: str = "entropy"
+    fallback: str = "soft"
     fixed: tuple[str, ...] = ("full",)
 
     def __post_init__(self) -> None:
@@ -180,19 +203,30 @@ class Router:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What a language model is; static, and handed on whole."""
+    """What a language model is; static, and handed on whole.
+
+    Attributes:
+      vocab_size, model_dim, num_layers, num_heads: V, D, L, H.
+      num_kv_heads: G, a divisor of H; None for H.
+      mlp_dim: F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
+      attention: who may attend to whom.
+      router: who chooses.
+      scan_layers: compile one layer and loop over L of them.
+      remat: recompute each layer in the backward pass.
+      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
+    """
 
     vocab_size: int
     model_dim: int
     num_layers: int
     num_heads: int
-    num_kv_heads: Optional[int] = None  # A divisor of H; None for H.
-    mlp_dim: Optional[int] = None  # F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
-    attention: AttentionSpec = AttentionSpec(window=128)  # Who may attend to whom.
-    router: Router = Router()  # Who chooses.
-    scan_layers: bool = False  # Compile one layer and loop over L of them.
-    remat: bool = False  # Recompute each layer in the backward pass.
-    dtype: Optional[Any] = None  # Of the computation; None infers it. Softmax, linear state and routing stay float32.
+    num_kv_heads: Optional[int] = None
+    mlp_dim: Optional[int] = None
+    attention: AttentionSpec = AttentionSpec(window=128)
+    router: Router = Router()
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -221,31 +255,51 @@ class ModelConfig:
 
 @flax.struct.dataclass
 class Routing:
-    """What a controller says about every token, and what the layer did with it."""
+    """What a controller says about every token, and what the layer did with it.
 
-    mean: Weights  # E[pi_t] under the posterior (or the softmax weights), on the simplex.
-    weights: Weights  # The pi_t that mixes the soft output: a reparameterised sample in training, else `mean`.
-    uncertainty: Float[Array, "batch time"]  # u_t in [0, 1], by the configured measure.
-    kl: Float[Array, "batch time"]  # KL(q_t || p) in nats; zero for controllers without a prior.
-    penalty: Float[Array, "batch time"]  # What the objective adds of this token and layer, times beta; mostly the KL.
-    # log u_t, for a measure whose u underflows; None for the others.
+    Attributes:
+      mean: E[pi_t] under the posterior (or the softmax weights), on the simplex.
+      weights: the pi_t that mixes the soft output: a reparameterised sample in training, else `mean`.
+      uncertainty: u_t in [0, 1], by the configured measure.
+      kl: KL(q_t || p) in nats; zero for controllers without a prior.
+      penalty: what the objective adds of this token and layer, times beta; mostly the KL.
+      log_uncertainty: log u_t, for a measure whose u underflows; None for the others.
+      concentration: alpha_t of the Dirichlet posterior; None for controllers without one.
+      route: k*_t, the mechanism a hard token uses; see `routing.decide`. Set by the layer.
+      hard: whether token t used one mechanism only. Set by the layer.
+    """
+
+    mean: Weights
+    weights: Weights
+    uncertainty: Float[Array, "batch time"]
+    kl: Float[Array, "batch time"]
+    penalty: Float[Array, "batch time"]
     log_uncertainty: Optional[Float[Array, "batch time"]] = None
-    concentration: Optional[Weights] = None  # alpha_t of the Dirichlet posterior; None for controllers without one.
-    route: Optional[Route] = None  # k*_t, the mechanism a hard token uses; see `routing.decide`. Set by the layer.
-    hard: Optional[Bool[Array, "batch time"]] = None  # Whether token t used one mechanism only. Set by the layer.
+    concentration: Optional[Weights] = None
+    route: Optional[Route] = None
+    hard: Optional[Bool[Array, "batch time"]] = None
 
 
 @flax.struct.dataclass
 class RoutingHypers:
-    """Hyper-parameters of routing. Array inputs, so that a sweep never recompiles."""
+    """Hyper-parameters of routing. Array inputs, so that a sweep never recompiles.
 
-    strength: Scalar  # kappa > 0, the prior's pseudo-counts in all.
-    preference: Scalar  # eta > 0, the preference floor of the prior mean.
-    costs: Costs  # c in (0, 1]^K, divided by the largest.
-    threshold: Scalar  # theta; a token is hard iff theta > 0 and u_t <= theta (gated mode and training).
-    entropy_bonus: Scalar = np.float32(0.0)  # rho of the `cost_penalty` controller, cost per nat.
-    temperature: Scalar = np.float32(1.0)  # tau > 0 of the `gumbel` controller.
-    # lambda of the decision k* = argmax_k (E pi_k - lambda c_k); negative is a discount.
+    Attributes:
+      strength: kappa > 0, the prior's pseudo-counts in all.
+      preference: eta > 0, the preference floor of the prior mean.
+      costs: c in (0, 1]^K, divided by the largest.
+      threshold: theta; a token is hard iff theta > 0 and u_t <= theta (gated mode and training).
+      entropy_bonus: rho of the `cost_penalty` controller, cost per nat.
+      temperature: tau > 0 of the `gumbel` controller.
+      price: lambda of the decision k* = argmax_k (E pi_k - lambda c_k); negative is a discount.
+    """
+
+    strength: Scalar
+    preference: Scalar
+    costs: Costs
+    threshold: Scalar
+    entropy_bonus: Scalar = np.float32(0.0)
+    temperature: Scalar = np.float32(1.0)
     price: Scalar = np.float32(0.0)
 
 

@@ -393,3 +393,19 @@ def test_cudnn_serves_where_its_backward_pass_does():
         assert chosen(**refused) == "blockwise", refused
         with pytest.raises(ValueError, match="implementation: expected for 'cudnn' .* an even length"):
             chosen("cudnn", **refused)
+
+
+@pytest.mark.parametrize("mechanism", [full, local])
+def test_a_gradient_has_a_derivative(mechanism):
+    """The Hessian times a vector, forwards over backwards, against differences of the gradient."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, way = (jax.random.normal(key, (1, 40, 2, 8)) for key in keys)
+    spec = AttentionSpec(window=9, implementation="blockwise")
+    slope = jax.grad(lambda q: (mechanism.attend(q, k, v, spec=spec) ** 2).sum())
+
+    @jax.jit
+    def both(q):
+        step = 1e-2
+        return jax.jvp(slope, (q,), (way,))[1], (slope(q + step * way) - slope(q - step * way)) / (2 * step)
+
+    assert_close(*both(q), 2e-3)

@@ -76,8 +76,7 @@ def _edges(time: int, block: int) -> tuple[int, int]:
     return count, -(-time // count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(
+def _forward(
     q: GroupedQueries,
     k: GroupedKeys,
     v: GroupedKeys,
@@ -118,8 +117,11 @@ def _attend(
     return _join(out, _QUERY_TIME), _join(lse, _QUERY_TIME)
 
 
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(4, 5, 6))
+
+
 def _attend_forward(q, k, v, segments, causal, window, block):
-    out, lse = _attend(q, k, v, segments, causal, window, block)
+    out, lse = _forward(q, k, v, segments, causal, window, block)  # Itself, so that a gradient has one forwards.
     return (out, lse), (q, k, v, segments, out, lse)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -118,6 +117,8 @@ class Busy(ValueError):
 def hold(path: pathlib.Path) -> Iterator[None]:
     """This process alone trains the run in `path`, until the end of the block; Busy if another one does. The lock is
     the kernel's and goes with the process, however it ends; the file stays."""
+    import fcntl  # Of Unix; a run is also opened elsewhere.
+
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path / LOCK, "w"))
