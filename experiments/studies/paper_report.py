@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from experiments.benchmarks.common import environment
 from meta_attention_jax import analysis
@@ -179,7 +179,12 @@ def weight_figure(lines: Sequence[Row]) -> Figure:
                 [0.0 if math.isnan(line[f"{name}_pm"]) else line[f"{name}_pm"] for line in lines],
                 color=colour, marker=marker, ms=5, lw=1.5, capsize=2, label=TITLES[name],
             )
-        axes.set_xscale("log")
+        least = min((line["beta"] for line in lines if line["beta"] > 0), default=1.0)
+        axes.set_xscale("symlog", linthresh=least, linscale=0.6)  # Weight 0 has a place of its own.
+        axes.set_xticks([0.0, *(w for w in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) if w >= least)])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(-least / 3, 1.6)
         axes.set_xlabel("weight of the KL")
         axes.set_ylabel(title)
         if share:

@@ -8,7 +8,6 @@ log-sum-exp of every row and recomputes the tiles.
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
