@@ -21,7 +21,6 @@ from meta_attention_jax.routing.gate import hard_tokens, threshold_of_nats
 from meta_attention_jax.training import build
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.loop import save
 from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.training.step import init_state, train_step
 from meta_attention_jax.types import Router, Routing, RoutingHypers
@@ -234,7 +233,7 @@ def trained(tmp_path_factory):
         lambda: init_state(job.spec, jax.random.key(0), job.dataset.train_batch(0), job.hypers)
     )
     checkpoints = Checkpoints(path / "checkpoints")
-    save(checkpoints, 2, state, config, None)
+    checkpoints.save(2, state, config={}, nll=math.inf)
     checkpoints.close()
     run = load_run(path)
     mlp = run.params["layer_0"]["attention"]["controller"]["mlp"]
