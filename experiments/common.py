@@ -19,10 +19,10 @@ import jax
 from absl import flags, logging
 from ml_collections.config_flags import tuple_parser
 
-from meta_attention_jax.config import SCHEMA, check_fields, help_table, near
+from meta_attention_jax.config import SCHEMA, check_fields, help_table
 from meta_attention_jax.console import tolerant_streams
 from meta_attention_jax.data.splits import RULES
-from meta_attention_jax.fields import expect
+from meta_attention_jax.fields import expect, near
 from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted

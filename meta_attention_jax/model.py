@@ -179,8 +179,9 @@ class LanguageModel(nn.Module):
         hypers: RoutingHypers,
         keys: Optional[Key[Array, "batch"]] = None,
     ) -> Output:
-        """Logits and routing from embeddings. A route, [batch time] for all layers or [layer batch time], forces k* and
-        hard routing; one PRNG key per example trains (sampled pi), None is deterministic."""
+        """Logits and routing from embeddings. segment_ids: 0 is padding, None one segment; positions None derives them.
+        A route, [batch time] for all layers or [layer batch time], forces k* and hard routing; one PRNG key per example
+        trains (sampled pi), None is deterministic."""
         batch, time, _ = x.shape
         if positions is None and segment_ids is not None:
             positions = by_rows(positions_in_segment, (0,))(segment_ids)

@@ -148,11 +148,12 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything that is reported about a set of tokens, as plain Python numbers.
 
-    loss (at this beta), nll, kl (of all layers) and elbo = nll + kl are nats per token. cost is the mean c of k*,
-    expected_cost that of c . E pi; routing_entropy the mean of H(E pi) / log K, usage_entropy H(mean route) / log K;
-    concentration the mean sum of alpha; diversity the root of the summed variance of E pi over tokens: means over
-    layers, which "layers" has one by one, as "kinds" has the kinds of tokens. bits_per_byte is None where bytes mean
-    nothing.
+    In nats per token: loss (at this beta), nll, kl (of all layers), elbo (nll + kl). Of the targets: tokens (their
+    number), perplexity, bits_per_byte (None where bytes mean nothing), accuracy. Means over layers: cost (c of k*),
+    expected_cost (c . E pi), routing_entropy (H(E pi) / log K), usage_entropy (H(mean route) / log K), hard_fraction,
+    uncertainty (u), concentration (sum of alpha), diversity (root of the summed variance of E pi over tokens),
+    fraction/<mechanism> (of k*). collapsed_layers is the number of layers above COLLAPSE. "layers" has the routing by
+    layer; "kinds", where a corpus tells kinds of tokens apart, has tokens, nll, accuracy and routes by kind.
     """
     s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     if s.tokens <= 0:

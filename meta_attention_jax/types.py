@@ -318,7 +318,7 @@ class Batch:
 
 
 def positions_in_segment(segment_ids: SegmentIds) -> Positions:
-    """Index of every token within its segment (0 at padding), which starts where the id changes: left padding and
+    """Index of every token within its segment; 0 at padding. A segment starts where the id changes: left padding and
     packing give the positions that the segment would have alone."""
     time = segment_ids.shape[1]
     if not time:

@@ -263,7 +263,8 @@ def config(**changes):
     values = smoke.get_config()
     values.update_from_flattened_dict(
         {"prior.costs": "measured", "parallel.devices": 1, "model.num_layers": 1,
-         "train.steps": 4, "train.log_every": 2, "train.eval_every": 4, "train.checkpoint_every": 2, "train.eval_batches": 1} | changes
+         "train.steps": 4, "train.log_every": 2, "train.eval_every": 4, "train.checkpoint_every": 2,
+         "train.eval_batches": 1} | changes
     )
     return values
 

@@ -56,19 +56,32 @@ def parse(document):
 # Palette
 
 
+def luminance(colour):
+    """Relative luminance of "#rrggbb" in [0, 1]: 0.2126 R + 0.7152 G + 0.0722 B of linear light."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first, second):
+    """Ratio (L1 + 0.05) / (L2 + 0.05), L1 >= L2 the luminances; in [1, 21]. WCAG 2.1 asks 4.5 of text."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_text_is_readable_on_every_background():
     backgrounds = [
         palette.tint(style.fill, amount)
         for style in (*palette.STYLES, palette.NEUTRAL)
         for amount in text.DEPTHS
     ]
-    assert min(palette.contrast(palette.TEXT, colour) for colour in backgrounds) >= 4.5
-    assert min(palette.contrast(style.ink, "#ffffff") for style in palette.STYLES) >= 4.5
+    assert min(contrast(palette.TEXT, colour) for colour in backgrounds) >= 4.5
+    assert min(contrast(style.ink, "#ffffff") for style in palette.STYLES) >= 4.5
 
 
 def test_contrast_of_known_pairs():
-    assert palette.contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert palette.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
 
 
 def test_styles_are_stable_and_differ_in_every_channel():

@@ -294,3 +294,11 @@ def test_temperature_falls_to_the_end_of_the_gate():
     np.testing.assert_allclose([at(0), at(end), at(end + 5)], [2.0, 0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(at(end / 2), 1.0, rtol=0.3)
     assert at(1) > at(2)
+
+
+def test_a_fixed_controller_refuses_an_index_that_is_none_and_keywords_that_it_does_not_have():
+    module = CONTROLLERS["fixed"](num_mechanisms=K, fixed=K)
+    with pytest.raises(ValueError, match=r"fixed: expected an index in \[0, 3\), got 3\."):
+        module.apply({}, X, hypers=HYPERS, **arguments(X))
+    with pytest.raises(TypeError, match="key"):
+        module.apply({}, X, hypers=HYPERS, key=None, **arguments(X))

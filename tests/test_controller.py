@@ -324,7 +324,10 @@ def test_bfloat16_leaves_the_statistics_in_float32(arm):
         ("fixed", {"fixed": "lokal"}, "fixed: expected one of the mechanisms .* got 'lokal'"),
         ("bayesian", {"posterior": "exact"}, "posterior: expected one of .* got 'exact'"),
         ("bayesian", {"prior": "flat"}, "prior: expected one of .* got 'flat'"),
-        ("bayesian", {"mechanisms": ("full", "linear", "local", "x")}, r"costs: expected 4 numbers, .* got shape \(3,\)"),
+        (
+            "bayesian", {"mechanisms": ("full", "linear", "local", "x")},
+            r"costs: expected 4 numbers, .* got shape \(3,\)",
+        ),
     ],
 )
 def test_bad_fields_are_one_sentence(name, fields, message):

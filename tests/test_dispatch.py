@@ -396,7 +396,8 @@ def test_lowers_for_accelerators(platform):
 
 def test_bad_input_is_one_sentence():
     q, k, v, _, route, ids = random_case("short", 1)
-    with pytest.raises(ValueError, match=r"route: expected integers of shape \(4, 37\), got int32 of shape \(4, 36\)\."):
+    message = r"route: expected integers of shape \(4, 37\), got int32 of shape \(4, 36\)\."
+    with pytest.raises(ValueError, match=message):
         making.hard(q, k, v, route[:, :-1], window=5)
     with pytest.raises(ValueError, match="window: expected a positive integer"):
         making.hard(q, k, v, route)

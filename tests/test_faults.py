@@ -26,11 +26,11 @@ from experiments.studies import sweeps
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import build, interrupt, processes
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
-from meta_attention_jax.training.drive import drive, not_finite
+from meta_attention_jax.training.drive import drive
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import MetricsLog, read_metrics
-from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.loop import not_finite, train
 from meta_attention_jax.training.step import init_state, train_step
 from tests.test_commands import ROOT, environment
 

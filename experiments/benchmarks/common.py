@@ -57,7 +57,8 @@ def median_and_spread(ratios: np.ndarray) -> tuple[float, float]:
 
 
 def ratio_row(name: str, seconds: Mapping[str, np.ndarray], numerator: str, denominator: str, **sizes: Any) -> Row:
-    """One row: `ratio` of two interleaved sides; below 1 the numerator is faster."""
+    """One row of two interleaved sides: `ratio` is the median over rounds of seconds[numerator] / seconds[denominator],
+    below 1 where the numerator is faster, and `spread` the interquartile range."""
     ratio, spread = median_and_spread(seconds[numerator] / seconds[denominator])
     return {
         "name": name,

@@ -10,6 +10,7 @@ Exit code 1 if anything was not survived.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import random
@@ -53,9 +54,14 @@ class Trial:
         self.folder, self.steps = folder, steps
         self.devices, self.processes = devices, processes
         folder.mkdir()
-        _say(f"a run of {processes} x {devices} devices that nothing happens to ...")
-        self.finish(folder / "whole")
-        _, self.wanted = checkpoint(folder / "whole", steps)
+
+    @functools.cached_property
+    def wanted(self) -> list[np.ndarray]:
+        """The last parameters of a run that nothing happens to, which is trained when they are first asked for."""
+        path = self.folder / "whole"
+        _say(f"a run of {self.processes} x {self.devices} devices that nothing happens to ...")
+        self.finish(path)
+        return checkpoint(path, self.steps)[1]
 
     def start(self, path: pathlib.Path, *prefix: str) -> list[subprocess.Popen]:
         """The training command, in all its processes."""

@@ -109,14 +109,17 @@ def swatches(styles: Mapping[str, palette.Style]) -> list[Patch]:
 
 
 def tidy(
-    axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", *, bold: bool = False, percent: str = ""
+    axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "", bold: bool = False, percent: str = ""
 ) -> None:
-    """The words around a panel, no box, and whole per cents of 1 along the axes named in `percent`."""
+    """The words around a panel, its title a point larger if `bold`; no box; and whole per cents of 1 along the axes
+    named in `percent`, "x" or "y"."""
     if title:
-        axes.set_title(title, loc="left", fontsize=FONT + bold, weight="bold" if bold else "normal")
-    for write, words in ((axes.set_xlabel, xlabel), (axes.set_ylabel, ylabel)):
-        if words:
-            write(words, fontsize=FONT)
+        size, weight = (FONT + 1, "bold") if bold else (FONT, "normal")
+        axes.set_title(title, loc="left", fontsize=size, weight=weight)
+    if xlabel:
+        axes.set_xlabel(xlabel, fontsize=FONT)
+    if ylabel:
+        axes.set_ylabel(ylabel, fontsize=FONT)
     for name in percent:
         getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)

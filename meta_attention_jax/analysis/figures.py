@@ -135,7 +135,7 @@ def _loss_panel(
     axes.grid(axis="y", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
     axes.legend(handles=entries, loc="upper right", fontsize=FONT, frameon=True, framealpha=0.9, edgecolor="none")
-    tidy(axes, runs[0]["corpus"], "step", bold=True)
+    tidy(axes, title=runs[0]["corpus"], xlabel="step", bold=True)
 
 
 def _shares(result: Mapping[str, Any], key: str, mechanisms: Sequence[str]) -> Float[np.ndarray, "layer mechanism"]:
@@ -180,7 +180,7 @@ def routing_by_layer(results: Sequence[Mapping[str, Any]]) -> Figure:
                 continue
             _routing_panel(axes, panels[corpus, arm], styles, width)
             last = i == len(corpora) - 1 or (corpora[i + 1], arm) not in panels
-            tidy(axes, f"{corpus}: {arm}", "% of tokens / of weight" if last else "", bold=True)
+            tidy(axes, title=f"{corpus}: {arm}", xlabel="% of tokens / of weight" if last else "", bold=True)
             left = panels.get((corpus, arms[j - 1])) if j else None
             if left and len(left["fractions"]) == len(panels[corpus, arm]["fractions"]):
                 axes.set_yticklabels([])  # The panel to the left has them.

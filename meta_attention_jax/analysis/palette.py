@@ -20,12 +20,14 @@ TEXT = "#1a1a1a"
 class Style:
     """How one mechanism looks."""
 
-    slot: int  # place in the palette; the same mechanism has the same slot everywhere
-    fill: str  # colour of areas, "#rrggbb"
-    ink: str  # `fill` darkened until its contrast with white is at least 4.5; for lines and letters
-    hatch: str  # matplotlib hatch of areas
-    underline: str  # CSS text-decoration-style, also drawn in pictures
-    marker: str  # matplotlib marker
+    slot: int  # Place in the palette; the same mechanism has the same slot everywhere.
+    fill: str  # Colour of areas, "#rrggbb".
+    # `fill` darkened until its contrast with white is at least 4.5, which WCAG 2.1 (criterion 1.4.3) asks of text; for
+    # lines and letters.
+    ink: str
+    hatch: str  # Matplotlib hatch of areas.
+    underline: str  # CSS text-decoration-style, also drawn in pictures.
+    marker: str  # Matplotlib marker.
 
 
 def _channels(colour: str) -> tuple[float, float, float]:
@@ -35,18 +37,6 @@ def _channels(colour: str) -> tuple[float, float, float]:
 
 def _hex(channels: Sequence[float]) -> str:
     return "#" + "".join(f"{round(255 * c):02x}" for c in channels)
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of "#rrggbb" in [0, 1]: 0.2126 R + 0.7152 G + 0.0722 B of linear light."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _channels(colour)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(first: str, second: str) -> float:
-    """WCAG contrast ratio (L1 + 0.05) / (L2 + 0.05), L1 >= L2 the luminances; in [1, 21]."""
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def tint(colour: str, amount: float) -> str:

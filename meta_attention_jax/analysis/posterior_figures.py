@@ -129,7 +129,7 @@ def entropy_split_figure(
         axes.set_ylim(len(mechanisms) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.tick_params(axis="y", length=0)
-        tidy(axes, f"layer {layer}", bold=True, percent="x")
+        tidy(axes, title=f"layer {layer}", percent="x", bold=True)
     legend(figure, [
         Patch(facecolor=_ALEATORIC, edgecolor=palette.TEXT, lw=0.6, label="aleatoric"),
         Patch(facecolor=_EPISTEMIC, edgecolor=palette.TEXT, hatch="////", lw=0.6, label="epistemic"),
@@ -170,7 +170,7 @@ def routing_by_position(
             base = base + shares
         axes.set_xlim(0, time)
         axes.set_ylim(0, 1)
-        tidy(axes, f"layer {layer}", "position, tokens", bold=True, percent="y")
+        tidy(axes, title=f"layer {layer}", xlabel="position, tokens", percent="y", bold=True)
         if layer:
             axes.set_yticklabels([])
     legend(figure, swatches(styles), len(mechanisms))
@@ -232,5 +232,5 @@ def dynamics_figure(records: Sequence[Mapping[str, Any]], mechanisms: Sequence[s
     )
     for axes in (routes, loss, rest):
         axes.set_xlim(0, steps[-1])
-        tidy(axes, "nats per token" if axes is loss else "", "step", percent="" if axes is loss else "y")
+        tidy(axes, title="nats per token" if axes is loss else "", xlabel="step", percent="" if axes is loss else "y")
     return figure

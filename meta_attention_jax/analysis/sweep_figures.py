@@ -205,7 +205,7 @@ def against_figure(lines: Sequence[Mapping[str, Any]], field: str, chosen: Optio
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if name == "gap":
             axes.axhline(0.0, color=GREY, lw=1.0, ls=":")
-        tidy(axes, label, field)
+        tidy(axes, title=label, xlabel=field)
     if len(series) > 1:
         handles = [Line2D([], [], color=styles[rest][0], marker=styles[rest][1], lw=1.5, label=rest) for rest in series]
         legend(figure, handles, min(len(handles), 4))
@@ -244,7 +244,7 @@ def prices_figure(
             axes.annotate(f"{row['price']:g}", (row["cost"], row["nll"]), (5, 6),
                           textcoords="offset points", fontsize=FONT - 1)
             told.append(row["cost"])
-    tidy(axes, "", "projected cost of the hard routes", "hard nats per token", percent="x")
+    tidy(axes, xlabel="projected cost of the hard routes", ylabel="hard nats per token", percent="x")
     legend(figure, axes.get_legend_handles_labels()[0], 5)
     return figure
 
@@ -276,7 +276,7 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
         axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
     axes.legend(frameon=False, fontsize=FONT, loc="best")
     axes.set_xlim(0, 1)
-    tidy(axes, "hard - soft, nats per hardened token", "share of tokens hardened")
+    tidy(axes, title="hard - soft, nats per hardened token", xlabel="share of tokens hardened")
     return figure
 
 
@@ -294,5 +294,5 @@ def frontier_figure(curves: Mapping[str, Sequence[Mapping[str, float]]], title: 
         axes.plot(cost, nll, color=colour, marker=marker, ms=5, lw=1.6, label=name)
         axes.plot(cost[-1], nll[-1], marker="o", ms=11, mfc="none", mec=GREY, lw=0)
     axes.legend(frameon=False, fontsize=FONT, loc="best")
-    tidy(axes, "nats per token", "cost of the mechanisms that run, full attention = 1")
+    tidy(axes, title="nats per token", xlabel="cost of the mechanisms that run, full attention = 1")
     return figure

@@ -147,7 +147,18 @@ class FixedController(nn.Module):
     num_mechanisms: int  # K.
     fixed: int = 0  # Index of the mechanism on the mechanism axis.
 
-    def __call__(self, x: Float[Array, "batch time model"], **unused: Any) -> Routing:
+    def __call__(
+        self,
+        x: Float[Array, "batch time model"],
+        *,
+        residual: Float[Array, "batch time model"],
+        positions: Positions,
+        segment_ids: SegmentIds,
+        hypers: RoutingHypers,
+        keys: Optional[Key[Array, "batch"]] = None,
+    ) -> Routing:
+        del residual, positions, segment_ids, hypers, keys
+        expect(0 <= self.fixed < self.num_mechanisms, "fixed", f"an index in [0, {self.num_mechanisms})", self.fixed)
         row = jax.nn.one_hot(self.fixed, self.num_mechanisms, dtype=jnp.float32)
         mean = jnp.broadcast_to(row, (*x.shape[:2], self.num_mechanisms))
         zeros = jnp.zeros(x.shape[:2], jnp.float32)

@@ -71,18 +71,18 @@ _STDLIB_EXCLUDED = re.compile(
 class Document:
     """A text that training windows never leave."""
 
-    name: str  # unique within its corpus
-    data: bytes  # its UTF-8 bytes
+    name: str  # Unique within its corpus.
+    data: bytes  # Its UTF-8 bytes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Documents by split."""
 
-    name: str  # what it was asked for by
-    source: str  # what it was read from, with the version where it has one
-    splits: Mapping[str, tuple[Document, ...]]  # the documents of "train", "validation" and "test"
-    split_by: str = ""  # where the split comes from, in words
+    name: str  # What it was asked for by.
+    source: str  # What it was read from, with the version where it has one.
+    splits: Mapping[str, tuple[Document, ...]]  # The documents of "train", "validation" and "test".
+    split_by: str = ""  # Where the split comes from, in words.
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -201,7 +201,7 @@ def _stdlib() -> Corpus:
         splits=_group(
             (split_of(name), Document(name, read_text(root / name)))
             for name in kept
-            if (root / name).stat().st_size  # many packages have an empty __init__.py
+            if (root / name).stat().st_size  # Many packages have an empty __init__.py.
         ),
         split_by="by a hash of the file's path",
     )
@@ -230,7 +230,7 @@ def _hub(spec: str, rest: str) -> Corpus:
         raise ValueError(
             f"corpus: expected the package datasets for {spec!r}, got none installed; run 'pip install datasets'."
         )
-    import datasets  # optional, and asked for here only
+    import datasets  # Optional, and asked for here only.
 
     loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:])
     texts: Parts = {split: [] for split in SPLITS}

@@ -22,7 +22,7 @@ from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_t
 from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Batch
 
-_TRAIN = len(SPLITS)  # stream of the training steps; `recall`'s held-out splits use their own index
+_TRAIN = len(SPLITS)  # Stream of the training steps; `recall`'s held-out splits use their own index.
 _RECALL_EVAL_BATCHES = 16
 
 
@@ -69,7 +69,7 @@ def make_dataset(
 class Dataset(abc.ABC):
     """Training batches by step, and held-out splits as fixed sequences of batches, all of one shape."""
 
-    num_kinds = 1  # that `Batch.kind` tells apart
+    num_kinds = 1  # That `Batch.kind` tells apart.
 
     def __init__(
         self,
@@ -82,8 +82,8 @@ class Dataset(abc.ABC):
     ) -> None:
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
-        self.batch_size = batch_size  # of all processes
-        self.rows = np.arange(batch_size, dtype=np.int32)[rows]  # numbers of those made here
+        self.batch_size = batch_size  # Of all processes.
+        self.rows = np.arange(batch_size, dtype=np.int32)[rows]  # Numbers of those made here.
         self._seed = seed
 
     @property
@@ -256,16 +256,16 @@ class RecallDataset(Dataset):
 class _Split:
     """The tokens of a split's documents one after the other, and where windows may start."""
 
-    tokens: Int[np.ndarray, "tokens"]  # all tokens, in the smallest unsigned type that holds them
-    offsets: Int[np.ndarray, "documents+1"]  # document i is tokens[offsets[i]:offsets[i + 1]]
-    places: Int[np.ndarray, "documents+1"]  # cumulative count of training windows by document, from 0
-    windows: Int[np.ndarray, "documents+1"]  # cumulative count of held-out windows by document, from 0
+    tokens: Int[np.ndarray, "tokens"]  # All tokens, in the smallest unsigned type that holds them.
+    offsets: Int[np.ndarray, "documents+1"]  # Document i is tokens[offsets[i]:offsets[i + 1]].
+    places: Int[np.ndarray, "documents+1"]  # Cumulative count of training windows by document, from 0.
+    windows: Int[np.ndarray, "documents+1"]  # Cumulative count of held-out windows by document, from 0.
 
 
 def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Split:
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     documents = [tokenizer.encode(d.data).astype(dtype) for d in corpus.splits[split]]
-    documents = [d for d in documents if len(d) > 1]  # a single token has no target
+    documents = [d for d in documents if len(d) > 1]  # A single token has no target.
     if not documents:
         raise ValueError(
             f"data: expected a document of at least 2 tokens in split {split!r} of {corpus.name!r}, got none."

@@ -1,4 +1,4 @@
-"""`recall`: a generated corpus whose right routes are known.
+"""`recall`: a generated corpus whose right routes are known, and its entropy floor, the loss that no model goes below.
 
 A sequence binds P random keys to values, one pair token each, then mixes a local grammar of fillers with queries, a key
 alone that is answered by its value:
@@ -35,7 +35,7 @@ KINDS = ("other", "recall", "aggregate", "local")
 nothing but the token itself (fillers, and the head, whose next token is random); without, it holds the
 local ones too."""
 
-TRUE_MECHANISMS = (None, "full", "linear", "local")  # The cheapest mechanism that suffices for each kind; None for any
+TRUE_MECHANISMS = (None, "full", "linear", "local")  # The cheapest mechanism that suffices for each kind; None for any.
 
 Uniforms = Float[np.ndarray, "rows draws"]
 Sample = tuple[Int[np.ndarray, "rows length_and_next"], Int[np.ndarray, "rows length"]]
@@ -46,19 +46,19 @@ class RecallConfig:
     """The generator's parameters. Token ids, in this order: pairs (key-major), queries, values, fillers, and with
     marks: marks, the aggregate query, its answers."""
 
-    num_keys: int = 16  # keys that exist
-    num_values: int = 16  # values that exist; several keys may share one
-    num_fillers: int = 16  # n, symbols of the local grammar; c is followed by 5c + 1 mod n
-    num_pairs: int = 8  # P, distinct keys bound at the head of a sequence, in random order
-    # least distance in tokens from any binding to a query; at least the window for queries that no window can answer.
+    num_keys: int = 16  # Keys that exist.
+    num_values: int = 16  # Values that exist; several keys may share one.
+    num_fillers: int = 16  # n, symbols of the local grammar; c is followed by 5c + 1 mod n.
+    num_pairs: int = 8  # P, distinct keys bound at the head of a sequence, in random order.
+    # Least distance in tokens from any binding to a query; at least the window for queries that no window can answer.
     # (L stacked windows of w reach L (w - 1) tokens back.)
     min_distance: int = 2
-    query_rate: float = 0.25  # probability that a token which is free to be a query is one
-    jump_rate: float = 0.1  # probability that a filler is drawn uniformly instead of following the grammar
-    num_marks: int = 0  # M, symbols to be counted; 0 for none of this
-    mark_rate: float = 0.0  # probability that a token that is neither query nor answer is a mark
-    mark_bias: float = 0.5  # probability that a mark is the sequence's favourite; else it is uniform
-    aggregate_rate: float = 0.0  # as `query_rate`, of aggregate queries. Without a mark so far the answer is a0.
+    query_rate: float = 0.25  # Probability that a token which is free to be a query is one.
+    jump_rate: float = 0.1  # Probability that a filler is drawn uniformly instead of following the grammar.
+    num_marks: int = 0  # M, symbols to be counted; 0 for none of this.
+    mark_rate: float = 0.0  # Probability that a token that is neither query nor answer is a mark.
+    mark_bias: float = 0.5  # Probability that a mark is the sequence's favourite; else it is uniform.
+    aggregate_rate: float = 0.0  # As `query_rate`, of aggregate queries. Without a mark so far the answer is a0.
 
     def __post_init__(self) -> None:
         for field in ("num_keys", "num_values", "num_fillers", "num_pairs"):
@@ -283,7 +283,7 @@ def _mark_places(config: RecallConfig, quiet: int, active: int) -> Float[np.ndar
     """Expected number (0 to 1) of k-th marks in a sequence, k = 1, 2, ...: by the distribution of the marks so far,
     over `quiet` tokens without queries and `active` ones with them."""
     most = quiet + active
-    free, answer = np.zeros(most + 1), np.zeros(most + 1)  # by the number of marks so far
+    free, answer = np.zeros(most + 1), np.zeros(most + 1)  # By the number of marks so far.
     free[0], places = 1.0, np.zeros(most)
     for place in range(most):
         ask = config.ask_rate if place >= quiet else 0.0

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Mapping, Sequence
 SPLITS = ("train", "validation", "test")
 RULES = ("auto", "names", "hash")
 
-VALIDATION_FROM, TEST_FROM = 0.90, 0.95  # Of files or of bytes, where nothing else says the split
+VALIDATION_FROM, TEST_FROM = 0.90, 0.95  # Of files or of bytes, where nothing else says the split.
 
 TOPICAL = {
     **dict.fromkeys(
@@ -54,10 +54,10 @@ _WORDS = {
     ),
     "test": re.compile(r"(dev|news(discuss)?)?test(s|ing)?(set|data|split|[ab])?|(held|hold)out(set|data|split)?"),
 }
-_PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # a camelCase word, a number
-_BARE = ("set", "data", "split")  # Parts of a name that say no more than that it is one of a split
+_PART = re.compile(r"[A-Z]+(?![^\W\d_A-Z])|[A-Z]?[^\W\d_A-Z]+|\d+")  # A camelCase word, a number.
+_BARE = ("set", "data", "split")  # Parts of a name that say no more than that it is one of a split.
 
-_TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")  # Endings of text without a form of its own
+_TEXTS = (".txt", ".text", ".tokens", ".tok", ".raw")  # Endings of text without a form of its own.
 
 _SHARD = re.compile(r"\d+-of-\d+")
 
@@ -107,21 +107,21 @@ def same_but_split(a: str, b: str, *, loosely: bool = False) -> bool:
 class _Group:
     """Entries of one folder that say train and something held out."""
 
-    folder: str  # its path below the corpus with "/" at the end; "" is the corpus itself
-    said: Mapping[str, str]  # split by entry
-    files: tuple[str, ...]  # all that are or lie below the entries
-    kind: str | None  # in `TOPICAL`, of most of the files that are or lie below text and folders; None of text
-    folders: bool  # whether folders are among the entries
+    folder: str  # Its path below the corpus with "/" at the end; "" is the corpus itself.
+    said: Mapping[str, str]  # Split by entry.
+    files: tuple[str, ...]  # All that are or lie below the entries.
+    kind: str | None  # In `TOPICAL`, of most of the files that are or lie below text and folders; None of text.
+    folders: bool  # Whether folders are among the entries.
 
 
 @dataclasses.dataclass(frozen=True)
 class Assigned:
     """The split of every file."""
 
-    splits: Mapping[str, str | None]  # by file; None where the names of others say theirs, and its own nothing
-    by: str  # what says it, in words
-    named: bool  # whether names do
-    notes: tuple[str, ...] = ()  # what may surprise, a sentence each
+    splits: Mapping[str, str | None]  # By file; None where the names of others say theirs, and its own nothing.
+    by: str  # What says it, in words.
+    named: bool  # Whether names do.
+    notes: tuple[str, ...] = ()  # What may surprise, a sentence each.
 
 
 def assign(names: Sequence[str], rule: str) -> Assigned:

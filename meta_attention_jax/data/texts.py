@@ -156,9 +156,9 @@ def _count(things: Sequence[object], what: str) -> str:
     return f"{len(things)} {what}{'s' if len(things) != 1 else ''}"
 
 
-Text = tuple[str, bytes]  # Name and content
+Text = tuple[str, bytes]  # Name and content.
 
-Parts = dict[str, list[Text]]  # Texts by split
+Parts = dict[str, list[Text]]  # Texts by split.
 
 
 def beside(path: pathlib.Path, rule: str) -> tuple[dict[str, list[pathlib.Path]], list[str]]:

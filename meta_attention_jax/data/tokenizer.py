@@ -25,16 +25,16 @@ TOKENIZERS = ("bytes", "bpe")
 
 Ids = Int[np.ndarray, "tokens"]
 
-_CHUNK = 1 << 20  # characters that are encoded at a time: bounds memory on files of gigabytes
-_WORD = re.compile(r"\S{1000}(?=\S)")  # training takes time of the square of a word's length
+_CHUNK = 1 << 20  # Characters that are encoded at a time: bounds memory on files of gigabytes.
+_WORD = re.compile(r"\S{1000}(?=\S)")  # Training takes time of the square of a word's length.
 
 
 class Tokenizer(abc.ABC):
     """What the pipeline needs to know of a tokenizer; `load_tokenizer` opens what any of them saved."""
 
-    kind: str  # its name in manifests
-    vocab_size: int  # number of token ids
-    token_bytes: Int[np.ndarray, "vocab"]  # UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing
+    kind: str  # Its name in manifests.
+    vocab_size: int  # Number of token ids.
+    token_bytes: Int[np.ndarray, "vocab"]  # UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing.
 
     @abc.abstractmethod
     def encode(self, data: bytes) -> Ids:
@@ -176,7 +176,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         if content.get("kind") == SymbolTokenizer.kind:
             return SymbolTokenizer(content["symbols"])
         return BPETokenizer(text)
-    except Exception as error:  # the library raises bare Exceptions
+    except Exception as error:  # The library raises bare Exceptions.
         raise ValueError(f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}.") from error
 
 

@@ -85,8 +85,9 @@ def loaded(x: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
 
 def fill(cache: Cache, layer: Layer, rotated: Keys, k: Keys, v: Values, segment_ids: SegmentIds) -> Cache:
-    """The cache after a layer, which it overwrites, has seen right-padded prompts of at least one token from empty;
-    `rotated` are the keys for full and local attention, `segment_ids` 0 from the end of each prompt on."""
+    """The cache after one layer has seen right-padded prompts of at least one token; what it held of that layer is
+    overwritten. `rotated` are the keys for full and local attention, `k` those for linear attention, unrotated;
+    `segment_ids` are 0 from the end of each prompt on, and nothing of that enters."""
     time = k.shape[1]
     expect(time <= cache.capacity, "prompt", f"at most {cache.capacity} tokens", time)
     valid = (segment_ids != 0)[:, :, None, None]

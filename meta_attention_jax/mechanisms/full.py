@@ -22,7 +22,8 @@ CUDNN_CAPABILITY = 8.0
 
 
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
-    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t.
+    """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s <= t of the segment of t; arguments and result as
+    `Mechanism.attend`.
 
     Bidirectional: over the whole segment. Softmax in float32. `spec.implementation`: "xla" builds the T x T square;
     "blockwise" an online softmax whose memory is linear in T, gradients included; "cudnn" the fused kernel of NVIDIA
@@ -129,6 +130,7 @@ def resolve_implementation(
 
     "auto": `cudnn` where it can serve, else `blockwise` from BLOCKWISE_TIME tokens on, else `xla`. `segments` is "one"
     where no ids are given: cuDNN has no ids without a T x T mask, but lengths of rows whose padding stands behind.
+    `target` is what is compiled for; None is `targets.current()`.
     """
     dtype = jnp.dtype(dtype)
     platform, capability = target or targets.current()

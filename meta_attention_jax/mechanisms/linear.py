@@ -21,7 +21,8 @@ than the noise."""
 
 
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
-    """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s).
+    """o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6), S_t = sum phi(k_s) v_s^T, z_t = sum phi(k_s); arguments and
+    result as `Mechanism.attend`.
 
     Sums run over s <= t of the segment of t, or over the whole segment when not causal. State and products are float32.
     Time and memory, gradients included, are linear in T: chunks of tokens attend within themselves, and carry (S, z)

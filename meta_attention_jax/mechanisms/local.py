@@ -28,7 +28,7 @@ BLOCK = 64
 
 def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: Optional[SegmentIds] = None) -> Queries:
     """o_t = sum_s softmax_s(q_t . k_s / sqrt(d)) v_s over s in [t - window + 1, t] of the segment, and over its first
-    `sinks` tokens.
+    `sinks` tokens; arguments and result as `Mechanism.attend`.
 
     Bidirectional: |s - t| < window. Distances are by index in the array. Softmax in float32. Time and memory, gradients
     included, are O(T (window + sinks)); a window of T or more gives full attention.

@@ -39,11 +39,11 @@ class Projections(nn.Module):
         )
 
     def project(self, x: Residual) -> tuple[Queries, Keys, Values]:
-        """q, k, v of every token."""
+        """q, k, v of every token: [B, T, D] -> [B, T, H, d] and twice [B, T, G, d]."""
         return self.query(x), self.key(x), self.value(x)
 
     def merge(self, heads: Queries) -> Residual:
-        """The output projection."""
+        """The output projection: [B, T, H, d] -> [B, T, features]."""
         return self.out(heads)
 
     def __call__(self, x: Residual) -> Residual:

@@ -21,9 +21,9 @@ from meta_attention_jax.training.step import TrainState, init_state, train_step
 POINTS = "points"
 
 
-def stack(trees: Sequence[Any], on: Any = jnp) -> Any:
-    """Trees of one shape, as one with a leading axis of points; on the host with NumPy."""
-    return jax.tree.map(lambda *leaves: on.stack(leaves), *trees)
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of arrays of one shape as one with a leading axis of points, on the host."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def point_of(tree: Any, index: int) -> Any:
@@ -88,8 +88,8 @@ class Group:
     def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
         self.jobs = list(jobs)
         self.spec = jobs[0].spec
-        self.fixed = jobs[0].config.controller.name == "fixed"  # the routes are
-        self.modes = ("soft",) if self.fixed else ("soft", "hard")  # to evaluate: of a fixed route one is enough
+        self.fixed = jobs[0].config.controller.name == "fixed"  # The routes are.
+        self.modes = ("soft",) if self.fixed else ("soft", "hard")  # To evaluate: of a fixed route one is enough.
         devices = list(devices)[: len(jobs)]
         # A device more than fits would have no points: the last one is trained as often as needed.
         rows = -(-len(jobs) // len(devices)) * len(devices)
@@ -128,7 +128,7 @@ class Group:
                 point_of(drawn, index) if job.initial is None else to_host(job.initial)
                 for index, job in enumerate(self.padded)
             ]
-            states = states.replace(params=self.place(stack(params, np)))
+            states = states.replace(params=self.place(stack(params)))
         return states
 
     def abstract_states(self) -> TrainState:
@@ -149,7 +149,7 @@ class Group:
         states = [*states, *([states[-1]] * (len(self.padded) - len(states)))]
         return jax.tree.map(
             lambda leaf, like: jax.random.wrap_key_data(leaf) if _is_key(like) else leaf,
-            self.place(stack(states, np)), self.abstract_states(),
+            self.place(stack(states)), self.abstract_states(),
         )
 
     def _seeds(self) -> jax.Array:

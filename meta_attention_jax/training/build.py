@@ -87,8 +87,7 @@ def build_costs(
         if "expected" in str(error):
             raise ValueError(f"prior.{error}") from None
         kinds = "'nominal', 'analytic', 'measured' or numbers like '1,0.15,0.3'"
-        expect(False, "prior.costs", kinds, text)
-        raise
+        raise ValueError(f"prior.costs: expected {kinds}, got {text!r}.") from None
 
 
 def build_cost_setting(config: ConfigDict) -> CostSetting:

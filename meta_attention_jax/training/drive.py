@@ -1,5 +1,5 @@
-"""The order of things in training: a step, then what is due after it. The same for one run and for many that are
-trained together."""
+"""The order of things in training: a step, then what is due after it, and what the steps between two logs have
+measured. The same for one run and for many that are trained together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Optional, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
 from meta_attention_jax.objective import Sums
 from meta_attention_jax.training.interrupt import Asked, Interrupted
+from meta_attention_jax.training.step import Finite
 
-SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")  # Of a step's metrics, what is logged as it is
+SCALARS = ("gradient_norm", "threshold", "beta", "learning_rate")  # Of a step's metrics, what is logged as it is.
 
 
 @runtime_checkable
@@ -41,7 +41,8 @@ def drive(work: Work, every: ConfigDict, asked: Asked, *, start: int, stop: int)
 
     Raises:
       Interrupted: `asked` told of a signal. The step that was under way is saved, without the evaluation that a save
-        has otherwise, for who sends signals does not wait for long.
+        has otherwise, for who sends signals does not wait for long; but the last step has all that is due, since
+        nothing would come after it.
     """
     for number in range(start, stop):
         work.step(number)
@@ -85,68 +86,3 @@ class Tally:
         self._clear()
         sums, finite, last = read
         return sums, jax.tree.map(lambda *flags: np.stack(flags), *finite), last
-
-
-STACKED = "layers"  # The module whose parameters have a leading axis of layers, where layers are scanned
-
-Finite = dict[str, Any]
-
-
-def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite:
-    """What of a step is finite; of penalty and routing by layer, of gradients and parameters by module, and by layer
-    where a module stacks them."""
-
-    def of(tree: Any) -> dict[str, Bool[Array, "..."]]:
-        found = {}
-        for name, module in tree.items():
-            first = 1 if name == STACKED else 0
-            flags = [
-                jnp.all(jnp.isfinite(leaf), axis=tuple(range(first, leaf.ndim))) for leaf in jax.tree.leaves(module)
-            ]
-            found[name] = jnp.all(jnp.stack(flags), axis=0)
-        return found
-
-    return {
-        "loss": jnp.isfinite(sums.nll),
-        "penalty": jnp.isfinite(sums.penalty),
-        "routing": jnp.isfinite(sums.entropy),
-        "gradients": of(gradients),
-        "norm": jnp.isfinite(norm),
-        "parameters": of(params),
-    }
-
-
-def not_finite(finite: Finite) -> Optional[tuple[int, str]]:
-    """(index of the first step with something that is not finite, what it is in words), from `finite_parts` with a
-    leading axis of steps; None if all is finite."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(finite)]
-    good = np.all([leaf.reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
-    if good.all():
-        return None
-    index = int(np.argmin(good))
-    return index, _words(jax.tree.map(lambda leaf: np.asarray(leaf)[index], finite))
-
-
-def _words(finite: Finite) -> str:
-    """Of one step: the quantity that comes first in it, and where in the model. Routing tells the layer, where a
-    controller looks at it."""
-    if not finite["loss"]:
-        layers = np.flatnonzero(~finite["routing"])
-        if not len(layers):
-            return "the loss, though the routing of all layers is finite"
-        before = f", after layer {layers[0] - 1}" if layers[0] else ""
-        return f"the loss, first seen in the routing of layer {layers[0]}{before}"
-    if not finite["penalty"].all():
-        layers = ", ".join(map(str, np.flatnonzero(~finite["penalty"])))
-        return f"the KL or penalty of layer {layers}"
-    for quantity in ("gradients", "parameters"):
-        places = [
-            f"layer {layer}" if name == STACKED else name.replace("layer_", "layer ")
-            for name, flags in finite[quantity].items()
-            for layer in np.flatnonzero(~np.atleast_1d(flags))
-        ]
-        if places:
-            return f"the {quantity} of {', '.join(places)}"
-        if not finite["norm"]:
-            return "the norm of the gradients"
-    return "the routing of layer " + ", ".join(map(str, np.flatnonzero(~finite["routing"])))

@@ -34,10 +34,11 @@ class Evaluator:
         self.parallel = parallel
         self._compiled: dict[Any, Any] = {}
 
-    def _step(self, step: Callable[..., Any], mode: str, number: int) -> Any:
-        kind = step, mode, number
+    def _step(self, step: Callable[..., Any], mode: str, count: int) -> Any:
+        """`step` of the model in that mode, compiled; `count`, its second argument, is of kinds or of samples."""
+        kind = step, mode, count
         if kind not in self._compiled:
-            function = functools.partial(step, self.model.clone(mode=mode), number)
+            function = functools.partial(step, self.model.clone(mode=mode), count)
             self._compiled[kind] = self.parallel.compile(function, batch_argument=1)
         return self._compiled[kind]
 
@@ -183,15 +184,19 @@ def token_arrays(
     """What a model, in its mode, says of every single loss token, on this process's first device: nll (nats), correct
     and kind [token]; mean [layer token mechanism]; uncertainty, route and hard [layer token]; concentration [layer
     token mechanism] and log_uncertainty [layer token] where there is one."""
-    parts: dict[str, list[np.ndarray]] = {}
+    by_token: dict[str, list[np.ndarray]] = {}
+    by_layer: dict[str, list[np.ndarray]] = {}
     for batch in dataset.eval_batches(split, max_batches=max_batches):
         tokens, layers = jax.device_get(_token_step(model, params, batch, hypers))
         keep = np.asarray(batch.loss_mask)
         for name, values in {**tokens, "kind": batch.kind}.items():
-            parts.setdefault(name, []).append(np.asarray(values)[keep])
+            by_token.setdefault(name, []).append(np.asarray(values)[keep])
         for name, values in layers.items():
-            parts.setdefault(name, []).append(values[:, keep])
-    return {name: np.concatenate(part, axis=int(name in layers)) for name, part in parts.items()}
+            by_layer.setdefault(name, []).append(values[:, keep])
+    return {
+        **{name: np.concatenate(parts) for name, parts in by_token.items()},
+        **{name: np.concatenate(parts, axis=1) for name, parts in by_layer.items()},
+    }
 
 
 @functools.partial(jax.jit, static_argnames="model")

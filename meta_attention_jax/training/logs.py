@@ -20,7 +20,7 @@ from tensorboardX.summary import scalar
 from meta_attention_jax.console import Tolerant, say
 from meta_attention_jax.objective import flatten_scalars
 
-PLAIN_SECONDS = 10.0  # Without a terminal: at most one progress line in so many seconds
+PLAIN_SECONDS = 10.0  # Without a terminal: at most one progress line in so many seconds.
 
 
 def _json_ready(value: Any) -> Any:

@@ -19,14 +19,14 @@ from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.checkpoint import Checkpoints
-from meta_attention_jax.training.drive import Finite, Tally, drive, not_finite
+from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.logs import MetricsLog, Progress, SilentLog, read_metrics, status_line
 from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
-from meta_attention_jax.training.step import TrainState, count_parameters, init_state, num_dense_rows
+from meta_attention_jax.training.step import STACKED, Finite, TrainState, count_parameters, init_state, num_dense_rows
 
 PROFILED_STEPS = 3
 
@@ -97,6 +97,42 @@ def divergence(first: int, finite: Finite, good: Optional[int]) -> Optional[str]
     )
 
 
+def not_finite(finite: Finite) -> Optional[tuple[int, str]]:
+    """(index of the first step with something that is not finite, what it is in words), from `finite_parts` with a
+    leading axis of steps; None if all is finite."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(finite)]
+    good = np.all([leaf.reshape(len(leaf), -1).all(axis=1) for leaf in leaves], axis=0)
+    if good.all():
+        return None
+    index = int(np.argmin(good))
+    return index, _words(jax.tree.map(lambda leaf: np.asarray(leaf)[index], finite))
+
+
+def _words(finite: Finite) -> str:
+    """Of one step: the quantity that comes first in it, and where in the model. Routing tells the layer, where a
+    controller looks at it."""
+    if not finite["loss"]:
+        layers = np.flatnonzero(~finite["routing"])
+        if not len(layers):
+            return "the loss, though the routing of all layers is finite"
+        before = f", after layer {layers[0] - 1}" if layers[0] else ""
+        return f"the loss, first seen in the routing of layer {layers[0]}{before}"
+    if not finite["penalty"].all():
+        layers = ", ".join(map(str, np.flatnonzero(~finite["penalty"])))
+        return f"the KL or penalty of layer {layers}"
+    for quantity in ("gradients", "parameters"):
+        places = [
+            f"layer {layer}" if name == STACKED else name.replace("layer_", "layer ")
+            for name, flags in finite[quantity].items()
+            for layer in np.flatnonzero(~np.atleast_1d(flags))
+        ]
+        if places:
+            return f"the {quantity} of {', '.join(places)}"
+        if not finite["norm"]:
+            return "the norm of the gradients"
+    return "the routing of layer " + ", ".join(map(str, np.flatnonzero(~finite["routing"])))
+
+
 @without_mesh
 def train(
     job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None
@@ -115,7 +151,7 @@ def train(
     label = label or config.name
     progress = progress and processes.leads()
     parallel = job.parallel
-    blank = jax.tree.map(np.zeros_like, job.dataset.train_batch(0))  # for the shapes
+    blank = jax.tree.map(np.zeros_like, job.dataset.train_batch(0))  # For the shapes.
     state = parallel.make(lambda: init_state(job.spec, jax.random.key(config.seed), blank, job.hypers))
     with contextlib.ExitStack() as stack:
         # Left last: what is being saved when a signal comes is saved whole.
@@ -163,8 +199,9 @@ class Book:
         self.job, self._stack, self.name = job, stack, name
         self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
         stack.callback(self.checkpoints.close)
-        self.good: Optional[int] = None  # step of the last checkpoint
-        self.failure: Optional[str] = None  # in words, of a run that has diverged
+        self.log: MetricsLog | SilentLog = SilentLog()  # Until `open_log`.
+        self.good: Optional[int] = None  # Step of the last checkpoint.
+        self.failure: Optional[str] = None  # In words, of a run that has diverged.
 
     def open_log(self, start: int, about: Mapping[str, Any]) -> None:
         """Tells that the run goes on from step `start`, or begins and is about this."""

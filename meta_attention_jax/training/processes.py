@@ -1,4 +1,5 @@
-"""What several processes of one run have to agree on. With one process all of it does nothing."""
+"""What several processes of one run have to agree on, which does nothing where there is one; and the lock on a run's
+directory."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from meta_attention_jax.fields import expect
 
 Result = TypeVar("Result")
 
-_LONGEST = 1024  # Bytes of a sentence that travel
+_LONGEST = 1024  # Bytes of a sentence that travel.
 
 
 def several() -> bool:

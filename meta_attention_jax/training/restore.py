@@ -18,7 +18,7 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.types import RoutingHypers
 
-ATTEMPTS = 10  # Times that the checkpoints of a run that trains meanwhile are looked at anew
+ATTEMPTS = 10  # Times that the checkpoints of a run that trains meanwhile are looked at anew.
 
 
 def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, int, tuple[int, ...], Any]:

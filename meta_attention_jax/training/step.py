@@ -1,4 +1,4 @@
-"""The training step, a pure function of arrays.
+"""The training step, a pure function of arrays, with its state, schedules and optimizer.
 
 Inside a mesh or pmap it runs per device on that device's rows: every device sums over its own tokens, one psum at the
 end adds the sums, and only then is anything divided by the global number of tokens. Gradients are therefore those of
@@ -17,14 +17,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.objective import Sums, apply_sums, objective
 from meta_attention_jax.routing import gate
 from meta_attention_jax.routing.gate import GateState, GateTimes
 from meta_attention_jax.sharding import global_norm, sum_gradients
-from meta_attention_jax.training.drive import finite_parts
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
 
 
@@ -32,21 +31,21 @@ from meta_attention_jax.types import Batch, RoutingHypers, Scalar
 class Hypers:
     """Hyper-parameters that a sweep varies: array inputs of the step, never compiled in."""
 
-    learning_rate: Scalar  # peak of the warm-up cosine schedule
-    beta: Scalar  # final weight of the KL, per nat
-    routing: RoutingHypers  # kappa, eta, c, and the *final* threshold theta of the gate
-    gate: Optional[GateTimes] = None  # when the gate moves; None leaves it to the schedule
+    learning_rate: Scalar  # Peak of the warm-up cosine schedule.
+    beta: Scalar  # Final weight of the KL, per nat.
+    routing: RoutingHypers  # kappa, eta, c, and the *final* threshold theta of the gate.
+    gate: Optional[GateTimes] = None  # When the gate moves; None leaves it to the schedule.
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything that a resumed run needs besides its config."""
 
-    step: Int[Array, ""]  # optimizer steps done
+    step: Int[Array, ""]  # Optimizer steps done.
     params: Any
-    opt_state: Any  # the optimizer's moments
-    gate: GateState  # state of the soft-to-hard gate (an average of past routing entropy)
-    key: Key[Array, ""]  # the run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r)
+    opt_state: Any  # The optimizer's moments.
+    gate: GateState  # State of the soft-to-hard gate (an average of past routing entropy).
+    key: Key[Array, ""]  # The run's PRNG key; the key of row r at step s is fold_in(fold_in(key, s), r).
 
 
 def row_keys(key: Key[Array, ""], step: Array, row: Int[Array, "batch"]) -> Key[Array, "batch"]:
@@ -77,12 +76,12 @@ Axes = str | tuple[str, ...]
 class Schedule:
     """Shapes in time; the sizes are in `Hypers`. Compiled in."""
 
-    total_steps: int  # steps of the whole run
-    warmup_steps: int  # of the learning rate, linear from 0
-    final_fraction: float  # of the peak learning rate that the cosine ends at
-    beta_warmup_steps: int  # beta rises linearly from 0 over this many steps
+    total_steps: int  # Steps of the whole run.
+    warmup_steps: int  # Of the learning rate, linear from 0.
+    final_fraction: float  # Of the peak learning rate that the cosine ends at.
+    beta_warmup_steps: int  # Over which beta rises linearly from 0.
     gate: gate.GateSchedule
-    temperature_ratio: float = 1.0  # of the `gumbel` controller, first temperature / last
+    temperature_ratio: float = 1.0  # Of the `gumbel` controller, first temperature / last.
 
     def temperature(self, step: Array, end: Array) -> Scalar:
         """Geometric fall to step `end`, the gate's, as a multiple of the last temperature."""
@@ -110,16 +109,16 @@ class StepSpec:
     """The static side of a step: model, optimizer, schedules and sizes."""
 
     model: nn.Module
-    # gives the update direction; the step multiplies it by minus the learning rate
+    # Gives the update direction; the step multiplies it by minus the learning rate.
     optimizer: optax.GradientTransformationExtraArgs
     schedule: Schedule
-    num_kinds: int = 1  # kinds of tokens that the corpus tells apart
-    accumulate: int = 1  # micro-batches per device that make one step
-    # train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so the controller has no
+    num_kinds: int = 1  # Kinds of tokens that the corpus tells apart.
+    accumulate: int = 1  # Micro-batches per device that make one step.
+    # Train with packed dispatch. Every token is hard and the weight of its mechanism is 1, so the controller has no
     # honest gradient: it is frozen, but for `dense_rows`.
     packed: bool = False
-    # share of the rows (see `num_dense_rows`) that still run all mechanisms with the straight-through gradient and the
-    # KL; the controller learns from these alone
+    # Share of the rows (see `num_dense_rows`) that still run all mechanisms with the straight-through gradient and the
+    # KL; the controller learns from these alone.
     dense_rows: float = 0.0
 
 
@@ -219,6 +218,35 @@ def gradient_sums(spec: StepSpec, state: TrainState, batch: Batch, hypers: Hyper
         lambda total, rows: (add(total, gradient(state.params, rows)), None), gradient(state.params, first), rest
     )
     return total
+
+
+STACKED = "layers"  # The module whose parameters have a leading axis of layers, where layers are scanned.
+
+Finite = dict[str, Any]
+
+
+def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite:
+    """What of a step is finite; of penalty and routing by layer, of gradients and parameters by module, and by layer
+    where a module stacks them."""
+
+    def of(tree: Any) -> dict[str, Bool[Array, "..."]]:
+        found = {}
+        for name, module in tree.items():
+            first = 1 if name == STACKED else 0
+            flags = [
+                jnp.all(jnp.isfinite(leaf), axis=tuple(range(first, leaf.ndim))) for leaf in jax.tree.leaves(module)
+            ]
+            found[name] = jnp.all(jnp.stack(flags), axis=0)
+        return found
+
+    return {
+        "loss": jnp.isfinite(sums.nll),
+        "penalty": jnp.isfinite(sums.penalty),
+        "routing": jnp.isfinite(sums.entropy),
+        "gradients": of(gradients),
+        "norm": jnp.isfinite(norm),
+        "parameters": of(params),
+    }
 
 
 def train_step(
