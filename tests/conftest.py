@@ -47,3 +47,12 @@ def forget_programs():
     """What a file has compiled is of no use to the next one, and fills gigabytes."""
     yield
     jax.clear_caches()
+
+
+# Few tests and long ones: where a worker takes whole files, these must not be its last.
+FIRST = ("commands", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep", "output")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in FIRST)
