@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 READY_CUDA = $(VENV)/.ready-cuda
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow smoke gpu-check clean
+.PHONY: demo test slow smoke gpu-check parity clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
@@ -21,6 +21,11 @@ slow: $(READY)
 
 smoke: $(READY)
 	$(BIN)/python -m pytest -m smoke
+
+# Published families against `transformers` (extra `parity` of pyproject.toml), and the fixtures of tests/test_pretrained.py.
+parity: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch "transformers>=5"
+	$(BIN)/python -m experiments.checks.parity --json=experiments/results/parity.json --fixtures=tests/data/pretrained
 
 # The properties of tests/test_gpu.py, the timings, and a record of both. With a Python that has jax for
 # CUDA already: the same two commands.

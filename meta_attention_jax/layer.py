@@ -32,6 +32,7 @@ from meta_attention_jax.types import (
     AttentionSpec,
     Positions,
     Queries,
+    Rope,
     Route,
     Router,
     Routing,
@@ -60,7 +61,9 @@ class MetaAttention(nn.Module):
       out_features: width of the output; None means the width of the input.
       spec: who may attend to whom.
       router: the mechanisms, and who chooses among them.
-      rotary: rotate q and k of the mechanisms that want it (full and local).
+      rotary: rotate q and k of the mechanisms that want it (full and local), as `rope` says.
+      scale: of q . k; None means d^-1/2.
+      norm_epsilon: of RMS norms of the query and key heads; None: there are none.
       mode: "soft" mixes all mechanisms, "hard" uses argmax E[pi] alone, "gated" is hard where the uncertainty is at
         most the threshold and soft elsewhere.
       dispatch: where every token is hard (mode "hard" without keys, or a forced route): "packed" does only the work
@@ -71,6 +74,7 @@ class MetaAttention(nn.Module):
       strength: kappa of the prior, when `hypers` is not given.
       preference: eta of the prior, when `hypers` is not given.
       threshold: theta of the gate, when `hypers` is not given.
+      out_bias: of the output alone; None means `use_bias`.
       dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
     """
 
@@ -81,6 +85,9 @@ class MetaAttention(nn.Module):
     spec: AttentionSpec = AttentionSpec(window=128)
     router: Router = Router()
     rotary: bool = False
+    rope: Rope = Rope()
+    scale: Optional[float] = None
+    norm_epsilon: Optional[float] = None
     mode: str = "soft"
     dispatch: str = "auto"
     costs: str | Sequence[float] = "nominal"
@@ -88,6 +95,7 @@ class MetaAttention(nn.Module):
     preference: float = 0.1
     threshold: float = 0.0
     use_bias: bool = False
+    out_bias: Optional[bool] = None
     dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -177,6 +185,8 @@ class MetaAttention(nn.Module):
             head_dim=dim,
             features=self.out_features or model,
             use_bias=self.use_bias,
+            out_bias=self.out_bias,
+            norm_epsilon=self.norm_epsilon,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,
@@ -200,7 +210,9 @@ class MetaAttention(nn.Module):
 
         def own_rows(qkv, routing, segment_ids, positions, route, cache, layer, threshold, prices):
             q, k, v = qkv
-            turned = (rotate(q, positions), rotate(k, positions)) if self.rotary else (q, k)
+            if self.scale is not None:  # The mechanisms divide by d^1/2.
+                q = q * jnp.asarray(self.scale * dim**0.5, q.dtype)
+            turned = (rotate(q, positions, self.rope), rotate(k, positions, self.rope)) if self.rotary else (q, k)
             decision = decide(
                 routing, mode=self.mode, threshold=threshold, prices=prices, fallback=fallback,
                 route=route, training=keys is not None,

@@ -1,4 +1,4 @@
-"""Decoder-only language model: pre-norm, Meta-Attention, gated MLP, tied embeddings."""
+"""Decoder-only language model: norm, Meta-Attention, norm, gated MLP; what published families vary is `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from meta_attention_jax.fields import expect
 from meta_attention_jax.layer import MetaAttention
+from meta_attention_jax.mechanisms import blocks
 from meta_attention_jax.mechanisms.cache import Cache, init_cache
+from meta_attention_jax.mechanisms.projections import Norm
 from meta_attention_jax.mechanisms.registry import check_decodes
 from meta_attention_jax.sharding import by_rows, gather
 from meta_attention_jax.types import (
@@ -29,6 +31,8 @@ from meta_attention_jax.types import (
     positions_in_segment,
 )
 
+_WIDE = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
 
 @flax.struct.dataclass
 class Output:
@@ -38,14 +42,6 @@ class Output:
     routing: Routing
 
 
-class Norm(nn.RMSNorm):
-    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion too."""
-
-    def __call__(self, x: Float[Array, "*batch model"]) -> Float[Array, "*batch model"]:
-        with jax.numpy_dtype_promotion("standard"):
-            return super().__call__(x)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Scannable over layers."""
 
@@ -53,6 +49,7 @@ class Block(nn.Module):
     router: Router
     mode: str
     dispatch: str
+    window: Optional[int] = None  # Of a layer that is a window by nature.
 
     @nn.compact
     def __call__(self, carry, route, segment_ids, positions, hypers, keys):
@@ -63,15 +60,25 @@ class Block(nn.Module):
             fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
             keys = by_rows(fold, (0, None))(keys, index)
         kinds = dict(dtype=config.dtype, param_dtype=config.param_dtype)
+        norm = functools.partial(Norm, epsilon=config.norm_epsilon, **kinds)
+        spec, rope = config.attention, config.rope
+        if self.window is not None:
+            spec, rope = dataclasses.replace(spec, window=self.window, sinks=0), config.window_rope or rope
         # Residual branches start small, so that the stream's variance does not grow with depth.
         small = 0.5 / config.num_layers
         init = lambda scale: nn.initializers.variance_scaling(scale, "fan_in", "normal")  # noqa: E731
         attention = MetaAttention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
-            spec=config.attention,
+            qkv_features=config.qkv_features,
+            spec=spec,
             router=self.router,
             rotary=True,
+            rope=rope,
+            scale=config.attention_scale,
+            norm_epsilon=config.norm_epsilon if config.qk_norm else None,
+            use_bias="qkv" in config.biases,
+            out_bias="out" in config.biases,
             mode=self.mode,
             dispatch=self.dispatch,
             out_kernel_init=init(small),
@@ -79,7 +86,7 @@ class Block(nn.Module):
             **kinds,
         )
         attended, routing, cache = attention.routed(
-            Norm(name="attention_norm", **kinds)(x),
+            norm(name="attention_norm")(x),
             segment_ids=segment_ids,
             positions=positions,
             residual=x,
@@ -89,14 +96,14 @@ class Block(nn.Module):
             cache=cache,
             layer=index,
         )
-        x = x + attended
+        x = x + (norm(name="attention_post_norm")(attended) if config.post_norms else attended)
         dense = lambda width, name, scale: nn.Dense(  # noqa: E731
-            width, use_bias=False, kernel_init=init(scale), name=name, **kinds
+            width, use_bias="mlp" in config.biases, kernel_init=init(scale), name=name, **kinds
         )
-        h = Norm(name="mlp_norm", **kinds)(x)
-        width = config.mlp_width
-        h = nn.silu(dense(width, "gate", 1.0)(h)) * dense(width, "up", 1.0)(h)
-        return (x + dense(x.shape[-1], "down", small)(h), cache, index + 1), routing
+        h = norm(name="mlp_norm")(x)
+        width, act = config.mlp_width, {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
+        h = dense(x.shape[-1], "down", small)(act(dense(width, "gate", 1.0)(h)) * dense(width, "up", 1.0)(h))
+        return (x + (norm(name="mlp_post_norm")(h) if config.post_norms else h), cache, index + 1), routing
 
 
 class TiedEmbedding(nn.Embed):
@@ -121,6 +128,10 @@ class LanguageModel(nn.Module):
         config = self.config
         expect_record("config", config, ModelConfig)
         routers = [config.router.of_layer(i) for i in range(config.num_layers)]
+        for i in set(range(config.num_layers)) - set(config.routed):
+            routers[i] = Router(mechanisms=("local",), controller="fixed", fixed=("local",))
+        if config.scan_layers and config.windows:
+            raise ValueError("scan_layers: expected False with windows, since scanned layers are alike, got True.")
         if config.scan_layers and config.router.is_fixed and len(set(routers)) > 1:
             raise ValueError(
                 "scan_layers: expected False with a fixed pattern, since scanned layers are alike, "
@@ -151,8 +162,14 @@ class LanguageModel(nn.Module):
         if config.scan_layers:
             self.layers = make(router=routers[0], name="layers")
         else:
-            self.blocks = [make(router=one, name=f"layer_{i}") for i, one in enumerate(routers)]
-        self.final_norm = Norm(**kinds)
+            windows = config.windows or [None] * config.num_layers
+            self.blocks = [
+                make(router=router, window=window, name=f"layer_{i}")
+                for i, (router, window) in enumerate(zip(routers, windows))
+            ]
+        self.final_norm = Norm(epsilon=config.norm_epsilon, **kinds)
+        if not config.tied:
+            self.head = nn.Dense(config.vocab_size, use_bias=False, dot_general=_WIDE, **kinds)
 
     def routed_by(self, **changes: Any) -> LanguageModel:
         """The same model, with other fields of its router: `model.routed_by(uncertainty="vacuity")`."""
@@ -160,10 +177,11 @@ class LanguageModel(nn.Module):
         return self.clone(config=dataclasses.replace(self.config, router=router))
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time model"]:
-        """sqrt(D) times the embedding: unit variance at the input, logits of order 1 at the head."""
+        """The embedding, by default times sqrt(D): unit variance at the input, logits of order 1 at the head."""
         take = by_rows(lambda tokens, table: jnp.take(table, tokens, axis=0), (0, None))
         x = take(tokens, self._table())
-        return x * jnp.asarray(self.config.model_dim**0.5, x.dtype)
+        scale = self.config.embedding_scale
+        return x * jnp.asarray(self.config.model_dim**0.5 if scale is None else scale, x.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"], **kwargs: Any) -> Output:
         """Logits and routing of `tokens`; keyword arguments are those of `from_embeddings`."""
@@ -248,25 +266,28 @@ class LanguageModel(nn.Module):
     def _blocks(
         self, x: Any, cache: Optional[Cache], route: Any, *shared: Any
     ) -> tuple[Float[Array, "batch time model"], Routing, Optional[Cache]]:
-        """All blocks in turn; the routing is stacked [layer ...]."""
+        """All blocks in turn; the routing of those that have a router is stacked [layer ...]."""
         carry = (x, cache, jnp.int32(0))
         if self.config.scan_layers:
             (x, cache, _), routing = self.layers(carry, route, *shared)
             return x, routing, cache
         routings = []
         for i, block in enumerate(self.blocks):
-            carry, routing = block(carry, None if route is None else route[i], *shared)
-            routings.append(routing)
+            mine = None if route is None or i not in self.config.routed else route[len(routings)]
+            carry, routing = block(carry, mine, *shared)
+            if i in self.config.routed:
+                routings.append(routing)
         return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings), carry[1]
 
     def _layer_routes(
         self, route: Optional[Int[Array, "..."]], shape: tuple[int, int]
     ) -> Optional[Int[Array, "layer batch time"]]:
-        """A forced route for every layer."""
+        """A forced route for every layer that has a router."""
+        layers = len(self.config.routed)
         if route is not None and route.ndim == 2:
-            route = jnp.broadcast_to(route[None], (self.config.num_layers, *route.shape))
-        if route is not None and route.shape != (self.config.num_layers, *shape):
-            raise ValueError(f"route: expected shape {shape} or {(self.config.num_layers, *shape)}, got {route.shape}.")
+            route = jnp.broadcast_to(route[None], (layers, *route.shape))
+        if route is not None and route.shape != (layers, *shape):
+            raise ValueError(f"route: expected shape {shape} or {(layers, *shape)}, got {route.shape}.")
         return route
 
     def _table(self) -> Float[Array, "vocab model"]:
@@ -274,6 +295,10 @@ class LanguageModel(nn.Module):
         return promote_dtype(self.embedding.whole(), dtype=self.config.dtype, inexact=False)[0]
 
     def _logits(self, x: Float[Array, "batch time model"]) -> Float[Array, "batch time vocab"]:
-        x, table = promote_dtype(self.final_norm(x), self._table(), dtype=self.config.dtype)
         # Accumulated and kept in float32: a cross-entropy of bfloat16 logits loses digits.
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        if self.config.tied:
+            x, table = promote_dtype(self.final_norm(x), self._table(), dtype=self.config.dtype)
+            logits = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        else:
+            logits = self.head(self.final_norm(x))
+        return blocks.capped(logits, self.config.logit_softcap)

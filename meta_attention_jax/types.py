@@ -21,8 +21,7 @@ change nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import flax.struct
 import jax
@@ -80,6 +79,7 @@ class AttentionSpec:
       causal: s <= t; False lets every token see both sides.
       window: w of mechanisms that have one, in tokens, the token itself included.
       sinks: first tokens of its segment that a windowed token sees besides its window.
+      softcap: c: logits z become c tanh(z / c) before the mask; None leaves them.
       implementation: of full attention on all tokens, one of IMPLEMENTATIONS.
       segments: what the caller promises of `segment_ids`: nothing ("any"), one segment with padding behind it alone
         ("padded"), or one segment without padding ("one"). Kernels without ids can serve the last two; a promise that
@@ -89,6 +89,7 @@ class AttentionSpec:
     causal: bool = True
     window: Optional[int] = None
     sinks: int = 0
+    softcap: Optional[float] = None
     implementation: str = "auto"
     segments: str = "any"
 
@@ -96,6 +97,7 @@ class AttentionSpec:
         expect(isinstance(self.causal, (bool, np.bool_)), "causal", "True or False", self.causal)
         _at_least(self, 1, "window", optional=True)
         _at_least(self, 0, "sinks")
+        expect(self.softcap is None or self.softcap > 0, "softcap", "None or a number > 0", self.softcap)
         expected = f"one of {', '.join(IMPLEMENTATIONS)}"
         expect(self.implementation in IMPLEMENTATIONS, "implementation", expected, self.implementation)
         expect(self.segments in SEGMENTS, "segments", f"one of {SEGMENTS}", self.segments)
@@ -105,48 +107,6 @@ class AttentionSpec:
         """w, for what needs one."""
         expect(self.window is not None, "window", "a positive integer for this mechanism", None)
         return self.window
-
-
-class Reach(NamedTuple):
-    """Which keys a query of a mechanism may see, its segment and the direction aside."""
-
-    window: Optional[int] = None  # Keys to one side, the token itself included; None for no bound.
-    sinks: int = 0  # First tokens of its segment that it sees besides.
-
-
-@dataclasses.dataclass(frozen=True)
-class Mechanism:
-    """One way to attend.
-
-    Attributes:
-      attend: `attend(q, k, v, *, spec, segment_ids) -> out`; q `[B, T, H, d]`, k and v `[B, T, G, d]`, out like q,
-        exactly 0 at padding (segment id 0), and a function of its own segment alone.
-      flops: `flops(time, dim, spec)`, FLOPs of the matrix products (2 per multiply-add) that the equation needs for one
-        head and one sequence of `time` tokens.
-      cost: its nominal cost, in units of that of full attention; None: it needs `costs` as numbers.
-      rotary: whether q and k arrive rotated when the layer uses rotary positions.
-      step: `step(q, cache, layer, *, needed, spec) -> out`, attention of the newest token of each row; q and out `[B,
-        H, d]`, the `cache.Cache` has the token, `needed` `[B]` are the rows that will be used. None: it cannot
-        generate. A layer with rotary positions keeps its keys rotated, and hides them (`cache.k` is None) from a
-        mechanism that is not rotary.
-      work: `work(q, k, spec)`, what `attend` really spends on all tokens, forward, as an `AttentionCost`; q and k may
-        be abstract. None counts `flops`, and every array once.
-      reach: `reach(spec)`, the keys that a query may see, where `attend` is softmax attention to them with rotated q
-        and k: hard dispatch then serves the chosen queries alone. None, as without `rotary`: it attends everywhere and
-        selects.
-    """
-
-    attend: Callable[..., Queries]
-    flops: Callable[[int, int, AttentionSpec], float]
-    cost: Optional[float] = None
-    rotary: bool = False
-    step: Optional[Callable[..., Queries]] = None
-    work: Optional[Callable] = None
-    reach: Optional[Callable[[AttentionSpec], Reach]] = None
-
-    def __post_init__(self) -> None:
-        if self.reach is not None and not self.rotary:
-            raise ValueError("reach: expected None for a mechanism that is not rotary, got a function.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +162,39 @@ class Router:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al., arXiv 2104.09864): at position p the pair (x_i, x_{i + d/2}), i < d/2, turns by the
+    angle p base^(-2i/d) / divisors_i, so that q . k depends on the difference of positions alone."""
+
+    base: float = 10000.0  # The slowest pair turns once in about 2 pi base tokens.
+    divisors: tuple[float, ...] = ()  # d/2 numbers: what stretches the positions of a pair; () for none.
+    scale: float = 1.0  # Of the turned vectors.
+
+
+ACTIVATIONS = ("silu", "gelu")
+BIASES = ("qkv", "out", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What a language model is; static, and handed on whole.
 
     Attributes:
       vocab_size, model_dim, num_layers, num_heads: V, D, L, H.
       num_kv_heads: G, a divisor of H; None for H.
+      qkv_features: H d; None means D.
       mlp_dim: F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
+      activation: of the MLP's gate; "gelu" by tanh.
+      biases: which products have one, of BIASES.
+      qk_norm: RMS norms of every query and key head, before they are turned.
+      post_norms: RMS norms also of what attention and MLP add to the stream.
+      attention_scale: of q . k; None means d^-1/2.
+      windows: window of each layer that is a window by nature and is never routed, in tokens; None for the others. ()
+        for all.
+      window_rope: of those layers; None means `rope`.
+      embedding_scale: of the input; None means D^1/2.
+      tied: whether the embedding gives the logits too.
+      logit_softcap: c: logits z become c tanh(z / c); None leaves them.
       attention: who may attend to whom.
       router: who chooses.
       scan_layers: compile one layer and loop over L of them.
@@ -221,7 +207,20 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: Optional[int] = None
+    qkv_features: Optional[int] = None
     mlp_dim: Optional[int] = None
+    activation: str = "silu"
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_epsilon: float = 1e-6
+    attention_scale: Optional[float] = None
+    rope: Rope = Rope()
+    windows: tuple[Optional[int], ...] = ()
+    window_rope: Optional[Rope] = None
+    embedding_scale: Optional[float] = None
+    tied: bool = True
+    logit_softcap: Optional[float] = None
     attention: AttentionSpec = AttentionSpec(window=128)
     router: Router = Router()
     scan_layers: bool = False
@@ -234,8 +233,17 @@ class ModelConfig:
         expect_record("router", self.router, Router)
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads"):
             _at_least(self, 1, name)
-        for name in ("num_kv_heads", "mlp_dim"):
+        for name in ("num_kv_heads", "qkv_features", "mlp_dim"):
             _at_least(self, 1, name, optional=True)
+        expect(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", self.activation)
+        expect(set(self.biases) <= set(BIASES), "biases", f"some of {BIASES}", self.biases)
+        expect(len(self.windows) in (0, self.num_layers), "windows", f"none or {self.num_layers}", self.windows)
+        expect(not self.windows or None in self.windows, "windows", "None for some layer", self.windows)
+
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """The layers that have a router: those that are no window by nature."""
+        return tuple(i for i in range(self.num_layers) if not self.windows or self.windows[i] is None)
 
     @property
     def kv_heads(self) -> int:
@@ -244,8 +252,8 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """d = D / H."""
-        return self.model_dim // self.num_heads
+        """d."""
+        return (self.qkv_features or self.model_dim) // self.num_heads
 
     @property
     def mlp_width(self) -> int:

@@ -24,8 +24,8 @@ def allowed_pairs(
     return (s <= t if causal else True) & (of_t == of_s) & (of_t != 0) & (near | sink)
 
 
-def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None, sinks=0):
-    """softmax(q . k / sqrt(d)) v over the allowed pairs.
+def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=None, sinks=0, softcap=np.inf):
+    """softmax(z) v over the allowed pairs, z = q . k / sqrt(d), or c tanh(z / c) with a softcap c.
 
     Returns:
       (out, dq, dk, dv), the gradients those of sum(out * cotangent); [B, T, heads, d] each.
@@ -37,13 +37,15 @@ def softmax_attention(q, k, v, cotangent, segment_ids, *, causal=True, window=No
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
             key, value, g = k[b, :, h // group], v[b, :, h // group], cotangent[b, :, h]
-            logits = np.where(allowed[b], q[b, :, h] @ key.T * scale, -np.inf)
+            plain = q[b, :, h] @ key.T * scale
+            bent = np.tanh(plain / softcap) if np.isfinite(softcap) else np.zeros_like(plain)
+            logits = np.where(allowed[b], softcap * bent if np.isfinite(softcap) else plain, -np.inf)
             top = np.where(allowed[b].any(1), logits.max(1), 0.0)
             weights = np.exp(logits - top[:, None])
             weights /= np.maximum(weights.sum(1, keepdims=True), 1e-300)
             out[b, :, h] = weights @ value
             d_weights = g @ value.T
-            d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))
+            d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True)) * (1 - bent**2)
             dq[b, :, h] = d_logits @ key * scale
             dk[b, :, h // group] += d_logits.T @ q[b, :, h] * scale
             dv[b, :, h // group] += weights.T @ g

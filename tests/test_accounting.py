@@ -15,6 +15,7 @@ from configs import smoke
 from meta_attention_jax import cost
 from meta_attention_jax.kernels import portable
 from meta_attention_jax.mechanisms import full, linear, local, registry
+from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.routing.accounting import count_attention
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
@@ -22,7 +23,7 @@ from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.step import init_state
-from meta_attention_jax.types import AttentionSpec, Reach
+from meta_attention_jax.types import AttentionSpec
 from tests import making, oracles
 
 NAMES = ("full", "linear", "local")

@@ -12,9 +12,10 @@ import pytest
 
 from meta_attention_jax.kernels import portable, worklist
 from meta_attention_jax.mechanisms import registry
+from meta_attention_jax.mechanisms.mechanism import Mechanism, Reach
 from meta_attention_jax.mechanisms.registry import get_mechanism, register_mechanism
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import MECHANISMS, Mechanism, Reach
+from meta_attention_jax.types import MECHANISMS
 from tests import making, oracles
 from tests.close import assert_close, distance
 
@@ -232,6 +233,29 @@ def test_sinks_are_seen_besides_the_window(shape):
     assert_close(packed, expected, TOLERANCE)
     assert_close(dense, expected, TOLERANCE)
     assert distance(softmax()[0], expected[0]) > 0.01
+
+
+@pytest.mark.parametrize("name", ["full", "local"])
+def test_logits_are_capped(name):
+    """c tanh(z / c): every form and the oracle, values and gradients."""
+    q, k, v, cotangent, route, ids = random_case("short", 2)
+    spec = dict(window=5, sinks=2, softcap=0.7, segment_ids=ids)
+    names = "full", "local"
+    forms = [lambda *x: making.hard(*x, jnp.full_like(route, names.index(name)), mechanisms=names, **spec)]
+    for implementation in ("xla", "blockwise"):
+        forms.append(functools.partial(making.attended, name, implementation=implementation, **spec))
+
+    @jax.jit
+    def pulled(q, k, v):
+        pairs = [jax.vjp(form, q, k, v) for form in forms]
+        return [(out, *pull(cotangent)) for out, pull in pairs]
+
+    reach = dict(window=5, sinks=2) if name == "local" else {}
+    softmax = functools.partial(oracles.softmax_attention, q, k, v, cotangent, np.asarray(ids), **reach)
+    expected = softmax(softcap=0.7)
+    assert distance(softmax()[0], expected[0]) > 0.05
+    for got in pulled(q, k, v):
+        assert_close(got, expected, TOLERANCE)
 
 
 def test_sinks_ahead_of_a_window_are_seen_too():

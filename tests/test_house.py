@@ -32,7 +32,7 @@ FLOORS = (
     ("routing",),
     ("layer", "config"),
     ("model",),
-    ("objective", "generation"),
+    ("objective", "generation", "pretrained"),
     ("training",),
     ("sweeps", "analysis"),
     ("answers", "budgets"),

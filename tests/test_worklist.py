@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.kernels import worklist
-from meta_attention_jax.types import Reach
+from meta_attention_jax.mechanisms.mechanism import Reach
 from tests import oracles
 
 

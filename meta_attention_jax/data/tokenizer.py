@@ -110,7 +110,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, serialized: str) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         self.vocab_size = self._tokenizer.get_vocab_size()
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         self._bytes = [bytes(alphabet[c] for c in self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)]
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
@@ -122,7 +122,7 @@ class BPETokenizer(Tokenizer):
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=sorted(_byte_alphabet()), show_progress=False
+            vocab_size=vocab_size, initial_alphabet=sorted(byte_alphabet()), show_progress=False
         )
         parts = (part for text in texts for chunk in _chunks(text) for part in short_words(chunk))
         tokenizer.train_from_iterator(parts, trainer)
@@ -180,7 +180,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}.") from error
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character of each byte in byte-level BPE: a visible Latin-1 character stands for itself; the other
     bytes, in order, take the characters from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -7,6 +7,7 @@ Memory is linear in time.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from meta_attention_jax.kernels.worklist import Blocks, Sizes, WorkList
 from meta_attention_jax.mechanisms import blocks as layout
 from meta_attention_jax.mechanisms.blocks import MASKED, dot
-from meta_attention_jax.types import Keys, Queries, Reach, Values
+from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.types import Keys, Queries, Values
 
 Packed = Float[Array, "batch slots heads dim"]
 LogSumExp = Float[Array, "batch slots heads"]
@@ -41,8 +43,10 @@ def sizes_for(time: int, reach: Reach) -> Sizes:
     return Sizes(factor * BLOCK, min(factor * TILE, time))
 
 
-@jax.custom_vjp
-def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogSumExp]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    q: Queries, k: Keys, v: Values, work: WorkList, softcap: float | None = None
+) -> tuple[Packed, LogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries, and the log-sum-exp of their logits.
 
     Slots that are not in the list hold anything finite. Softmax in float32; the output has the dtype of q, the
@@ -63,7 +67,7 @@ def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogS
             def meet(j, whole, carry):
                 start = _tile_start(j, tile, keys.shape[2])
                 key, value = (_cut(x, rows.row, start, tile) for x in (keys, values))
-                logits = dot("grqd,gkd->grqk", query, key)
+                logits = layout.capped(dot("grqd,gkd->grqk", query, key), softcap)
                 if not whole:
                     logits = jnp.where(_allowed(rows, j, start, tile)[None, None], logits, MASKED)
                 return layout.online_softmax(carry, logits, value, "grqk,gkd->grqd")
@@ -79,12 +83,12 @@ def attend(q: Queries, k: Keys, v: Values, work: WorkList) -> tuple[Packed, LogS
     return buffers
 
 
-def _attend_forward(q, k, v, work):
-    out, lse = attend(q, k, v, work)
+def _attend_forward(q, k, v, work, softcap):
+    out, lse = attend(q, k, v, work, softcap)
     return (out, lse), (q, k, v, work, out, lse)
 
 
-def _attend_backward(saved, cotangents):
+def _attend_backward(softcap, saved, cotangents):
     """With P = softmax, L = log-sum-exp: dV = P^T dO, dS = P (dO V^T - sum_d dO O + dL), dQ = dS K, dK = dS^T Q.
 
     Tiles are made transposed, keys by queries: four of the five products then contract the last axis of their left
@@ -117,12 +121,12 @@ def _attend_backward(saved, cotangents):
                 dq, dk, dv = carry
                 start = _tile_start(j, tile, keys.shape[2])
                 key, value = (_cut(x, rows.row, start, tile) for x in (keys, values))
-                logits = dot("gkd,gqd->gkq", key, query)
+                logits = layout.capped(dot("gkd,gqd->gkq", key, query), softcap)
                 if not whole:
                     allowed = jnp.tile(_allowed(rows, j, start, tile).T, (1, group))[None]
                     logits = jnp.where(allowed, logits, MASKED)
                 weights = jnp.exp(logits - top)
-                d_logits = weights * (dot("gkd,gqd->gkq", value, g) - mean)
+                d_logits = weights * (dot("gkd,gqd->gkq", value, g) - mean) * layout.capped_slope(logits, softcap)
                 dq = dq + dot("gkq,gkd->gqd", d_logits, key)
                 dk = _add(dk, rows.row, start, dot("gkq,gqd->gkd", d_logits, query))
                 dv = _add(dv, rows.row, start, dot("gkq,gqd->gkd", weights, g))

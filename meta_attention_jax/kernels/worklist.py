@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.types import Reach, SegmentIds
+from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.types import SegmentIds
 
 Index = Int[Array, ""]
 

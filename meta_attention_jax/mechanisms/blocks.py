@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.types import Keys, Positions, Queries, SegmentIds, Values
+from meta_attention_jax.types import Keys, Positions, Queries, Rope, SegmentIds, Values
 
 MASKED = -1e30
 """Logit of a masked pair: finite, so that a row without any key stays free of NaN."""
@@ -73,6 +73,16 @@ def dot(equation: str, x: Array, y: Array) -> Float[Array, "..."]:
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
+def capped(logits: Array, softcap: float | None) -> Array:
+    """c tanh(z / c), for logits before the mask."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def capped_slope(logits: Array, softcap: float | None) -> Array | float:
+    """The derivative of `capped`, from what it has given: 1 - (z' / c)^2; 0 where a mask came after."""
+    return 1.0 if softcap is None else 1.0 - jnp.clip(logits / softcap, -1.0, 1.0) ** 2
+
+
 Carry = tuple[Array, Array, Array]
 """Of an online softmax, by query: the largest logit, the sum of the weights relative to it, the sum of values."""
 
@@ -107,20 +117,17 @@ def feature_map(x: Array) -> Array:
     return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
 
 
-def rotate(
-    x: Float[Array, "batch time heads dim"], positions: Positions, *, base: float = 10000.0
-) -> Float[Array, "batch time heads dim"]:
-    """Rotary position embedding (Su et al., arXiv 2104.09864): turns the pair (x_i, x_{i + d/2}) by the angle p
-    base^(-2i/d), i < d/2, so that q . k depends on the difference of positions p alone.
-
-    The slowest pair turns once in about 2 pi base tokens. Angles are float32; the result has the dtype of x.
-    """
+def rotate(x: Float[Array, "batch time heads dim"], positions: Positions, rope: Rope = Rope()) -> Queries:
+    """Queries or keys turned by their positions, as `Rope` says. Angles are float32; the result has the dtype of x."""
     batch, time, _, dim = x.shape
     expect(not dim % 2, "dim", "an even number for rotary positions", dim)
     expect(positions.shape == (batch, time), "positions", f"shape {(batch, time)}", positions.shape)
     half = dim // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = rope.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rope.divisors:
+        expect(len(rope.divisors) == half, "divisors", f"{half} numbers", len(rope.divisors))
+        frequency = frequency / jnp.asarray(rope.divisors, jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (f(angle) if rope.scale == 1 else f(angle) * rope.scale for f in (jnp.cos, jnp.sin))
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

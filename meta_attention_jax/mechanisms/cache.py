@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.mechanisms.blocks import MASKED, dot, feature_map
+from meta_attention_jax.mechanisms.blocks import MASKED, capped, dot, feature_map
 from meta_attention_jax.types import Keys, SegmentIds, Values
 
 BLOCK = 1024
@@ -165,7 +165,9 @@ def _index(*places: Layer) -> tuple[Int[Array, ""], ...]:
     return tuple(jnp.asarray(place, jnp.int32) for place in places)
 
 
-def logits_of(query, key, allowed: Bool[Array, "size"]) -> Float[Array, "kv_heads group size"]:
+def logits_of(
+    query, key, allowed: Bool[Array, "size"], softcap: float | None = None
+) -> Float[Array, "kv_heads group size"]:
     """Scaled logits of one row's queries; those of other keys are masked."""
-    logits = dot("grd,gkd->grk", query, key) * query.shape[-1] ** -0.5
+    logits = capped(dot("grd,gkd->grk", query, key) * query.shape[-1] ** -0.5, softcap)
     return jnp.where(allowed[None, None], logits, MASKED)

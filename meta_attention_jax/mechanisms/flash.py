@@ -26,7 +26,15 @@ _QUERY_TIME, _KEY_TIME = 3, 2
 
 
 def attend(
-    q: Queries, k: Keys, v: Values, *, segment_ids: SegmentIds | None, causal: bool, window: int | None, block: int
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    segment_ids: SegmentIds | None,
+    causal: bool,
+    window: int | None,
+    block: int,
+    softcap: float | None = None,
 ) -> tuple[Queries, Float[Array, "batch time heads"]]:
     """softmax(q . k / sqrt(d)) v over the pairs allowed by direction, window and segments, and the log-sum-exp of their
     logits, float32: infinite at padding. Both have gradients.
@@ -52,6 +60,7 @@ def attend(
         causal,
         window,
         block,
+        softcap,
     )
     out, lse = (blocks.ungroup_queries(x[:, :, :, :time]) for x in (out, lse[..., None]))
     return out, lse[..., 0]
@@ -82,6 +91,7 @@ def _forward(
     causal: bool,
     window: int | None,
     block: int,
+    softcap: float | None,
 ) -> tuple[GroupedQueries, LogSumExp]:
     count = q.shape[_QUERY_TIME] // block
     reach = _reach(count, window, block)
@@ -91,7 +101,7 @@ def _forward(
 
         def tile(j, diagonal):
             key, value = _block(k, j, block, _KEY_TIME), _block(v, j, block, _KEY_TIME)
-            return _logits(query, key, segments, i, j, causal, window, diagonal), value
+            return _logits(query, key, segments, i, j, causal, window, softcap, diagonal), value
 
         logits, value = tile(i, diagonal=True)
         m = logits.max(-1)
@@ -115,15 +125,15 @@ def _forward(
     return _join(out, _QUERY_TIME), _join(lse, _QUERY_TIME)
 
 
-_attend = jax.custom_vjp(_forward, nondiff_argnums=(4, 5, 6))
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(4, 5, 6, 7))
 
 
-def _attend_forward(q, k, v, segments, causal, window, block):
-    out, lse = _forward(q, k, v, segments, causal, window, block)  # Itself, so that a gradient has one forwards.
+def _attend_forward(q, k, v, segments, causal, window, block, softcap):
+    out, lse = _forward(q, k, v, segments, causal, window, block, softcap)  # So that a gradient has one forwards.
     return (out, lse), (q, k, v, segments, out, lse)
 
 
-def _attend_backward(causal, window, block, saved, cotangents):
+def _attend_backward(causal, window, block, softcap, saved, cotangents):
     """With P = softmax, L = log-sum-exp: dV = P^T dO, dP = dO V^T, dS = P (dP - sum_d dO O + dL), dQ = dS K, dK = dS^T
     Q."""
     gradient, d_lse = cotangents
@@ -137,10 +147,10 @@ def _attend_backward(causal, window, block, saved, cotangents):
 
         def tile(dq, i, diagonal):
             query, g, top, mean = (_block(x, i, block, _QUERY_TIME) for x in (q, gradient, lse, shift))
-            logits = _logits(query, key, segments, i, j, causal, window, diagonal)
+            logits = _logits(query, key, segments, i, j, causal, window, softcap, diagonal)
             weights = jnp.exp(logits - top[..., None])
             d_weights = dot("bgrqd,bgkd->bgrqk", g, value)
-            d_logits = weights * (d_weights - mean[..., None]) * _scale(q)
+            d_logits = weights * (d_weights - mean[..., None]) * _scale(q) * blocks.capped_slope(logits, softcap)
             dv = dot("bgrqk,bgrqd->bgkd", weights, g)
             dk = dot("bgrqk,bgrqd->bgkd", d_logits, query)
             part = dot("bgrqk,bgkd->bgrqd", d_logits, key)
@@ -202,11 +212,12 @@ def _logits(
     j: Int[Array, ""],
     causal: bool,
     window: int | None,
+    softcap: float | None,
     diagonal: bool,
 ) -> Float[Array, "batch kv_heads group q k"]:
     """Scaled, masked logits of tile (i, j); only the masks that this tile can need are made."""
     block = query.shape[_QUERY_TIME]
-    logits = dot("bgrqd,bgkd->bgrqk", query, key) * _scale(query)
+    logits = blocks.capped(dot("bgrqd,bgkd->bgrqk", query, key) * _scale(query), softcap)
     index = jnp.arange(block)
     allowed = None
     if window is not None or (causal and diagonal):

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool
 from meta_attention_jax import targets
 from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
+from meta_attention_jax.mechanisms.mechanism import Mechanism, Reach
 from meta_attention_jax.targets import Target
-from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Mechanism, Queries, Reach, SegmentIds, Values
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
 
 BLOCKWISE_TIME = 256
 """Length from which "auto" prefers `blockwise`."""
@@ -36,14 +37,17 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
         dtype=q.dtype,
         head_dim=q.shape[3],
         segments="one" if segment_ids is None else spec.segments,
+        softcap=spec.softcap,
     )
     if blocks.is_empty(q):
         return jnp.zeros_like(q)
     if chosen == "cudnn":
         return fused(q, k, v, segment_ids if spec.segments == "padded" else None, spec.causal)
     if chosen == "xla":
-        return _square(q, k, v, segment_ids, spec.causal)
-    return flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q))[0]
+        return _square(q, k, v, segment_ids, spec)
+    return flash.attend(
+        q, k, v, segment_ids=segment_ids, causal=spec.causal, window=None, block=_dense_block(q), softcap=spec.softcap
+    )[0]
 
 
 def fused(q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds], causal: bool) -> Queries:
@@ -71,7 +75,6 @@ def step(
     Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
     softmax over blocks, row by row. Softmax in float32.
     """
-    del spec
     length = held.length[layer]
     block = min(cache.BLOCK, held.capacity)
     index = jnp.arange(block, dtype=jnp.int32)
@@ -79,7 +82,7 @@ def step(
     def attend(query, row):
         def visit(i, carry):
             key, value = (cache.read(x, layer, row, i * block, block) for x in (held.k, held.v))
-            logits = cache.logits_of(query, key, i * block + index < length[row])
+            logits = cache.logits_of(query, key, i * block + index < length[row], spec.softcap)
             return blocks.online_softmax(carry, logits, value, "grk,gkd->grd")
 
         empty = jnp.full(query.shape[:2], blocks.MASKED, jnp.float32)
@@ -102,7 +105,9 @@ def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.Attention
     "xla": all T x T pairs, keys and values read once. "blockwise": the tiles that it visits, and as many for "cudnn".
     """
     batch, time, _, dim = q.shape
-    chosen = resolve_implementation(spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments)
+    chosen = resolve_implementation(
+        spec.implementation, time=time, dtype=q.dtype, head_dim=dim, segments=spec.segments, softcap=spec.softcap
+    )
     if chosen == "xla":
         return spent.of_tiles(q, k, blocks=batch, tiles=batch, rows=batch * time, block=time, tile=time)
     return flash.count_work(q, k, causal=spec.causal, window=None, block=_dense_block(q))
@@ -123,7 +128,14 @@ def _dense_block(q: Abstract) -> int:
 
 
 def resolve_implementation(
-    implementation: str, *, time: int, dtype: Any, head_dim: int, segments: str, target: Optional[Target] = None
+    implementation: str,
+    *,
+    time: int,
+    dtype: Any,
+    head_dim: int,
+    segments: str,
+    softcap: Optional[float] = None,
+    target: Optional[Target] = None,
 ) -> str:
     """What "auto" stands for, and whether an explicit choice can be served; never a fallback. Deterministic, so that a
     training log can name it.
@@ -142,14 +154,15 @@ def resolve_implementation(
         and head_dim % 8 == 0
         and time % 2 == 0  # Its backward pass refuses an odd length.
         and segments != "any"
+        and softcap is None
     )
     if implementation == "cudnn" and not fused:
         raise ValueError(
             f"implementation: expected for 'cudnn' an NVIDIA GPU of compute capability "
             f"{CUDNN_CAPABILITY}, bfloat16 or float16, an even length, a head dim that is a multiple "
-            f"of 8 up to {CUDNN_DIM} and one segment a row, got {platform}, {dtype.name}, length {time}, "
+            f"of 8 up to {CUDNN_DIM}, one segment a row and no softcap, got {platform}, {dtype.name}, length {time}, "
             f"head dim {head_dim} and "
-            f"{'any segments' if segments == 'any' else 'one segment'}."
+            f"{'any segments' if segments == 'any' else 'one segment'}, softcap {softcap}."
         )
     if implementation != "auto":
         return implementation
@@ -158,14 +171,14 @@ def resolve_implementation(
     return "blockwise" if time >= BLOCKWISE_TIME else "xla"
 
 
-def _square(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, causal: bool) -> Queries:
+def _square(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None, spec: AttentionSpec) -> Queries:
     """The textbook form, with all T x T logits at once."""
     index = jnp.arange(q.shape[1])
     segments = blocks.default_segments(q, segment_ids)
-    allowed = blocks.band(index, index, causal=causal)[None] & blocks.same_segment(segments, segments)
+    allowed = blocks.band(index, index, causal=spec.causal)[None] & blocks.same_segment(segments, segments)
     queries = blocks.group_queries(q, k.shape[2])
     keys, values = blocks.head_major(k), blocks.head_major(v)
-    logits = dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5
+    logits = blocks.capped(dot("bgrqd,bgkd->bgrqk", queries, keys) * q.shape[3] ** -0.5, spec.softcap)
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], logits, blocks.MASKED), axis=-1)
     out = dot("bgrqk,bgkd->bgrqd", weights, values)
     out = jnp.where(segments[:, None, None, :, None] != 0, out, 0.0)

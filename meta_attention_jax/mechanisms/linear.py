@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from meta_attention_jax.mechanisms import blocks, cache, spent
 from meta_attention_jax.mechanisms.blocks import feature_map
-from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Mechanism, Queries, SegmentIds, Values
+from meta_attention_jax.mechanisms.mechanism import Mechanism
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
 
 EPSILON = 1e-6
 CHUNK = 64

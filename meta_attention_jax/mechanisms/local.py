@@ -10,17 +10,8 @@ from jaxtyping import Array, Bool, Float
 
 from meta_attention_jax.mechanisms import blocks, cache, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
-from meta_attention_jax.types import (
-    Abstract,
-    AttentionSpec,
-    Keys,
-    Mechanism,
-    Queries,
-    Reach,
-    SegmentIds,
-    Values,
-    positions_in_segment,
-)
+from meta_attention_jax.mechanisms.mechanism import Mechanism, Reach
+from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values, positions_in_segment
 
 BLOCK = 64
 """Edge of a tile of all tokens."""
@@ -34,7 +25,8 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
     included, are O(T (window + sinks)); a window of T or more gives full attention.
     """
     blocks.validate_qkv(q, k, v, segment_ids)
-    out, lse = flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK)
+    out, lse = flash.attend(q, k, v, segment_ids=segment_ids, causal=spec.causal, window=spec.width, block=BLOCK,
+                            softcap=spec.softcap)
     if not spec.sinks or blocks.is_empty(q):
         return out
     segments = blocks.default_segments(q, segment_ids)
@@ -63,7 +55,7 @@ def _sinks(
     seen = outside & (place < time) & (pick(segments, key_at) == segments[..., None])
     keys, values = pick(k, key_at), pick(v, key_at)
     query = q.reshape(batch, time, k.shape[2], -1, dim)
-    logits = dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5
+    logits = blocks.capped(dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5, spec.softcap)
     logits = jnp.where(seen[:, :, None, None], logits, blocks.MASKED)
     lse = jax.nn.logsumexp(logits, axis=-1)
     out = dot("btgrs,btsgd->btgrd", jnp.exp(logits - lse[..., None]), values)
@@ -86,7 +78,7 @@ def step(
             early = [cache.read(x, layer, row, 0, sinks) for x in (held.k, held.v)]
             key, value = (jnp.concatenate(pair, 1) for pair in zip(early, (key, value)))
             seen = jnp.concatenate([jnp.arange(sinks, dtype=jnp.int32) < first, seen])
-        logits = cache.logits_of(query, key, seen)
+        logits = cache.logits_of(query, key, seen, spec.softcap)
         return dot("grk,gkd->grd", jax.nn.softmax(logits, axis=-1), value)
 
     return cache.by_row(attend, q, held.k.shape[2], needed)

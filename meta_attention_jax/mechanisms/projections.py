@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from meta_attention_jax.types import Keys, Queries, Values
 
 Residual = Float[Array, "batch time model"]
+
+
+class Norm(nn.RMSNorm):
+    """`nn.RMSNorm`, which mixes its float32 statistics with what it normalises, in strict promotion too."""
+
+    def __call__(self, x: Float[Array, "*batch model"]) -> Float[Array, "*batch model"]:
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
 
 
 class Projections(nn.Module):
@@ -20,7 +29,10 @@ class Projections(nn.Module):
     head_dim: int
     features: int  # Width of the output.
     num_kv_heads: int | None = None  # A divisor of H; None for G = H.
-    use_bias: bool = False  # On all four.
+    use_bias: bool = False  # On query, key and value.
+    out_bias: bool | None = None  # On out; None: the same.
+    # Epsilon of RMS norms of every query and key head, with scales query_norm and key_norm [dim]; None: there are none.
+    norm_epsilon: float | None = None
     dtype: Any = jnp.float32  # Of the computation.
     param_dtype: Any = jnp.float32
     # Of query, key and value; of out (None: the same).
@@ -29,18 +41,27 @@ class Projections(nn.Module):
 
     def setup(self):
         kv_heads = self.num_kv_heads or self.num_heads
-        common = dict(use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
-        into = dict(kernel_init=self.kernel_init, **common)
+        common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        into = dict(kernel_init=self.kernel_init, use_bias=self.use_bias, **common)
         self.query = nn.DenseGeneral((self.num_heads, self.head_dim), **into)
         self.key = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.value = nn.DenseGeneral((kv_heads, self.head_dim), **into)
         self.out = nn.DenseGeneral(
-            self.features, axis=(-2, -1), kernel_init=self.out_kernel_init or self.kernel_init, **common
+            self.features,
+            axis=(-2, -1),
+            kernel_init=self.out_kernel_init or self.kernel_init,
+            use_bias=self.use_bias if self.out_bias is None else self.out_bias,
+            **common,
         )
+        if self.norm_epsilon is not None:
+            self.query_norm, self.key_norm = (Norm(epsilon=self.norm_epsilon, **common) for _ in range(2))
 
     def project(self, x: Residual) -> tuple[Queries, Keys, Values]:
         """q, k, v of every token: [B, T, D] -> [B, T, H, d] and twice [B, T, G, d]."""
-        return self.query(x), self.key(x), self.value(x)
+        q, k = self.query(x), self.key(x)
+        if self.norm_epsilon is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, self.value(x)
 
     def merge(self, heads: Queries) -> Residual:
         """The output projection: [B, T, H, d] -> [B, T, features]."""

@@ -7,8 +7,9 @@ from typing import Optional
 
 from meta_attention_jax.fields import expect, near
 from meta_attention_jax.mechanisms import full, linear, local
+from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import AttentionSpec, Keys, Mechanism, Queries, SegmentIds, Values, expect_record
+from meta_attention_jax.types import AttentionSpec, Keys, Queries, SegmentIds, Values, expect_record
 
 REGISTRY: dict[str, Mechanism] = {
     "full": full.MECHANISM,

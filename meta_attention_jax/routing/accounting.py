@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
+from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import Abstract, AttentionSpec, Mechanism, ModelConfig, Route, SegmentIds
+from meta_attention_jax.types import Abstract, AttentionSpec, ModelConfig, Route, SegmentIds
 
 
 @flax.struct.dataclass

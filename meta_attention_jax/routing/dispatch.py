@@ -27,20 +27,11 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import portable, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
+from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
 from meta_attention_jax.routing.decide import checked_route
 from meta_attention_jax.sharding import by_rows
-from meta_attention_jax.types import (
-    MECHANISMS,
-    AttentionSpec,
-    Keys,
-    Mechanism,
-    Queries,
-    Route,
-    SegmentIds,
-    Values,
-    expect_record,
-)
+from meta_attention_jax.types import MECHANISMS, AttentionSpec, Keys, Queries, Route, SegmentIds, Values, expect_record
 
 DISPATCHES = ("auto", "dense", "packed")
 
@@ -126,7 +117,7 @@ def _hard_attention(
     out = jnp.zeros_like(q)
     work = plan(route, segment_ids, records=records, spec=spec)
     if work is not None:
-        out = _unpack(portable.attend(heads.rotated_q, heads.rotated_k, heads.v, work)[0], work)
+        out = _unpack(portable.attend(heads.rotated_q, heads.rotated_k, heads.v, work, spec.softcap)[0], work)
     for index, record in enumerate(records):
         if record.reach is not None:
             continue

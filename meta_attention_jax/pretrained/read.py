@@ -1,0 +1,96 @@
+"""A published model on disk: a folder of safetensors, or a GGUF file; read offline, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from meta_attention_jax.fields import expect
+from meta_attention_jax.pretrained import families, gguf_file, tokenizer
+from meta_attention_jax.pretrained.source import Source
+from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
+from meta_attention_jax.types import ModelConfig
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32
+) -> tuple[ModelConfig, dict[str, Any], Optional[PublishedTokenizer]]:
+    """The model in a folder (`config.json`, `*.safetensors`) or a GGUF file, its parameters, and its tokenizer (None of
+    a folder without `tokenizer.json`).
+
+    Products and the embedding are kept in `dtype`, norms in float32. Peak memory is the model's, and its largest kind
+    of tensor once more. Raises ValueError for what is not there, is cut short, or is of no family that is known.
+    """
+    source = open_source(path)
+    family = families.family_of(source.config)
+    config = families.config_of(source.config)
+    if config.tied is False and "lm_head.weight" not in source.names:
+        config = dataclasses.replace(config, tied=True)
+    config = dataclasses.replace(config, param_dtype=jnp.dtype(dtype), dtype=jnp.dtype(dtype))
+    params: dict[str, Any] = {}
+    for where, layer, tensor in families.tensors_of(config, family):
+        expect(tensor.name in source.names, "path", f"a tensor {tensor.name!r} in {str(path)!r}", "none")
+        found = source.read(tensor.name)
+        expect(found.shape == tensor.shape, tensor.name, f"shape {tensor.shape}", found.shape)
+        value = tensor.ours(found)
+        value = value.astype(np.float32 if value.ndim == 1 else jnp.dtype(dtype))
+        _put(params, where, layer, value, config)
+    return config, jax.tree.map(jnp.asarray, params), _tokenizer(pathlib.Path(path), source, config)
+
+
+def _tokenizer(path: pathlib.Path, source: Source, config: ModelConfig) -> Optional[PublishedTokenizer]:
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return None
+    found = tokenizer.from_folder(path, source.config) if path.is_dir() else tokenizer.from_gguf(source.said)
+    size = found.vocab_size  # Embeddings are often padded.
+    expect(size <= config.vocab_size, "tokenizer", f"at most the {config.vocab_size} tokens of the model", size)
+    return found
+
+
+def _put(params: dict[str, Any], where: families.Path, layer: Optional[int], value: np.ndarray, config: ModelConfig):
+    """Into the tree of `LanguageModel`; layers of a scanned model are stacked."""
+    if layer is not None:
+        where = ("layers" if config.scan_layers else f"layer_{layer}", *where)
+    for name in where[:-1]:
+        params = params.setdefault(name, {})
+    if layer is None or not config.scan_layers:
+        params[where[-1]] = value
+        return
+    if layer == 0:
+        params[where[-1]] = np.empty((config.num_layers, *value.shape), value.dtype)
+    params[where[-1]][layer] = value
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """The folder or the file."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return _folder(path)
+    expect(path.is_file(), "path", "a folder with config.json or a GGUF file", str(path))
+    return gguf_file.open_file(path)
+
+
+def _folder(path: pathlib.Path) -> Source:
+    from safetensors import SafetensorError, safe_open
+
+    expect((path / "config.json").is_file(), "path", f"config.json in {str(path)!r}", "none")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "text_config" in config:
+        config = config["text_config"]
+    files = sorted(path.glob("*.safetensors"))
+    expect(files, "path", f"*.safetensors in {str(path)!r}", "none")
+    where, opened = {}, []
+    for file in files:
+        try:
+            opened.append(safe_open(file, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path: expected whole safetensors, got {str(file)!r}: {error}") from None
+        where |= dict.fromkeys(opened[-1].keys(), opened[-1])
+    return Source(config, where, lambda name: where[name].get_tensor(name), config)

@@ -1,0 +1,19 @@
+"""What a published model is on disk, whatever the format: a config, tensors by name, a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """In Hugging Face's words."""
+
+    config: Mapping[str, Any]
+    names: Collection[str]
+    read: Callable[[str], np.ndarray]  # One tensor, from disk.
+    said: Mapping[str, Any]  # All that the file says of itself, in its own words.

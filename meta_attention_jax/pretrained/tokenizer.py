@@ -1,0 +1,150 @@
+"""The tokenizer of a published model: its `tokenizer.json`, or rebuilt from what a GGUF file says."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from meta_attention_jax.data.tokenizer import Ids, Tokenizer, byte_alphabet
+from meta_attention_jax.fields import expect
+
+CONTROL = 3  # Of `tokenizer.ggml.token_type`: no text.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS = {  # What a text is first cut into, by `tokenizer.ggml.pre`.
+    "gpt-2": None,
+    "smollm": "digits",
+    "llama-bpe": _PIECES.replace("DIGITS", r"\p{N}{1,3}"),
+    "qwen2": _PIECES.replace("DIGITS", r"\p{N}"),
+}
+
+
+class PublishedTokenizer(Tokenizer):
+    """A tokenizer of the library `tokenizers` as it was published. Tokens that are no text, such as the end of one, are
+    never made from text and give none."""
+
+    kind = "published"
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, ends: Sequence[int] = (), template: Optional[str] = None):
+        self._tokenizer = inner
+        self.vocab_size = inner.get_vocab_size()
+        self.ends = tuple(ends)  # Ids that end a text.
+        self.template = template  # Of chats, in Jinja; None without one.
+        special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self._bytes = [b"" if i in special else _bytes_of(inner.id_to_token(i)) for i in range(self.vocab_size)]
+        self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
+
+    def encode(self, data: bytes) -> Ids:
+        return np.array(self._tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.int32)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
+        """Ids of a conversation, {"role": ..., "content": ...} each, up to where the model answers."""
+        expect(self.template is not None, "chat", "a model with a chat template", "one without")
+        try:
+            import jinja2.sandbox
+        except ModuleNotFoundError:
+            raise ValueError("chat: expected the package jinja2 (pip install jinja2), got none.") from None
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        text = environment.from_string(self.template).render(messages=list(messages), add_generation_prompt=True)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _decode(self, ids: Ids) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
+
+    def _content(self) -> str:
+        return self._tokenizer.to_str()
+
+
+_ALPHABET = byte_alphabet()
+
+
+def _bytes_of(token: str) -> bytes:
+    """The text of a token: of byte-level vocabularies, or where a blank is U+2581 and a byte is written <0x0A>."""
+    if all(c in _ALPHABET for c in token):
+        return bytes(_ALPHABET[c] for c in token)
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def from_folder(path: pathlib.Path, config: Mapping[str, Any]) -> PublishedTokenizer:
+    """Of a folder with `tokenizer.json`."""
+    file = path / "tokenizer.json"
+    expect(file.is_file(), "path", f"tokenizer.json in {str(path)!r}", "none")
+    inner = tokenizers.Tokenizer.from_file(str(file))
+    said = path / "tokenizer_config.json"
+    template = json.loads(said.read_text(encoding="utf-8")).get("chat_template") if said.is_file() else None
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+    ends = config.get("eos_token_id")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", ends)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return PublishedTokenizer(inner, ends=ends, template=template)
+
+
+def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
+    """Of a GGUF file: byte-level merges (kind `gpt2`), or merges in the order of scores (kind `llama`)."""
+    kind, tokens = said.get("tokenizer.ggml.model"), said.get("tokenizer.ggml.tokens")
+    else_folder = "else a folder with tokenizer.json"
+    expect(kind in ("gpt2", "llama"), "tokenizer.ggml.model", f"'gpt2' or 'llama', {else_folder}", kind)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    inner = _byte_level(said, vocab) if kind == "gpt2" else _by_scores(said, vocab)
+    types = said.get("tokenizer.ggml.token_type", [])
+    special = [token for token, kind_of in zip(tokens, types) if kind_of == CONTROL]
+    inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    end = said.get("tokenizer.ggml.eos_token_id")
+    return PublishedTokenizer(
+        inner, ends=[] if end is None else [int(end)], template=said.get("tokenizer.chat_template")
+    )
+
+
+def _byte_level(said: Mapping[str, Any], vocab: Mapping[str, int]) -> tokenizers.Tokenizer:
+    merges = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
+    words = said.get("tokenizer.ggml.pre", "gpt-2")
+    expected = f"one of {', '.join(_WORDS)}, else a folder with tokenizer.json"
+    expect(words in _WORDS, "tokenizer.ggml.pre", expected, words)
+    inner = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges))
+    pattern = _WORDS[words]
+    if pattern is None:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif pattern == "digits":
+        inner.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _by_scores(said: Mapping[str, Any], vocab: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: of all pairs that make a token, the one whose token has the best score goes first."""
+    scores = said["tokenizer.ggml.scores"]
+    pairs = []
+    for token, i in vocab.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                pairs.append((-scores[i], vocab[left], vocab[right], left, right))
+    merges = [(left, right) for *_, left, right in sorted(pairs)]
+    unknown = "<unk>" if "<unk>" in vocab else None
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=dict(vocab), merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    before = [normalizers.Prepend("\u2581")] if said.get("tokenizer.ggml.add_space_prefix", True) else []
+    inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return inner
