@@ -6,7 +6,8 @@ alpha_t = beta0 (1 - c) + epsilon + softplus(f(h_t)), weights of f from N(0, 0.0
 sample in training and the mean in evaluation, a gate on the posterior's differential entropy whose default of 1 nat
 makes every token hard in evaluation; training stays soft. One deviation: f sees log(1 + position) and not position / T,
 which would make a route depend on the text that follows. With `--config.objective.beta=0` it is their prior-free arm.
-No run of this file is recorded yet; those of configs/paper_recall.py are, in experiments/results/paper/.
+Recorded (experiments/results/paper/, five seeds, 400 steps, test split): 1.765 ± 0.024 nats soft, 2.449 ± 0.017 run hard,
+every token linear (cost 15.0 %), expected cost 22.4 ± 0.1 %; at weight 0 1.554 ± 0.012 hard at 29.7 %.
 """
 
 from configs import tiny_lm
