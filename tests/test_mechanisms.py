@@ -12,7 +12,7 @@ import pytest
 from meta_attention_jax.mechanisms import full, linear, local
 from meta_attention_jax.mechanisms.blocks import rotate
 from meta_attention_jax.targets import Target
-from meta_attention_jax.types import AttentionSpec
+from meta_attention_jax.types import AttentionSpec, Rope
 from tests import making, oracles
 from tests.close import assert_close
 
@@ -315,7 +315,7 @@ def test_rotary_matches_the_oracle_and_sees_only_differences():
             return jnp.einsum("bqhd,bkhd->bhqk", rotate(q, moved), keys)
 
         at_zero, half = rotate(q, jnp.zeros_like(positions)), rotate(q.astype(jnp.bfloat16), positions)
-        return (rotate(q, positions), rotate(q, positions, base=100.0), at_zero, half), (scores(17), scores(0))
+        return (rotate(q, positions), rotate(q, positions, Rope(base=100.0)), at_zero, half), (scores(17), scores(0))
 
     (plain, based, at_zero, half), scores = turned(q, k, positions)
     # 1e-4: an angle of 500 radians has an absolute error near 3e-5 in float32.
