@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from meta_attention_jax.fields import expect, whole
+from meta_attention_jax.fields import expect, real, whole
 
 Queries = Float[Array, "batch time heads dim"]
 Keys = Float[Array, "batch time kv_heads dim"]
@@ -43,15 +43,9 @@ Weights = Float[Array, "batch time mechanism"]
 Costs = Float[Array, "mechanism"]
 Scalar = Float[Array, ""]
 
-MECHANISMS = ("full", "linear", "local")
-"""Default order of the mechanism axis."""
-
-
-IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
-"""Of full attention; see `mechanisms.full`."""
-
+MECHANISMS = ("full", "linear", "local")  # Default order of the mechanism axis.
+IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")  # Of full attention; see `mechanisms.full`.
 SEGMENTS = ("any", "padded", "one")
-
 FALLBACKS = ("soft", "full")
 
 
@@ -69,6 +63,12 @@ def _at_least(record: Any, least: int, name: str, optional: bool = False) -> Non
     number = whole(name, value)
     expect(number >= least, name, f"at least {least}", number)
     object.__setattr__(record, name, number)
+
+
+def _positive(record: Any, name: str) -> None:
+    """Checks a field that may be None."""
+    value = getattr(record, name)
+    expect(value is None or real(name, value) > 0, name, "None or a number > 0", value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class AttentionSpec:
         expect(isinstance(self.causal, (bool, np.bool_)), "causal", "True or False", self.causal)
         _at_least(self, 1, "window", optional=True)
         _at_least(self, 0, "sinks")
-        expect(self.softcap is None or self.softcap > 0, "softcap", "None or a number > 0", self.softcap)
+        _positive(self, "softcap")
         expected = f"one of {', '.join(IMPLEMENTATIONS)}"
         expect(self.implementation in IMPLEMENTATIONS, "implementation", expected, self.implementation)
         expect(self.segments in SEGMENTS, "segments", f"one of {SEGMENTS}", self.segments)
@@ -170,6 +170,12 @@ class Rope:
     divisors: tuple[float, ...] = ()  # d/2 numbers: what stretches the positions of a pair; () for none.
     scale: float = 1.0  # Of the turned vectors.
 
+    def __post_init__(self) -> None:
+        for name in ("base", "scale"):
+            expect(real(name, getattr(self, name)) > 0, name, "a number > 0", getattr(self, name))
+        object.__setattr__(self, "divisors", tuple(real("divisors", x) for x in self.divisors))
+        expect(all(x > 0 for x in self.divisors), "divisors", "numbers > 0", self.divisors)
+
 
 ACTIVATIONS = ("silu", "gelu")
 BIASES = ("qkv", "out", "mlp")
@@ -236,8 +242,15 @@ class ModelConfig:
         for name in ("num_kv_heads", "qkv_features", "mlp_dim"):
             _at_least(self, 1, name, optional=True)
         expect(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", self.activation)
+        for name in ("attention_scale", "embedding_scale", "logit_softcap"):
+            _positive(self, name)
+        expect(real("norm_epsilon", self.norm_epsilon) >= 0, "norm_epsilon", "a number >= 0", self.norm_epsilon)
+        expect_record("rope", self.rope, Rope)
+        expect_record("window_rope", self.window_rope or self.rope, Rope)
         expect(set(self.biases) <= set(BIASES), "biases", f"some of {BIASES}", self.biases)
         expect(len(self.windows) in (0, self.num_layers), "windows", f"none or {self.num_layers}", self.windows)
+        for window in self.windows:
+            expect(window is None or whole("windows", window) > 0, "windows", "None or tokens > 0", window)
         expect(not self.windows or None in self.windows, "windows", "None for some layer", self.windows)
 
     @property

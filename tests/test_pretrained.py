@@ -7,12 +7,18 @@ import json
 import pathlib
 import shutil
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from meta_attention_jax import LanguageModel, Router, RoutingHypers, generate, pretrained
+from meta_attention_jax.data.tokenizer import BPETokenizer
+from meta_attention_jax.pretrained import gguf_file
+from meta_attention_jax.pretrained.read import open_source
+from meta_attention_jax.pretrained.tokenizer import from_gguf
 from tests.close import assert_close
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "pretrained"
@@ -43,6 +49,8 @@ def test_what_is_saved_is_what_was_read(name, tmp_path):
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, same, params)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    with pytest.raises(ValueError, match="^params: expected those of the config, "):
+        pretrained.save(tmp_path / "other", config, {"embedding": params["embedding"]}, source=FOLDER / name)
     with pytest.raises(ValueError, match="^path: expected a folder that is not there"):
         pretrained.save(tmp_path / "again", config, params, source=FOLDER / name)
 
@@ -91,6 +99,9 @@ def changed(tmp_path, **changes):
     (dict(model_type="mamba"), "model_type: expected one of llama, mistral, qwen2, .*, got 'mamba'."),
     (dict(hidden_act="relu"), "hidden_act: expected one of silu, gelu_pytorch_tanh, got 'relu'."),
     (dict(rope_parameters=dict(rope_type="ntk", rope_theta=1.0)), "rope_type: expected default, linear, llama3 or y"),
+    (dict(num_hidden_layers=1), "path: expected tensors that a llama has, got 'model.layers.1"),
+    (dict(hidden_size=None), "hidden_size: expected a value in config.json, got None."),
+    (dict(quantization_config={"bits": 4}), "quantization_config: expected none or None, which is all that is read"),
     (dict(num_hidden_layers=3), "path: expected a tensor 'model.layers.2.input_layernorm.weight' in "),
     (dict(sliding_window=8, model_type="mistral"), "sliding_window: expected a layer of full attention, or nothing"),
     (dict(intermediate_size=47), "model.layers.0.mlp.gate_proj.weight: expected shape"),
@@ -105,6 +116,11 @@ def test_what_is_not_there_or_cut_short_is_one_sentence(tmp_path):
         pretrained.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="^path: expected config.json in "):
         pretrained.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="^path: expected JSON in "):
+        pretrained.load(tmp_path)
+    with pytest.raises(ValueError, match="^dtype: expected one of float32, bfloat16, float16, got 'int8'."):
+        pretrained.load(FOLDER / "smollm2", dtype=jnp.int8)
     folder = changed(tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -113,3 +129,150 @@ def test_what_is_not_there_or_cut_short_is_one_sentence(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"^path: expected \*.safetensors in "):
         pretrained.load(folder)
+
+
+def as_gguf(path, name, kind=None, *, freqs=None, extra=()):
+    """A fixture as llama.cpp writes it: its names, pairs of queries and keys side by side."""
+    config, params, _ = pretrained.load(FOLDER / name)
+    source = open_source(FOLDER / name)
+    names = {theirs: ours for ours, theirs in gguf_file.TOP.items()}
+    names |= {theirs: ours for ours, theirs in gguf_file.LAYER.items()}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for ours, theirs in gguf_file.FIELDS.items():
+        value = source.config.get(theirs)
+        if value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{ours}", value)
+    writer.add_float32("llama.rope.freq_base", config.rope.base)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(0x21 + i) for i in range(config.vocab_size - 1)), '!"'])
+    writer.add_token_merges(["! \""])
+    writer.add_eos_token_id(3)
+    for tensor in source.names:
+        value = np.asarray(source.read(tensor), np.float32)
+        stem, _, end = tensor.rpartition(".")
+        layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
+        stem = stem.split(".", 3)[3] if layer else stem
+        if stem.endswith(("q_proj", "k_proj")):
+            heads = config.num_heads if stem.endswith("q_proj") else config.kv_heads
+            value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        given = f"blk.{layer}.{names[stem]}.{end}" if layer else f"{names[stem]}.{end}"
+        if kind is None or value.ndim == 1 or value.shape[-1] % 32:
+            writer.add_tensor(given, value)
+        else:
+            writer.add_tensor(given, gguf.quants.quantize(value, kind), raw_dtype=kind)
+    if freqs is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(freqs, np.float32))
+    for given in extra:
+        writer.add_tensor(given, np.ones(32, np.float32))
+    return written(writer, path)
+
+
+def written(writer, path):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3"])
+def test_a_gguf_file_is_the_folder(name, tmp_path):
+    """Parameters of both; llama3 has biases, a head of its own and factors of its frequencies."""
+    config, params, _ = pretrained.load(FOLDER / name)
+    file = as_gguf(tmp_path / "model.gguf", name, freqs=config.rope.divisors or None)
+    found, same, tokenizer = pretrained.load(file)
+    assert found.rope.divisors == pytest.approx(config.rope.divisors) and tokenizer.ends == (3,)
+    assert dataclasses.replace(found, rope=config.rope, norm_epsilon=config.norm_epsilon) == config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    if name == "llama3":
+        with pytest.raises(ValueError, match="^source: expected positions that a config.json can state"):
+            pretrained.save(tmp_path / "again", found, same, source=file)
+
+
+def test_quantised_tensors_are_near_and_others_are_refused(tmp_path):
+    _, exact, _ = pretrained.load(FOLDER / "smollm2")
+    kinds = gguf.GGMLQuantizationType
+    for kind in (kinds.F16, kinds.BF16, kinds.Q8_0):
+        _, near, _ = pretrained.load(as_gguf(tmp_path / kind.name, "smollm2", kind))
+        assert_close(near["embedding"]["embedding"], exact["embedding"]["embedding"], 0.02)
+    writer = gguf.GGUFWriter(str(tmp_path / "other"), "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((61, 54), np.uint8), raw_dtype=kinds.TQ1_0)
+    with pytest.raises(ValueError, match="^token_embd.weight: expected one of F32, F16, BF16, .*, got 'TQ1_0'."):
+        pretrained.load(written(writer, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda data: data[:200], "path: expected a whole GGUF file"),
+    (lambda data: data[:-2000], "path: expected a whole GGUF file"),
+    (lambda data: b"nothing" + data, "path: expected a whole GGUF file"),
+])
+def test_a_damaged_gguf_file_is_one_sentence(damage, sentence, tmp_path):
+    file = as_gguf(tmp_path / "model.gguf", "smollm2")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        pretrained.load(file)
+
+
+def test_a_tensor_that_nobody_asks_for_is_not_passed_over(tmp_path):
+    with pytest.raises(ValueError, match="^path: expected tensors that a llama has, got 'blk.0.attn_sinks.weight'."):
+        pretrained.load(as_gguf(tmp_path / "model.gguf", "smollm2", extra=["blk.0.attn_sinks.weight"]))
+
+
+TEXT = "Fellow citizens, of 1,862: I'm glad \u2014 tr\u00e8s bien!\n  \t<|end|>".encode()
+
+
+def byte_level():
+    trained = BPETokenizer.train([TEXT * 50], 290)
+    return trained, json.loads(trained._content())["model"]
+
+
+def test_a_byte_level_tokenizer_is_rebuilt_from_its_merges():
+    trained, model = byte_level()
+    said = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [*sorted(model["vocab"], key=model["vocab"].get), "<|end|>"],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.token_type": [1] * 290 + [3],
+        "tokenizer.ggml.eos_token_id": 290,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}",
+    }
+    rebuilt = from_gguf(said)
+    cut = TEXT.removesuffix(b"<|end|>")
+    assert rebuilt.encode(cut).tolist() == trained.encode(cut).tolist() and rebuilt.decode(rebuilt.encode(cut)) == cut
+    assert rebuilt.vocab_size == 291 and rebuilt.ends == (290,) and rebuilt.token_bytes[290] == 0
+    assert rebuilt.token_bytes[rebuilt.encode(cut)].sum() == len(cut)
+    assert rebuilt.chat([{"role": "user", "content": "glad"}]).tolist() == [*rebuilt.encode(b"glad"), 290]
+    for words in ("smollm", "qwen2", "llama-bpe"):
+        other = from_gguf(said | {"tokenizer.ggml.pre": words})
+        assert other.decode(other.encode(cut)) == cut
+    with pytest.raises(ValueError, match="^tokenizer.ggml.merges: expected two tokens that make a third, got 'a zzz'."):
+        from_gguf(said | {"tokenizer.ggml.merges": ["a zzz"]})
+    for field, value in (("tokenizer.ggml.pre", "viking"), ("tokenizer.ggml.model", "bert")):
+        with pytest.raises(ValueError, match=f"^{field}: expected .* else a folder with tokenizer.json, got '{value}'."):
+            from_gguf(said | {field: value})
+
+
+def test_a_tokenizer_of_scores_merges_the_best_pair_first():
+    tokens = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581ab\u00e9", "ab", "\u2581a", "\u2581ab", "b\u00e9"]
+    scores = [0.0] * 261 + [-3.0, -1.0, -2.0, -0.5]
+    said = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": [2] + [6] * 256 + [1] * 8}
+    found = from_gguf(said)
+    names = [tokens[i] for i in found.encode("ab\u00e9c".encode())]
+    assert names == ["\u2581a", "b\u00e9", "<0x63>"], "b\u00e9 has the best score, then \u2581a"
+    assert found.decode(found.encode("ab\u00e9c".encode())) == " ab\u00e9c".encode(), "characters are themselves"
+
+
+def test_the_tokenizer_of_a_folder(tmp_path):
+    folder = changed(tmp_path, vocab_size=61)
+    trained, _ = byte_level()
+    trained.save(folder)
+    with pytest.raises(ValueError, match="^tokenizer: expected at most the 61 tokens of the model, got 290."):
+        pretrained.load(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 5}, merges=[("a", "b")]))
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    (folder / "chat_template.jinja").write_text("ab")
+    _, _, found = pretrained.load(folder)
+    assert found.vocab_size == 6 and found.encode(b"abab").tolist() == [5, 5] and found.ends == (1, 5)
+    assert found.chat([]).tolist() == [5]

@@ -157,6 +157,7 @@ RECORDS = (
     Record("Training steps", "train_step.json", "benchmarks.train_step --rounds=7"),
     Record("Memory", "memory.json", "benchmarks.memory"),
     Record("One program for many runs", "sweep_timing.json", "benchmarks.sweep"),
+    Record("Published families, as `transformers` reads them", "parity.json", "checks.parity"),
     Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),

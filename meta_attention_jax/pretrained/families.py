@@ -40,6 +40,8 @@ FAMILIES = {
     ),
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+REFUSED = {"quantization_config": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
 FULL, WINDOW = "full_attention", "sliding_attention"
 
 
@@ -54,6 +56,10 @@ def config_of(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that a `config.json` (Hugging Face's names) describes: every layer full attention, but for those that
     are windows by nature."""
     family = family_of(hf)
+    for name in NEEDED:
+        expect(hf.get(name) is not None, name, "a value in config.json", hf.get(name))
+    for name, plain in REFUSED.items():
+        expect(hf.get(name, plain) in (plain, None), name, f"none or {plain}, which is all that is read", hf.get(name))
     heads, model_dim, layers = (hf[name] for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     head_dim = hf.get("head_dim") or model_dim // heads
     activation = hf.get("hidden_activation") or hf.get("hidden_act")
@@ -142,6 +148,8 @@ def rope_of(said: Mapping[str, Any], dim: int) -> Rope:
     base, kind = float(said["rope_theta"]), said.get("rope_type", "default")
     if kind == "default":
         return Rope(base)
+    if kind == "factors":  # Of a GGUF file: what every frequency is divided by.
+        return Rope(base, tuple(float(x) for x in said["factors"]))
     expect(kind in ("linear", "llama3", "yarn"), "rope_type", "default, linear, llama3 or yarn", kind)
     factor, index = float(said["factor"]), np.arange(dim // 2)
     kept, scale = np.zeros(dim // 2), 1.0

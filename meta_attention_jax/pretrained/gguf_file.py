@@ -66,6 +66,11 @@ def open_file(path: pathlib.Path) -> Source:
         expect(found in TYPES, tensor.name, f"one of {', '.join(TYPES)}", found)
     config = _config(said, kind)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    config["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in tensors
+    config["mlp_bias"] = "model.layers.0.mlp.down_proj.bias" in tensors
+    if "rope_freqs.weight" in tensors:
+        factors = np.array(tensors["rope_freqs.weight"].data, np.float32)
+        config["rope_parameters"] |= {"rope_type": "factors", "factors": factors.tolist()}
     config["vocab_size"] = int(tensors["model.embed_tokens.weight"].shape[1])
 
     def read(name: str) -> np.ndarray:

@@ -18,6 +18,8 @@ from meta_attention_jax.pretrained.source import Source
 from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
 from meta_attention_jax.types import ModelConfig
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def load(
     path: str | os.PathLike[str], *, dtype: Any = jnp.float32
@@ -25,9 +27,10 @@ def load(
     """The model in a folder (`config.json`, `*.safetensors`) or a GGUF file, its parameters, and its tokenizer (None of
     a folder without `tokenizer.json`).
 
-    Products and the embedding are kept in `dtype`, norms in float32. Peak memory is the model's, and its largest kind
-    of tensor once more. Raises ValueError for what is not there, is cut short, or is of no family that is known.
+    Products and the embedding are kept in `dtype`, vectors in float32. Raises ValueError for what is not there, is cut
+    short, is of no family that is known, or has a tensor that the family does not.
     """
+    expect(np.dtype(dtype).name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", np.dtype(dtype).name)
     source = open_source(path)
     family = families.family_of(source.config)
     config = families.config_of(source.config)
@@ -35,14 +38,23 @@ def load(
         config = dataclasses.replace(config, tied=True)
     config = dataclasses.replace(config, param_dtype=jnp.dtype(dtype), dtype=jnp.dtype(dtype))
     params: dict[str, Any] = {}
+    left = {name for name in source.names if not _is_derived(name, config)}
     for where, layer, tensor in families.tensors_of(config, family):
         expect(tensor.name in source.names, "path", f"a tensor {tensor.name!r} in {str(path)!r}", "none")
+        left.discard(tensor.name)
         found = source.read(tensor.name)
         expect(found.shape == tensor.shape, tensor.name, f"shape {tensor.shape}", found.shape)
         value = tensor.ours(found)
         value = value.astype(np.float32 if value.ndim == 1 else jnp.dtype(dtype))
         _put(params, where, layer, value, config)
+    expect(not left, "path", f"tensors that a {source.config['model_type']} has", min(left, default=""))
     return config, jax.tree.map(jnp.asarray, params), _tokenizer(pathlib.Path(path), source, config)
+
+
+def _is_derived(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor says what is known without it."""
+    tied = config.tied and name == "lm_head.weight"
+    return tied or name == "rope_freqs.weight" or name.endswith("rotary_emb.inv_freq")
 
 
 def _tokenizer(path: pathlib.Path, source: Source, config: ModelConfig) -> Optional[PublishedTokenizer]:
@@ -81,9 +93,11 @@ def _folder(path: pathlib.Path) -> Source:
     from safetensors import SafetensorError, safe_open
 
     expect((path / "config.json").is_file(), "path", f"config.json in {str(path)!r}", "none")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if "text_config" in config:
-        config = config["text_config"]
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: expected JSON in {str(path / 'config.json')!r}, got {error}.") from None
+    expect(isinstance(config, dict), "path", f"a config in {str(path / 'config.json')!r}", config)
     files = sorted(path.glob("*.safetensors"))
     expect(files, "path", f"*.safetensors in {str(path)!r}", "none")
     where, opened = {}, []

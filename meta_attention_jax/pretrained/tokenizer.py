@@ -34,11 +34,13 @@ class PublishedTokenizer(Tokenizer):
 
     def __init__(self, inner: tokenizers.Tokenizer, *, ends: Sequence[int] = (), template: Optional[str] = None):
         self._tokenizer = inner
-        self.vocab_size = inner.get_vocab_size()
+        self.vocab_size = max(inner.get_vocab().values()) + 1
         self.ends = tuple(ends)  # Ids that end a text.
         self.template = template  # Of chats, in Jinja; None without one.
         special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-        self._bytes = [b"" if i in special else _bytes_of(inner.id_to_token(i)) for i in range(self.vocab_size)]
+        whole = _of_bytes(inner)
+        texts = ("" if i in special else inner.id_to_token(i) or "" for i in range(self.vocab_size))
+        self._bytes = [_bytes_of(text, whole) for text in texts]
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
     def encode(self, data: bytes) -> Ids:
@@ -65,10 +67,15 @@ class PublishedTokenizer(Tokenizer):
 _ALPHABET = byte_alphabet()
 
 
-def _bytes_of(token: str) -> bytes:
-    """The text of a token: of byte-level vocabularies, or where a blank is U+2581 and a byte is written <0x0A>."""
-    if all(c in _ALPHABET for c in token):
-        return bytes(_ALPHABET[c] for c in token)
+def _of_bytes(inner: tokenizers.Tokenizer) -> bool:
+    """Whether characters of its tokens stand for bytes; elsewhere for themselves, as in "é"."""
+    return '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
+
+
+def _bytes_of(token: str, of_bytes: bool) -> bytes:
+    """The text of a token; where characters are themselves, a blank is U+2581 and a byte is written <0x0A>."""
+    if of_bytes:
+        return b"".join(bytes([_ALPHABET[c]]) if c in _ALPHABET else c.encode() for c in token)
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("\u2581", " ").encode()
@@ -109,7 +116,10 @@ def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
 
 
 def _byte_level(said: Mapping[str, Any], vocab: Mapping[str, int]) -> tokenizers.Tokenizer:
-    merges = [tuple(merge.split(" ")) for merge in said["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in said.get("tokenizer.ggml.merges", [])]
+    for merge in merges:  # The library would panic.
+        known = len(merge) == 2 and all(token in vocab for token in (*merge, "".join(merge)))
+        expect(known, "tokenizer.ggml.merges", "two tokens that make a third", " ".join(merge))
     words = said.get("tokenizer.ggml.pre", "gpt-2")
     expected = f"one of {', '.join(_WORDS)}, else a folder with tokenizer.json"
     expect(words in _WORDS, "tokenizer.ggml.pre", expected, words)

@@ -40,6 +40,9 @@ def save(
 
     path, opened = pathlib.Path(path), open_source(source)
     expect(not path.exists(), "path", "a folder that is not there", str(path))
+    rope = opened.config.get("rope_parameters") or {}
+    stated = rope.get("rope_type") != "factors"
+    expect(stated, "source", "positions that a config.json can state", "factors of a GGUF file")
     family = families.family_of(opened.config)
     tensors = {}
     for where, layer, tensor in families.tensors_of(config, family):
@@ -62,5 +65,6 @@ def _get(params: Mapping[str, Any], where: families.Path, layer: int | None, con
     if layer is not None:
         where = ("layers" if config.scan_layers else f"layer_{layer}", *where)
     for name in where:
+        expect(name in params, "params", f"those of the config, {'/'.join(where)}", f"none of {name!r}")
         params = params[name]
     return params if layer is None or not config.scan_layers else params[layer]
