@@ -10,6 +10,7 @@ logits and greedy tokens, which the tests read without torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 import pathlib
 import shutil
 import tempfile
@@ -118,7 +119,8 @@ def measure(name: str, folder: pathlib.Path) -> dict[str, Any]:
     again = folder.with_name(f"{folder.name}-again")
     pretrained.save(again, config, params, source=folder)
     np.savez_compressed(folder / "reference.npz", **reference)
-    return {
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in ("transformers", "torch")}
+    return versions | {
         "model": name,
         "logits": distance(logits, reference["logits"]),
         "greedy tokens": f"{int((greedy == reference['greedy']).sum())} of {greedy.size}",
