@@ -27,7 +27,7 @@ from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect, near
 from meta_attention_jax.routing.gate import KINDS
-from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS
+from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS, LOSSES, STAGES
 
 SCHEMA: dict[str, Field] = {
     "name": Field("base", "Title of tables and pictures.", array=True),
@@ -96,6 +96,22 @@ SCHEMA: dict[str, Field] = {
     ),
     "gate.price": Field(0.0, "lambda: a hard token takes argmax E[pi] - lambda c.", since=0.0, array=True),
     "gate.fallback": Field("soft", "What an uncertain token does in gated mode.", choices=FALLBACKS, since="soft"),
+    # -- retrofit
+    "retrofit.backbone": Field(
+        "", "Published model that is routed, frozen: a folder, a GGUF file or package:NAME.", since="",
+        free_on_resume=True,  # Its sha256 says which it is.
+    ),
+    "retrofit.stage": Field(
+        "end_to_end", "What is trained for: the text, or every layer's own output.", choices=STAGES, since="end_to_end"
+    ),
+    "retrofit.loss": Field("nll", "end_to_end: of the text, or KL to the unrouted model.", choices=LOSSES, since="nll"),
+    "retrofit.tolerance": Field(
+        0.08, "local: sigma, the change of the stream that counts as one.", POSITIVE, since=0.08
+    ),
+    "retrofit.lora_rank": Field(0, "Of adapters beside q, k, v and o; 0 is none.", NOT_NEGATIVE, since=0),
+    "retrofit.local_steps": Field(0, "Steps of the local stage before; 0 is none.", NOT_NEGATIVE, since=0),
+    "retrofit.local_learning_rate": Field(1e-3, "Of the local stage, at its peak.", POSITIVE, since=1e-3),
+    "retrofit.local_beta": Field(0.3, "Weight of its KL.", NOT_NEGATIVE, since=0.3),
     # -- optimizer
     "optimizer.name": Field("adamw", "The optimizer.", choices=("adamw", "sgd")),
     "optimizer.learning_rate": Field(3e-3, "At its peak.", POSITIVE, array=True),
@@ -163,8 +179,9 @@ def check_fields(config: Any) -> None:
         elif field.since is ALWAYS:
             raise ValueError(f"config: expected a value of the field {name!r}, got none.")
         else:
+            section, _, last = name.rpartition(".")
             with config.unlocked():
-                config.update_from_flattened_dict({name: field.since})
+                (config.setdefault(section, ConfigDict()) if section else config)[last] = field.since
 
 
 def config_to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -189,8 +206,8 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
     for name, field in SCHEMA.items():
         section, _, last = name.rpartition(".")
-        if field.since is not ALWAYS and isinstance(whole.get(section), dict):
-            whole[section].setdefault(last, field.since)
+        if field.since is not ALWAYS:
+            (whole.setdefault(section, {}) if section else whole).setdefault(last, field.since)
     return whole
 
 

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.registry import attend, get_mechanism
-from meta_attention_jax.types import AttentionSpec, ModelConfig
+from meta_attention_jax.types import AttentionSpec
 
 COST_KINDS = ("nominal", "analytic", "measured")
 

@@ -75,6 +75,7 @@ class MetaAttention(nn.Module):
       preference: eta of the prior, when `hypers` is not given.
       threshold: theta of the gate, when `hypers` is not given.
       out_bias: of the output alone; None means `use_bias`.
+      adapter_rank: of low-rank adapters beside the projections; 0: there are none.
       dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
     """
 
@@ -96,6 +97,7 @@ class MetaAttention(nn.Module):
     threshold: float = 0.0
     use_bias: bool = False
     out_bias: Optional[bool] = None
+    adapter_rank: int = 0
     dtype: Optional[Any] = None
     param_dtype: Any = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -187,6 +189,7 @@ class MetaAttention(nn.Module):
             use_bias=self.use_bias,
             out_bias=self.out_bias,
             norm_epsilon=self.norm_epsilon,
+            adapter_rank=self.adapter_rank,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=self.kernel_init,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Int, Key
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.layer import MetaAttention
 from meta_attention_jax.mechanisms import blocks
@@ -21,7 +22,6 @@ from meta_attention_jax.mechanisms.projections import Norm
 from meta_attention_jax.mechanisms.registry import check_decodes
 from meta_attention_jax.sharding import by_rows, gather
 from meta_attention_jax.types import (
-    ModelConfig,
     Positions,
     Router,
     Routing,
@@ -49,6 +49,7 @@ class Block(nn.Module):
     router: Router
     mode: str
     dispatch: str
+    by_layer: bool = False
     window: Optional[int] = None  # Of a layer that is a window by nature.
 
     @nn.compact
@@ -79,23 +80,23 @@ class Block(nn.Module):
             norm_epsilon=config.norm_epsilon if config.qk_norm else None,
             use_bias="qkv" in config.biases,
             out_bias="out" in config.biases,
+            adapter_rank=config.adapter_rank,
             mode=self.mode,
             dispatch=self.dispatch,
             out_kernel_init=init(small),
             name="attention",
             **kinds,
         )
-        attended, routing, cache = attention.routed(
-            norm(name="attention_norm")(x),
-            segment_ids=segment_ids,
-            positions=positions,
-            residual=x,
-            route=route,
-            hypers=hypers,
-            keys=keys,
-            cache=cache,
-            layer=index,
-        )
+        if self.by_layer:
+            x = jax.lax.stop_gradient(x)
+        shared = dict(segment_ids=segment_ids, positions=positions, residual=x, hypers=hypers)
+        h = norm(name="attention_norm")(x)
+        attended, routing, cache = attention.routed(h, route=route, keys=keys, cache=cache, layer=index, **shared)
+        if self.by_layer and self.window is None:
+            every = jnp.full(x.shape[:2], self.router.mechanisms.index("full"), jnp.int32)
+            full = attention.routed(h, route=every, **shared)[0]
+            harm, attended = _harm(full, attended, x), jnp.where(hypers.threshold > 0, attended, full)
+            routing = routing.replace(harm=harm)
         x = x + (norm(name="attention_post_norm")(attended) if config.post_norms else attended)
         dense = lambda width, name, scale: nn.Dense(  # noqa: E731
             width, use_bias="mlp" in config.biases, kernel_init=init(scale), name=name, **kinds
@@ -104,6 +105,12 @@ class Block(nn.Module):
         width, act = config.mlp_width, {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
         h = dense(x.shape[-1], "down", small)(act(dense(width, "gate", 1.0)(h)) * dense(width, "up", 1.0)(h))
         return (x + (norm(name="mlp_post_norm")(h) if config.post_norms else h), cache, index + 1), routing
+
+
+def _harm(full: Array, attended: Array, x: Array) -> Float[Array, "batch time"]:
+    """||full - attended||^2 / ||x||^2 of every token."""
+    square = lambda a: jnp.sum(jnp.square(a.astype(jnp.float32)), axis=-1)  # noqa: E731
+    return square(full - attended) / jnp.maximum(square(x), jnp.finfo(jnp.float32).tiny)
 
 
 class TiedEmbedding(nn.Embed):
@@ -120,6 +127,9 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     mode: str = "soft"  # Of `MetaAttention`: how it is run. `model.clone(mode="hard")` has the same parameters.
     dispatch: str = "auto"
+    # Each layer by itself: the stream into it has no gradient, and its routing says its `harm`. As long as theta is 0
+    # the stream is that of full attention, then that of the routes.
+    by_layer: bool = False
     # The mesh axis over which parameters are split by `sharding.RULES`, where the model runs inside `shard_map`: every
     # layer gathers its own and lets go of them. None: they are whole.
     shard_axis: Optional[str] = None
@@ -158,7 +168,9 @@ class LanguageModel(nn.Module):
                 in_axes=(0, *[nn.broadcast] * 4),
                 length=config.num_layers,
             )
-        make = functools.partial(block, config=config, mode=self.mode, dispatch=self.dispatch)
+        make = functools.partial(
+            block, config=config, mode=self.mode, dispatch=self.dispatch, by_layer=self.by_layer
+        )
         if config.scan_layers:
             self.layers = make(router=routers[0], name="layers")
         else:

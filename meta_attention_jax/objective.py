@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Key, Num
 
 from meta_attention_jax.controller.uncertainty import categorical_entropy
 from meta_attention_jax.model import Output
-from meta_attention_jax.types import Batch, RoutingHypers, Scalar
+from meta_attention_jax.types import Batch, Routing, RoutingHypers, Scalar
 
 COLLAPSE = 0.99
 """A layer has collapsed when one mechanism takes more than this share of its tokens."""
@@ -37,6 +37,7 @@ class Sums:
 
     tokens: Scalar  # N, their number.
     nll: Scalar  # -log p(target), nats.
+    fit: Scalar  # What the objective has of the text: the nll, or what a retrofit has in its place; nats.
     num_bytes: Scalar  # Of the targets.
     kl: Float[Array, "layer"]  # KL(q || p), nats.
     penalty: Float[Array, "layer"]  # What the objective adds, times beta; the KL but for some baselines.
@@ -77,6 +78,7 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
     return Sums(
         tokens=jnp.sum(mask),
         nll=jnp.sum(nll),
+        fit=jnp.sum(nll),
         num_bytes=jnp.sum(batch.num_bytes.astype(jnp.float32) * mask),
         kl=per_layer(routing.kl),
         penalty=per_layer(routing.penalty),
@@ -98,9 +100,23 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
     )
 
 
+def distance_to(
+    logits: Float[Array, "batch time vocab"], teacher: Float[Array, "batch time vocab"], mask: Array
+) -> Scalar:
+    """sum_t KL(teacher_t || model_t) over the loss tokens, nats."""
+    wanted, got = jax.nn.log_softmax(teacher, axis=-1), jax.nn.log_softmax(logits, axis=-1)
+    return jnp.sum(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1) * mask)
+
+
+def layers_fit(routing: Routing, mask: Array, tolerance: float) -> Scalar:
+    """sum_t sum_l ||o_full - o||^2 / (2 sigma^2 ||x||^2) over the loss tokens: minus the log-likelihood, up to a
+    constant, of every layer's own output, sigma the tolerated change of its stream."""
+    return jnp.sum(routing.harm * mask) / (2.0 * tolerance**2)
+
+
 def objective(sums: Sums, beta: Scalar) -> Scalar:
     """sum_t NLL_t + beta sum_layers KL_t (or penalty) in nats: *not yet* divided by the number of tokens."""
-    return sums.nll + beta * jnp.sum(sums.penalty)
+    return sums.fit + beta * jnp.sum(sums.penalty)
 
 
 def forward(
@@ -170,7 +186,7 @@ def summarise(
     kl = s.kl / n
     metrics: dict[str, Any] = {
         "tokens": int(n),
-        "loss": nll + beta * float(s.penalty.sum()) / n,
+        "loss": float(s.fit) / n + beta * float(s.penalty.sum()) / n,
         "nll": nll,
         "perplexity": math.exp(min(nll, 700.0)),
         "bits_per_byte": float(s.nll / s.num_bytes) / math.log(2) if s.num_bytes > 0 else None,

@@ -13,6 +13,7 @@ from meta_attention_jax.fields import expect, plain, whole
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.run import Run
 from meta_attention_jax.sharding import without_mesh
+from meta_attention_jax.training import backbone as published
 from meta_attention_jax.training import build
 from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.rules import validate
@@ -48,6 +49,7 @@ def load_run(
     batch_size: Optional[int] = None,
     corpus: Optional[str] = None,
     data_split: Optional[str] = None,
+    backbone: Optional[str] = None,
 ) -> Run:
     """Opens the run in `path`; writes nothing. What is None is as trained.
 
@@ -57,6 +59,7 @@ def load_run(
       corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER". They have to be the same, whatever
         they are called.
       data_split: `data.split`.
+      backbone: where the published model is now that the run has routed, if it has moved; it has to be the same.
 
     Raises:
       ValueError: no run there, a config that is not complete, no such step, or parameters of another config.
@@ -69,6 +72,12 @@ def load_run(
         config.data.corpus = corpus
     if data_split is not None:
         config.data.split = data_split
+    if backbone is not None:
+        expect(config.retrofit.backbone, "backbone", "None for a run that has routed no published model", backbone)
+        config.retrofit.backbone = backbone
+    if config.retrofit.backbone:
+        published.check_same(published.identity(config), path)
+        params = published.merge(published.load(config), params)
     length, rows = sequence_length or config.data.sequence_length, batch_size or config.data.batch_size
     expect(length * rows < 2**31, "sequence_length", "fewer than 2^31 tokens in a batch", sequence_length)
     tokenizer = load_tokenizer(path)

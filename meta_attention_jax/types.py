@@ -47,6 +47,8 @@ MECHANISMS = ("full", "linear", "local")  # Default order of the mechanism axis.
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")  # Of full attention; see `mechanisms.full`.
 SEGMENTS = ("any", "padded", "one")
 FALLBACKS = ("soft", "full")
+STAGES = ("end_to_end", "local")
+LOSSES = ("nll", "kl")
 
 
 def expect_record(name: str, value: Any, kind: type) -> None:
@@ -55,7 +57,7 @@ def expect_record(name: str, value: Any, kind: type) -> None:
     expect(isinstance(value, kind), name, f"{article} {kind.__name__}", value)
 
 
-def _at_least(record: Any, least: int, name: str, optional: bool = False) -> None:
+def at_least(record: Any, least: int, name: str, optional: bool = False) -> None:
     """Makes a field an int of Python's, of at least `least`."""
     value = getattr(record, name)
     if optional and value is None:
@@ -65,7 +67,7 @@ def _at_least(record: Any, least: int, name: str, optional: bool = False) -> Non
     object.__setattr__(record, name, number)
 
 
-def _positive(record: Any, name: str) -> None:
+def positive(record: Any, name: str) -> None:
     """Checks a field that may be None."""
     value = getattr(record, name)
     expect(value is None or real(name, value) > 0, name, "None or a number > 0", value)
@@ -95,9 +97,9 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         expect(isinstance(self.causal, (bool, np.bool_)), "causal", "True or False", self.causal)
-        _at_least(self, 1, "window", optional=True)
-        _at_least(self, 0, "sinks")
-        _positive(self, "softcap")
+        at_least(self, 1, "window", optional=True)
+        at_least(self, 0, "sinks")
+        positive(self, "softcap")
         expected = f"one of {', '.join(IMPLEMENTATIONS)}"
         expect(self.implementation in IMPLEMENTATIONS, "implementation", expected, self.implementation)
         expect(self.segments in SEGMENTS, "segments", f"one of {SEGMENTS}", self.segments)
@@ -149,7 +151,7 @@ class Router:
         expect(self.fallback in FALLBACKS, "fallback", f"one of {FALLBACKS}", self.fallback)
         if self.fallback == "full" and "full" not in self.mechanisms:
             raise ValueError(f"fallback: expected 'soft' without full attention among {self.mechanisms}, got 'full'.")
-        _at_least(self, 1, "hidden")
+        at_least(self, 1, "hidden")
 
     @property
     def is_fixed(self) -> bool:
@@ -177,103 +179,6 @@ class Rope:
         expect(all(x > 0 for x in self.divisors), "divisors", "numbers > 0", self.divisors)
 
 
-ACTIVATIONS = ("silu", "gelu")
-BIASES = ("qkv", "out", "mlp")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What a language model is; static, and handed on whole.
-
-    Attributes:
-      vocab_size, model_dim, num_layers, num_heads: V, D, L, H.
-      num_kv_heads: G, a divisor of H; None for H.
-      qkv_features: H d; None means D.
-      mlp_dim: F of the gated MLP; None means 8 D / 3 rounded up to a multiple of 32.
-      activation: of the MLP's gate; "gelu" by tanh.
-      biases: which products have one, of BIASES.
-      qk_norm: RMS norms of every query and key head, before they are turned.
-      post_norms: RMS norms also of what attention and MLP add to the stream.
-      attention_scale: of q . k; None means d^-1/2.
-      windows: window of each layer that is a window by nature and is never routed, in tokens; None for the others. ()
-        for all.
-      window_rope: of those layers; None means `rope`.
-      embedding_scale: of the input; None means D^1/2.
-      tied: whether the embedding gives the logits too.
-      logit_softcap: c: logits z become c tanh(z / c); None leaves them.
-      attention: who may attend to whom.
-      router: who chooses.
-      scan_layers: compile one layer and loop over L of them.
-      remat: recompute each layer in the backward pass.
-      dtype: of the computation; None infers it. Softmax, linear state and routing stay float32.
-    """
-
-    vocab_size: int
-    model_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: Optional[int] = None
-    qkv_features: Optional[int] = None
-    mlp_dim: Optional[int] = None
-    activation: str = "silu"
-    biases: tuple[str, ...] = ()
-    qk_norm: bool = False
-    post_norms: bool = False
-    norm_epsilon: float = 1e-6
-    attention_scale: Optional[float] = None
-    rope: Rope = Rope()
-    windows: tuple[Optional[int], ...] = ()
-    window_rope: Optional[Rope] = None
-    embedding_scale: Optional[float] = None
-    tied: bool = True
-    logit_softcap: Optional[float] = None
-    attention: AttentionSpec = AttentionSpec(window=128)
-    router: Router = Router()
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Optional[Any] = None
-    param_dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        expect_record("attention", self.attention, AttentionSpec)
-        expect_record("router", self.router, Router)
-        for name in ("vocab_size", "model_dim", "num_layers", "num_heads"):
-            _at_least(self, 1, name)
-        for name in ("num_kv_heads", "qkv_features", "mlp_dim"):
-            _at_least(self, 1, name, optional=True)
-        expect(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", self.activation)
-        for name in ("attention_scale", "embedding_scale", "logit_softcap"):
-            _positive(self, name)
-        expect(real("norm_epsilon", self.norm_epsilon) >= 0, "norm_epsilon", "a number >= 0", self.norm_epsilon)
-        expect_record("rope", self.rope, Rope)
-        expect_record("window_rope", self.window_rope or self.rope, Rope)
-        expect(set(self.biases) <= set(BIASES), "biases", f"some of {BIASES}", self.biases)
-        expect(len(self.windows) in (0, self.num_layers), "windows", f"none or {self.num_layers}", self.windows)
-        for window in self.windows:
-            expect(window is None or whole("windows", window) > 0, "windows", "None or tokens > 0", window)
-        expect(not self.windows or None in self.windows, "windows", "None for some layer", self.windows)
-
-    @property
-    def routed(self) -> tuple[int, ...]:
-        """The layers that have a router: those that are no window by nature."""
-        return tuple(i for i in range(self.num_layers) if not self.windows or self.windows[i] is None)
-
-    @property
-    def kv_heads(self) -> int:
-        """G."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """d."""
-        return (self.qkv_features or self.model_dim) // self.num_heads
-
-    @property
-    def mlp_width(self) -> int:
-        """F."""
-        return self.mlp_dim or -(-self.model_dim * 8 // 3 // 32) * 32
-
-
 @flax.struct.dataclass
 class Routing:
     """What a controller says about every token, and what the layer did with it.
@@ -288,6 +193,7 @@ class Routing:
       concentration: alpha_t of the Dirichlet posterior; None for controllers without one.
       route: k*_t, the mechanism a hard token uses; see `routing.decide`. Set by the layer.
       hard: whether token t used one mechanism only. Set by the layer.
+      harm: ||o_full - o||^2 / ||x||^2, how far the layer's output is from full attention's; where it is asked for.
     """
 
     mean: Weights
@@ -299,6 +205,7 @@ class Routing:
     concentration: Optional[Weights] = None
     route: Optional[Route] = None
     hard: Optional[Bool[Array, "batch time"]] = None
+    harm: Optional[Float[Array, "batch time"]] = None
 
 
 @flax.struct.dataclass

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers
 
 from meta_attention_jax import AttentionSpec, LanguageModel, MetaAttention, ModelConfig, Router
+from meta_attention_jax.data.tokenizer import byte_alphabet
 from meta_attention_jax.mechanisms.registry import attend
+from meta_attention_jax.pretrained import families
 from meta_attention_jax.routing import dispatch
 
 SPEC = {field.name for field in dataclasses.fields(AttentionSpec)}
@@ -57,3 +65,25 @@ def hard(q, k, v, route, *, mechanisms=("full", "linear", "local"), rotated=None
         q, k, v, route, mechanisms=mechanisms, spec=AttentionSpec(**spec), rotated=rotated,
         segment_ids=segment_ids,
     )
+
+
+def published(path: pathlib.Path, *, layers: int = 2, seed: int = 0) -> pathlib.Path:
+    """A folder as a small Llama is published: random weights, a byte-level tokenizer with an end of text."""
+    path.mkdir(parents=True)
+    inner = tokenizers.Tokenizer(models.BPE(vocab={c: b for c, b in byte_alphabet().items()}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True)])
+    inner.save(str(path / "tokenizer.json"))
+    said = dict(
+        model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, hidden_act="silu", rope_theta=1e4,
+        tie_word_embeddings=True, eos_token_id=256, max_position_embeddings=256,
+    )
+    (path / "config.json").write_text(json.dumps(said))
+    rng, kept = np.random.default_rng(seed), {}
+    for *_, tensor in families.tensors_of(families.config_of(said), families.family_of(said)):
+        scale = 1.0 if len(tensor.shape) == 1 else 2 / tensor.shape[-1] ** 0.5
+        kept[tensor.name] = (scale * rng.standard_normal(tensor.shape)).astype(np.float32)
+    save_file(kept, path / "model.safetensors")
+    return path

@@ -155,7 +155,7 @@ def points_on_devices():
         states = group.states()
         for number in range(3):
             batch = group.replicate(dataset.train_batch(number))
-            states, _ = group.step(states, batch, group.hypers)
+            states, _ = group.step(states, batch, group.hypers, group.frozen)
         found[devices] = [jax.device_get(point_of(states.params, i)) for i in range(3)]
         text = group.step.as_text()
     return (

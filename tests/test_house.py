@@ -26,6 +26,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "meta_attention_jax"
 FLOORS = (
     ("targets", "files", "fields", "console"),
     ("types",),
+    ("architecture",),
     ("sharding",),
     ("mechanisms", "controller", "data"),
     ("cost", "kernels"),

@@ -76,7 +76,7 @@ def test_parameters_are_those_of_the_runs_alone(tmp_path):
     group = Group(jobs, jax.devices()[:1])
     many = group.states()
     for batch in batches:
-        many, _ = group.step(many, group.replicate(batch), group.hypers)
+        many, _ = group.step(many, group.replicate(batch), group.hypers, group.frozen)
     one = jax.jit(functools.partial(train_step, spec))
     initial = jax.jit(lambda key, hypers: init_state(spec, key, batches[0], hypers))
     ends = []
@@ -206,7 +206,7 @@ def test_every_array_input_counts_under_vmap(tmp_path, changes, field, values):
             waited = lambda s: s.replace(gate=s.gate.replace(count=s.gate.count + 200))  # noqa: E731
             many, alone = waited(many), [waited(state) for state in alone]
         batch = jobs[0].dataset.train_batch(number)
-        many, metrics = group.step(many, group.replicate(batch), group.hypers)
+        many, metrics = group.step(many, group.replicate(batch), group.hypers, group.frozen)
         for index, job in enumerate(jobs):
             alone[index], scalars = ones[index](alone[index], batch, job.hypers)
             assert float(metrics["threshold"][index]) == pytest.approx(float(scalars["threshold"]))

@@ -86,7 +86,7 @@ def warm(width: int, rounds: int) -> common.Row:
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
     alone = [init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs]
-    many = group.over_points(functools.partial(train_step, group.spec), 1, 3)
+    many = group.over_points(functools.partial(train_step, group.spec), (1,), 3)
     states, shared = group.states(), group.replicate(batch)
     local = jax.tree.map(jnp.asarray, batch)
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
-from meta_attention_jax.types import AttentionSpec, ModelConfig, Rope, Router
+from meta_attention_jax.types import AttentionSpec, Rope, Router
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 from typing import Any
@@ -48,7 +49,15 @@ GEMMA = {
 
 
 def open_file(path: pathlib.Path) -> Source:
-    """The file, mapped into memory and dequantised a tensor at a time."""
+    """The file, mapped into memory and dequantised a tensor at a time. Its vocabulary takes seconds to read: the file
+    that was opened last stays open."""
+    stat = path.stat()
+    return _open(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: pathlib.Path, size: int, changed: int) -> Source:
+    del size, changed  # They say that it is the same file still.
     try:
         import gguf
     except ModuleNotFoundError:
@@ -78,7 +87,8 @@ def open_file(path: pathlib.Path) -> Source:
         if tensor.tensor_type.name in ("F32", "F16"):
             value = np.array(tensor.data, np.float32)
         else:
-            value = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            data = np.asarray(tensor.data).view(np.ndarray)  # Slices of a memmap cost more than they hold.
+            value = np.asarray(gguf.quants.dequantize(data, tensor.tensor_type), np.float32)
         if kind.startswith("gemma") and "norm" in name:
             return value - 1.0  # There a stored norm is the scale itself.
         turned = re.search(r"self_attn\.([qk])_proj", name)

@@ -12,31 +12,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.pretrained import families, gguf_file, tokenizer
 from meta_attention_jax.pretrained.source import Source
 from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
-from meta_attention_jax.types import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, scan_layers: Optional[bool] = None
 ) -> tuple[ModelConfig, dict[str, Any], Optional[PublishedTokenizer]]:
     """The model in a folder (`config.json`, `*.safetensors`) or a GGUF file, its parameters, and its tokenizer (None of
     a folder without `tokenizer.json`).
 
     Products and the embedding are kept in `dtype`, vectors in float32. Raises ValueError for what is not there, is cut
     short, is of no family that is known, or has a tensor that the family does not.
+
+    Args:
+      scan_layers: whether the parameters of all layers are stacked; None: where all layers are alike.
     """
-    expect(np.dtype(dtype).name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", np.dtype(dtype).name)
     source = open_source(path)
-    family = families.family_of(source.config)
+    config, found = _described(pathlib.Path(path), source, dtype, scan_layers)
+    return config, jax.tree.map(jnp.asarray, _params(path, source, config)), found
+
+
+def describe(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, scan_layers: Optional[bool] = None
+) -> tuple[ModelConfig, Optional[PublishedTokenizer]]:
+    """`load` without the parameters, which are not read."""
+    return _described(pathlib.Path(path), open_source(path), dtype, scan_layers)
+
+
+def _described(
+    path: pathlib.Path, source: Source, dtype: Any, scan_layers: Optional[bool]
+) -> tuple[ModelConfig, Optional[PublishedTokenizer]]:
+    expect(np.dtype(dtype).name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", np.dtype(dtype).name)
     config = families.config_of(source.config)
     if config.tied is False and "lm_head.weight" not in source.names:
         config = dataclasses.replace(config, tied=True)
     config = dataclasses.replace(config, param_dtype=jnp.dtype(dtype), dtype=jnp.dtype(dtype))
+    if scan_layers is not None:
+        expect(not (scan_layers and config.windows), "scan_layers", "False where layers differ", True)
+        config = dataclasses.replace(config, scan_layers=scan_layers)
+    return config, _tokenizer(path, source, config)
+
+
+def _params(path: str | os.PathLike[str], source: Source, config: ModelConfig) -> dict[str, Any]:
+    family = families.family_of(source.config)
     params: dict[str, Any] = {}
     left = {name for name in source.names if not _is_derived(name, config)}
     for where, layer, tensor in families.tensors_of(config, family):
@@ -45,10 +69,10 @@ def load(
         found = source.read(tensor.name)
         expect(found.shape == tensor.shape, tensor.name, f"shape {tensor.shape}", found.shape)
         value = tensor.ours(found)
-        value = value.astype(np.float32 if value.ndim == 1 else jnp.dtype(dtype))
+        value = value.astype(np.float32 if value.ndim == 1 else config.param_dtype)
         _put(params, where, layer, value, config)
     expect(not left, "path", f"tensors that a {source.config['model_type']} has", min(left, default=""))
-    return config, jax.tree.map(jnp.asarray, params), _tokenizer(pathlib.Path(path), source, config)
+    return params
 
 
 def _is_derived(name: str, config: ModelConfig) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 from meta_attention_jax.pretrained import families
 from meta_attention_jax.pretrained.read import open_source
-from meta_attention_jax.types import ModelConfig
 
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
@@ -16,7 +17,7 @@ from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import Abstract, AttentionSpec, ModelConfig, Route, SegmentIds
+from meta_attention_jax.types import Abstract, AttentionSpec, Route, SegmentIds
 
 
 @flax.struct.dataclass

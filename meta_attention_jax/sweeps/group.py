@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from meta_attention_jax.objective import summarise
+from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.training.evaluation import eval_step, in_both_modes, sum_batches
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.step import TrainState, init_state, train_step
@@ -95,10 +96,11 @@ class Group:
         rows = -(-len(jobs) // len(devices)) * len(devices)
         self.padded = [*self.jobs, *([self.jobs[-1]] * (rows - len(jobs)))]
         self.mesh = Mesh(np.array(devices), (POINTS,), axis_types=(AxisType.Auto,))
+        self.frozen = self.replicate(jobs[0].frozen)
         self.hypers = self.place(stack([job.hypers for job in self.padded]))
         self._keys = [job.config.seed for job in self.padded]
         fresh = functools.partial(init_state, self.spec, batch=self.jobs[0].dataset.train_batch(0))
-        self._initialise = self.over_points(lambda key, hypers: fresh(key, hypers=hypers), None, 2)
+        self._initialise = self.over_points(lambda key, hypers: fresh(key, hypers=hypers), (), 2)
         self._evaluations: dict[str, Any] = {}
 
     def place(self, tree: Any) -> Any:
@@ -109,10 +111,10 @@ class Group:
         """The same on every device."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def over_points(self, function: Any, shared: Optional[int], count: int, donate: tuple[int, ...] = ()) -> Any:
-        """jit of vmap over points; argument `shared` of `count`, if any, is the same for all."""
-        axes = [None if i == shared else 0 for i in range(count)]
-        specs = [PartitionSpec() if i == shared else PartitionSpec(POINTS) for i in range(count)]
+    def over_points(self, function: Any, shared: Sequence[int], count: int, donate: tuple[int, ...] = ()) -> Any:
+        """jit of vmap over points; arguments `shared` of `count` are the same for all."""
+        axes = [None if i in shared else 0 for i in range(count)]
+        specs = [PartitionSpec() if i in shared else PartitionSpec(POINTS) for i in range(count)]
         mapped = jax.shard_map(
             jax.vmap(function, in_axes=tuple(axes)), mesh=self.mesh, in_specs=tuple(specs),
             out_specs=PartitionSpec(POINTS), check_vma=False,
@@ -157,19 +159,25 @@ class Group:
 
     @functools.cached_property
     def step(self) -> Any:
-        """The compiled training step of all points, (states, batch, hypers) -> (states, metrics)."""
-        step = self.over_points(functools.partial(train_step, self.spec), 1, 3, donate=(0,))
+        """The compiled training step of all points, (states, batch, hypers, frozen) -> (states, metrics)."""
+        step = self.over_points(functools.partial(train_step, self.spec), (1, 3), 4, donate=(0,))
         batch = self.replicate(self.jobs[0].dataset.train_batch(0))
-        return step.lower(self.abstract_states(), batch, self.hypers).compile()
+        return step.lower(self.abstract_states(), batch, self.hypers, self.frozen).compile()
 
     def evaluation(self, mode: str) -> Any:
-        """The compiled evaluation of all points, (params, batch, hypers) -> sums."""
+        """The compiled evaluation of all points, (params, batch, hypers, frozen) -> sums."""
         if mode not in self._evaluations:
             dataset = self.jobs[0].dataset
             model = self.spec.model.clone(mode=mode, dispatch="dense")
-            step = self.over_points(functools.partial(eval_step, model, dataset.num_kinds), 1, 3)
+            measure = functools.partial(eval_step, model, dataset.num_kinds)
+
+            def of_point(params, batch, hypers, frozen):
+                return measure(merge(frozen, params), batch, hypers)
+
+            step = self.over_points(of_point, (1, 3), 4)
             batch = self.replicate(dataset.train_batch(0))
-            self._evaluations[mode] = step.lower(self.abstract_states().params, batch, self.hypers.routing).compile()
+            params = self.abstract_states().params
+            self._evaluations[mode] = step.lower(params, batch, self.hypers.routing, self.frozen).compile()
         return self._evaluations[mode]
 
     def needed(self) -> int:
@@ -186,7 +194,7 @@ class Group:
             step = self.evaluation(mode)
             batches = dataset.eval_batches("validation", max_batches=config.train.eval_batches)
             sums[mode] = jax.device_get(sum_batches(
-                lambda batch: step(states.params, self.replicate(batch), self.hypers.routing), batches
+                lambda batch: step(states.params, self.replicate(batch), self.hypers.routing, self.frozen), batches
             ))
         return [
             in_both_modes(self.fixed, lambda mode: self.report(index, sums[mode])) for index in range(len(self.jobs))

@@ -18,6 +18,7 @@ from meta_attention_jax.console import say
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.sweeps.group import Group, device_bytes, point_of, points_that_fit, to_host
 from meta_attention_jax.sweeps.space import program
+from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.interrupt import interruptible
@@ -102,7 +103,7 @@ def train_together(
             states = group.from_host([to_host(_restored(book, start, template)) for book in books])
         else:
             states = group.states()
-        about = describe(jobs[0], group.abstract_point().params)
+        about = describe(jobs[0], merge(jobs[0].frozen, group.abstract_point().params))
         for book in books:
             book.open_log(start, about)
         if progress:
@@ -146,7 +147,7 @@ class _Many:
 
     def step(self, number: int) -> None:
         batch = self.group.replicate(self.group.jobs[0].dataset.train_batch(number))
-        self.states, metrics = self.group.step(self.states, batch, self.group.hypers)
+        self.states, metrics = self.group.step(self.states, batch, self.group.hypers, self.group.frozen)
         self.tally.add(metrics)
 
     def log(self, done: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.sharding import AXES, split_axis
 from meta_attention_jax.training import build
+from meta_attention_jax.training.backbone import trained
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import in_controller, init_state
 from meta_attention_jax.types import Batch
@@ -42,19 +45,31 @@ def abstract_state(config: ConfigDict, vocab_size: int) -> Any:
     return jax.eval_shape(lambda: init_state(spec, jax.random.key(0), one, hypers))
 
 
+def abstract_frozen(config: ConfigDict, vocab_size: int) -> Any:
+    """Shapes and types of a published model; None without one."""
+    if not config.retrofit.backbone:
+        return None
+    spec = dataclasses.replace(build.spec_for(config, vocab_size, 1), frozen=False)
+    one = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_batch(1, config.data.sequence_length))
+    hypers = build.build_hypers(config)
+    params = jax.eval_shape(lambda: init_state(spec, jax.random.key(0), one, hypers)).params
+    own = flatten_dict(trained(params))
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if path not in own})
+
+
 def lower_train(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: int, *, packed: bool = False) -> Any:
     """The step that `loop.train` runs on these devices, real ones or those of `jax.experimental.topologies`, lowered;
     `compile()` is left to do. `packed`: that after the gate has ended, with packed dispatch."""
     parallel = build.check_parallel(config, devices)
     spec = build.spec_for(config, vocab_size, 1)
     spec = build.packed_spec(config, spec) if packed else spec
-    state = abstract_state(config, vocab_size)
+    state, frozen = abstract_state(config, vocab_size), abstract_frozen(config, vocab_size)
     hypers = jax.eval_shape(lambda: build.build_hypers(config))
     batch = abstract_batch(config.data.batch_size, config.data.sequence_length)
     rows = NamedSharding(parallel.mesh, PartitionSpec(AXES))
     return build.compile_step(parallel, spec).lower(
         _placed(state, parallel.shardings(state)), _placed(batch, jax.tree.map(lambda _: rows, batch)),
-        _placed(hypers, parallel.shardings(hypers)),
+        _placed(hypers, parallel.shardings(hypers)), _placed(frozen, parallel.shardings(frozen)),
     )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
@@ -23,18 +24,20 @@ from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.sharding import FSDP
+from meta_attention_jax.training import backbone
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_optimizer, train_step
-from meta_attention_jax.types import AttentionSpec, ModelConfig, Router, RoutingHypers
+from meta_attention_jax.types import AttentionSpec, Router, RoutingHypers
 
 PADDED = "padded"
 """Of the segments of the batches of `data.pipeline`: a window lies within one document, and padding behind it."""
 
 
 def check(config: ConfigDict) -> None:
-    """Everything that can be said against a config without reading data."""
+    """Everything that can be said against a config without reading data. Sizes of a published model are filled in."""
+    backbone.complete(config)
     validate_without_devices(config)
     build_parallel(config)
     try:
@@ -60,8 +63,15 @@ def full_attention(config: ConfigDict) -> str:
     """The implementation of full attention that the config's model uses here."""
     return resolve_implementation(
         config.model.implementation, time=config.data.sequence_length, dtype=config.model.dtype,
-        head_dim=config.model.model_dim // config.model.num_heads, segments=PADDED,
+        head_dim=head_dim(config), segments=PADDED, softcap=published_spec(config).softcap,
     )
+
+
+def head_dim(config: ConfigDict) -> int:
+    """d."""
+    if config.retrofit.backbone:
+        return backbone.described(config)[0].head_dim
+    return config.model.model_dim // config.model.num_heads
 
 
 def build_costs(
@@ -81,7 +91,7 @@ def build_costs(
         costs = text if text.isalpha() else [float(part) for part in text.split(",")]
         return resolve_costs(
             costs, tuple(config.model.mechanisms), time=config.data.sequence_length,
-            dim=config.model.model_dim // config.model.num_heads, spec=build_attention(config),
+            dim=head_dim(config), spec=build_attention(config),
         )
     except ValueError as error:
         if "expected" in str(error):
@@ -95,7 +105,7 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
     model = config.model
     return CostSetting(
         mechanisms=tuple(model.mechanisms), time=config.data.sequence_length, window=model.window,
-        num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.model_dim // model.num_heads,
+        num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=head_dim(config),
         dtype=model.dtype, implementation=model.implementation, segments=PADDED,
     )
 
@@ -168,23 +178,34 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     chosen = model.implementation
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
-    return AttentionSpec(window=model.window, implementation=chosen, segments=segments)
+    spec = published_spec(config)
+    return dataclasses.replace(spec, window=model.window, implementation=chosen, segments=segments)
+
+
+def published_spec(config: ConfigDict) -> AttentionSpec:
+    """What a published model says of its full attention; nothing, without one."""
+    return backbone.described(config)[0].attention if config.retrofit.backbone else AttentionSpec()
 
 
 def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> LanguageModel:
     """The language model, in soft mode; `model.clone(mode="hard")` is the same one, hard. `segments`: what is known of
     the batches that it will see, as `AttentionSpec.segments`."""
     model, controller = config.model, config.controller
+    router = Router(
+        mechanisms=model.mechanisms, controller=controller.name, hidden=controller.hidden,
+        prior=config.prior.family, posterior=controller.posterior, network=controller.network,
+        uncertainty=controller.uncertainty, fallback=config.gate.fallback, fixed=controller.fixed,
+    )
+    run = dict(
+        attention=build_attention(config, segments), router=router, remat=model.remat, dtype=jnp.dtype(model.dtype)
+    )
+    if config.retrofit.backbone:
+        run["adapter_rank"] = config.retrofit.lora_rank
+        return LanguageModel(dataclasses.replace(backbone.described(config)[0], **run))
     return LanguageModel(
         ModelConfig(
             vocab_size=vocab_size, model_dim=model.model_dim, num_layers=model.num_layers, num_heads=model.num_heads,
-            num_kv_heads=model.num_kv_heads, mlp_dim=model.mlp_dim or None, attention=build_attention(config, segments),
-            router=Router(
-                mechanisms=model.mechanisms, controller=controller.name, hidden=controller.hidden,
-                prior=config.prior.family, posterior=controller.posterior, network=controller.network,
-                uncertainty=controller.uncertainty, fallback=config.gate.fallback, fixed=controller.fixed,
-            ),
-            scan_layers=model.scan_layers, remat=model.remat, dtype=jnp.dtype(model.dtype),
+            num_kv_heads=model.num_kv_heads, mlp_dim=model.mlp_dim or None, scan_layers=model.scan_layers, **run,
         )
     )
 
@@ -214,9 +235,13 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     optimizer = config.optimizer
     shard_axis = FSDP if config.parallel.fsdp > 1 else None
     return StepSpec(
-        model=build_model(config, vocab_size, PADDED).clone(shard_axis=shard_axis),
+        model=build_model(config, vocab_size, PADDED).clone(
+            # Compared with full attention, on all tokens.
+            shard_axis=shard_axis, **(dict(by_layer=True, dispatch="dense") if config.retrofit.stage == "local" else {}),
+        ),
         optimizer=make_optimizer(optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip),
         schedule=build_schedule(config), num_kinds=num_kinds, accumulate=optimizer.accumulate,
+        frozen=bool(config.retrofit.backbone), loss=config.retrofit.loss, tolerance=config.retrofit.tolerance,
     )
 
 
@@ -226,7 +251,8 @@ def packed_spec(config: ConfigDict, spec: StepSpec) -> StepSpec:
 
 
 def compile_step(parallel: Parallel, spec: StepSpec) -> Any:
-    """(state, batch, hypers) -> (state, metrics) over the devices; the old state is given up."""
+    """(state, batch, hypers, frozen) -> (state, metrics) over the devices, `frozen` None or left out without a
+    published model; the old state is given up."""
     return parallel.compile(functools.partial(train_step, spec), batch_argument=1, state_argument=0, donate=(0,))
 
 

@@ -18,7 +18,7 @@ from meta_attention_jax import files
 from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
 from meta_attention_jax.data.manifest import MANIFEST, check_manifest, write_manifest
 from meta_attention_jax.data.pipeline import Dataset
-from meta_attention_jax.training import build, processes
+from meta_attention_jax.training import backbone, build, processes
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params
 from meta_attention_jax.training.step import Hypers, StepSpec
@@ -27,7 +27,7 @@ from meta_attention_jax.training.step import Hypers, StepSpec
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run that is ready to start: checked, and with its directory made. `initial`: parameters to start from, of
-    `train.init_from`, on the host; None to draw them."""
+    `train.init_from`, on the host; None to draw them. `frozen`: those of a published model, which are not trained."""
 
     config: ConfigDict
     path: pathlib.Path
@@ -36,6 +36,7 @@ class Job:
     spec: StepSpec
     hypers: Hypers
     initial: Optional[Any] = None
+    frozen: Optional[Any] = None
 
 
 def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
@@ -73,13 +74,15 @@ def prepare(config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[D
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
     parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
     # Here they go together: reading a checkpoint and measuring, processes wait for each other.
-    initial = processes.together(lambda: _initial(config, workdir, spec, dataset))
+    frozen = processes.together(lambda: backbone.load(config))
+    initial = processes.together(lambda: _initial(config, workdir, spec, dataset, frozen))
     path = processes.in_turn(lambda: _opened(workdir, config))
     # Once trained upon, measured costs may only be read.
     trained = (path / "checkpoints").exists()
     hypers = processes.together(lambda: build.build_hypers(config, path, measure=not trained))
     processes.in_turn(lambda: _describe_data(dataset, path))
-    return Job(config, path, dataset, parallel, spec, hypers, initial)
+    processes.in_turn(lambda: backbone.keep(config, path))
+    return Job(config, path, dataset, parallel, spec, hypers, initial, frozen)
 
 
 def _built(
@@ -90,16 +93,20 @@ def _built(
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
     check_manifest(dataset, workdir)
+    if config.retrofit.backbone and (pathlib.Path(workdir) / backbone.FILE).is_file():
+        backbone.check_same(backbone.identity(config), pathlib.Path(workdir))
     return parallel, dataset, build.build_spec(config, dataset)
 
 
-def _initial(config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset) -> Optional[Any]:
+def _initial(
+    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset, frozen: Optional[Any]
+) -> Optional[Any]:
     # The folder alone says nothing: a run killed before its first save has one too.
     saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
     if not config.train.init_from or saved:
         return None
     model = spec.model.clone(shard_axis=None)
-    return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer))
+    return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer, frozen))
 
 
 def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:

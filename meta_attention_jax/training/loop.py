@@ -18,6 +18,7 @@ from meta_attention_jax.console import say
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
+from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
@@ -160,7 +161,7 @@ def train(
         processes.together(lambda: stack.enter_context(hold(job.path)) if processes.leads() else None)
         book = Book(job, stack)
         start, restored = book.checkpoints.restore_newest(parallel.unreplicate(state))
-        about = describe(job, parallel.unreplicate(state).params)
+        about = describe(job, merge(job.frozen, parallel.unreplicate(state).params))
         book.open_log(start, about)
         if start:
             state = parallel.place(restored)
@@ -234,7 +235,7 @@ class _Run:
         self.packed_from = job.spec.schedule.gate.end if config.train.packed else stop
         self.dense_share = dense_row_share(config, len(parallel.devices))
         self.evaluator = Evaluator(job.spec.model, job.dataset, parallel)
-        self.state, self.hypers = state, parallel.place(job.hypers)
+        self.state, self.hypers, self.frozen = state, parallel.place(job.hypers), parallel.place(job.frozen)
         self.tally = Tally(lambda tree: jax.device_get(parallel.unreplicate(tree)))
         self.evaluation: dict[str, Any] = {}
         self._traced = False
@@ -249,7 +250,7 @@ class _Run:
             jax.profiler.start_trace(str(job.path / "profile"))
             self._traced = True
         batch = job.parallel.shard(job.dataset.train_batch(number))
-        self.state, metrics = self.compiled(self.state, batch, self.hypers)
+        self.state, metrics = self.compiled(self.state, batch, self.hypers, self.frozen)
         done = number + 1
         if self._traced and (done == profile + PROFILED_STEPS or done == self.stop):
             jax.block_until_ready(self.state)
@@ -270,11 +271,11 @@ class _Run:
         return True
 
     def evaluate(self, done: int) -> None:
-        config = self.job.config
+        config, params = self.job.config, merge(self.frozen, self.state.params)
 
         def metrics_of(mode: str) -> dict[str, Any]:
             return self.report(self.evaluator.sums(
-                self.state.params, self.hypers.routing, split="validation", mode=mode,
+                params, self.hypers.routing, split="validation", mode=mode,
                 max_batches=config.train.eval_batches,
             ))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from meta_attention_jax.config import dict_to_config, read_config
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.types import RoutingHypers
 
@@ -64,14 +65,16 @@ def _changes(directory: pathlib.Path, before: set[str]) -> bool:
     return False
 
 
-def initial_params(source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer) -> Any:
+def initial_params(
+    source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer, frozen: Optional[Any] = None
+) -> Any:
     """The newest parameters of the run in `source`, for another run of the same model to start from."""
     path = run_directory("train.init_from", source)
     if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
         raise ValueError(f"train.init_from: expected a run directory with checkpoints, got {str(source)!r}.")
     try:
         _, _, params = _read(path / "checkpoints", "latest")
-        check_params(params, model)
+        check_params(merge(frozen, params), model)
         _check_tokens(load_tokenizer(path), tokenizer)
     except ValueError as error:
         raise ValueError(f"train.init_from: {str(source)!r}: {error}") from None

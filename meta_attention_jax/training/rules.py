@@ -19,10 +19,11 @@ def validate(config: ConfigDict) -> None:
     """Checks every field that can be checked without reading data; fills in what `check_fields` does."""
     check_fields(config)
     model, train = config.model, config.train
-    expect(model.model_dim % (2 * model.num_heads) == 0, "model.num_heads",
-           f"a divisor of model_dim = {model.model_dim} with an even head width", model.num_heads)
-    expect(model.num_heads % model.num_kv_heads == 0, "model.num_kv_heads",
-           f"a divisor of num_heads = {model.num_heads}", model.num_kv_heads)
+    if not config.retrofit.backbone:
+        expect(model.model_dim % (2 * model.num_heads) == 0, "model.num_heads",
+               f"a divisor of model_dim = {model.model_dim} with an even head width", model.num_heads)
+        expect(model.num_heads % model.num_kv_heads == 0, "model.num_kv_heads",
+               f"a divisor of num_heads = {model.num_heads}", model.num_kv_heads)
     check_sizes(config)
     mechanisms = tuple(model.mechanisms)
     expect(len(mechanisms) > 1 and len(set(mechanisms)) == len(mechanisms), "model.mechanisms",
@@ -51,10 +52,31 @@ def validate(config: ConfigDict) -> None:
                "token hard at a known step", True)
         expect(config.controller.name != "fixed", "train.packed",
                "False with a fixed controller, which runs one mechanism as it is", True)
+    check_retrofit(config)
     known = measures_of(config.controller.name)
     expect(config.controller.uncertainty in known, "controller.uncertainty",
            f"one of {known}, the measures with controller.name = {config.controller.name!r}",
            config.controller.uncertainty)
+
+
+def check_retrofit(config: ConfigDict) -> None:
+    """Checks what a published model asks for, and what asks for one."""
+    retrofit, tokenizer = config.retrofit, config.data.tokenizer
+    if retrofit.backbone:
+        expect(tokenizer == "model", "data.tokenizer", "'model', the backbone's own", tokenizer)
+        width = config.model.model_dim
+        expect(retrofit.lora_rank <= width, "retrofit.lora_rank", f"at most D = {width}", retrofit.lora_rank)
+    else:
+        expect(tokenizer != "model", "data.tokenizer", "another than 'model' without retrofit.backbone", tokenizer)
+        expect(not retrofit.lora_rank, "retrofit.lora_rank", "0 without retrofit.backbone", retrofit.lora_rank)
+        expect(retrofit.loss == "nll", "retrofit.loss", "'nll' without retrofit.backbone", retrofit.loss)
+    if retrofit.stage == "local" or retrofit.loss == "kl":
+        names = tuple(config.model.mechanisms)
+        expect("full" in names, "model.mechanisms", "full attention among them, to be compared with", names)
+        expect(not config.train.packed, "train.packed", "False for what is compared with full attention", True)
+    if retrofit.stage == "local":
+        name = config.controller.name
+        expect(name != "fixed", "controller.name", "a controller that learns for retrofit.stage = 'local'", name)
 
 
 def final_threshold(config: ConfigDict) -> float:

@@ -20,10 +20,20 @@ import optax
 from jaxtyping import Array, Bool, Int, Key
 
 from meta_attention_jax.controller.uncertainty import MEASURES
-from meta_attention_jax.objective import Sums, apply_sums, objective
+from meta_attention_jax.model import Output
+from meta_attention_jax.objective import (
+    Sums,
+    apply_sums,
+    distance_to,
+    forward,
+    layers_fit,
+    loss_sums,
+    objective,
+)
 from meta_attention_jax.routing import gate
 from meta_attention_jax.routing.gate import GateState, GateTimes
 from meta_attention_jax.sharding import global_norm, sum_gradients
+from meta_attention_jax.training.backbone import merge, trained
 from meta_attention_jax.types import Batch, RoutingHypers, Scalar
 
 
@@ -120,6 +130,10 @@ class StepSpec:
     # Share of the rows (see `num_dense_rows`) that still run all mechanisms with the straight-through gradient and the
     # KL; the controller learns from these alone.
     dense_rows: float = 0.0
+    # Parameters that are not the controllers' come from a published model and are not trained.
+    frozen: bool = False
+    loss: str = "nll"  # One of LOSSES; "kl": to the published model without routes.
+    tolerance: float = 0.08  # Of a model `by_layer`, see `objective.layers_fit`.
 
 
 def num_dense_rows(share: float, rows: int) -> int:
@@ -163,12 +177,13 @@ def make_optimizer(
 
 
 def init_state(spec: StepSpec, key: Array, batch: Batch, hypers: Hypers) -> TrainState:
-    """Fresh parameters from `key`, whole; `batch` gives shapes only."""
+    """Fresh parameters from `key`, whole, or those that are trained; `batch` gives shapes only."""
     model = spec.model.clone(shard_axis=None)
     init_key, run_key = jax.random.split(key)
     # Compiled as one program: op by op, initialisation takes longer than many a short run.
-    initialise = jax.jit(lambda key, tokens: model.init(key, tokens, hypers=hypers.routing))
-    params = initialise(init_key, jnp.asarray(batch.tokens[:1]))["params"]
+    own = trained if spec.frozen else lambda params: params
+    initialise = jax.jit(lambda key, tokens: own(model.init(key, tokens, hypers=hypers.routing)["params"]))
+    params = initialise(init_key, jnp.asarray(batch.tokens[:1]))
     return TrainState(
         step=jnp.int32(0), params=params, opt_state=spec.optimizer.init(params), gate=spec.schedule.gate.init_state(),
         key=run_key,
@@ -183,14 +198,30 @@ def routing_hypers(spec: StepSpec, state: TrainState, hypers: Hypers) -> Routing
     return hypers.routing.replace(threshold=threshold, temperature=temperature)
 
 
-def gradient_sums(spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers) -> tuple[Any, Sums]:
+def _fit(spec: StepSpec, output: Output, rows: Batch, routing: RoutingHypers, frozen: Any) -> Optional[Scalar]:
+    """What the objective has in the place of the nll; None for the nll."""
+    if spec.model.by_layer:
+        return layers_fit(output.routing, rows.loss_mask, spec.tolerance)
+    if spec.loss == "nll":
+        return None
+    unrouted = spec.model.routed_by(controller="fixed", fixed=("full",))
+    unrouted = unrouted.clone(config=dataclasses.replace(unrouted.config, adapter_rank=0))
+    teacher = jax.lax.stop_gradient(forward(unrouted, frozen, rows, routing).logits)
+    return distance_to(output.logits, teacher, rows.loss_mask)
+
+
+def gradient_sums(
+    spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers, frozen: Optional[Any] = None
+) -> tuple[Any, Sums]:
     """Gradients and sums over this device's rows, in `accumulate` micro-batches; not normalised."""
     beta = hypers.beta * spec.schedule.beta(state.step)
     routing = routing_hypers(spec, state, hypers)
 
     def dense_loss(params, rows: Batch):
         keys = row_keys(state.key, state.step, rows.row)
-        sums = apply_sums(spec.model, params, rows, routing, num_kinds=spec.num_kinds, keys=keys)
+        output = forward(spec.model, merge(frozen, params), rows, routing, keys=keys)
+        sums, fit = loss_sums(output, rows, num_kinds=spec.num_kinds), _fit(spec, output, rows, routing, frozen)
+        sums = sums if fit is None else sums.replace(fit=fit)
         return objective(sums, beta), sums
 
     def packed_loss(params, rows: Batch):
@@ -199,7 +230,7 @@ def gradient_sums(spec: StepSpec, state: TrainState, batch: Batch, hypers: Hyper
         if count == len(rows.row):
             return dense_loss(params, rows)
         rest = jax.tree.map(lambda leaf: leaf[count:], rows)
-        sums = apply_sums(model, params, rest, routing, num_kinds=spec.num_kinds)
+        sums = apply_sums(model, merge(frozen, params), rest, routing, num_kinds=spec.num_kinds)
         if not count:
             return sums.nll, sums
         value, dense = dense_loss(params, jax.tree.map(lambda leaf: leaf[:count], rows))
@@ -250,9 +281,16 @@ def finite_parts(sums: Sums, gradients: Any, norm: Array, params: Any) -> Finite
 
 
 def train_step(
-    spec: StepSpec, state: TrainState, batch: Batch, hypers: Hypers, *, axis_name: Optional[Axes] = None
+    spec: StepSpec,
+    state: TrainState,
+    batch: Batch,
+    hypers: Hypers,
+    frozen: Optional[Any] = None,
+    *,
+    axis_name: Optional[Axes] = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step: (state, batch, hypers) -> (state, metrics).
+    """One optimizer step: (state, batch, hypers) -> (state, metrics). `frozen`: parameters of the published model, if
+    there is one.
 
     `axis_name`: the axes over which rows are split. Where the model has a `shard_axis`, one of them, the state holds
     this device's shards, and so does the new one.
@@ -261,7 +299,7 @@ def train_step(
     "learning_rate", "finite" (of `finite_parts`: loss, routing, gradients, new parameters).
     """
     shard_axis = spec.model.shard_axis
-    gradients, sums = gradient_sums(spec, state, batch, hypers)
+    gradients, sums = gradient_sums(spec, state, batch, hypers, frozen)
     if axis_name is not None:
         gradients = sum_gradients(gradients, axis_name, shard_axis)
         sums = jax.lax.psum(sums, axis_name)

@@ -1,0 +1,238 @@
+"""A published model under a run's routers: frozen, the same one, and the same text where every token is full."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import base
+from experiments.retrofit import stage_of
+from meta_attention_jax import LanguageModel, RoutingHypers, load_run, pretrained
+from meta_attention_jax.objective import forward
+from meta_attention_jax.sweeps.together import train_together
+from meta_attention_jax.training import build
+from meta_attention_jax.training.backbone import merge, trained
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
+from meta_attention_jax.training.step import gradient_sums, init_state
+from tests.close import assert_close
+from tests.making import published
+
+UNROUTED = RoutingHypers(
+    strength=np.float32(2), preference=np.float32(0.1), costs=np.ones(1, np.float32), threshold=np.float32(0)
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A published model, and text for it."""
+    folder = tmp_path_factory.mktemp("published")
+    published(folder / "model")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 7))) for _ in range(60)]
+    for split in ("train", "validation", "test"):
+        text = ". ".join(" ".join(rng.choice(words, 9)) for _ in range(60))
+        (folder / "text" / split).mkdir(parents=True)
+        (folder / "text" / split / "a.txt").write_text(text)
+    return folder
+
+
+def config(place, **changes):
+    values = base.get_config()
+    values.update_from_flattened_dict({
+        "retrofit.backbone": str(place / "model"), "retrofit.local_steps": 6, "data.corpus": f"path:{place / 'text'}",
+        "data.tokenizer": "model", "data.tasks": ("prose", "repeat"), "data.shares": (0.5, 0.5),
+        "data.sequence_length": 32, "data.batch_size": 4, "model.mechanisms": ("full", "local"), "model.window": 4,
+        "model.sinks": 1, "model.scan_layers": True, "controller.hidden": 8, "prior.costs": "1,0.15",
+        "optimizer.learning_rate": 3e-2, "retrofit.local_learning_rate": 3e-2, "gate.start": 0.3, "gate.end": 0.6,
+        "parallel.devices": 1, "train.steps": 8, "train.eval_every": 8, "train.eval_batches": 1,
+        "train.checkpoint_every": 4, "train.log_every": 2,
+    })
+    values.update_from_flattened_dict(changes)
+    return values
+
+
+@pytest.fixture(scope="module")
+def root(place, tmp_path_factory):
+    """Both stages, trained."""
+    root = tmp_path_factory.mktemp("runs")
+    for stage in ("local", "end_to_end"):
+        train(prepare(stage_of(config(place), stage, root), root / stage), progress=False)
+    return root
+
+
+def state_of(place, **changes):
+    """(spec, state, batch, hypers, published parameters) of a config."""
+    values = config(place, **changes)
+    build.check(values)
+    dataset = build.build_dataset(values)
+    spec, hypers, batch = build.build_spec(values, dataset), build.build_hypers(values), dataset.train_batch(0)
+    frozen = pretrained.load(place / "model", scan_layers=values.model.scan_layers)[1]
+    state = init_state(spec, jax.random.key(0), batch, hypers)
+    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
+    return spec, state.replace(params=jax.tree.map(noise, state.params)), batch, hypers, frozen
+
+
+def test_the_run_holds_its_controllers_alone_and_changes_them(root):
+    run = load_run(root / "end_to_end")
+    before = load_run(root / "local")
+    published_ones = flatten_dict(pretrained.load(run.config.retrofit.backbone)[1])
+    for path, leaf in flatten_dict(run.params).items():
+        if path in published_ones:
+            np.testing.assert_array_equal(leaf, published_ones[path])
+        else:
+            assert "controller" in path
+            assert np.linalg.norm(leaf - flatten_dict(before.params)[path]) > 0
+    bytes_kept = sum(f.stat().st_size for f in (root / "end_to_end" / "checkpoints").rglob("*") if f.is_file())
+    assert bytes_kept < (root.parent / run.config.retrofit.backbone / "model.safetensors").stat().st_size
+    sizes = {name: run.config.model[name] for name in ("model_dim", "num_layers", "num_heads", "num_kv_heads")}
+    assert sizes == {"model_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+
+
+def test_with_every_token_full_it_is_the_published_model(root):
+    run = load_run(root / "end_to_end")
+    text = "a stretch of text that is longer than the window"
+    plain, params, _ = pretrained.load(run.config.retrofit.backbone)
+    ids = run.encode(text)
+    logits = LanguageModel(plain).apply({"params": params}, ids[None], hypers=UNROUTED).logits[0]
+    full = run.at(price=-10.0)
+    assert (full.routes(text, mode="hard").route == 0).all()
+    assert_close(full.logits(text, mode="hard"), logits, 1e-6)
+    assert np.linalg.norm(run.at(price=10.0).logits(text, mode="hard") - logits) > 0.01 * np.linalg.norm(logits)
+
+
+@pytest.mark.parametrize("stage", ["end_to_end", "local"])
+def test_gradients_are_those_of_the_whole_model(place, stage):
+    """Of what is trained; frozen or not, theta open or not."""
+    spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.stage": stage})
+    state = state.replace(step=jnp.int32(4))
+    own, sums = gradient_sums(spec, state, batch, hypers, frozen)
+    whole = dataclasses.replace(spec, frozen=False)
+    every, same = gradient_sums(whole, state.replace(params=merge(frozen, state.params)), batch, hypers)
+    assert_close(own, trained(every), 1e-5)
+    assert_close(sums, same, 1e-5)
+    assert np.linalg.norm(jax.tree.leaves(own)[-1]) > 0
+
+
+def test_the_local_stage_asks_every_layer_for_its_own_output(place):
+    """Its objective is a sum over layers, none of whose terms depends on another layer's controller, and `harm` is what
+    its definition says."""
+    spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.stage": "local", "model.scan_layers": False})
+    closed = hypers.routing.replace(threshold=jnp.float32(0.0))
+
+    def harms(params):
+        harm = forward(spec.model, merge(frozen, params), batch, closed).routing.harm
+        return jnp.sum(harm, axis=(1, 2))
+
+    jacobian = flatten_dict(jax.jacobian(harms)(state.params))
+    for (layer, *_), leaf in jacobian.items():
+        own = int(layer.removeprefix("layer_"))
+        assert np.linalg.norm(leaf[own]) > 0 and not np.any(leaf[1 - own]), layer
+
+    # Layer 0 by hand: its output with and without the routes.
+    mask = np.asarray(batch.loss_mask)
+    params = merge(frozen, state.params)
+
+    def stream(model, **given):
+        def pick(module, _):
+            return module.name in ("attention", "layer_0")
+
+        _, seen = model.apply(
+            {"params": params}, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, hypers=closed,
+            capture_intermediates=pick, mutable=["intermediates"], **given,
+        )
+        return seen
+
+    x = LanguageModel(spec.model.config).apply({"params": params}, batch.tokens, method="embed")
+    attended = stream(spec.model.clone(by_layer=False))["intermediates"]["layer_0"]["__call__"][0][0][0]
+    full = stream(spec.model.clone(by_layer=False, mode="hard"), route=np.zeros_like(batch.tokens))
+    full = full["intermediates"]["layer_0"]["__call__"][0][0][0]
+    # The MLP comes after: with the same stream it would be the same, so only tokens without a difference are told.
+    harm = forward(spec.model, params, batch, closed).routing.harm[0]
+    same = np.asarray(harm < 1e-12)
+    assert same[mask].any() and not same[mask].all()
+    difference = np.linalg.norm(attended - full, axis=-1) / np.linalg.norm(x, axis=-1)
+    np.testing.assert_array_equal(difference[mask] < 1e-5, same[mask])
+
+
+def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhere(place):
+    spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.loss": "kl"})
+    _, sums = gradient_sums(spec, state.replace(step=jnp.int32(8)), batch, hypers, frozen)
+    full = hypers.replace(routing=hypers.routing.replace(price=jnp.float32(-10.0)))
+    _, none = gradient_sums(spec, state.replace(step=jnp.int32(8)), batch, full, frozen)
+    assert float(sums.fit) > 1e-3 * float(sums.nll)
+    assert abs(float(none.fit)) < 1e-5 * float(sums.nll)
+
+
+def test_resumed_equals_uninterrupted(place, root, tmp_path):
+    values = stage_of(config(place), "end_to_end", root)
+    train(prepare(values, tmp_path / "run"), stop_after=4, progress=False)
+    train(prepare(values, tmp_path / "run"), progress=False)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_run(tmp_path / "run").params, load_run(root / "end_to_end").params
+    )
+
+
+def test_points_of_a_sweep_share_the_published_model(place, root, tmp_path):
+    values = [stage_of(config(place, **{"objective.beta": beta}), "end_to_end", root) for beta in (0.01, 0.3)]
+    jobs = [prepare(one, tmp_path / str(i)) for i, one in enumerate(values)]
+    assert jobs[0].frozen is jobs[1].frozen
+    assert train_together(jobs, label="both", names=["a", "b"], progress=False) == [None, None]
+    assert_close(load_run(tmp_path / "0").params, load_run(root / "end_to_end").params, 1e-3)
+    assert load_run(tmp_path / "1").evaluate("test")["nll"] > 0
+
+
+def test_adapters_begin_as_nothing_and_learn(place, tmp_path):
+    plain = state_of(place)
+    spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.lora_rank": 2})
+    fresh = init_state(spec, jax.random.key(0), batch, hypers).params
+    assert any("adapter" in path for path in flatten_dict(fresh))
+    without = {path: leaf for path, leaf in flatten_dict(fresh).items() if "adapter" not in path}
+    own = init_state(plain[0], jax.random.key(0), batch, hypers).params
+    jax.tree.map(lambda a, b: a.shape == b.shape, without, flatten_dict(own))
+    route = jnp.zeros_like(batch.tokens)
+    logits = spec.model.apply({"params": merge(frozen, fresh)}, batch.tokens, hypers=hypers.routing, route=route).logits
+    unrouted = LanguageModel(pretrained.load(place / "model")[0]).apply(
+        {"params": frozen}, batch.tokens, hypers=UNROUTED
+    ).logits
+    assert_close(logits, unrouted, 1e-6)
+    values = config(place, **{"retrofit.lora_rank": 2, "retrofit.local_steps": 0})
+    train(prepare(values, tmp_path / "run"), progress=False)
+    learned = flatten_dict(load_run(tmp_path / "run").params)
+    assert all(np.linalg.norm(leaf) > 0 for path, leaf in learned.items() if "adapter" in path)
+
+
+def test_a_moved_model_is_found_and_another_one_refused(place, root, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "elsewhere")
+    run = load_run(root / "end_to_end", backbone=str(tmp_path / "elsewhere"))
+    assert_close(run.params, load_run(root / "end_to_end").params, 0)
+    assert run.generate("some text", steps=3, mode="hard").text.startswith("some text")
+    published(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="^retrofit.backbone: expected the model of sha256 .* got '"):
+        load_run(root / "end_to_end", backbone=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="^retrofit.backbone: expected a folder of safetensors, a GGUF file or pack"):
+        load_run(root / "end_to_end", backbone=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="^retrofit.backbone: expected the model of sha256 "):
+        other = config(place, **{"retrofit.backbone": str(tmp_path / "other"), "train.init_from": str(root / "local")})
+        prepare(other, root / "end_to_end")
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"data.tokenizer": "bytes"}, "data.tokenizer"),
+    ({"retrofit.lora_rank": 33}, "retrofit.lora_rank"),
+    ({"retrofit.backbone": ""}, "data.tokenizer"),
+    ({"retrofit.backbone": "package:no_such_package"}, "retrofit.backbone"),
+    ({"retrofit.stage": "local", "model.mechanisms": ("linear", "local"), "controller.fixed": ("local",)},
+     "model.mechanisms"),
+    ({"retrofit.loss": "kl", "train.packed": True, "gate.end": 0.5}, "train.packed"),
+])
+def test_bad_fields_are_one_sentence(place, changes, field, tmp_path):
+    with pytest.raises(ValueError, match=f"^{field}: expected .*, got .*") as caught:
+        prepare(config(place, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
