@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from meta_attention_jax.controller.uncertainty import categorical_entropy
 from meta_attention_jax.model import Output
@@ -120,9 +120,15 @@ def objective(sums: Sums, beta: Scalar) -> Scalar:
 
 
 def forward(
-    model: nn.Module, params: Any, batch: Batch, hypers: RoutingHypers, *, keys: Optional[Key[Array, "batch"]] = None
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    hypers: RoutingHypers,
+    *,
+    keys: Optional[Key[Array, "batch"]] = None,
+    route: Optional[Int[Array, "layer batch time"]] = None,
 ) -> Output:
-    """The model on a batch. With `keys`, pi is sampled (training, ELBO)."""
+    """The model on a batch. With `keys`, pi is sampled (training, ELBO); a `route` is forced."""
     return model.apply(
         {"params": params},
         batch.tokens,
@@ -130,6 +136,7 @@ def forward(
         positions=batch.positions,
         hypers=hypers,
         keys=keys,
+        route=route,
     )
 
 

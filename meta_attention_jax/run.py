@@ -38,7 +38,7 @@ from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
-from meta_attention_jax.training import build
+from meta_attention_jax.training import build, export
 from meta_attention_jax.training.evaluation import Evaluator, logits_and_routing
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.parallel import Parallel
@@ -214,6 +214,12 @@ class Run:
         joined = np.concatenate([ids, trace.tokens[0]])
         text = self.tokenizer.decode(joined).decode(errors="replace")
         return answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
+
+    def export(self, path: str | pathlib.Path, *, model: bool = False, **note: Any) -> None:
+        """The routers of a published model as a folder of two small files, which `load_run` opens; with `model` the
+        published model too, as other libraries open it. `note`: what else `routing.json` says."""
+        config = self.model.config if model else None
+        export.write(local("path", path), self.config, self.params, self.step, config, note)
 
     def show(
         self, text: Text, *, layer: Optional[int] = None, mode: Optional[str] = None, threshold: Optional[float] = None

@@ -7,6 +7,7 @@ from typing import Optional
 
 from ml_collections import ConfigDict
 
+from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.tokenizer import load_tokenizer
 from meta_attention_jax.fields import expect, plain, whole
@@ -14,7 +15,7 @@ from meta_attention_jax.files import run_directory
 from meta_attention_jax.run import Run
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import backbone as published
-from meta_attention_jax.training import build
+from meta_attention_jax.training import build, export
 from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.rules import validate
 
@@ -76,11 +77,15 @@ def load_run(
         expect(config.retrofit.backbone, "backbone", "None for a run that has routed no published model", backbone)
         config.retrofit.backbone = backbone
     if config.retrofit.backbone:
-        published.check_same(published.identity(config), path)
+        kept = export.backbone_of(path) if export.is_export(path) else read_stored(path / published.FILE)
+        published.check_same(published.identity(config), kept)
         params = published.merge(published.load(config), params)
     length, rows = sequence_length or config.data.sequence_length, batch_size or config.data.batch_size
     expect(length * rows < 2**31, "sequence_length", "fewer than 2^31 tokens in a batch", sequence_length)
-    tokenizer = load_tokenizer(path)
+    if export.is_export(path):
+        tokenizer = published.described(config)[1]
+    else:
+        tokenizer = load_tokenizer(path)
     model = build.build_model(config, tokenizer.vocab_size)
     run = Run(
         path=path,

@@ -33,6 +33,19 @@ def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tup
     return interval([values[seed] - baseline[seed] for seed in common])
 
 
+def bootstrap(
+    values: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"], *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(weighted mean, lower and upper end of its 95 % interval) by drawing the n independent values anew."""
+    x, w = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    if x.shape != w.shape or not x.size:
+        raise ValueError(f"values: expected at least one, each with a weight, got {x.shape} and {w.shape}.")
+    drawn = np.random.default_rng(seed).integers(x.size, size=(draws, x.size))
+    means = (x[drawn] * w[drawn]).sum(1) / w[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(np.average(x, weights=w)), float(low), float(high)
+
+
 def auroc(scores: Float[np.ndarray, "n"], positive: Bool[np.ndarray, "n"]) -> float:
     """P(score of a positive > score of a negative) + P(equal) / 2; NaN without either of them. The Mann-Whitney
     statistic, by mid-ranks."""

@@ -15,7 +15,7 @@ import numpy as np
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.pretrained import families, gguf_file, tokenizer
-from meta_attention_jax.pretrained.source import Source
+from meta_attention_jax.pretrained.source import ROUTING, Source
 from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -104,6 +104,13 @@ def _put(params: dict[str, Any], where: families.Path, layer: Optional[int], val
     params[where[-1]][layer] = value
 
 
+def weights_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold the weights of the model in a folder, or the file itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.glob("*.safetensors") if file.name != ROUTING)
+
+
 def open_source(path: str | os.PathLike[str]) -> Source:
     """The folder or the file."""
     path = pathlib.Path(path)
@@ -122,7 +129,7 @@ def _folder(path: pathlib.Path) -> Source:
     except ValueError as error:
         raise ValueError(f"path: expected JSON in {str(path / 'config.json')!r}, got {error}.") from None
     expect(isinstance(config, dict), "path", f"a config in {str(path / 'config.json')!r}", config)
-    files = sorted(path.glob("*.safetensors"))
+    files = weights_of(path)
     expect(files, "path", f"*.safetensors in {str(path)!r}", "none")
     where, opened = {}, []
     for file in files:

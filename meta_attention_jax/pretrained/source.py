@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+ROUTING = "routing.safetensors"  # Beside the weights of a model: those of its routers, which are none of its own.
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:

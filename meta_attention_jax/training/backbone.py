@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Optional
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -87,14 +88,18 @@ def complete(config: ConfigDict) -> None:
 
 def identity(config: ConfigDict) -> dict[str, Any]:
     """{"path", "bytes", "sha256"} of the published model, the hash over all of its weights' files in order."""
-    digest, size = _digest(*_files(locate(config.retrofit.backbone)))
-    return {"path": config.retrofit.backbone, "bytes": size, "sha256": digest}
+    return {**identity_of(locate(config.retrofit.backbone)), "path": config.retrofit.backbone}
+
+
+def identity_of(path: pathlib.Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a model."""
+    digest, size = _digest(*_files(path))
+    return {"bytes": size, "sha256": digest}
 
 
 def _files(path: pathlib.Path) -> tuple[tuple[pathlib.Path, int, int], ...]:
     """(file, bytes, time of its last change) of what holds weights."""
-    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in read.weights_of(path))
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,14 +118,13 @@ def keep(config: ConfigDict, workdir: pathlib.Path) -> None:
         return
     found, path = identity(config), workdir / FILE
     if path.is_file():
-        check_same(found, workdir)
+        check_same(found, read_stored(path, "what the run's backbone is"))
     else:
         files.write_whole(path, json.dumps(found, indent=2) + "\n")
 
 
-def check_same(found: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Raises ValueError unless a model is that of the run in `workdir`."""
-    stored = read_stored(workdir / FILE, "what the run's backbone is")
+def check_same(found: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a model is the one that was kept."""
     wanted = f"the model of sha256 {stored.get('sha256')} that the run was trained on"
     expect(found["sha256"] == stored.get("sha256"), FIELD, wanted, found["sha256"])
 

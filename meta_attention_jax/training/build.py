@@ -234,11 +234,10 @@ def spec_for(config: ConfigDict, vocab_size: int, num_kinds: int) -> StepSpec:
     """`build_spec` without the data."""
     optimizer = config.optimizer
     shard_axis = FSDP if config.parallel.fsdp > 1 else None
+    # Every layer is compared with full attention on all tokens.
+    stage = dict(by_layer=True, dispatch="dense") if config.retrofit.stage == "local" else {}
     return StepSpec(
-        model=build_model(config, vocab_size, PADDED).clone(
-            # Compared with full attention, on all tokens.
-            shard_axis=shard_axis, **(dict(by_layer=True, dispatch="dense") if config.retrofit.stage == "local" else {}),
-        ),
+        model=build_model(config, vocab_size, PADDED).clone(shard_axis=shard_axis, **stage),
         optimizer=make_optimizer(optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip),
         schedule=build_schedule(config), num_kinds=num_kinds, accumulate=optimizer.accumulate,
         frozen=bool(config.retrofit.backbone), loss=config.retrofit.loss, tolerance=config.retrofit.tolerance,

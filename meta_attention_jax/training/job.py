@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from meta_attention_jax import files
-from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
+from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config, read_stored
 from meta_attention_jax.data.manifest import MANIFEST, check_manifest, write_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import backbone, build, processes
@@ -93,8 +93,9 @@ def _built(
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
     check_manifest(dataset, workdir)
-    if config.retrofit.backbone and (pathlib.Path(workdir) / backbone.FILE).is_file():
-        backbone.check_same(backbone.identity(config), pathlib.Path(workdir))
+    kept = pathlib.Path(workdir) / backbone.FILE
+    if config.retrofit.backbone and kept.is_file():
+        backbone.check_same(backbone.identity(config), read_stored(kept, "what the run's backbone is"))
     return parallel, dataset, build.build_spec(config, dataset)
 
 

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.config import dict_to_config, read_config
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import run_directory
 from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.training import export
 from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.types import RoutingHypers
@@ -25,6 +27,10 @@ ATTEMPTS = 10  # Times that the checkpoints of a run that trains meanwhile are l
 def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
     """(config, step, all saved steps, parameters on this process's first device) of a run."""
     path = run_directory("workdir", workdir)
+    if export.is_export(path):
+        config, found, params = export.read(path)
+        expect(step in ("latest", "best", found), "step", f"{found}, the one that was exported", step)
+        return config, found, (found,), jax.device_put(params, jax.local_devices()[0])
     stored = path / "config.json"
     if not stored.is_file():
         raise ValueError(f"workdir: expected a run directory with config.json, got {str(workdir)!r}.")

@@ -1,0 +1,237 @@
+"""A routed published model against full attention, a window, fixed layers and its own routes in disorder, window by
+window of held-out text.
+
+python -m experiments.studies.routed --workdir=runs/smollm2/end_to_end --out=experiments/results/routed
+    [--windows=300] [--prices=0,-0.3,-0.6] [--rank=4]
+
+Every arm sees the same windows, prose, repeat and lookup in turn, hard, and is compared with full attention on each:
+95 % intervals are of a bootstrap over windows. `rows.json` has a row per window and arm, and is gone on from; with
+--rank the layers are first ranked, on validation, by what it costs when one alone is a window.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
+from ml_collections import ConfigDict
+
+from experiments import common
+from experiments.benchmarks.common import environment
+from meta_attention_jax import analysis
+from meta_attention_jax.analysis.statistics import bootstrap
+from meta_attention_jax.console import say
+from meta_attention_jax.fields import expect
+from meta_attention_jax.files import write_whole
+from meta_attention_jax.objective import forward, token_nll
+from meta_attention_jax.run import Run
+from meta_attention_jax.runs import load_run
+from meta_attention_jax.types import Batch
+
+Rows = list[dict[str, Any]]
+Arm = Callable[[Batch], "tuple[float, Any]"]
+"""Batch -> (lambda, forced routes or None)."""
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(model: Any, params: Any, batch: Batch, hypers: Any, route: Any) -> tuple[Any, Any, Any]:
+    output = forward(model, params, batch, hypers, route=route)
+    return token_nll(output.logits, batch.targets), jnp.argmax(output.logits, axis=-1), output.routing.route
+
+
+def measured(run: Run, batch: Batch, price: float, route: Any) -> dict[str, Any]:
+    """One window: its task, nats and exactness of the tokens of its kind, and the share of token-layers on full."""
+    model, hypers = run.model.clone(mode="hard", dispatch="dense"), run.hypers.routing
+    out = _apply(model, run.params, batch, hypers.replace(price=jnp.float32(price)), route)
+    nll, guess, routes = (np.asarray(x) for x in jax.device_get(out))
+    mask, kind = np.asarray(batch.loss_mask), np.asarray(batch.kind)
+    task = int(kind[mask].min())
+    # Before a window is full, it is full attention.
+    own = mask & (kind == task) & ((np.asarray(batch.positions) >= run.config.model.window) | (task != PROSE))
+    right = bool((guess == np.asarray(batch.targets))[own].all())
+    return {
+        "task": KINDS[task], "tokens": int(own.sum()), "nll": float(nll[own].mean()),
+        "exact": right if task == LOOKUP else None,
+        "share": float((routes == run.mechanisms.index("full"))[:, mask].mean()), "routes": routes,
+    }
+
+
+def windows(run: Run, split: str, count: int) -> Iterator[Batch]:
+    """`count` windows of a split, one at a time, spread evenly over it."""
+    for batch in run.dataset.eval_batches(split, max_batches=-(-count // run.dataset.batch_size)):
+        for row in range(len(batch.row)):
+            if np.any(batch.loss_mask[row]):
+                yield jax.tree.map(lambda leaf: leaf[row : row + 1], batch)
+
+
+def constant(run: Run, full: Sequence[int] | str) -> Arm:
+    """All tokens of some layers on full attention, those of the others in the window."""
+    layers = len(run.model.config.routed)
+    chosen = range(layers) if full == "all" else full
+    k, other = run.mechanisms.index("full"), run.mechanisms.index("local")
+    by_layer = np.where(np.isin(np.arange(layers), list(chosen)), k, other).astype(np.int32)
+    return lambda batch: (0.0, np.broadcast_to(by_layer[:, None, None], (layers, *batch.tokens.shape)).copy())
+
+
+def rank(run: Run, count: int) -> list[int]:
+    """Layers by what it costs, in nats on the copies of `repeat`, when one alone is a window; the dearest first."""
+    layers = len(run.model.config.routed)
+    copies = [b for b in windows(run, "validation", 12 * count) if KINDS.index("repeat") in b.kind][:count]
+    lost = np.zeros(layers)
+    for layer in range(layers):
+        arm = constant(run, [i for i in range(layers) if i != layer])
+        lost[layer] = np.mean([measured(run, batch, *arm(batch))["nll"] for batch in copies])
+        say(f"layer {layer} in a window: {lost[layer]:.4f} nats on {len(copies)} windows of repeat")
+    return [int(i) for i in np.argsort(-lost, kind="stable")]
+
+
+def compare(
+    run: Run, split: str, count: int, prices: Sequence[float], order: Sequence[int], done: Rows,
+    keep: Callable[[Rows], None],
+) -> Rows:
+    """Rows of all windows: full, local, each price, the best fixed layers at the share of each price, and the routes of
+    the first price shuffled over tokens and drawn at random."""
+    rows = list(done)
+    known = {row["window"] for row in done}
+    layers, full = len(run.model.config.routed), run.mechanisms.index("full")
+    other = run.mechanisms.index("local")
+    for number, batch in enumerate(windows(run, split, count)):
+        if number in known or number >= count:
+            continue
+        rng = np.random.default_rng(number)
+        found = {name: measured(run, batch, *constant(run, chosen)(batch))
+                 for name, chosen in (("full", "all"), ("local", ()))}
+        for price in prices:
+            mine = found[f"routed {price:g}"] = measured(run, batch, price, None)
+            best = order[: round(mine["share"] * layers)]
+            found[f"layers {price:g}"] = measured(run, batch, *constant(run, best)(batch))
+        routes = found[f"routed {prices[0]:g}"]["routes"]
+        shuffled = np.stack([rng.permuted(layer, axis=-1) for layer in routes])
+        rate = (routes == full).mean(axis=-1, keepdims=True)
+        drawn = np.where(rng.random(routes.shape) < rate, full, other).astype(np.int32)
+        found["shuffled"] = measured(run, batch, 0.0, shuffled)
+        found["random"] = measured(run, batch, 0.0, drawn)
+        for name, one in found.items():
+            one.pop("routes")
+            rows.append({"window": number, "arm": name, "split": split, **one})
+        keep(rows)
+        if number % 5 == 4:
+            say(f"window {number + 1}/{count}: {found['full']['task']}, full {found['full']['nll']:.3f}, routed "
+                f"{found[f'routed {prices[0]:g}']['nll']:.3f} at {found[f'routed {prices[0]:g}']['share']:.1%}")
+    return rows
+
+
+def summary(rows: Rows) -> Rows:
+    """A row per arm and task: nats, share, exact answers, and nats above full with the interval of the bootstrap."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        base = {row["window"]: row for row in rows if row["task"] == task and row["arm"] == "full"}
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            mine = [row for row in rows if row["task"] == task and row["arm"] == arm]
+            tokens = np.array([row["tokens"] for row in mine], float)
+            above = np.array([row["nll"] - base[row["window"]]["nll"] for row in mine])
+            middle, low, high = bootstrap(above, tokens)
+            line = {
+                "task": task, "arm": arm, "windows": len(mine),
+                "nll": float(np.average([row["nll"] for row in mine], weights=tokens)),
+                "share": float(np.mean([row["share"] for row in mine])),
+                "above": middle, "above_low": low, "above_high": high,
+            }
+            if task == KINDS[LOOKUP]:
+                line["exact"], line["exact_low"], line["exact_high"] = bootstrap(
+                    np.array([row["exact"] for row in mine], float), np.ones(len(mine))
+                )
+            found.append(line)
+    return found
+
+
+COLUMNS = [
+    analysis.Column("task", "task"), analysis.Column("arm", "arm"), analysis.Column("windows", "windows", "d"),
+    analysis.Column("share", "on full", ".1%"), analysis.Column("nll", "nats", ".4f"),
+    analysis.Column("above", "above full", "+.4f"), analysis.Column("interval", "95 %"),
+    analysis.Column("exact", "exact", ".0%"),
+]
+
+
+def lines(rows: Rows) -> Rows:
+    """`summary` as it is shown."""
+    return [
+        {**row, "interval": "" if row["arm"] == "full" else f"{row['above_low']:+.4f} to {row['above_high']:+.4f}"}
+        for row in summary(rows)
+    ]
+
+
+def setting(run: Run, split: str, prices: Sequence[float]) -> dict[str, Any]:
+    """What rows are of."""
+    config: ConfigDict = run.config
+    return {
+        "name": config.name, "step": run.step, "split": split, "prices": list(prices), "window": config.model.window,
+        "sinks": config.model.sinks, "length": run.dataset.sequence_length, "backbone": config.retrofit.backbone,
+    }
+
+
+def stored(path: pathlib.Path, about: Mapping[str, Any]) -> Rows:
+    """Rows of the same setting that are there already."""
+    if not path.is_file():
+        return []
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    expect(kept.get("setting") == about, "out", f"rows of {about}", kept.get("setting"))
+    return kept["rows"]
+
+
+def main() -> None:
+    out = pathlib.Path(OUT.value)
+    with common.user_mistakes():
+        run = load_run(WORKDIR.value)
+        expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
+        expect({"full", "local"} <= set(run.mechanisms), "workdir", "full and local among the mechanisms",
+               run.mechanisms)
+        prices = [float(price) for price in PRICES.value]
+        about = setting(run, SPLIT.value, prices)
+        rows = stored(out / "rows.json", about)
+        ranking = out / "layers.json"
+        if RANK.value and not ranking.is_file():
+            order = rank(run, RANK.value)
+            write_whole(ranking, json.dumps({"environment": environment(), "order": order}, indent=1) + "\n")
+        expect(ranking.is_file(), "rank", f"windows to rank layers by, as {str(ranking)!r} is not there", RANK.value)
+        order = json.loads(ranking.read_text(encoding="utf-8"))["order"]
+
+    def keep(rows: Rows) -> None:
+        content = {"setting": about, "environment": environment(), "rows": rows}
+        write_whole(out / "rows.json", json.dumps(content) + "\n")
+
+    rows = compare(run, SPLIT.value, WINDOWS.value, prices, order, rows, keep)
+    print(analysis.terminal_table(lines(rows), COLUMNS))
+    analysis.write_text(out / "README.md", page(rows, about))
+    with common.spared("pictures"):
+        analysis.save(analysis.share_figure(summary(rows), title=about["name"]), out / "share.png")
+
+
+def page(rows: Rows, about: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    said = (
+        f"{about['name']} at step {about['step']}, {about['split']} split, T {about['length']}, window "
+        f"{about['window']}, {about['sinks']} sinks. Nats on prose from token {about['window']} on, on copies, on "
+        "answers; `layers` are the best fixed layers at the share of the price beside them, `shuffled` and `random` "
+        "the routes of the first price in disorder. Intervals: bootstrap over windows, paired with full attention."
+    )
+    return f"# A routed published model\n\n{said}\n\n{analysis.markdown_table(lines(rows), COLUMNS)}\n"
+
+
+if __name__ == "__main__":
+    WORKDIR = common.define_path("workdir", None, "A run, or an export of one.")
+    OUT = common.define_path("out", "experiments/results/routed", "Where rows, table and picture go.")
+    SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "Which split.")
+    WINDOWS = flags.DEFINE_integer("windows", 300, "Of all tasks together.", 1)
+    PRICES = flags.DEFINE_list("prices", ["0", "-0.3", "-0.6"], "Lambdas.")
+    RANK = flags.DEFINE_integer("rank", 0, "Windows to rank the layers by, where that is not done.", 0)
+    flags.mark_flag_as_required("workdir")
+    common.run(main, prints=True)
