@@ -144,6 +144,7 @@ class CostSetting:
     dtype: str = "float32"  # Of q, k and v.
     implementation: str = "auto"  # Of full attention.
     segments: str = "any"  # What is known of them, as `AttentionSpec.segments`.
+    sinks: int = 0  # Files from before the field hold for 0.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +182,7 @@ def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS)
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(window=s.window, implementation=s.implementation, segments=s.segments)
+    spec = AttentionSpec(window=s.window, sinks=s.sinks, implementation=s.implementation, segments=s.segments)
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

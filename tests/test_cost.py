@@ -142,13 +142,15 @@ def test_a_custom_mechanism_has_analytic_costs_and_numbers_but_no_nominal_one(mo
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 20])
 @pytest.mark.parametrize("window", [1, 5, 11, 30])
-def test_softmax_flops_count_the_allowed_pairs(window, causal):
+def test_softmax_flops_count_the_allowed_pairs(window, sinks, causal):
     time, dim = 11, 6
     ids = np.ones((1, time), np.int32)
-    for name, width in (("full", None), ("local", window)):
-        pairs = oracles.allowed_pairs(ids, causal=causal, window=width).sum()
-        flops = registry.get_mechanism(name).flops(time, dim, AttentionSpec(causal=causal, window=window))
+    for name, width, first in (("full", None, 0), ("local", window, sinks)):
+        pairs = oracles.allowed_pairs(ids, causal=causal, window=width, sinks=first).sum()
+        spec = AttentionSpec(causal=causal, window=window, sinks=sinks)
+        flops = registry.get_mechanism(name).flops(time, dim, spec)
         assert flops == 4 * dim * pairs
 
 

@@ -117,7 +117,7 @@ def assert_stepwise_is_forward(model, route=None):
 CASES = {
     "soft, unrolled": dict(mode="soft", scan_layers=False),
     "hard": dict(mode="hard"),
-    "hard, packed prefill": dict(mode="hard", dispatch="packed"),
+    "hard, packed prefill, sinks": dict(mode="hard", dispatch="packed", window=3, sinks=2),
     "one key head, gated": dict(mode="gated", num_kv_heads=1, remat=True),
     "window beyond the text": dict(mode="soft", window=64),
     "softmax, window of one": dict(controller="softmax", window=1, num_kv_heads=None),
@@ -232,8 +232,8 @@ def test_steps_fill_the_cache_as_prefill_does():
 
 
 @pytest.mark.parametrize("name", ["full", "linear", "local"])
-@pytest.mark.parametrize("window, block", [(5, 8), (64, 8), (1, 1024)])
-def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
+@pytest.mark.parametrize("window, sinks, block", [(5, 0, 8), (64, 0, 8), (1, 3, 1024)])
+def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, sinks, block):
     monkeypatch.setattr(caches, "BLOCK", block)
     batch, time, heads, kv_heads, dim = 3, 20, 4, 2, 8
     q, k, v = (
@@ -242,7 +242,7 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     )
     lengths = jnp.array([1, 20, 9])
     ids = (jnp.arange(time)[None] < lengths[:, None]).astype(jnp.int32)
-    whole = making.attended(name, q, k, v, segment_ids=ids, window=window)
+    whole = making.attended(name, q, k, v, segment_ids=ids, window=window, sinks=sinks)
     cache = caches.init_cache(
         layers=2, batch=batch, capacity=time, kv_heads=kv_heads, dim=dim
     )
@@ -251,7 +251,8 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     needed = jnp.array([True, True, False])
     for need in (needed, jnp.ones(batch, bool)):
         out = get_mechanism(name).step(
-            q[rows, lengths - 1], cache, jnp.int32(1), needed=need, spec=AttentionSpec(window=window)
+            q[rows, lengths - 1], cache, jnp.int32(1), needed=need,
+            spec=AttentionSpec(window=window, sinks=sinks),
         )
         expected = jnp.where(need[:, None, None], whole[rows, lengths - 1], 0.0)
         assert_close(out, expected)
@@ -269,11 +270,12 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
         jnp.arange(16)[None] >= lengths[:, None] - window
     )
     q = jnp.ones((3, 1, 2))
-    for name, read in (("full", read_full), ("local", read_local)):
+    sunk = read_local | (jnp.arange(16)[None] < 2)
+    for name, sinks, read in (("full", 0, read_full), ("local", 0, read_local), ("local", 2, sunk)):
         poisoned = jnp.where((read & needed[:, None])[None, :, None, :, None], k, jnp.nan)
         cache = caches.init_cache(layers=1, batch=3, capacity=16, kv_heads=1, dim=2)
         cache = cache.replace(k=poisoned, v=poisoned, length=lengths[None])
-        spec = AttentionSpec(window=window)
+        spec = AttentionSpec(window=window, sinks=sinks)
         out = get_mechanism(name).step(q, cache, 0, needed=needed, spec=spec)
         assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
 

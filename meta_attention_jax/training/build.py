@@ -96,7 +96,7 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
     return CostSetting(
         mechanisms=tuple(model.mechanisms), time=config.data.sequence_length, window=model.window,
         num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=model.model_dim // model.num_heads,
-        dtype=model.dtype, implementation=model.implementation, segments=PADDED,
+        dtype=model.dtype, implementation=model.implementation, segments=PADDED, sinks=model.sinks,
     )
 
 
@@ -168,7 +168,7 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     chosen = model.implementation
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
-    return AttentionSpec(window=model.window, implementation=chosen, segments=segments)
+    return AttentionSpec(window=model.window, sinks=model.sinks, implementation=chosen, segments=segments)
 
 
 def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> LanguageModel:
