@@ -194,6 +194,37 @@ def test_a_row_generates_the_same_alone_and_in_a_batch():
     assert np.any(np.asarray(other.tokens) != np.asarray(together.tokens))
 
 
+def test_a_row_ends_and_the_loop_with_the_last_of_them():
+    """Rows are those without ends as far as their own; nothing stands behind, and nothing is computed for it."""
+    model, steps, calls = make(), STEPS, []
+
+    def counting(logits, keys):
+        jax.debug.callback(lambda: calls.append(0))
+        return generation.greedy(logits)
+
+    run = functools.partial(generation.generate, model, parameters(model), steps=steps, hypers=HYPERS)
+    whole = jax.device_get(run(prompts()))
+    np.testing.assert_array_equal(whole.lengths, [steps] * BATCH)
+    first = [{t: list(row).index(t) + 1 for t in set(row.tolist())} for row in whole.tokens]
+    # Two ends, so that rows stop apart, all of them early, and not all by the same.
+    choices = [(a, b) for a in range(VOCAB) for b in range(a)]
+    lengths = {ends: [min(row.get(t, steps) for t in ends) for row in first] for ends in choices}
+    ends = min(choices, key=lambda ends: (max(lengths[ends]) == steps, -len(set(lengths[ends])), max(lengths[ends])))
+    expected = lengths[ends]
+    assert len(set(expected)) > 1 and max(expected) < steps
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    out = jax.device_get(run(prompts(), ends=ends, sampler=counting, keys=keys))
+    jax.effects_barrier()
+    assert len(calls) == max(expected)
+    np.testing.assert_array_equal(out.lengths, expected)
+    drawn = np.arange(steps)[None] < np.array(expected)[:, None]
+    np.testing.assert_array_equal(out.tokens, np.where(drawn, whole.tokens, ends[0]))
+    for name in ("route", "hard", "uncertainty"):
+        found = getattr(out, name)
+        assert not found[:, ~drawn].any()
+        assert_close(found[:, drawn], getattr(whole, name)[:, drawn])
+
+
 def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
     model = make()
     params, tokens = parameters(model), text()[:, :PROMPT]
@@ -319,13 +350,13 @@ def test_prefill_and_decode_lower_for_accelerators(platform):
 
 
 def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
-    for fields in (dict(num_layers=1, scan_layers=False), dict(dtype=jnp.bfloat16)):
+    for ends, fields in (((), dict(num_layers=1, scan_layers=False)), ((3,), dict(dtype=jnp.bfloat16))):
         model = make(window=8, **fields)
         params = parameters(model)
         cache = model.init_cache(BATCH, 8192)
         keys = jax.random.split(jax.random.key(0), BATCH)
         compiled = generation.decode_loop.lower(
-            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5
+            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5, ends=ends
         ).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 4
 
@@ -447,6 +478,8 @@ def test_bad_samplers_are_one_sentence(fields, sentence):
         (dict(prompts=[[-1]]), "prompt: expected tokens in"),
         (dict(prompts=[[0.5]]), "prompt: expected integer tokens"),
         (dict(steps=0), "steps: expected at least 1"),
+        (dict(ends=[VOCAB]), r"ends: expected tokens in \[0, 13\), got 13"),
+        (dict(ends=[0.5]), "ends: expected an integer, got 0.5"),
         (dict(capacity=6), r"capacity: expected at least prompt \+ steps = 3 \+ 4 tokens, got 6"),
         (dict(mode="sof"), "mode: expected one of"),
         (dict(sampler=generation.Sampler()), "keys: expected one PRNG key per row"),
