@@ -17,14 +17,17 @@ from meta_attention_jax import cost
 from meta_attention_jax.kernels import portable
 from meta_attention_jax.mechanisms import full, linear, local, registry
 from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.accounting import count_attention
+from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.evaluation import accounted_eval_step
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.step import init_state
-from meta_attention_jax.types import AttentionSpec
+from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, init_state, make_optimizer, train_step
+from meta_attention_jax.types import AttentionSpec, Batch, RoutingHypers
 from tests import making, oracles
 
 NAMES = ("full", "linear", "local")
@@ -252,6 +255,43 @@ def test_a_fixed_layer_pays_for_its_own_mechanism_only():
     got = jax.jit(functools.partial(count, controller="fixed", fixed="local"))(route).flops
     own = local.count_work(abstract(), abstract(heads=KV_HEADS), SPEC).flops
     assert got.executed_packed == got.executed_dense == own
+
+
+def test_layers_that_are_windows_by_nature_stand_in_no_share_and_cost_what_they_do():
+    """An evaluation with its accounting, what it reports, and the shapes of a training step."""
+    own = 5
+    model = making.model(**SHAPE | dict(vocab_size=11, num_layers=3, windows=(None, own, None), hidden=4), mode="hard")
+    rng, hypers = np.random.default_rng(0), RoutingHypers(  # At this price, every token takes local attention.
+        strength=np.float32(2), preference=np.float32(0.1), costs=np.float32([1, 0.3, 0.15]), threshold=np.float32(1),
+        price=np.float32(100),
+    )
+    tokens, segments = rng.integers(0, 11, (BATCH, TIME)).astype(np.int32), np.ones((BATCH, TIME), np.int32)
+    segments[0, 150:] = 0
+    batch = Batch(
+        tokens=tokens, targets=tokens, segment_ids=segments, positions=0 * tokens + np.arange(TIME, dtype=np.int32),
+        loss_mask=segments != 0, kind=0 * tokens, num_bytes=0 * tokens, row=np.arange(BATCH, dtype=np.int32),
+    )
+    schedule = Schedule(10, 1, 0.1, 1, GateSchedule(kind="linear", start=2, end=8))
+    step = StepSpec(model.clone(mode="soft"), make_optimizer("sgd", weight_decay=0.0, clip=1.0), schedule)
+    whole = Hypers(learning_rate=np.float32(0.1), beta=np.float32(0.1), routing=hypers)
+    state = jax.eval_shape(lambda: init_state(step, jax.random.key(0), batch, whole))
+    params = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), state.params)
+    sums, got = jax.device_get(jax.jit(functools.partial(accounted_eval_step, model, 1))(params, batch, hypers))
+    layer = counted(np.full((BATCH, TIME), LOCAL, np.int32), segment_ids=segments)
+    assert got.tokens == layer.tokens == (segments != 0).sum()
+    spec = AttentionSpec(window=own)
+    work = local.count_work(abstract(), abstract(heads=KV_HEADS), spec)
+    projected = HEADS * local.flops(TIME, DIM, spec) / TIME * got.tokens, work.bytes / (BATCH * TIME) * got.tokens
+    for kind, name in enumerate(("flops", "bytes")):
+        for side in ("projected", "executed_packed", "executed_dense", "full_only"):
+            window = projected[kind] if side == "projected" else work[kind]
+            expected = 2 * float(getattr(getattr(layer, name), side)) + window
+            assert getattr(getattr(got, name), side) == pytest.approx(expected, rel=1e-5)
+    metrics = summarise(sums, mechanisms=NAMES, costs=hypers.costs)
+    assert metrics["layers"]["fractions"] == [[0, 0, 1]] * 2 and metrics["cost"] == pytest.approx(0.15)
+
+    logged = jax.eval_shape(functools.partial(train_step, step), state, batch, whole)[1]
+    assert logged["sums"].mean.shape == (2, 3) and logged["finite"]["routing"].shape == (2,)
 
 
 @pytest.mark.parametrize(

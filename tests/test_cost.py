@@ -245,6 +245,16 @@ def test_layers_multiply_everything_but_the_logits():
     assert three.dense - three.logits == pytest.approx(3 * (one.dense - one.logits))
 
 
+def test_layers_that_are_windows_by_nature_are_local_and_no_route_saves_them():
+    model = counted(windows=(None, 5, None), sinks=2)
+    routed, plain = counted(num_layers=2, sinks=2), counted(sinks=2)
+    assert model.mechanisms == routed.mechanisms and model.controller == routed.controller
+    assert (model.projections, model.mlp) == (plain.projections, plain.mlp) and plain.windows == 0.0
+    pairs = oracles.allowed_pairs(np.ones((1, 64), np.int32), causal=True, window=5).sum()
+    assert model.windows == 4 * 4 * 32 * pairs / 64
+    assert model.trunk == model.projections + model.mlp + model.logits + model.controller + model.windows
+
+
 def test_a_windows_flops_per_token_stop_growing_and_full_attentions_do_not():
     short, long = counted(time=512).mechanisms, counted(time=4096).mechanisms
     assert long["linear"] == short["linear"]
