@@ -2,9 +2,10 @@
 
 python -m experiments.generate --workdir=runs/x --prompt="Fellow citizens" [--mode=hard] [--steps=200]
     [--temperature=0.8 --top_k=40 --top_p=0.95 --seed=0] [--show_routes] [--layer=0] [--step=best]
-    [--threshold=0.5]
+    [--threshold=0.5] [--nostop] [--chat]
 
 Greedy unless one of the sampler's flags is given. A `recall` run takes names: --prompt="k3=v1 c2 ?k3".
+With --chat the prompt is a user's message, told to the model as its chat template says.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ TEMPERATURE = flags.DEFINE_float("temperature", None, "> 0.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens; at least 1.")
 TOP_P = flags.DEFINE_float("top_p", None, "Keep the likeliest tokens of this mass; in (0, 1].")
 SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**32 - 1)
+STOP = flags.DEFINE_bool("stop", True, "Stop at a token that ends a text, where the tokenizer has one.")
+CHAT = flags.DEFINE_bool("chat", False, "The prompt is a user's message, by the model's chat template.")
 SHOW_ROUTES = flags.DEFINE_bool("show_routes", False, "Show the mechanism of each token.")
 LAYER = flags.DEFINE_integer("layer", None, "Layer to show; the one with most full when absent.", 0)
 COLOR = flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "ANSI colours.")
@@ -45,7 +48,13 @@ def main() -> None:
         layers = run.config.model.num_layers
         expect(LAYER.value is None or LAYER.value < layers, "layer", f"less than {layers}", LAYER.value)
         prompt = run.encode(PROMPT.value)
-    made = run.generate(prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, **draw)
+        if CHAT.value:
+            speaks = getattr(run.tokenizer, "template", None) is not None
+            expect(speaks, "chat", "a tokenizer with a chat template", run.tokenizer.kind)
+            prompt = run.tokenizer.chat([{"role": "user", "content": PROMPT.value}])
+    made = run.generate(
+        prompt, steps=STEPS.value, mode=MODE.value, seed=SEED.value, threshold=THRESHOLD.value, stop=STOP.value, **draw
+    )
     print(samples.printable(made.text))
     if SHOW_ROUTES.value:
         colour = COLOR.value == "always" or (COLOR.value == "auto" and samples.wants_colour())

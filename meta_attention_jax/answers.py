@@ -99,8 +99,8 @@ class TextRoutes:
 class Continuation:
     """A prompt and what the model made of it; prints as text."""
 
-    text: str  # Prompt and continuation.
-    ids: Int[np.ndarray, "tokens"]  # Their token ids.
+    text: str  # Prompt and continuation, without its end.
+    ids: Int[np.ndarray, "tokens"]  # Their token ids, and the one that ended it.
     prompt: int  # Number of tokens of the prompt.
     trace: Trace  # Routes and uncertainties; one row.
 

@@ -57,6 +57,9 @@ SCHEMA: dict[str, Field] = {
     "model.mlp_dim": Field(0, "Of the gated MLP; 0 is 8/3 D, up to a multiple of 32.", NOT_NEGATIVE),
     "model.mechanisms": Field(("full", "linear", "local"), "The mechanism axis."),
     "model.window": Field(32, "w of local attention, the token itself included.", POSITIVE),
+    "model.sinks": Field(
+        0, "First tokens of the segment that local attention sees besides its window.", NOT_NEGATIVE, since=0
+    ),
     "model.implementation": Field("auto", "Of full attention.", choices=IMPLEMENTATIONS),
     "model.dtype": Field("float32", "Of the computation.", choices=("float32", "bfloat16")),
     "model.scan_layers": Field(False, "Compile one layer and loop over all."),

@@ -86,13 +86,14 @@ class FlopCount:
     projections: float  # q, k, v and output projections of all layers.
     mlp: float  # Gated MLPs of all layers.
     logits: float  # The output head.
-    controller: float  # The routing MLPs of all layers.
-    mechanisms: dict[str, float]  # Attention proper, per mechanism, as if every token of every layer used it.
+    controller: float  # The routing MLPs of all layers that have one.
+    mechanisms: dict[str, float]  # Attention proper, per mechanism, as if every token of every routed layer used it.
+    windows: float = 0.0  # Attention proper of the layers that are windows by nature.
 
     @property
     def trunk(self) -> float:
         """Everything that no route can save."""
-        return self.projections + self.mlp + self.logits + self.controller
+        return self.projections + self.mlp + self.logits + self.controller + self.windows
 
     @property
     def dense(self) -> float:
@@ -116,20 +117,29 @@ def count_flops(config: ModelConfig, *, time: int, controller_outputs: int) -> F
     """Forward FLOPs per token of the language model at sequences of `time` tokens.
 
     Per layer: projections 2 D d (2 H + 2 G), gated MLP 6 D F, controller 2 ((D + 2) h + h n) with h hidden units and n
-    outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V.
+    outputs (0 for a fixed route), mechanisms H flops_k(T) / T; logits 2 D V. Layers that are windows by nature have no
+    controller, and of the mechanisms local alone, with their own window.
     """
     width, layers, heads, dim = config.model_dim, config.num_layers, config.num_heads, config.head_dim
-    hidden = config.router.hidden if controller_outputs else 0
-    per_head = {
-        name: get_mechanism(name).flops(time, dim, config.attention) / time for name in config.router.mechanisms
-    }
+    hidden, routed = config.router.hidden if controller_outputs else 0, len(config.routed)
+
+    def attention(name: str, spec: AttentionSpec) -> float:
+        return heads * get_mechanism(name).flops(time, dim, spec) / time
+
     return FlopCount(
         projections=layers * 2.0 * width * dim * (2 * heads + 2 * config.kv_heads),
         mlp=layers * 6.0 * width * config.mlp_width,
         logits=2.0 * width * config.vocab_size,
-        controller=layers * 2.0 * hidden * (width + 2 + controller_outputs),
-        mechanisms={name: layers * heads * flops for name, flops in per_head.items()},
+        controller=routed * 2.0 * hidden * (width + 2 + controller_outputs),
+        mechanisms={name: routed * attention(name, config.attention) for name in config.router.mechanisms},
+        windows=sum(attention("local", spec) for spec in natural_windows(config)),
     )
+
+
+def natural_windows(config: ModelConfig) -> list[AttentionSpec]:
+    """Who may attend to whom in the layers that are windows by nature, which local attention serves."""
+    windows = [window for window in config.windows if window is not None]
+    return [dataclasses.replace(config.attention, window=window, sinks=0) for window in windows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +155,7 @@ class CostSetting:
     dtype: str = "float32"  # Of q, k and v.
     implementation: str = "auto"  # Of full attention.
     segments: str = "any"  # What is known of them, as `AttentionSpec.segments`.
+    sinks: int = 0  # Files from before the field hold for 0.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +193,7 @@ def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS)
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(window=s.window, implementation=s.implementation, segments=s.segments)
+    spec = AttentionSpec(window=s.window, sinks=s.sinks, implementation=s.implementation, segments=s.segments)
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

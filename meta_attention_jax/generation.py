@@ -114,15 +114,25 @@ def sampler_of(temperature: Optional[float] = None, top_k: Optional[int] = None,
 
 @flax.struct.dataclass
 class Trace:
-    """What was generated; `prompt_*` are of the prompts, right-padded, and mean nothing behind a prompt's length."""
+    """What was generated; `prompt_*` are of the prompts, right-padded, and mean nothing behind a prompt's length.
+    Where a row has ended, its tokens are an end, its routes and uncertainties 0."""
 
     tokens: Int[Array, "batch steps"]
+    lengths: Int[Array, "batch"]  # Tokens that were drawn, the end included.
     route: Int[Array, "layer batch steps"]  # k*.
     hard: Bool[Array, "layer batch steps"]  # Whether the token used k* alone.
     uncertainty: Float[Array, "layer batch steps"]  # u_t in [0, 1].
     prompt_route: Int[Array, "layer batch time"]
     prompt_hard: Bool[Array, "layer batch time"]
     prompt_uncertainty: Float[Array, "layer batch time"]
+
+    def row(self, index: int, prompt: int) -> Trace:
+        """One row, as far as it and its `prompt` tokens of a prompt go."""
+        own, drawn = slice(index, index + 1), int(self.lengths[index])
+        names = [field.name for field in dataclasses.fields(self) if field.name != "lengths"]
+        sizes = {name: prompt if name.startswith("prompt_") else drawn for name in names}
+        cut = {name: getattr(self, name)[..., own, :size] for name, size in sizes.items()}
+        return Trace(lengths=self.lengths[own], **cut)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -143,7 +153,9 @@ def prefill(
     return cache, out.logits, _seen(out.routing)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "sampler"), donate_argnames=("cache", "logits"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "steps", "sampler", "ends"), donate_argnames=("cache", "logits")
+)
 def decode_loop(
     model: LanguageModel,
     params: Any,
@@ -155,24 +167,53 @@ def decode_loop(
     steps: int,
     sampler: Draw = greedy,
     route: Optional[Int[Array, "steps layer batch"]] = None,
+    ends: tuple[int, ...] = (),
 ) -> tuple[Cache, Logits, dict[str, Array]]:
-    """`steps` times: draw a token from the logits, then decode it. One compiled loop.
+    """`steps` times, or until every row has drawn one of `ends`: draw a token from the logits, then decode it. One
+    compiled loop.
 
     Consumes the cache, whose buffers are updated in place and whose rows need `steps` free places, and the logits. The
     sampler is any hashable function like a `Sampler`. Returns the cache with all drawn tokens in it, the logits behind
-    the last, and tokens [batch steps], route, hard and uncertainty [layer batch steps] by name.
+    the last, and tokens [batch steps], route, hard and uncertainty [layer batch steps] by name. A row that has ended
+    goes on with the first of `ends` for as long as others draw: what is in its cache and logits then means nothing.
     """
 
-    def step(carry, forced):
+    def step(carry, forced, ended=None):
         cache, logits = carry
         fold = jax.vmap(jax.random.fold_in)
         token = sampler(logits, fold(keys, cache.length[0]))
+        if ended is not None:
+            token = jnp.where(ended, ends[0], token)
         cache, out = model.apply({"params": params}, cache, token, hypers=hypers, route=forced, method="decode")
         return (cache, out.logits), dict(token=token, **_seen(out.routing))
 
-    (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
+    if ends:
+        (cache, logits), seen = _until_ended(step, (cache, logits), route, steps, ends)
+    else:
+        (cache, logits), seen = jax.lax.scan(step, (cache, logits), route, length=steps)
     tokens = seen.pop("token")
     return cache, logits, {"tokens": tokens.T, **{name: jnp.moveaxis(values, 0, -1) for name, values in seen.items()}}
+
+
+def _until_ended(step: Callable, carry: Any, route: Any, steps: int, ends: tuple[int, ...]) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `step` over `steps`, left once every row has drawn an end; rows count as far as their own."""
+    at = lambda i: None if route is None else route[i]  # noqa: E731
+    shapes = jax.eval_shape(lambda: step(carry, at(0))[1])
+    unseen = {name: jnp.zeros((steps, *x.shape), x.dtype) for name, x in shapes.items()}
+    unseen["token"] += ends[0]
+
+    def draws(state):
+        i, ended, *_ = state
+        return (i < steps) & ~jnp.all(ended)
+
+    def draw(state):
+        i, ended, carry, seen = state
+        carry, new = step(carry, at(i), ended)
+        seen = {name: values.at[i].set(jnp.where(ended, values[i], new[name])) for name, values in seen.items()}
+        return i + 1, ended | jnp.isin(new["token"], jnp.asarray(ends, jnp.int32)), carry, seen
+
+    none = jnp.zeros(shapes["token"].shape, bool)
+    return jax.lax.while_loop(draws, draw, (jnp.int32(0), none, carry, unseen))[2:]
 
 
 def _seen(routing: Routing) -> dict[str, Array]:
@@ -215,6 +256,7 @@ def generate(
     sampler: Draw = greedy,
     mode: Optional[str] = None,
     capacity: Optional[int] = None,
+    ends: Sequence[int] = (),
 ) -> Trace:
     """Goes on from each prompt, token ids of any length, by `steps` >= 1 tokens.
 
@@ -227,11 +269,12 @@ def generate(
       mode: "soft", "hard" or "gated"; None is the model's own.
       capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded up to a multiple of
         `CAPACITY_STEP`.
+      ends: tokens behind which a row draws no more.
     """
     if _elsewhere(params):
         return without_mesh(generate)(
             model, params, prompts, steps=steps, hypers=hypers, keys=keys, sampler=sampler,
-            mode=mode, capacity=capacity,
+            mode=mode, capacity=capacity, ends=ends,
         )
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     steps = whole("steps", steps)
@@ -241,6 +284,9 @@ def generate(
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
     capacity = whole("capacity", capacity)
     expect(needed <= capacity, "capacity", f"at least prompt + steps = {lengths.max()} + {steps} tokens", capacity)
+    ends = tuple(whole("ends", end) for end in ends)
+    for end in ends:
+        expect(0 <= end < model.config.vocab_size, "ends", f"tokens in [0, {model.config.vocab_size})", end)
     batch = len(lengths)
     if keys is None:
         expect(sampler is greedy, "keys", "one PRNG key per row for this sampler", None)
@@ -249,8 +295,13 @@ def generate(
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
     model = model.clone(mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
-    _, _, seen = decode_loop(model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler)
-    return Trace(**seen, **{f"prompt_{name}": values for name, values in first.items()})
+    _, _, seen = decode_loop(model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler, ends=ends)
+    drawn = np.full(batch, steps, np.int32)
+    if ends:
+        found = np.isin(seen["tokens"], ends)
+        drawn = np.where(found.any(1), found.argmax(1) + 1, drawn)
+    prompt = {f"prompt_{name}": values for name, values in first.items()}
+    return Trace(lengths=jnp.asarray(drawn, jnp.int32), **seen, **prompt)
 
 
 def _elsewhere(params: Any) -> bool:

@@ -195,25 +195,55 @@ class Run:
         top_p: Optional[float] = None,
         seed: int = 0,
         threshold: Optional[float] = None,
+        stop: bool = True,
     ) -> answers.Continuation:
-        """Goes on from a prompt, a text or token ids, by `steps` tokens: greedy unless one of `Sampler`'s numbers is
-        given, by samples of `seed` then; `mode` and `threshold` as in `logits`."""
+        """Goes on from a prompt, a text or token ids, by `steps` tokens, or to the first that ends a text for the
+        tokenizer (with `stop`): greedy unless one of `Sampler`'s numbers is given, by samples of `seed` then; `mode`
+        and `threshold` as in `logits`."""
+        return self.generate_batch(
+            [prompt], steps=steps, mode=mode, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            threshold=threshold, stop=stop,
+        )[0]
+
+    @without_mesh
+    def generate_batch(
+        self,
+        prompts: Sequence[Text],
+        *,
+        steps: int = 100,
+        mode: Optional[str] = None,
+        temperature: Optional[float] = None,
+        top_k: Optional[int] = None,
+        top_p: Optional[float] = None,
+        seed: int = 0,
+        threshold: Optional[float] = None,
+        stop: bool = True,
+    ) -> list[answers.Continuation]:
+        """`generate` from several prompts of any lengths together; every row of samples has a key of its own."""
+        expect(not isinstance(prompts, (str, bytes)), "prompts", "a list of prompts", prompts)
         draw = sampler_of(temperature, top_k, top_p)
-        ids = self.encode(prompt)
+        rows = [self.encode(prompt) for prompt in prompts]
+        ends = self.tokenizer.ends if stop else ()
         trace = generate(
             self.model,
             self.params,
-            [ids],
+            rows,
             steps=steps,
             hypers=self._routing_hypers(threshold),
-            keys=jax.random.split(jax.random.key(whole("seed", seed)), 1),
+            keys=jax.random.split(jax.random.key(whole("seed", seed)), len(rows)),
             sampler=draw,
             mode=self._mode(mode),
+            ends=ends,
         )
         trace = jax.device_get(trace)
-        joined = np.concatenate([ids, trace.tokens[0]])
-        text = self.tokenizer.decode(joined).decode(errors="replace")
-        return answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=trace)
+        made = []
+        for row, ids in enumerate(rows):
+            own = trace.row(row, len(ids))
+            joined = np.concatenate([ids, own.tokens[0]])
+            said = joined[:-1] if joined[-1] in ends else joined
+            text = self.tokenizer.decode(said).decode(errors="replace")
+            made.append(answers.Continuation(text=text, ids=joined, prompt=len(ids), trace=own))
+        return made
 
     def export(self, path: str | pathlib.Path, *, model: bool = False, **note: Any) -> None:
         """The routers of a published model as a folder of two small files, which `load_run` opens; with `model` the

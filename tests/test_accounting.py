@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -16,14 +17,17 @@ from meta_attention_jax import cost
 from meta_attention_jax.kernels import portable
 from meta_attention_jax.mechanisms import full, linear, local, registry
 from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.accounting import count_attention
+from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
 from meta_attention_jax.training import costs as frozen
 from meta_attention_jax.training.checkpoint import Checkpoints
+from meta_attention_jax.training.evaluation import accounted_eval_step
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.step import init_state
-from meta_attention_jax.types import AttentionSpec
+from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, init_state, make_optimizer, train_step
+from meta_attention_jax.types import AttentionSpec, Batch, RoutingHypers
 from tests import making, oracles
 
 NAMES = ("full", "linear", "local")
@@ -42,6 +46,8 @@ def count(route, segment_ids=None, **fields):
 
 counted = jax.jit(count)
 bidirectional = jax.jit(functools.partial(count, causal=False))
+SINKS = 5
+with_sinks = jax.jit(functools.partial(count, sinks=SINKS))
 
 
 def abstract(time=TIME, heads=HEADS, batch=BATCH):
@@ -62,29 +68,33 @@ def random_route(rng):
     return rng.choice(3, (BATCH, TIME), p=rng.dirichlet([0.5] * 3)).astype(np.int32)
 
 
-def enumerate_tiles(chosen, segments, *, causal, window, block, tile):
+def enumerate_tiles(chosen, segments, *, causal, window, block, tile, sinks=0):
     """(blocks, tiles, rows), one query and one key at a time: a block of packed queries meets all
-    tiles between the first and the last that hold a key which one of its queries may see."""
+    tiles between the first and the last that hold a key of one of its queries' windows, and so for sinks."""
     allowed = oracles.allowed_pairs(segments, causal=causal, window=window)
+    first = oracles.allowed_pairs(segments, causal=causal, window=0, sinks=sinks)
     blocks = tiles = rows = 0
     for b in range(len(chosen)):
         queries = [t for t in range(TIME) if chosen[b, t] and segments[b, t] != 0]
         rows += len(queries)
         for start in range(0, len(queries), block):
-            seen = [s // tile for t in queries[start : start + block]
-                    for s in range(TIME) if allowed[b, t, s]]
+            met = set()
+            for table in (allowed, first):
+                seen = [s // tile for t in queries[start : start + block]
+                        for s in range(TIME) if table[b, t, s]]
+                met |= set(range(min(seen), max(seen) + 1)) if seen else set()
             blocks += 1
-            tiles += max(seen) - min(seen) + 1
+            tiles += len(met)
     return blocks, tiles, rows
 
 
-def enumerated(route, segments, causal):
+def enumerated(route, segments, causal, sinks=0):
     """(FLOPs, bytes) of packed dispatch, totals."""
     flops = traffic = 0
-    for index, window in ((FULL, None), (LOCAL, WINDOW)):
+    for index, window, first in ((FULL, None, 0), (LOCAL, WINDOW, sinks)):
         block, tile = portable.sizes_for(TIME, Reach(window))
         blocks, tiles, rows = enumerate_tiles(
-            route == index, segments, causal=causal, window=window, block=block, tile=tile
+            route == index, segments, causal=causal, window=window, block=block, tile=tile, sinks=first
         )
         flops += 4 * DIM * HEADS * tiles * block * tile
         traffic += 4 * DIM * (tiles * tile * 2 * KV_HEADS + (blocks * block + rows) * HEADS)
@@ -95,14 +105,14 @@ def enumerated(route, segments, causal):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("causal", [True, False])
-def test_packed_counts_are_those_of_enumerated_tiles(causal):
-    counts = counted if causal else bidirectional
+@pytest.mark.parametrize("causal, sinks", [(True, 0), (False, 0), (True, SINKS)])
+def test_packed_counts_are_those_of_enumerated_tiles(causal, sinks):
+    counts = with_sinks if sinks else counted if causal else bidirectional
     for seed in range(5):
         rng = np.random.default_rng(seed)
         route, segments = random_route(rng), random_segments(rng)
         got = counts(route, segment_ids=segments)
-        flops, traffic = enumerated(route, segments, causal)
+        flops, traffic = enumerated(route, segments, causal, sinks)
         assert float(got.flops.executed_packed) == pytest.approx(flops, rel=1e-5)
         assert float(got.bytes.executed_packed) == pytest.approx(traffic, rel=1e-5)
         assert float(got.tokens) == (segments != 0).sum()
@@ -141,6 +151,11 @@ def test_dense_tiles_are_those_of_a_walk_over_blocks(time, causal):
     spans = [(local.BLOCK, WINDOW, local.count_work(q, k, spec))]
     if time >= full.BLOCKWISE_TIME:
         spans.append((256, time, full.count_work(q, k, spec)))
+    sinks = min(SINKS, time)
+    sunk = local.count_work(q, k, dataclasses.replace(spec, sinks=SINKS))
+    pairs = BATCH * time * sinks
+    assert sunk.flops - spans[0][2].flops == 4 * DIM * HEADS * pairs
+    assert sunk.bytes - spans[0][2].bytes == 4 * DIM * (2 * KV_HEADS * pairs + HEADS * BATCH * time)
     for block, window, got in spans:
         count = -(-time // block)
         edge = -(-time // count)
@@ -242,6 +257,43 @@ def test_a_fixed_layer_pays_for_its_own_mechanism_only():
     assert got.executed_packed == got.executed_dense == own
 
 
+def test_layers_that_are_windows_by_nature_stand_in_no_share_and_cost_what_they_do():
+    """An evaluation with its accounting, what it reports, and the shapes of a training step."""
+    own = 5
+    model = making.model(**SHAPE | dict(vocab_size=11, num_layers=3, windows=(None, own, None), hidden=4), mode="hard")
+    rng, hypers = np.random.default_rng(0), RoutingHypers(  # At this price, every token takes local attention.
+        strength=np.float32(2), preference=np.float32(0.1), costs=np.float32([1, 0.3, 0.15]), threshold=np.float32(1),
+        price=np.float32(100),
+    )
+    tokens, segments = rng.integers(0, 11, (BATCH, TIME)).astype(np.int32), np.ones((BATCH, TIME), np.int32)
+    segments[0, 150:] = 0
+    batch = Batch(
+        tokens=tokens, targets=tokens, segment_ids=segments, positions=0 * tokens + np.arange(TIME, dtype=np.int32),
+        loss_mask=segments != 0, kind=0 * tokens, num_bytes=0 * tokens, row=np.arange(BATCH, dtype=np.int32),
+    )
+    schedule = Schedule(10, 1, 0.1, 1, GateSchedule(kind="linear", start=2, end=8))
+    step = StepSpec(model.clone(mode="soft"), make_optimizer("sgd", weight_decay=0.0, clip=1.0), schedule)
+    whole = Hypers(learning_rate=np.float32(0.1), beta=np.float32(0.1), routing=hypers)
+    state = jax.eval_shape(lambda: init_state(step, jax.random.key(0), batch, whole))
+    params = jax.tree.map(lambda x: np.float32(0.3 * rng.normal(size=x.shape)), state.params)
+    sums, got = jax.device_get(jax.jit(functools.partial(accounted_eval_step, model, 1))(params, batch, hypers))
+    layer = counted(np.full((BATCH, TIME), LOCAL, np.int32), segment_ids=segments)
+    assert got.tokens == layer.tokens == (segments != 0).sum()
+    spec = AttentionSpec(window=own)
+    work = local.count_work(abstract(), abstract(heads=KV_HEADS), spec)
+    projected = HEADS * local.flops(TIME, DIM, spec) / TIME * got.tokens, work.bytes / (BATCH * TIME) * got.tokens
+    for kind, name in enumerate(("flops", "bytes")):
+        for side in ("projected", "executed_packed", "executed_dense", "full_only"):
+            window = projected[kind] if side == "projected" else work[kind]
+            expected = 2 * float(getattr(getattr(layer, name), side)) + window
+            assert getattr(getattr(got, name), side) == pytest.approx(expected, rel=1e-5)
+    metrics = summarise(sums, mechanisms=NAMES, costs=hypers.costs)
+    assert metrics["layers"]["fractions"] == [[0, 0, 1]] * 2 and metrics["cost"] == pytest.approx(0.15)
+
+    logged = jax.eval_shape(functools.partial(train_step, step), state, batch, whole)[1]
+    assert logged["sums"].mean.shape == (2, 3) and logged["finite"]["routing"].shape == (2,)
+
+
 @pytest.mark.parametrize(
     "route, changes, sentence",
     [
@@ -323,9 +375,12 @@ def test_costs_from_before_a_field_of_their_setting_are_those_of_the_run(timer, 
     setting = build.build_cost_setting(config())
     before = frozen.freeze_costs(tmp_path, setting, batch=8)
     stored = json.loads((tmp_path / "costs.json").read_text())
-    assert stored["setting"].pop("segments") == "padded"
+    assert stored["setting"].pop("segments") == "padded" and stored["setting"].pop("sinks") == 0
     (tmp_path / "costs.json").write_text(json.dumps(stored))
     np.testing.assert_array_equal(frozen.read_costs(tmp_path, setting), before)
+    other = build.build_cost_setting(config(**{"model.sinks": 2}))
+    with pytest.raises(ValueError, match="^costs.json: expected costs for sinks 2, .* got 0.$"):
+        frozen.read_costs(tmp_path, other)
 
 
 def test_a_run_that_was_cut_off_before_its_costs_measures_them_later(timer, tmp_path):

@@ -283,6 +283,7 @@ def test_a_mistake_in_generation_is_one_line(command, trained):
         (["--prompt="], "prompt: expected at least one token"),
         (["--prompt=k3=v1", "--top_p=2"], "top_p: expected a number in (0, 1], got 2.0."),
         (["--prompt=k3=v1", "--layer=1"], "layer: expected less than 1, got 1."),
+        (["--prompt=k3=v1", "--chat"], "chat: expected a tokenizer with a chat template, got 'symbols'."),
     ):
         check_mistake(command("generate", f"--workdir={trained[0]}", *flags), sentence)
 

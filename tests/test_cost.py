@@ -142,13 +142,15 @@ def test_a_custom_mechanism_has_analytic_costs_and_numbers_but_no_nominal_one(mo
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 20])
 @pytest.mark.parametrize("window", [1, 5, 11, 30])
-def test_softmax_flops_count_the_allowed_pairs(window, causal):
+def test_softmax_flops_count_the_allowed_pairs(window, sinks, causal):
     time, dim = 11, 6
     ids = np.ones((1, time), np.int32)
-    for name, width in (("full", None), ("local", window)):
-        pairs = oracles.allowed_pairs(ids, causal=causal, window=width).sum()
-        flops = registry.get_mechanism(name).flops(time, dim, AttentionSpec(causal=causal, window=window))
+    for name, width, first in (("full", None, 0), ("local", window, sinks)):
+        pairs = oracles.allowed_pairs(ids, causal=causal, window=width, sinks=first).sum()
+        spec = AttentionSpec(causal=causal, window=window, sinks=sinks)
+        flops = registry.get_mechanism(name).flops(time, dim, spec)
         assert flops == 4 * dim * pairs
 
 
@@ -241,6 +243,16 @@ def test_layers_multiply_everything_but_the_logits():
     one, three = counted(num_layers=1), counted(num_layers=3)
     assert three.logits == one.logits
     assert three.dense - three.logits == pytest.approx(3 * (one.dense - one.logits))
+
+
+def test_layers_that_are_windows_by_nature_are_local_and_no_route_saves_them():
+    model = counted(windows=(None, 5, None), sinks=2)
+    routed, plain = counted(num_layers=2, sinks=2), counted(sinks=2)
+    assert model.mechanisms == routed.mechanisms and model.controller == routed.controller
+    assert (model.projections, model.mlp) == (plain.projections, plain.mlp) and plain.windows == 0.0
+    pairs = oracles.allowed_pairs(np.ones((1, 64), np.int32), causal=True, window=5).sum()
+    assert model.windows == 4 * 4 * 32 * pairs / 64
+    assert model.trunk == model.projections + model.mlp + model.logits + model.controller + model.windows
 
 
 def test_a_windows_flops_per_token_stop_growing_and_full_attentions_do_not():

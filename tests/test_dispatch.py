@@ -216,23 +216,30 @@ def test_sinks_are_seen_besides_the_window(shape):
     *_, window, causal = SHAPES[shape]
     q, k, v, cotangent, route, ids = random_case(shape, 2)
     spec = dict(causal=causal, window=window, sinks=3, segment_ids=ids)
-    names = "full", "local"
+    cotangent = np.asarray(cotangent)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def pulled(function, q, k, v):
-        out, pull = jax.vjp(function, q, k, v)
-        return out, *pull(cotangent)
+    def pulled(function):
+        @jax.jit
+        def run(route, q, k, v):
+            out, pull = jax.vjp(lambda *x: function(*x, route), q, k, v)
+            return out, *pull(jnp.asarray(cotangent))
 
-    every = jnp.full_like(route, names.index("local"))
-    packed = pulled(lambda *x: making.hard(*x, every, mechanisms=names, **spec), q, k, v)
-    dense = pulled(lambda *x: making.attended("local", *x, **spec), q, k, v)
-    softmax = functools.partial(
-        oracles.softmax_attention, q, k, v, cotangent, np.asarray(ids), causal=causal, window=window
-    )
-    expected = softmax(sinks=3)
-    assert_close(packed, expected, TOLERANCE)
-    assert_close(dense, expected, TOLERANCE)
-    assert distance(softmax()[0], expected[0]) > 0.01
+        return lambda route: run(jnp.asarray(route, jnp.int32), q, k, v)
+
+    def softmax(rows=np.float32(1), **reach):
+        return oracles.softmax_attention(q, k, v, cotangent * rows, np.asarray(ids), causal=causal, **reach)
+
+    packed = pulled(functools.partial(making.hard, mechanisms=("full", "local"), **spec))
+    every, some = np.ones(route.shape), np.random.default_rng(0).integers(2, size=route.shape)
+    expected = softmax(window=window, sinks=3)
+    assert_close(packed(every), expected, TOLERANCE)
+    assert_close(pulled(lambda q, k, v, route: making.attended("local", q, k, v, **spec))(every), expected, TOLERANCE)
+    assert distance(softmax(window=window)[0], expected[0]) > 0.01
+    # Beside queries of full attention, in the same list.
+    local = np.float32(some)[..., None, None]
+    (full, *theirs), (alone, *ours) = softmax(1 - local), softmax(local, window=window, sinks=3)
+    mixed = full * (1 - local) + alone * local, *(a + b for a, b in zip(theirs, ours))
+    assert_close(packed(some), mixed, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["full", "local"])

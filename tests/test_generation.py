@@ -117,7 +117,7 @@ def assert_stepwise_is_forward(model, route=None):
 CASES = {
     "soft, unrolled": dict(mode="soft", scan_layers=False),
     "hard": dict(mode="hard"),
-    "hard, packed prefill": dict(mode="hard", dispatch="packed"),
+    "hard, packed prefill, sinks": dict(mode="hard", dispatch="packed", window=3, sinks=2),
     "one key head, gated": dict(mode="gated", num_kv_heads=1, remat=True),
     "window beyond the text": dict(mode="soft", window=64),
     "softmax, window of one": dict(controller="softmax", window=1, num_kv_heads=None),
@@ -194,6 +194,37 @@ def test_a_row_generates_the_same_alone_and_in_a_batch():
     assert np.any(np.asarray(other.tokens) != np.asarray(together.tokens))
 
 
+def test_a_row_ends_and_the_loop_with_the_last_of_them():
+    """Rows are those without ends as far as their own; nothing stands behind, and nothing is computed for it."""
+    model, steps, calls = make(), STEPS, []
+
+    def counting(logits, keys):
+        jax.debug.callback(lambda: calls.append(0))
+        return generation.greedy(logits)
+
+    run = functools.partial(generation.generate, model, parameters(model), steps=steps, hypers=HYPERS)
+    whole = jax.device_get(run(prompts()))
+    np.testing.assert_array_equal(whole.lengths, [steps] * BATCH)
+    first = [{t: list(row).index(t) + 1 for t in set(row.tolist())} for row in whole.tokens]
+    # Two ends, so that rows stop apart, all of them early, and not all by the same.
+    choices = [(a, b) for a in range(VOCAB) for b in range(a)]
+    lengths = {ends: [min(row.get(t, steps) for t in ends) for row in first] for ends in choices}
+    ends = min(choices, key=lambda ends: (max(lengths[ends]) == steps, -len(set(lengths[ends])), max(lengths[ends])))
+    expected = lengths[ends]
+    assert len(set(expected)) > 1 and max(expected) < steps
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    out = jax.device_get(run(prompts(), ends=ends, sampler=counting, keys=keys))
+    jax.effects_barrier()
+    assert len(calls) == max(expected)
+    np.testing.assert_array_equal(out.lengths, expected)
+    drawn = np.arange(steps)[None] < np.array(expected)[:, None]
+    np.testing.assert_array_equal(out.tokens, np.where(drawn, whole.tokens, ends[0]))
+    for name in ("route", "hard", "uncertainty"):
+        found = getattr(out, name)
+        assert not found[:, ~drawn].any()
+        assert_close(found[:, drawn], getattr(whole, name)[:, drawn])
+
+
 def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
     model = make()
     params, tokens = parameters(model), text()[:, :PROMPT]
@@ -232,8 +263,8 @@ def test_steps_fill_the_cache_as_prefill_does():
 
 
 @pytest.mark.parametrize("name", ["full", "linear", "local"])
-@pytest.mark.parametrize("window, block", [(5, 8), (64, 8), (1, 1024)])
-def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
+@pytest.mark.parametrize("window, sinks, block", [(5, 0, 8), (64, 0, 8), (1, 3, 1024)])
+def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, sinks, block):
     monkeypatch.setattr(caches, "BLOCK", block)
     batch, time, heads, kv_heads, dim = 3, 20, 4, 2, 8
     q, k, v = (
@@ -242,7 +273,7 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     )
     lengths = jnp.array([1, 20, 9])
     ids = (jnp.arange(time)[None] < lengths[:, None]).astype(jnp.int32)
-    whole = making.attended(name, q, k, v, segment_ids=ids, window=window)
+    whole = making.attended(name, q, k, v, segment_ids=ids, window=window, sinks=sinks)
     cache = caches.init_cache(
         layers=2, batch=batch, capacity=time, kv_heads=kv_heads, dim=dim
     )
@@ -251,7 +282,8 @@ def test_a_step_is_the_last_row_of_attend(monkeypatch, name, window, block):
     needed = jnp.array([True, True, False])
     for need in (needed, jnp.ones(batch, bool)):
         out = get_mechanism(name).step(
-            q[rows, lengths - 1], cache, jnp.int32(1), needed=need, spec=AttentionSpec(window=window)
+            q[rows, lengths - 1], cache, jnp.int32(1), needed=need,
+            spec=AttentionSpec(window=window, sinks=sinks),
         )
         expected = jnp.where(need[:, None, None], whole[rows, lengths - 1], 0.0)
         assert_close(out, expected)
@@ -269,11 +301,12 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
         jnp.arange(16)[None] >= lengths[:, None] - window
     )
     q = jnp.ones((3, 1, 2))
-    for name, read in (("full", read_full), ("local", read_local)):
+    sunk = read_local | (jnp.arange(16)[None] < 2)
+    for name, sinks, read in (("full", 0, read_full), ("local", 0, read_local), ("local", 2, sunk)):
         poisoned = jnp.where((read & needed[:, None])[None, :, None, :, None], k, jnp.nan)
         cache = caches.init_cache(layers=1, batch=3, capacity=16, kv_heads=1, dim=2)
         cache = cache.replace(k=poisoned, v=poisoned, length=lengths[None])
-        spec = AttentionSpec(window=window)
+        spec = AttentionSpec(window=window, sinks=sinks)
         out = get_mechanism(name).step(q, cache, 0, needed=needed, spec=spec)
         assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
 
@@ -317,13 +350,13 @@ def test_prefill_and_decode_lower_for_accelerators(platform):
 
 
 def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
-    for fields in (dict(num_layers=1, scan_layers=False), dict(dtype=jnp.bfloat16)):
+    for ends, fields in (((), dict(num_layers=1, scan_layers=False)), ((3,), dict(dtype=jnp.bfloat16))):
         model = make(window=8, **fields)
         params = parameters(model)
         cache = model.init_cache(BATCH, 8192)
         keys = jax.random.split(jax.random.key(0), BATCH)
         compiled = generation.decode_loop.lower(
-            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5
+            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5, ends=ends
         ).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 4
 
@@ -445,6 +478,8 @@ def test_bad_samplers_are_one_sentence(fields, sentence):
         (dict(prompts=[[-1]]), "prompt: expected tokens in"),
         (dict(prompts=[[0.5]]), "prompt: expected integer tokens"),
         (dict(steps=0), "steps: expected at least 1"),
+        (dict(ends=[VOCAB]), r"ends: expected tokens in \[0, 13\), got 13"),
+        (dict(ends=[0.5]), "ends: expected an integer, got 0.5"),
         (dict(capacity=6), r"capacity: expected at least prompt \+ steps = 3 \+ 4 tokens, got 6"),
         (dict(mode="sof"), "mode: expected one of"),
         (dict(sampler=generation.Sampler()), "keys: expected one PRNG key per row"),

@@ -19,8 +19,9 @@ from tests.close import assert_close
 TOLERANCE = 2e-5
 LONG = 331  # prime: no multiple of any block
 BATCH, HEADS, KV_HEADS, DIM = 3, 4, 2, 8
-SQUARE, BLOCKWISE, LINEAR, LOCAL = "square", "blockwise", "linear", "local"
+SQUARE, BLOCKWISE, LINEAR, LOCAL, SUNK = "square", "blockwise", "linear", "local", "local with sinks"
 FORMS = (SQUARE, BLOCKWISE, LINEAR, LOCAL)
+SINKS = 3
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,9 @@ def strict_dtypes():
 
 def function(form, *, causal=True, window=None):
     """attend(q, k, v, segment_ids) of one form."""
-    attend = {LOCAL: local.attend, LINEAR: linear.attend}.get(form, full.attend)
-    implementation = "xla" if form == SQUARE else "blockwise"
-    spec = AttentionSpec(causal=causal, window=window, implementation=implementation)
+    attend = {LOCAL: local.attend, SUNK: local.attend, LINEAR: linear.attend}.get(form, full.attend)
+    implementation, sinks = "xla" if form == SQUARE else "blockwise", SINKS if form == SUNK else 0
+    spec = AttentionSpec(causal=causal, window=window, implementation=implementation, sinks=sinks)
     return lambda q, k, v, ids: attend(q, k, v, spec=spec, segment_ids=ids)
 
 
@@ -53,7 +54,7 @@ def oracle(form, causal, window, *arguments):
     if form == LINEAR:
         return oracles.linear_attention(*arguments, causal=causal)
     return oracles.softmax_attention(
-        *arguments, causal=causal, window=window if form == LOCAL else None
+        *arguments, causal=causal, window=window if form in (LOCAL, SUNK) else None, sinks=SINKS if form == SUNK else 0
     )
 
 
@@ -114,6 +115,36 @@ def test_a_window_of_the_whole_sequence_is_full_attention(window):
     arguments = *inputs(LONG, seed=2), jnp.asarray(ragged_segments(LONG))
     got = compiled(LOCAL, True, window)(*arguments)
     assert_close(got, compiled(SQUARE, True, 70)(*arguments), TOLERANCE)
+
+
+def test_a_window_and_sinks_that_reach_every_token_are_full_attention():
+    time = 90
+    arguments = *inputs(time, seed=2), ragged_segments(time)
+    expected = oracle(SQUARE, True, None, *arguments)
+    *arrays, cotangent, ids = map(jnp.asarray, arguments)
+
+    @jax.jit
+    def run(*arrays):
+        spec = dict(window=time - 30, sinks=30, segment_ids=ids)
+        out, pull = jax.vjp(lambda *x: making.attended("local", *x, **spec), *arrays)
+        return out, *pull(cotangent)
+
+    assert_close(run(*arrays), expected, TOLERANCE)
+
+
+def test_sinks_where_no_segment_starts_within_a_row():
+    """What the caller promises by `segments` saves a copy of the sinks for every token, and changes nothing."""
+    time, window = 90, 7
+    arguments = *inputs(time, seed=3), np.int32(np.arange(time) < np.array([[time], [50], [1]]))
+    *arrays, cotangent, ids = map(jnp.asarray, arguments)
+
+    @jax.jit
+    def run(*arrays):
+        spec = dict(window=window, sinks=SINKS, segments="padded", segment_ids=ids)
+        out, pull = jax.vjp(lambda *x: making.attended("local", *x, **spec), *arrays)
+        return out, *pull(cotangent)
+
+    assert_close(run(*arrays), oracle(SUNK, True, window, *arguments), TOLERANCE)
 
 
 def test_a_window_of_one_returns_the_values():
@@ -181,7 +212,7 @@ def test_padding_gives_zero_and_takes_no_gradient(form):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, SUNK])
 def test_nothing_flows_from_later_tokens(form):
     """d out[t] / d (q, k, v)[s] = 0 exactly for s > t; later tokens do not change out[..t]."""
     ids = ragged_segments(LONG)

@@ -43,7 +43,8 @@ def trace(route, hard):
     route, hard = np.asarray(route)[:, None], np.asarray(hard)[:, None]
     zeros = np.zeros(route.shape)
     return Trace(
-        tokens=np.zeros((1, route.shape[2] - 2), int), route=route[..., 2:], hard=hard[..., 2:],
+        tokens=np.zeros((1, route.shape[2] - 2), int), lengths=np.array([route.shape[2] - 2]),
+        route=route[..., 2:], hard=hard[..., 2:],
         uncertainty=zeros[..., 2:], prompt_route=route[..., :2], prompt_hard=hard[..., :2],
         prompt_uncertainty=zeros[..., :2],
     )

@@ -131,6 +131,19 @@ def test_a_run_answers_without_its_corpus(tmp_path):
     assert run.generate(prompt, steps=9, temperature=2.0, seed=1).text != run.generate(
         prompt, steps=9, temperature=2.0, seed=2).text
 
+    # A token that the model draws soon, as the end of a text.
+    end = int(made.ids[len(ids) + 1])
+    run.tokenizer.ends = (end,)
+    both = run.generate_batch([prompt, "a"], steps=3)
+    short = both[0].ids[len(ids) :]
+    assert short.tolist() == made.ids[len(ids) : len(ids) + len(short)].tolist() and short.tolist().index(end) < 2
+    assert both[0].text == run.tokenizer.decode(both[0].ids[:-1]).decode(errors="replace")
+    assert both[0].trace.route.shape[2] == len(short) == both[0].trace.lengths[0]
+    assert both[0].trace.prompt_route.shape[2] == len(ids)
+    for one, alone in zip(both, (prompt, "a"), strict=True):
+        assert run.generate(alone, steps=3).ids.tolist() == one.ids.tolist()
+    assert run.generate(prompt, steps=3, stop=False).ids.tolist() == made.ids.tolist()
+
     metrics = run.metrics
     assert list(metrics["event"]) == ["start", "train", "eval", "train", "eval"]
     records = [r for r in read_metrics(path) if r["event"] == "eval"]
@@ -145,6 +158,8 @@ def test_a_run_answers_without_its_corpus(tmp_path):
         (lambda: run.routes("x", mode="medium"), "mode: expected one of"),
         (lambda: run.show("x", layer=1), "layer: expected one of"),
         (lambda: run.generate("x", top_k=0), "top_k: expected at least 1"),
+        (lambda: run.generate_batch("x"), "prompts: expected a list of prompts, got 'x'"),
+        (lambda: run.generate_batch([]), "prompts: expected at least one"),
         (lambda: load_run(path, step=3), "step: expected 'latest', 'best' or one of"),
         (lambda: run.dataset, "expected"),
     ):

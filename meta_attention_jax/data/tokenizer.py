@@ -35,6 +35,7 @@ class Tokenizer(abc.ABC):
     kind: str  # Its name in manifests.
     vocab_size: int  # Number of token ids.
     token_bytes: Int[np.ndarray, "vocab"]  # UTF-8 bytes of every token, [vocab]; 0 where bytes mean nothing.
+    ends: tuple[int, ...] = ()  # Ids that end a text.
 
     @abc.abstractmethod
     def encode(self, data: bytes) -> Ids:

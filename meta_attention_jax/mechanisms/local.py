@@ -53,12 +53,14 @@ def _sinks(
     outside = distance >= spec.width if spec.causal else jnp.abs(distance) >= spec.width
     pick = jax.vmap(lambda x, at: x[at])  # [T, ...] at [T, sinks]
     seen = outside & (place < time) & (pick(segments, key_at) == segments[..., None])
-    keys, values = pick(k, key_at), pick(v, key_at)
+    keys, values, axes = pick(k, key_at), pick(v, key_at), "btsgd"
+    if spec.segments != "any":  # Every row's segment starts where the row does: no copy for every token.
+        keys, values, axes = k[:, : spec.sinks], v[:, : spec.sinks], "bsgd"
     query = q.reshape(batch, time, k.shape[2], -1, dim)
-    logits = blocks.capped(dot("btgrd,btsgd->btgrs", query, keys) * dim**-0.5, spec.softcap)
+    logits = blocks.capped(dot(f"btgrd,{axes}->btgrs", query, keys) * dim**-0.5, spec.softcap)
     logits = jnp.where(seen[:, :, None, None], logits, blocks.MASKED)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    out = dot("btgrs,btsgd->btgrd", jnp.exp(logits - lse[..., None]), values)
+    out = dot(f"btgrs,{axes}->btgrd", jnp.exp(logits - lse[..., None]), values)
     return out.reshape(batch, time, heads, dim), lse.reshape(batch, time, heads)
 
 
@@ -107,10 +109,10 @@ def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.Attention
     tiles = flash.count_work(q, k, causal=spec.causal, window=spec.width, block=BLOCK)
     if not spec.sinks:
         return tiles
-    batch, time, heads, dim = q.shape
-    pairs = float(batch * time * min(spec.sinks, time))
-    row = 2 * k.shape[2] * dim * jnp.dtype(k.dtype).itemsize
-    return spent.AttentionCost(tiles.flops + 4.0 * heads * dim * pairs, tiles.bytes + row * pairs)
+    batch, time = q.shape[:2]
+    sinks = min(spec.sinks, time)
+    at_sinks = spent.of_tiles(q, k, blocks=batch * time, tiles=batch * time, rows=0, block=1, tile=sinks)
+    return spent.AttentionCost(*(a + b for a, b in zip(tiles, at_sinks)))
 
 
 def reach(spec: AttentionSpec) -> Reach:

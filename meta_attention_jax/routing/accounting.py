@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Optional
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from meta_attention_jax.architecture import ModelConfig
+from meta_attention_jax.cost import natural_windows
 from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.mechanisms import spent
@@ -17,7 +20,7 @@ from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
 from meta_attention_jax.mechanisms.spent import AttentionCost
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.types import Abstract, AttentionSpec, Route, SegmentIds
+from meta_attention_jax.types import Abstract, AttentionSpec, Route, Router, SegmentIds
 
 
 @flax.struct.dataclass
@@ -91,6 +94,23 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
         jnp.sum(real, dtype=jnp.float32),
         *(Spending(*(jnp.float32(sum(work[kind] for work in side)) for side in sides)) for kind in range(2)),
     )
+
+
+def count_layers(
+    routes: Int[Array, "layer batch time"], config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None
+) -> Accounting:
+    """`count_attention` of all layers, by the routes of those that have a router. Layers that are windows by nature are
+    local attention on all tokens in every view, full_only too: no route could make them anything else."""
+    count = functools.partial(count_attention, segment_ids=segment_ids)
+    layers = jax.lax.map(functools.partial(count, config=config), routes)
+    total = jax.tree.map(lambda x: x.sum(0), layers).replace(tokens=layers.tokens[0])  # The same in every layer.
+    router = Router(mechanisms=("local",), controller="fixed", fixed=("local",))
+    for spec in natural_windows(config):
+        own = count(jnp.zeros_like(routes[0]), config=dataclasses.replace(config, attention=spec, router=router))
+        own = [side.replace(full_only=side.executed_dense) for side in (own.flops, own.bytes)]
+        flops, traffic = (jax.tree.map(jnp.add, *sides) for sides in zip((total.flops, total.bytes), own))
+        total = total.replace(flops=flops, bytes=traffic)
+    return total
 
 
 def _everywhere(record: Mechanism, q: Abstract, k: Abstract, spec: AttentionSpec) -> AttentionCost:

@@ -106,7 +106,7 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
     return CostSetting(
         mechanisms=tuple(model.mechanisms), time=config.data.sequence_length, window=model.window,
         num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=head_dim(config),
-        dtype=model.dtype, implementation=model.implementation, segments=PADDED,
+        dtype=model.dtype, implementation=model.implementation, segments=PADDED, sinks=model.sinks,
     )
 
 
@@ -178,8 +178,9 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     chosen = model.implementation
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
-    spec = published_spec(config)
-    return dataclasses.replace(spec, window=model.window, implementation=chosen, segments=segments)
+    return dataclasses.replace(
+        published_spec(config), window=model.window, sinks=model.sinks, implementation=chosen, segments=segments
+    )
 
 
 def published_spec(config: ConfigDict) -> AttentionSpec:

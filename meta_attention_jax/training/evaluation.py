@@ -16,7 +16,7 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import Sums, apply_sums, forward, loss_sums, predictive_nll, token_nll
-from meta_attention_jax.routing.accounting import Accounting, count_attention
+from meta_attention_jax.routing.accounting import Accounting, count_layers
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training.parallel import Parallel
@@ -163,10 +163,7 @@ def accounted_eval_step(
 ) -> tuple[Sums, Accounting]:
     """Sums at the posterior mean, and FLOPs and bytes of all layers for the routes behind them."""
     output = forward(model, params, batch, hypers)
-    count = functools.partial(count_attention, config=model.config, segment_ids=batch.segment_ids)
-    layers = jax.lax.map(count, output.routing.route)
-    accounting = jax.tree.map(lambda x: x.sum(0), layers)
-    accounting = accounting.replace(tokens=layers.tokens[0])  # The same tokens in every layer.
+    accounting = count_layers(output.routing.route, model.config, segment_ids=batch.segment_ids)
     totals = loss_sums(output, batch, num_kinds=num_kinds), accounting
     return totals if axis_name is None else jax.lax.psum(totals, axis_name)
 
