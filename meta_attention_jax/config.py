@@ -43,7 +43,14 @@ SCHEMA: dict[str, Field] = {
     "data.num_keys": Field(16, "recall: keys that exist.", POSITIVE),
     "data.num_values": Field(16, "recall: values that exist.", POSITIVE),
     "data.num_pairs": Field(8, "recall: bindings in a sequence.", POSITIVE),
-    "data.min_distance": Field(0, "recall: tokens from a binding to a query; 0 is the window.", since=0),
+    "data.tasks": Field(
+        ("prose",), "Of text: prose, repeat (a stretch comes back), lookup (needles).", since=("prose",)
+    ),
+    "data.shares": Field((1.0,), "Of the tasks among the training windows.", since=(1.0,)),
+    "data.needles": Field(0, "lookup: needles in a window; 0 draws 1, 4 or 16.", NOT_NEGATIVE, since=0),
+    "data.min_distance": Field(
+        0, "recall, lookup: tokens from a binding to a query; repeat: of a stretch; 0 is by the window.", since=0
+    ),
     "data.query_rate": Field(0.25, "recall: share of the places that ask.", since=0.25),
     "data.num_marks": Field(0, "recall: symbols to be counted; 0 or at least 2.", since=0),
     "data.mark_rate": Field(0.0, "recall: share of the places with a mark.", since=0.0),
@@ -210,7 +217,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     for name, field in SCHEMA.items():
         section, _, last = name.rpartition(".")
         if field.since is not ALWAYS:
-            (whole.setdefault(section, {}) if section else whole).setdefault(last, field.since)
+            (whole.setdefault(section, {}) if section else whole).setdefault(last, _sequences(field.since, list))
     return whole
 
 

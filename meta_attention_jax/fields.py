@@ -55,8 +55,10 @@ class Field:
         elif kind is bool:
             expect(isinstance(value, bool), name, "True or False", value)
         elif kind is tuple:
-            ok = isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value)
-            expect(ok, name, "names of mechanisms", value)
+            text = isinstance(self.default[0], str)
+            ok = isinstance(value, (tuple, list))
+            ok = ok and all(isinstance(one, str) if text else _is_number(one, (int, float)) for one in value)
+            expect(ok, name, f"{'names' if text else 'numbers'} such as {self.default}", value)
         elif kind is int:
             expect(_is_number(value, int), name, "a whole number", value)
             # Of a seed, jax drops the bits that are too many.

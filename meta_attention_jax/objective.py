@@ -51,6 +51,8 @@ class Sums:
     kind_tokens: Float[Array, "kind"]
     kind_nll: Float[Array, "kind"]  # Nats.
     kind_correct: Float[Array, "kind"]  # Tokens whose argmax is the target.
+    asked: Float[Array, "kind"]  # Windows with a token of the kind.
+    exact: Float[Array, "kind"]  # Those of them in which the argmax of every token of the kind is the target.
     routes: Float[Array, "layer kind mechanism"]  # Tokens by k*.
 
 
@@ -68,6 +70,8 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
     correct = (jnp.argmax(output.logits, axis=-1) == batch.targets).astype(jnp.float32) * mask
     kinds = jax.nn.one_hot(batch.kind, num_kinds, dtype=jnp.float32) * mask[..., None]
     routes = jax.nn.one_hot(routing.route, routing.mean.shape[-1], dtype=jnp.float32)
+    asked = jnp.any(kinds > 0, axis=1)  # [batch kind]
+    missed = jnp.any(kinds > correct[..., None], axis=1)
 
     def per_layer(values: Num[Array, "layer batch time"] | Bool[Array, "layer batch time"]) -> Float[Array, "layer"]:
         return jnp.einsum("lbt,bt->l", values.astype(jnp.float32), mask)
@@ -96,6 +100,8 @@ def loss_sums(output: Output, batch: Batch, *, num_kinds: int) -> Sums:
         kind_tokens=jnp.sum(kinds, axis=(0, 1)),
         kind_nll=jnp.einsum("bt,btn->n", nll, kinds),
         kind_correct=jnp.einsum("bt,btn->n", correct, kinds),
+        asked=jnp.sum(asked, axis=0, dtype=jnp.float32),
+        exact=jnp.sum(asked & ~missed, axis=0, dtype=jnp.float32),
         routes=jnp.einsum("lbtk,btn->lnk", routes, kinds),
     )
 
@@ -176,7 +182,8 @@ def summarise(
     expected_cost (c . E pi), routing_entropy (H(E pi) / log K), usage_entropy (H(mean route) / log K), hard_fraction,
     uncertainty (u), concentration (sum of alpha), diversity (root of the summed variance of E pi over tokens),
     fraction/<mechanism> (of k*). collapsed_layers is the number of layers above COLLAPSE. "layers" has the routing by
-    layer; "kinds", where a corpus tells kinds of tokens apart, has tokens, nll, accuracy and routes by kind.
+    layer; "kinds", where a corpus tells kinds of tokens apart, has tokens, nll, accuracy and routes by kind, and exact,
+    the share of the windows with such tokens in which all of them are right (0 where there are none).
     """
     s = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
     if s.tokens <= 0:
@@ -229,6 +236,7 @@ def summarise(
             "tokens": s.kind_tokens.tolist(),
             "nll": (s.kind_nll / per_kind).tolist(),
             "accuracy": (s.kind_correct / per_kind).tolist(),
+            "exact": (s.exact / np.maximum(s.asked, 1.0)).tolist(),
             "fractions": (s.routes / per_kind[None, :, None]).tolist(),
         }
     return metrics

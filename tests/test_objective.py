@@ -209,10 +209,25 @@ def test_kinds_are_told_apart():
         assert_close(np.array(kinds["fractions"])[:, kind], fractions)
 
 
+def test_an_answer_is_exact_where_all_its_tokens_are_right():
+    """By hand: of kind 1 a whole answer, one with a token wrong and one whose wrong token is masked; of kind 2 none."""
+    output, batch = made_up()
+    right = np.array([[1, 1, 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+    kind = np.array([[0, 1, 0, 0, 1], [0, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0]])
+    mask = np.ones((BATCH, TIME), bool)
+    mask[2, 1] = False
+    best = output.logits.argmax(-1)
+    targets = np.where(right, best, (best + 1) % VOCAB)
+    kinds = metrics(output, batch.replace(targets=targets, kind=kind, loss_mask=mask))["kinds"]
+    assert kinds["exact"] == [0.75, pytest.approx(2 / 3), 0.0]
+    assert kinds["tokens"] == [12.0, 7.0, 0.0] and kinds["accuracy"][1] == pytest.approx(6 / 7)
+
+
 def test_a_kind_without_tokens_is_zero_and_one_kind_is_not_told_apart():
     output, batch = made_up()
     absent = metrics(output, batch.replace(kind=np.zeros_like(batch.kind)))["kinds"]
-    assert absent["tokens"][1:] == absent["nll"][1:] == absent["accuracy"][1:] == [0.0, 0.0]
+    for name in ("tokens", "nll", "accuracy", "exact"):
+        assert absent[name][1:] == [0.0, 0.0]
     one_kind = jax.jit(functools.partial(loss_sums, num_kinds=1))
     alone = one_kind(output, batch.replace(kind=np.zeros_like(batch.kind)))
     assert "kinds" not in summarise(alone, mechanisms=NAMES, costs=COSTS)

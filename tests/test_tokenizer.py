@@ -8,6 +8,7 @@ import tokenizers
 
 from meta_attention_jax.data import tokenizer as tokenizer_module
 from meta_attention_jax.data.corpora import Corpus, Document
+from meta_attention_jax.data.published import PublishedTokenizer
 from meta_attention_jax.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -110,6 +111,43 @@ def test_saved_bpe_opens_in_the_library(bpe, tmp_path):
     assert theirs.decode(theirs.encode(text).ids) == text
 
 
+@pytest.mark.parametrize("form", ["byte-level", "sentencepiece"])
+def test_a_published_tokenizer_is_kept_whole(form, bpe, tmp_path):
+    """In the file of a run: ids, bytes, the ends of a text and the chat's template."""
+    if form == "byte-level":
+        bpe.save(tmp_path / "library")
+        inner = tokenizers.Tokenizer.from_file(str(tmp_path / "library" / "tokenizer.json"))
+        inner.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True, normalized=False)])
+    else:
+        words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "c", "a", "ca", "\u2581ca"]
+        vocab = {word: i for i, word in enumerate(words)}
+        merges = [("c", "a"), ("\u2581", "ca")]
+        inner = tokenizers.Tokenizer(
+            tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        )
+        inner.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+        inner.decoder = tokenizers.decoders.Sequence([
+            tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()
+        ])
+    ends = np.array([inner.get_vocab_size() - 1])
+    made = PublishedTokenizer(inner, ends=ends, template="{{ messages[0].content }} \u00e9")
+    with pytest.raises(ValueError, match="got none."):
+        make_tokenizer("model", CORPUS, None, tmp_path)
+    made.save(tmp_path)
+    for kept in (load_tokenizer(tmp_path), make_tokenizer("model", CORPUS, None, tmp_path)):
+        assert isinstance(kept, PublishedTokenizer) and kept.vocab_size == made.vocab_size
+        assert kept.ends == made.ends and kept.template == made.template
+        np.testing.assert_array_equal(kept.token_bytes, made.token_bytes)
+        np.testing.assert_array_equal(kept.encode(TEXTS[1]), made.encode(TEXTS[1]))
+        assert kept.decode(kept.encode(TEXTS[1])) == TEXTS[1]
+        assert [kept.decode([i]) for i in range(kept.vocab_size)] == [made.decode([i]) for i in range(kept.vocab_size)]
+        kept.save(tmp_path / "again")
+        assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    ByteTokenizer().save(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer: expected that of a published model in .*, got 'bytes'."):
+        make_tokenizer("model", CORPUS, None, tmp_path)
+
+
 def test_symbols_are_readable_and_weigh_no_bytes():
     tokenizer = SymbolTokenizer(SYMBOLS)
     assert tokenizer.decode([0, 3, 1, 2]) == b"k0=v0 c0 ?k0 v0 "
@@ -134,8 +172,9 @@ def test_a_kept_tokenizer_is_used_again(tmp_path):
 @pytest.mark.parametrize(
     "kind, vocab_size, message",
     [
-        ("words", None, "tokenizer: expected one of bytes, bpe, got 'words'"),
+        ("words", None, "tokenizer: expected one of bytes, bpe, model, got 'words'"),
         ("bytes", 300, "vocab_size: expected 256"),
+        ("model", None, "tokenizer: expected a pretrained backbone, whose tokenizer 'model' is, got none."),
         ("bpe", None, "vocab_size: expected a number"),
         ("bpe", 255, "vocab_size: expected at least the 256 bytes, got 255"),
         ("bpe", 100_000, "vocab_size: expected at most .* got 100000"),

@@ -44,18 +44,18 @@ def scores(run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] =
         kinds = hard["kinds"]
         counts = np.asarray(kinds["fractions"]) * np.asarray(kinds["tokens"])[None, :, None]
         out["information"] = [statistics.mutual_information(layer) for layer in counts]
-        out["accuracy"] = dict(zip(recall.KINDS, kinds["accuracy"]))
-        out["accuracy_soft"] = dict(zip(recall.KINDS, soft["kinds"]["accuracy"]))
+        out["accuracy"] = dict(zip(run.dataset.kinds, kinds["accuracy"]))
+        out["accuracy_soft"] = dict(zip(run.dataset.kinds, soft["kinds"]["accuracy"]))
         costs = dict(zip(mechanisms, np.asarray(run.hypers.routing.costs).tolist()))
         least = min(costs.values())
-        if len(kinds["tokens"]) == len(recall.KINDS) and {"full", "linear", "local"} <= set(costs):
+        if run.dataset.kinds == recall.KINDS and {"full", "linear", "local"} <= set(costs):
             out["oracle_cost"] = statistics.oracle_cost(
                 kinds["tokens"],
                 [least if true is None else costs[true] for true in recall.TRUE_MECHANISMS],
                 cheapest=least,
                 layers=run.config.model.num_layers,
             )
-        if "full" in costs:
+        if "full" in costs and "recall" in run.dataset.kinds:
             out["truth"] = truth(run, split)
             before = truth(run, "validation")
             out["truth_layer"] = int(np.argmax([row["recall"] - row["other"] for row in before]))

@@ -19,17 +19,18 @@ MANIFEST = "data_manifest.json"
 
 def same_data(stored: Any, given: dict[str, Any]) -> bool:
     """Whether two manifests are of the same data. Of files of one's own that is the documents' bytes, splits and order,
-    and the tokenizer: neither where they lie nor what they are called."""
+    the tokenizer, and the tasks: neither where they lie nor what they are called."""
     if not _of_files(stored) or not _of_files(given):
         return stored == json.loads(json.dumps(given))
-    return _documents(stored) == _documents(given) and stored["tokenizer"] == given["tokenizer"]
+    said = all(stored.get(part) == given.get(part) for part in ("tokenizer", "tasks"))
+    return said and _documents(stored) == _documents(given)
 
 
 def digest(manifest: dict[str, Any]) -> str:
     """A text that is the same for manifests of the same data; see `same_data`."""
     known = json.loads(json.dumps(manifest))
     if _of_files(known):
-        known = [_documents(known), known["tokenizer"]]
+        known = [_documents(known), known["tokenizer"], *([known["tasks"]] if "tasks" in known else [])]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
@@ -71,6 +72,8 @@ def _difference(stored: Any, given: dict[str, Any], dataset: Dataset) -> str:
         return ""
     if stored["tokenizer"] != given["tokenizer"]:
         return " or another tokenizer"
+    if stored.get("tasks") != given.get("tasks"):
+        return " or other tasks"
     mine, theirs = (sorted({str(one[1:]) for one in _documents(m)}) for m in (stored, given))
     by = f"split {dataset.about()['split']}"
     same = f": the same files, but {by}" if mine == theirs else f", {by}"

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from meta_attention_jax.data import recall as recall_lib
+from meta_attention_jax.data import tasks as tasks_lib
 from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.data.tasks import TaskConfig
+from meta_attention_jax.data.tokenized import Split, tokenize
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Batch
 
 _TRAIN = len(SPLITS)  # Stream of the training steps; `recall`'s held-out splits use their own index.
-_RECALL_EVAL_BATCHES = 16
+_EVAL_BATCHES = 16  # Of splits that have no end.
 
 
 def make_dataset(
@@ -32,10 +36,15 @@ def make_dataset(
     sequence_length: int,
     batch_size: int,
     seed: int,
-    tokenizer: str = "bytes",
+    tokenizer: str | Tokenizer = "bytes",
     vocab_size: int | None = None,
     tokenizer_dir: str | os.PathLike[str] | None = None,
     recall: RecallConfig | None = None,
+    tasks: Sequence[str] = ("prose",),
+    shares: Sequence[float] = (1.0,),
+    needles: int = 0,
+    wording: int = 0,
+    min_distance: int = 0,
     window: int = 2,
     rows: slice | np.ndarray = slice(None),
     split: str = "auto",
@@ -45,8 +54,10 @@ def make_dataset(
     Args:
       batch_size: rows of the whole batch, over all processes.
       seed: of the training batches.
-      tokenizer, vocab_size, tokenizer_dir: as `make_tokenizer`, for text; `recall` has a vocabulary of its own.
-      window: raises recall's `min_distance` to at least the window of local attention.
+      tokenizer, vocab_size, tokenizer_dir: as `make_tokenizer`, or a tokenizer that there is, for text; `recall` has a
+        vocabulary of its own.
+      tasks, shares, needles, wording, min_distance: of text, as `TaskConfig`; prose alone is windows as they are.
+      window: of local attention; raises `min_distance`, recall's too, to at least that.
       rows: the rows of every batch that this process makes.
       split: of files of one's own; see `data/splits.py`.
     """
@@ -55,21 +66,26 @@ def make_dataset(
     expect(seed >= 0, "seed", "at least 0", seed)
     if not np.arange(batch_size)[rows].size:
         raise ValueError(f"rows: expected some of the batch's {batch_size} rows, got {rows}.")
+    made_of = TaskConfig(tuple(tasks), tuple(shares), needles, window, min_distance, wording)
     shape = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed, rows=rows)
     if corpus == "recall":
         check_split(corpus, split)
+        expect(made_of.tasks == ("prose",), "data.tasks", "('prose',) for the corpus 'recall'", made_of.tasks)
         config = recall if recall is not None else RecallConfig()
         distance = max(config.min_distance, window)
         return RecallDataset(dataclasses.replace(config, min_distance=distance), **shape)
     loaded = load_corpus(corpus, split)
-    made = make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir)
-    return TextDataset(loaded, made, **shape)
+    own = isinstance(tokenizer, Tokenizer)
+    made = tokenizer if own else make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir)
+    if made_of.tasks == ("prose",):
+        return TextDataset(loaded, made, **shape)
+    return TaskDataset(loaded, made, made_of, **shape)
 
 
 class Dataset(abc.ABC):
     """Training batches by step, and held-out splits as fixed sequences of batches, all of one shape."""
 
-    num_kinds = 1  # That `Batch.kind` tells apart.
+    kinds: tuple[str, ...] = ("all",)  # Names of those that `Batch.kind` tells apart.
 
     def __init__(
         self,
@@ -90,14 +106,18 @@ class Dataset(abc.ABC):
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 
+    @property
+    def num_kinds(self) -> int:
+        return len(self.kinds)
+
     @abc.abstractmethod
     def manifest(self) -> dict[str, Any]:
         """What the data consists of, as JSON; independent of batch size, length and seed."""
 
     @abc.abstractmethod
     def about(self) -> dict[str, Any]:
-        """What a log says of the data: "corpus", where its "split" comes from, and files and bytes of each split where
-        there are files."""
+        """What a log says of the data: "corpus", its "tasks" if there are any, where its "split" comes from, and files
+        and bytes of each split where there are files."""
 
     def __str__(self) -> str:
         """`about` on one line."""
@@ -106,7 +126,8 @@ class Dataset(abc.ABC):
             f"{split} {about[split]['files']:,} file{'s' * (about[split]['files'] != 1)}, "
             f"{about[split]['bytes']:,} bytes" for split in SPLITS if split in about
         ]
-        line = f"data {about['corpus']}, split {about['split']}"
+        tasks = f", {about['tasks']}" if "tasks" in about else ""
+        line = f"data {about['corpus']}{tasks}, split {about['split']}"
         return f"{line}: {'; '.join(sizes)}" if sizes else line
 
     @abc.abstractmethod
@@ -121,8 +142,9 @@ class Dataset(abc.ABC):
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
         """The fixed batches of a split, independent of the seed; at most so many, spread evenly over the split."""
 
-    def _generator(self, seed: int, stream: int, number: int) -> np.random.Generator:
-        sequence = np.random.SeedSequence(seed, spawn_key=(stream, number))
+    def _generator(self, seed: int, *key: int) -> np.random.Generator:
+        """Of the stream, the number in it, and maybe the row."""
+        sequence = np.random.SeedSequence(seed, spawn_key=key)
         return np.random.Generator(np.random.Philox(sequence))
 
     def _batch(
@@ -151,7 +173,7 @@ class TextDataset(Dataset):
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **shape: Any) -> None:
         super().__init__(tokenizer, **shape)
         self._corpus = corpus
-        self._splits = {split: _tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS}
+        self._splits = {split: tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS}
         tokens = len(self._splits["train"].tokens)
         if tokens < self.sequence_length + 1:
             raise ValueError(
@@ -187,7 +209,7 @@ class TextDataset(Dataset):
         batches = self.num_eval_batches(split, max_batches=max_batches)
         return self._eval_batches(self._splits[split], batches)
 
-    def _eval_batches(self, split: _Split, batches: int) -> Iterator[Batch]:
+    def _eval_batches(self, split: Split, batches: int) -> Iterator[Batch]:
         total = int(split.windows[-1])
         count = min(batches * self.batch_size, total)
         for batch in range(batches):
@@ -199,7 +221,7 @@ class TextDataset(Dataset):
 
     def _windows(
         self,
-        split: _Split,
+        split: Split,
         document: Int[np.ndarray, "local_batch"],
         start: Int[np.ndarray, "local_batch"],
         present: np.ndarray | bool = True,
@@ -212,6 +234,64 @@ class TextDataset(Dataset):
         return self._batch(tokens, targets, kind)
 
 
+class TaskDataset(TextDataset):
+    """Windows that are made of a corpus by `data/tasks.py`. Row r of training step s has a generator of its own, which
+    draws the task, the stretch of a document and all else. So has every held-out window, with the tasks in turn: a
+    split is a fixed sequence without an end, whatever the seed and the batch size."""
+
+    kinds = tasks_lib.KINDS
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, config: TaskConfig, **shape: Any) -> None:
+        super().__init__(corpus, tokenizer, **shape)
+        self.config = config
+        asks = "lookup" in config.tasks
+        self._writer = tasks_lib.Writer(tokenizer, tasks_lib.WORDINGS[config.wording]) if asks else None
+        tasks_lib.check_length(config, self.sequence_length, self._writer)
+        self._places = {}  # Cumulative count, by document, of the places where a task's stretches begin.
+        for split, task in itertools.product(SPLITS, config.tasks):
+            found, tokens = self._splits[split], tasks_lib.stretch(task, self.sequence_length)
+            places = found.places if task == "prose" else found.stretches(tokens)
+            expected = f"less for {task!r}, made of {tokens} tokens of one document, which none of {split!r} has"
+            expect(places[-1] > 0, "sequence_length", expected, self.sequence_length)
+            self._places[split, task] = places
+
+    def manifest(self) -> dict[str, Any]:
+        return {**super().manifest(), "tasks": self.config.manifest()}
+
+    def about(self) -> dict[str, Any]:
+        return {**super().about(), "tasks": str(self.config)}
+
+    def train_batch(self, step: int) -> Batch:
+        rngs = [self._generator(self._seed, _TRAIN, step, int(row)) for row in self.rows]
+        return self._made("train", [(self.config.draw(rng), rng) for rng in rngs])
+
+    def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
+        """A split has no end: None stands for 16."""
+        _check_eval(split, max_batches)
+        return _EVAL_BATCHES if max_batches is None else max_batches
+
+    def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
+        batches = self.num_eval_batches(split, max_batches=max_batches)
+        return (self._held_out(split, batch * self.batch_size + self.rows.astype(np.int64)) for batch in range(batches))
+
+    def _held_out(self, split: str, numbers: Int[np.ndarray, "local_batch"]) -> Batch:
+        stream, tasks = SPLITS.index(split), self.config.tasks
+        return self._made(split, [(tasks[i % len(tasks)], self._generator(0, stream, i)) for i in numbers.tolist()])
+
+    def _made(self, split: str, rows: Iterable[tuple[str, np.random.Generator]]) -> Batch:
+        windows, kinds, targets = zip(*(self._window(split, task, rng) for task, rng in rows))
+        return self._batch(np.stack(windows), np.array(targets), np.stack(kinds))
+
+    def _window(self, split: str, task: str, rng: np.random.Generator) -> tuple[Any, Any, int]:
+        length, found, places = self.sequence_length, self._splits[split], self._places[split, task]
+        place = int(rng.integers(places[-1]))
+        document = int(np.searchsorted(places, place, side="right")) - 1
+        begin = int(found.offsets[document] + place - places[document])
+        end = min(begin + tasks_lib.stretch(task, length), int(found.offsets[document + 1]))
+        source = found.tokens[begin:end].astype(np.int32)
+        return tasks_lib.window(task, rng, source, self.config, length, self._writer)
+
+
 class RecallDataset(Dataset):
     """Generated sequences; every held-out split is a stream of its own, apart from any seed's."""
 
@@ -219,7 +299,7 @@ class RecallDataset(Dataset):
         super().__init__(SymbolTokenizer(recall_lib.symbols(config)), **shape)
         recall_lib.check_length(config, self.sequence_length)
         self.config = config
-        self.num_kinds = config.num_kinds
+        self.kinds = recall_lib.KINDS[: config.num_kinds]
 
     def manifest(self) -> dict[str, Any]:
         parameters = dataclasses.asdict(self.config)
@@ -238,7 +318,7 @@ class RecallDataset(Dataset):
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
         """A split has no end: None stands for 16."""
         _check_eval(split, max_batches)
-        return _RECALL_EVAL_BATCHES if max_batches is None else max_batches
+        return _EVAL_BATCHES if max_batches is None else max_batches
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
         batches = self.num_eval_batches(split, max_batches=max_batches)
@@ -250,35 +330,6 @@ class RecallDataset(Dataset):
         uniforms = rng.random((self.batch_size, draws))[self.rows]
         tokens, kind = recall_lib.sequences(uniforms, self.config, self.sequence_length)
         return self._batch(tokens, np.full(len(tokens), self.sequence_length), kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """The tokens of a split's documents one after the other, and where windows may start."""
-
-    tokens: Int[np.ndarray, "tokens"]  # All tokens, in the smallest unsigned type that holds them.
-    offsets: Int[np.ndarray, "documents+1"]  # Document i is tokens[offsets[i]:offsets[i + 1]].
-    places: Int[np.ndarray, "documents+1"]  # Cumulative count of training windows by document, from 0.
-    windows: Int[np.ndarray, "documents+1"]  # Cumulative count of held-out windows by document, from 0.
-
-
-def _tokenize(corpus: Corpus, split: str, tokenizer: Tokenizer, length: int) -> _Split:
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    documents = [tokenizer.encode(d.data).astype(dtype) for d in corpus.splits[split]]
-    documents = [d for d in documents if len(d) > 1]  # A single token has no target.
-    if not documents:
-        raise ValueError(
-            f"data: expected a document of at least 2 tokens in split {split!r} of {corpus.name!r}, got none."
-        )
-    sizes = np.array([len(d) for d in documents])
-    return _Split(
-        tokens=np.concatenate(documents), offsets=_cumulative(sizes), places=_cumulative(np.maximum(sizes - length, 1)),
-        windows=_cumulative(-(-(sizes - 1) // length)),
-    )
-
-
-def _cumulative(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n+1"]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 def _check_eval(split: str, max_batches: int | None) -> None:

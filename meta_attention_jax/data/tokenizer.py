@@ -21,7 +21,7 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 
 FILE = "tokenizer.json"
-TOKENIZERS = ("bytes", "bpe")
+TOKENIZERS = ("bytes", "bpe", "model")
 
 Ids = Int[np.ndarray, "tokens"]
 
@@ -146,14 +146,22 @@ def make_tokenizer(
     kind: str, corpus: Corpus, vocab_size: int | None = None, directory: str | os.PathLike[str] | None = None
 ) -> Tokenizer:
     """A tokenizer for `corpus`: "bytes", or "bpe" of `vocab_size` tokens: opened if one is kept in `directory`, else
-    trained on the training split. Nothing is written: what else is wrong with the data is not known yet."""
+    trained on the training split; or "model", a published model's, if one is kept in `directory`. Nothing is written:
+    what else is wrong with the data is not known yet."""
     expect(kind in TOKENIZERS, "tokenizer", f"one of {', '.join(TOKENIZERS)}", kind)
     if kind == ByteTokenizer.kind:
         expect(vocab_size in (None, ByteTokenizer.vocab_size), "vocab_size", "256 for the tokenizer bytes", vocab_size)
         return ByteTokenizer()
+    known = directory is not None and (pathlib.Path(directory) / FILE).is_file()
+    if kind == "model":
+        if not known:
+            raise ValueError("tokenizer: expected a pretrained backbone, whose tokenizer 'model' is, got none.")
+        kept = load_tokenizer(directory)
+        expect(kept.kind == "published", "tokenizer", f"that of a published model in {str(directory)!r}", kept.kind)
+        return kept
     if vocab_size is None:
         raise ValueError("vocab_size: expected a number for the tokenizer bpe, got None.")
-    if directory is not None and (pathlib.Path(directory) / FILE).is_file():
+    if known:
         kept = load_tokenizer(directory)
         if kept.kind != kind or kept.vocab_size != vocab_size:
             raise ValueError(
@@ -176,6 +184,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             return ByteTokenizer()
         if content.get("kind") == SymbolTokenizer.kind:
             return SymbolTokenizer(content["symbols"])
+        if content.get("kind") == "published":
+            from meta_attention_jax.data.published import PublishedTokenizer  # It is made of this module.
+
+            return PublishedTokenizer.of_content(content)
         return BPETokenizer(text)
     except Exception as error:  # The library raises bare Exceptions.
         raise ValueError(f"tokenizer: expected a tokenizer of this package in {str(path)!r}, got {error}.") from error

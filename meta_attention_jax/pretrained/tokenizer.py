@@ -1,17 +1,16 @@
-"""The tokenizer of a published model: its `tokenizer.json`, or rebuilt from what a GGUF file says."""
+"""The tokenizer of a published model, read: its `tokenizer.json`, or rebuilt from what a GGUF file says."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from meta_attention_jax.data.tokenizer import Ids, Tokenizer, byte_alphabet
+from meta_attention_jax.data.published import PublishedTokenizer
 from meta_attention_jax.fields import expect
 
 CONTROL = 3  # Of `tokenizer.ggml.token_type`: no text.
@@ -24,61 +23,6 @@ _WORDS = {  # What a text is first cut into, by `tokenizer.ggml.pre`.
     "llama-bpe": _PIECES.replace("DIGITS", r"\p{N}{1,3}"),
     "qwen2": _PIECES.replace("DIGITS", r"\p{N}"),
 }
-
-
-class PublishedTokenizer(Tokenizer):
-    """A tokenizer of the library `tokenizers` as it was published. Tokens that are no text, such as the end of one, are
-    never made from text and give none."""
-
-    kind = "published"
-
-    def __init__(self, inner: tokenizers.Tokenizer, *, ends: Sequence[int] = (), template: Optional[str] = None):
-        self._tokenizer = inner
-        self.vocab_size = max(inner.get_vocab().values()) + 1
-        self.ends = tuple(ends)  # Ids that end a text.
-        self.template = template  # Of chats, in Jinja; None without one.
-        special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-        whole = _of_bytes(inner)
-        texts = ("" if i in special else inner.id_to_token(i) or "" for i in range(self.vocab_size))
-        self._bytes = [_bytes_of(text, whole) for text in texts]
-        self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
-
-    def encode(self, data: bytes) -> Ids:
-        return np.array(self._tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.int32)
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
-        """Ids of a conversation, {"role": ..., "content": ...} each, up to where the model answers."""
-        expect(self.template is not None, "chat", "a model with a chat template", "one without")
-        try:
-            import jinja2.sandbox
-        except ModuleNotFoundError:
-            raise ValueError("chat: expected the package jinja2 (pip install jinja2), got none.") from None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(self.template).render(messages=list(messages), add_generation_prompt=True)
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def _decode(self, ids: Ids) -> bytes:
-        return b"".join(self._bytes[i] for i in ids)
-
-    def _content(self) -> str:
-        return self._tokenizer.to_str()
-
-
-_ALPHABET = byte_alphabet()
-
-
-def _of_bytes(inner: tokenizers.Tokenizer) -> bool:
-    """Whether characters of its tokens stand for bytes; elsewhere for themselves, as in "é"."""
-    return '"ByteLevel"' in json.dumps(json.loads(inner.to_str())["decoder"])
-
-
-def _bytes_of(token: str, of_bytes: bool) -> bytes:
-    """The text of a token; where characters are themselves, a blank is U+2581 and a byte is written <0x0A>."""
-    if of_bytes:
-        return b"".join(bytes([_ALPHABET[c]]) if c in _ALPHABET else c.encode() for c in token)
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()
 
 
 def from_folder(path: pathlib.Path, config: Mapping[str, Any]) -> PublishedTokenizer:
