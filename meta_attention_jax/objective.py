@@ -117,7 +117,7 @@ def distance_to(
 def layers_fit(routing: Routing, mask: Array, tolerance: float) -> Scalar:
     """sum_t sum_l ||o_full - o||^2 / (2 sigma^2 ||x||^2) over the loss tokens: minus the log-likelihood, up to a
     constant, of every layer's own output, sigma the tolerated change of its stream."""
-    return jnp.sum(routing.harm * mask) / (2.0 * tolerance**2)
+    return jnp.einsum("lbt,bt->", routing.harm, mask.astype(jnp.float32)) / (2.0 * tolerance**2)
 
 
 def objective(sums: Sums, beta: Scalar) -> Scalar:

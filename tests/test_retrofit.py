@@ -155,10 +155,10 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
     full = full["intermediates"]["layer_0"]["__call__"][0][0][0]
     # The MLP comes after: with the same stream it would be the same, so only tokens without a difference are told.
     harm = forward(spec.model, params, batch, closed).routing.harm[0]
-    same = np.asarray(harm < 1e-12)
+    same = np.asarray(harm < 1e-9)
     assert same[mask].any() and not same[mask].all()
     difference = np.linalg.norm(attended - full, axis=-1) / np.linalg.norm(x, axis=-1)
-    np.testing.assert_array_equal(difference[mask] < 1e-5, same[mask])
+    np.testing.assert_array_equal(difference[mask] < 1e-4, same[mask])
 
 
 def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhere(place):

@@ -25,8 +25,8 @@ from meta_attention_jax.training import build
 from tests import making
 
 T, B, WINDOW = 256, 12, 16
-NEEDLE = re.compile(rb" The code word of ([A-Z][a-z]{5}) is ([A-Z][a-z]{5})\.")
-END = re.compile(rb" The code word of ([A-Z][a-z]{5}) is ([A-Z][a-z]{5})$")
+NEEDLE = re.compile(rb"\n\nNote: the code word of ([A-Z][a-z]{3}) is ([A-Z][a-z]{3})\.\n\n")
+END = re.compile(rb"\n\nRemember the note above: the code word of ([A-Z][a-z]{3}) is ([A-Z][a-z]{3})$")
 
 
 def text(number, size):
@@ -95,7 +95,7 @@ def test_what_is_labelled_a_repeat_is_the_token_a_period_before(folder):
         assert (row[2 * WINDOW :] == row[: -2 * WINDOW]).all(), "two windows, without a distance"
 
 
-@pytest.mark.parametrize("needles, length", [(1, T), (4, T), (0, 768)])
+@pytest.mark.parametrize("needles, length", [(1, T), (4, 400), (0, 900)])
 def test_a_question_is_answered_by_one_needle_out_of_reach(folder, needles, length):
     dataset = make(folder, "lookup", needles=needles, sequence_length=length, min_distance=30)
     counts, behind, depths = set(), 0, []
@@ -126,20 +126,21 @@ def test_a_question_is_answered_by_one_needle_out_of_reach(folder, needles, leng
 def test_needles_of_other_tokenizers_and_wordings(folder):
     """The question's tokens begin the asked needle, and the answer's follow."""
     bpe = BPETokenizer.train(DOCUMENTS["train"], 300)
-    for tokenizer, wording in (("bytes", 1), (bpe, 0), (bpe, 1)):
+    for tokenizer, wording in (("bytes", 2), (bpe, 1), (bpe, 2)):
         dataset = make(folder, "lookup", tokenizer=tokenizer, wording=wording, needles=1)
         batch = dataset.train_batch(0)
         for row, kind in zip(windows(batch), batch.kind):
             answer = row[1:][kind == LOOKUP]
             said = dataset.tokenizer.decode(row)
-            form = (rb" The code word of \w{6} is", rb" [A-Z]\w{5}'s secret number is")[wording]
+            form, size = ((rb" The code word of \w{4} is", 4), (rb" [A-Z]\w{3}'s secret number is", 6))[wording - 1]
             first, last = (re.escape(one) for one in re.findall(form, said))
-            assert first == last and re.search(first + rb" \w{6}\." + rb"[\s\S]*" + last + rb" \w{6}$", said)
+            value = rb" \w{%d}" % size
+            assert first == last and re.search(first + value + rb"\.[\s\S]*" + last + value + rb"$", said)
             question = len(dataset.tokenizer.encode(re.findall(form, said)[-1]))
             end = row[T + 1 - len(answer) - question :]
             places = [i for i in range(T - len(end)) if (row[i : i + len(end)] == end).all()]
             assert len(places) == 1 and T + 1 - len(end) - (places[0] + len(end)) >= WINDOW
-            assert dataset.tokenizer.decode(answer) == said[-7:] and said[-7:-6] == b" "
+            assert dataset.tokenizer.decode(answer) == said[-size - 1 :] and said[-size - 1 :].startswith(b" ")
 
 
 def test_windows_are_functions_of_seed_step_and_row(folder):
@@ -223,13 +224,13 @@ def test_a_manifest_has_the_tasks(folder, tmp_path):
     (("prose", "repeat"), dict(shares=(1.0,)), r"data.shares: expected a number > 0 for each of \('prose', 'repeat'\)"),
     (("repeat",), dict(shares=(0.0,)), r"data.shares: expected a number > 0 for each of .*, got \(0.0,\)."),
     (("repeat",), dict(shares=(float("nan"),)), "data.shares: expected a number > 0"),
-    (("lookup",), dict(needles=-1), "data.needles: expected 0 to 1000, got -1."),
-    (("lookup",), dict(needles=10**6), "data.needles: expected 0 to 1000, got 1000000."),
+    (("lookup",), dict(needles=-1), "data.needles: expected 0 to 500, got -1."),
+    (("lookup",), dict(needles=10**6), "data.needles: expected 0 to 500, got 1000000."),
     (("lookup",), dict(min_distance=-1), "data.min_distance: expected at least 0, got -1."),
-    (("lookup",), dict(wording=2), "wording: expected one of 0 to 1, got 2."),
+    (("lookup",), dict(wording=3), "wording: expected one of 0 to 2, got 3."),
     (("repeat",), dict(corpus="recall"), r"data.tasks: expected \('prose',\) for the corpus 'recall', got \('repeat'"),
     (("repeat",), dict(min_distance=129), "sequence_length: expected at least 258 tokens, two copies of .* 129, got "),
-    (("lookup",), dict(needles=0), "sequence_length: expected at least 609 tokens, as data.needles may be 16 and"),
+    (("lookup",), dict(needles=0), "sequence_length: expected at least 711 tokens, as data.needles may be 16 and"),
     (("lookup",), dict(sequence_length=3000 - 1), "sequence_length: expected less for 'lookup', made of 3000 tokens of "
                                                   "one document, which none of 'validation' has, got 2999."),
     (("lookup",), dict(tokenizer="model"), "tokenizer: expected a pretrained backbone, whose tokenizer 'model' is, "),
@@ -241,7 +242,10 @@ def test_what_cannot_be_is_one_sentence(folder, tasks, changes, sentence):
 
 
 def test_needles_fit_exactly_where_they_just_fit(folder):
-    least = 4 * 35 + 34 + WINDOW - 1
+    note, question = len("\n\nNote: the code word of Milu is Zora.\n\n"), len(
+        "\n\nRemember the note above: the code word of Milu is Zora"
+    )
+    least = 4 * note + question + WINDOW - 1
     for row in windows(make(folder, "lookup", sequence_length=least, batch_size=40).train_batch(0)):
         assert len(NEEDLE.findall(row.astype(np.uint8).tobytes())) == 4
     with pytest.raises(ValueError, match=f"^sequence_length: expected at least {least} tokens"):
@@ -258,9 +262,6 @@ def test_a_config_says_the_tasks(folder, tmp_path):
     dataset = build.build_dataset(config)
     assert isinstance(dataset, TaskDataset) and build.build_spec(config, dataset).num_kinds == 4
     assert dataset.config == TaskConfig(("repeat", "lookup"), (1.0, 2.0), 1, config.model.window, 20)
-    config.data.tokenizer = "model"
-    bpe = BPETokenizer.train(DOCUMENTS["train"], 300)
-    assert build.build_dataset(config, tokenizer=bpe).tokenizer is bpe
     config.data.shares = (1.0, "x")
     with pytest.raises(ValueError, match=r"^data.shares: expected numbers such as \(1.0,\), got \(1.0, 'x'\)."):
         build.check(config)
@@ -301,4 +302,4 @@ def test_answers_of_a_model_are_exact_by_window(folder):
 def test_words_are_those_that_it_says():
     rng = np.random.default_rng(0)
     words = {tasks_lib._word(rng) for _ in range(500)}
-    assert len(words) > 490 and all(re.fullmatch("([A-Z]|[a-z])[aeiou]([b-z][aeiou]){2}", word) for word in words)
+    assert len(words) > 450 and all(re.fullmatch("[A-Z][aeiou][b-z][aeiou]", word) for word in words)

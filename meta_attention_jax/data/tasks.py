@@ -4,8 +4,8 @@
     repeat   a stretch of P tokens that comes back until the window is full: from the second copy on, whoever looks P
              tokens back knows the next token
     lookup   prose in which needles are strewn, each of which binds a made-up word to another, and which ends with a
-             question for one of them and the answer: "... The code word of Zorava is Milupe. ... The code word of
-             Zorava is Milupe"
+             question for one of them and the answer: "... Note: the code word of Zora is Milu. ... Remember the note
+             above: the code word of Zora is Milu"
 
 A copy and an asked needle are further back than any window of local attention. Pure functions of a generator each.
 """
@@ -36,23 +36,29 @@ Window = tuple[Int[np.ndarray, "time_and_next"], Int[np.ndarray, "time"]]
 """T + 1 tokens, and the kinds of the T targets."""
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-_MOST_NEEDLES = 1000
+_MOST_NEEDLES = 500
 _SAMPLE = 256  # Words whose tokens bound those of all.
 
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """What a needle says: question + answer + end; asked for by the question alone."""
+    """What a needle says: note + answer + end; asked for by the question alone."""
 
-    question: str  # With {name}, a made-up word.
+    note: str  # With {name}, a made-up word.
+    question: str  # With {name}.
     answer: str  # With {value}.
     end: str
     digits: bool = False  # Values are numbers of six digits, else words.
 
 
+_OF = "the code word of {name} is"
+_CODE, _NUMBER = " The code word of {name} is", " {name}'s secret number is"
 WORDINGS = (
-    Wording(" The code word of {name} is", " {value}", "."),
-    Wording(" {name}'s secret number is", " {value}", ".", digits=True),
+    # Of four that SmolLM2-135M was asked by, the one that it answers best: 16 of 16 single needles, 13 of 16 of four;
+    # the next one 15 and 10.
+    Wording(f"\n\nNote: {_OF}", f"\n\nRemember the note above: {_OF}", " {value}", ".\n\n"),
+    Wording(_CODE, _CODE, " {value}", "."),
+    Wording(_NUMBER, _NUMBER, " {value}", ".", digits=True),
 )
 
 
@@ -153,8 +159,8 @@ def lookup(rng: np.random.Generator, source: Ids, config: TaskConfig, length: in
     answer is of kind LOOKUP."""
     count = config.needles or int(rng.choice(NEEDLES))
     bindings = writer.bindings(rng, count)
-    needles = [np.concatenate([*binding, writer.end]) for binding in bindings]
-    question, answer = bindings[0]  # Any: they are alike.
+    needles = [np.concatenate([note, answer, writer.end]) for note, _, answer in bindings]
+    _, question, answer = bindings[0]  # Any: they are alike.
     free = length + 1 - len(question) - len(answer) - sum(map(len, needles))
     sentences = 1 + np.flatnonzero(writer.is_end[source[:free]])
     # Whatever comes between them, the asked needle ends with `distance` tokens of prose before the question.
@@ -175,8 +181,8 @@ def _place(rng: np.random.Generator, sentences: Int[np.ndarray, "n"], limit: int
 
 
 class Writer:
-    """Needles in the tokens of a tokenizer. Question, answer and end are encoded apart, so that those of a needle and
-    of its question are the same tokens, and the answer's are known."""
+    """Needles in the tokens of a tokenizer. Note, question, answer and end are encoded apart, so that the answer is the
+    same tokens in both, and known."""
 
     def __init__(self, tokenizer: Tokenizer, wording: Wording) -> None:
         self._tokenizer, self._wording = tokenizer, wording
@@ -185,16 +191,18 @@ class Writer:
         self.is_end: Bool[np.ndarray, "vocab"] = np.array([text.endswith(b".") or b"\n" in text for text in texts])
         rng = np.random.default_rng(0)
         sample = [self._binding(_word(rng), self._value(rng)) for _ in range(_SAMPLE)]
-        self._most = [max(len(part) for part in parts) for parts in zip(*sample)]  # Tokens of a question, an answer.
+        # Tokens of a note, of a question, of an answer.
+        self._most = [max(len(part) for part in parts) for parts in zip(*sample)]
 
     def longest(self, count: int) -> int:
         """The most tokens that so many needles take, and the question for one with its answer."""
-        return (count + 1) * sum(self._most) + count * len(self.end)
+        note, question, answer = self._most
+        return count * (note + answer + len(self.end)) + question + answer
 
-    def bindings(self, rng: np.random.Generator, count: int) -> list[tuple[Ids, Ids]]:
-        """(question, answer) of so many needles: no two have a word in common. Words of more tokens than any of a
+    def bindings(self, rng: np.random.Generator, count: int) -> list[tuple[Ids, Ids, Ids]]:
+        """(note, question, answer) of so many needles: no two have a word in common. Words of more tokens than any of a
         sample are passed over."""
-        found: list[tuple[Ids, Ids]] = []
+        found: list[tuple[Ids, Ids, Ids]] = []
         known: set[str] = set()
         while len(found) < count:
             name, value = _word(rng), self._value(rng)
@@ -205,16 +213,17 @@ class Writer:
                 found.append(binding)
         return found
 
-    def _binding(self, name: str, value: str) -> tuple[Ids, Ids]:
-        texts = self._wording.question.format(name=name), self._wording.answer.format(value=value)
-        question, answer = (self._tokenizer.encode(text.encode()) for text in texts)
-        return question, answer
+    def _binding(self, name: str, value: str) -> tuple[Ids, Ids, Ids]:
+        said = self._wording
+        texts = (said.note.format(name=name), said.question.format(name=name), said.answer.format(value=value))
+        note, question, answer = (self._tokenizer.encode(text.encode()) for text in texts)
+        return note, question, answer
 
     def _value(self, rng: np.random.Generator) -> str:
         return str(rng.integers(100_000, 1_000_000)) if self._wording.digits else _word(rng)
 
 
 def _word(rng: np.random.Generator) -> str:
-    """Three syllables, such as Milupe: one of 343,000, none of which begins another."""
-    letters = (_CONSONANTS, _VOWELS) * 3
+    """Two syllables, such as Milu: one of 4,900, none of which begins another."""
+    letters = (_CONSONANTS, _VOWELS) * 2
     return "".join(part[i] for part, i in zip(letters, rng.integers([len(part) for part in letters]))).capitalize()

@@ -19,7 +19,6 @@ from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve_costs
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig
-from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
@@ -156,20 +155,19 @@ def data_seed(config: ConfigDict) -> int:
     return config.seed if config.data.seed < 0 else config.data.seed
 
 
-def build_dataset(
-    config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[np.ndarray] = None,
-    tokenizer: Optional[Tokenizer] = None,
-) -> Dataset:
-    """The corpus, split and tokenised; `rows` of every batch are this process's, None for all. `tokenizer`: a published
-    model's, with data.tokenizer "model"; None where the run keeps it."""
-    data = config.data
+def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[np.ndarray] = None) -> Dataset:
+    """The corpus, split and tokenised; `rows` of every batch are this process's, None for all."""
+    data, tokenizer = config.data, config.data.tokenizer
+    if config.retrofit.backbone:
+        tokenizer = backbone.described(config)[1]
+        expect(tokenizer is not None, "retrofit.backbone", "a model with its tokenizer.json", "one without")
     recall, window, distance = None, config.model.window, data.min_distance
     if data.corpus == "recall":
         own = {field.name: data[field.name] for field in dataclasses.fields(RecallConfig) if field.name in data}
         recall = RecallConfig(**{**own, "min_distance": distance or max(window, 2)})
         window, distance = 2, 0  # It is said already, and may be less than the window.
     return make_dataset(
-        corpus=data.corpus, tokenizer=tokenizer if tokenizer and data.tokenizer == "model" else data.tokenizer,
+        corpus=data.corpus, tokenizer=tokenizer,
         vocab_size=data.vocab_size if data.tokenizer == "bpe" else None, sequence_length=data.sequence_length,
         batch_size=data.batch_size, seed=data_seed(config), recall=recall, tasks=data.tasks, shares=data.shares,
         needles=data.needles, min_distance=distance, window=window, tokenizer_dir=tokenizer_dir,
