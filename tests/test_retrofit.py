@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -48,7 +49,7 @@ def config(place, **changes):
     values.update_from_flattened_dict({
         "retrofit.backbone": str(place / "model"), "retrofit.local_steps": 6, "data.corpus": f"path:{place / 'text'}",
         "data.tokenizer": "model", "data.tasks": ("prose", "repeat"), "data.shares": (0.5, 0.5),
-        "data.sequence_length": 32, "data.batch_size": 4, "model.mechanisms": ("full", "local"), "model.window": 4,
+        "data.sequence_length": 32, "data.batch_size": 2, "model.mechanisms": ("full", "local"), "model.window": 4,
         "model.sinks": 1, "model.scan_layers": True, "controller.hidden": 8, "prior.costs": "1,0.15",
         "optimizer.learning_rate": 3e-2, "retrofit.local_learning_rate": 3e-2, "gate.start": 0.3, "gate.end": 0.6,
         "parallel.devices": 1, "train.steps": 8, "train.eval_every": 8, "train.eval_batches": 1,
@@ -79,6 +80,10 @@ def state_of(place, **changes):
     return spec, state.replace(params=jax.tree.map(noise, state.params)), batch, hypers, frozen
 
 
+def sums_of(spec, state, batch, hypers, frozen=None):
+    return jax.jit(functools.partial(gradient_sums, spec))(state, batch, hypers, frozen)
+
+
 def test_the_run_holds_its_controllers_alone_and_changes_them(root):
     run = load_run(root / "end_to_end")
     before = load_run(root / "local")
@@ -100,7 +105,8 @@ def test_with_every_token_full_it_is_the_published_model(root):
     text = "a stretch of text that is longer than the window"
     plain, params, _ = pretrained.load(run.config.retrofit.backbone)
     ids = run.encode(text)
-    logits = LanguageModel(plain).apply({"params": params}, ids[None], hypers=UNROUTED).logits[0]
+    apply = jax.jit(lambda params: LanguageModel(plain).apply({"params": params}, ids[None], hypers=UNROUTED).logits)
+    logits = apply(params)[0]
     full = run.at(price=-10.0)
     assert (full.routes(text, mode="hard").route == 0).all()
     assert_close(full.logits(text, mode="hard"), logits, 1e-6)
@@ -112,9 +118,9 @@ def test_gradients_are_those_of_the_whole_model(place, stage):
     """Of what is trained; frozen or not, theta open or not."""
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.stage": stage})
     state = state.replace(step=jnp.int32(4))
-    own, sums = gradient_sums(spec, state, batch, hypers, frozen)
+    own, sums = sums_of(spec, state, batch, hypers, frozen)
     whole = dataclasses.replace(spec, frozen=False)
-    every, same = gradient_sums(whole, state.replace(params=merge(frozen, state.params)), batch, hypers)
+    every, same = sums_of(whole, state.replace(params=merge(frozen, state.params)), batch, hypers)
     assert_close(own, trained(every), 1e-5)
     assert_close(sums, same, 1e-5)
     assert np.linalg.norm(jax.tree.leaves(own)[-1]) > 0
@@ -130,7 +136,7 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
         harm = forward(spec.model, merge(frozen, params), batch, closed).routing.harm
         return jnp.sum(harm, axis=(1, 2))
 
-    jacobian = flatten_dict(jax.jacobian(harms)(state.params))
+    jacobian = flatten_dict(jax.jit(jax.jacrev(harms))(state.params))
     for (layer, *_), leaf in jacobian.items():
         own = int(layer.removeprefix("layer_"))
         assert np.linalg.norm(leaf[own]) > 0 and not np.any(leaf[1 - own]), layer
@@ -143,18 +149,17 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
         def pick(module, _):
             return module.name in ("attention", "layer_0")
 
-        _, seen = model.apply(
+        return jax.jit(lambda params: model.apply(
             {"params": params}, batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, hypers=closed,
             capture_intermediates=pick, mutable=["intermediates"], **given,
-        )
-        return seen
+        )[1])(params)
 
     x = LanguageModel(spec.model.config).apply({"params": params}, batch.tokens, method="embed")
     attended = stream(spec.model.clone(by_layer=False))["intermediates"]["layer_0"]["__call__"][0][0][0]
     full = stream(spec.model.clone(by_layer=False, mode="hard"), route=np.zeros_like(batch.tokens))
     full = full["intermediates"]["layer_0"]["__call__"][0][0][0]
     # The MLP comes after: with the same stream it would be the same, so only tokens without a difference are told.
-    harm = forward(spec.model, params, batch, closed).routing.harm[0]
+    harm = jax.jit(functools.partial(forward, spec.model))(params, batch, closed).routing.harm[0]
     same = np.asarray(harm < 1e-9)
     assert same[mask].any() and not same[mask].all()
     difference = np.linalg.norm(attended - full, axis=-1) / np.linalg.norm(x, axis=-1)
@@ -163,9 +168,10 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
 
 def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhere(place):
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.loss": "kl"})
-    _, sums = gradient_sums(spec, state.replace(step=jnp.int32(8)), batch, hypers, frozen)
+    measure = jax.jit(functools.partial(gradient_sums, spec))
+    _, sums = measure(state.replace(step=jnp.int32(8)), batch, hypers, frozen)
     full = hypers.replace(routing=hypers.routing.replace(price=jnp.float32(-10.0)))
-    _, none = gradient_sums(spec, state.replace(step=jnp.int32(8)), batch, full, frozen)
+    _, none = measure(state.replace(step=jnp.int32(8)), batch, full, frozen)
     assert float(sums.fit) > 1e-3 * float(sums.nll)
     assert abs(float(none.fit)) < 1e-5 * float(sums.nll)
 
@@ -197,10 +203,12 @@ def test_adapters_begin_as_nothing_and_learn(place, tmp_path):
     own = init_state(plain[0], jax.random.key(0), batch, hypers).params
     jax.tree.map(lambda a, b: a.shape == b.shape, without, flatten_dict(own))
     route = jnp.zeros_like(batch.tokens)
-    logits = spec.model.apply({"params": merge(frozen, fresh)}, batch.tokens, hypers=hypers.routing, route=route).logits
-    unrouted = LanguageModel(pretrained.load(place / "model")[0]).apply(
-        {"params": frozen}, batch.tokens, hypers=UNROUTED
-    ).logits
+    logits = jax.jit(lambda params: spec.model.apply(
+        {"params": params}, batch.tokens, hypers=hypers.routing, route=route
+    ).logits)(merge(frozen, fresh))
+    unrouted = jax.jit(lambda params: LanguageModel(pretrained.load(place / "model")[0]).apply(
+        {"params": params}, batch.tokens, hypers=UNROUTED
+    ).logits)(frozen)
     assert_close(logits, unrouted, 1e-6)
     values = config(place, **{"retrofit.lora_rank": 2, "retrofit.local_steps": 0})
     train(prepare(values, tmp_path / "run"), progress=False)

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
 from ml_collections import ConfigDict
 
 from experiments import common
@@ -29,6 +28,7 @@ from experiments.benchmarks.common import environment
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import bootstrap
 from meta_attention_jax.console import say
+from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 from meta_attention_jax.objective import forward, token_nll
@@ -95,10 +95,10 @@ def rank(run: Run, count: int) -> list[int]:
 
 def compare(
     run: Run, split: str, count: int, prices: Sequence[float], order: Sequence[int], done: Rows,
-    keep: Callable[[Rows], None],
+    keep: Callable[[Rows], None], disorder: bool = True,
 ) -> Rows:
-    """Rows of all windows: full, local, each price, the best fixed layers at the share of each price, and the routes of
-    the first price shuffled over tokens and drawn at random."""
+    """Rows of all windows: full, local, each price, the best fixed layers at the share of each price, and with
+    `disorder` the routes of the first price shuffled over tokens and drawn at random."""
     rows = list(done)
     known = {row["window"] for row in done}
     layers, full = len(run.model.config.routed), run.mechanisms.index("full")
@@ -113,12 +113,13 @@ def compare(
             mine = found[f"routed {price:g}"] = measured(run, batch, price, None)
             best = order[: round(mine["share"] * layers)]
             found[f"layers {price:g}"] = measured(run, batch, *constant(run, best)(batch))
-        routes = found[f"routed {prices[0]:g}"]["routes"]
-        shuffled = np.stack([rng.permuted(layer, axis=-1) for layer in routes])
-        rate = (routes == full).mean(axis=-1, keepdims=True)
-        drawn = np.where(rng.random(routes.shape) < rate, full, other).astype(np.int32)
-        found["shuffled"] = measured(run, batch, 0.0, shuffled)
-        found["random"] = measured(run, batch, 0.0, drawn)
+        if disorder:
+            routes = found[f"routed {prices[0]:g}"]["routes"]
+            shuffled = np.stack([rng.permuted(layer, axis=-1) for layer in routes])
+            rate = (routes == full).mean(axis=-1, keepdims=True)
+            drawn = np.where(rng.random(routes.shape) < rate, full, other).astype(np.int32)
+            found["shuffled"] = measured(run, batch, 0.0, shuffled)
+            found["random"] = measured(run, batch, 0.0, drawn)
         for name, one in found.items():
             one.pop("routes")
             rows.append({"window": number, "arm": name, "split": split, **one})
