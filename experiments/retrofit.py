@@ -15,11 +15,11 @@ from __future__ import annotations
 import pathlib
 
 from absl import flags
-from meta_attention_jax.data.tasks import KINDS
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
 from meta_attention_jax import analysis
+from meta_attention_jax.data.tasks import KINDS
 from meta_attention_jax.fields import expect
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.job import prepare

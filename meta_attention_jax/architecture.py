@@ -34,6 +34,7 @@ class ModelConfig:
       embedding_scale: of the input; None means D^1/2.
       tied: whether the embedding gives the logits too.
       logit_softcap: c: logits z become c tanh(z / c); None leaves them.
+      context: tokens that the model was made for; None does not say.
       adapter_rank: r of low-rank adapters beside every projection of attention; 0: there are none.
       attention: who may attend to whom.
       router: who chooses.
@@ -61,6 +62,7 @@ class ModelConfig:
     embedding_scale: Optional[float] = None
     tied: bool = True
     logit_softcap: Optional[float] = None
+    context: Optional[int] = None
     adapter_rank: int = 0
     attention: AttentionSpec = AttentionSpec(window=128)
     router: Router = Router()
@@ -74,7 +76,7 @@ class ModelConfig:
         expect_record("router", self.router, Router)
         for name in ("vocab_size", "model_dim", "num_layers", "num_heads"):
             at_least(self, 1, name)
-        for name in ("num_kv_heads", "qkv_features", "mlp_dim"):
+        for name in ("num_kv_heads", "qkv_features", "mlp_dim", "context"):
             at_least(self, 1, name, optional=True)
         at_least(self, 0, "adapter_rank")
         expect(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", self.activation)

@@ -280,6 +280,8 @@ def generate(
     steps = whole("steps", steps)
     expect(steps >= 1, "steps", "at least 1", steps)
     needed = int(lengths.max()) + steps
+    most = model.config.context
+    expect(most is None or needed <= most, "steps", f"prompt + steps within the model's context of {most}", needed)
     if capacity is None:
         capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
     capacity = whole("capacity", capacity)

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from jax.sharding import PartitionSpec
 
 from meta_attention_jax import LanguageModel, Router, RoutingHypers, generate, pretrained
 from meta_attention_jax.data.tokenizer import BPETokenizer
 from meta_attention_jax.pretrained import gguf_file
 from meta_attention_jax.pretrained.read import open_source
 from meta_attention_jax.pretrained.tokenizer import from_gguf
+from meta_attention_jax.sharding import AXES
 from tests.close import assert_close
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "pretrained"
@@ -276,3 +278,19 @@ def test_the_tokenizer_of_a_folder(tmp_path):
     _, _, found = pretrained.load(folder)
     assert found.vocab_size == 6 and found.encode(b"abab").tolist() == [5, 5] and found.ends == (1, 5)
     assert found.chat([]).tolist() == [5]
+
+
+def test_leaves_go_where_a_mesh_has_them():
+    config, params, _ = pretrained.load(FOLDER / "smollm2")
+    mesh = jax.make_mesh((1, 1), AXES)
+    _, placed, _ = pretrained.load(FOLDER / "smollm2", mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    kernel = placed["layers"]["attention"]["projections"]["query"]["kernel"]
+    assert kernel.sharding.mesh == mesh and kernel.sharding.spec == PartitionSpec(None, "fsdp", None, None)
+    assert placed["final_norm"]["scale"].sharding.spec == PartitionSpec()
+
+
+def test_more_than_the_context_is_one_sentence():
+    config, params, _ = pretrained.load(FOLDER / "smollm2")
+    with pytest.raises(ValueError, match="^steps: expected prompt . steps within the model's context of 256, got 257."):
+        generate(LanguageModel(config), params, [list(range(50))], steps=207, hypers=UNROUTED)

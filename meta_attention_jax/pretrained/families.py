@@ -91,6 +91,7 @@ def config_of(hf: Mapping[str, Any]) -> ModelConfig:
         embedding_scale=None if family.scaled_embedding else 1.0,
         tied=hf.get("tie_word_embeddings", family.tied),
         logit_softcap=hf.get("final_logit_softcapping"),
+        context=hf.get("max_position_embeddings"),
         attention=AttentionSpec(softcap=hf.get("attn_logit_softcapping")),
         router=Router(mechanisms=("full",), controller="fixed", fixed=("full",)),
         scan_layers=not windows,

@@ -11,18 +11,25 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.pretrained import families, gguf_file, tokenizer
 from meta_attention_jax.pretrained.source import ROUTING, Source
 from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
+from meta_attention_jax.sharding import FSDP, partition
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, scan_layers: Optional[bool] = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: Optional[bool] = None,
+    mesh: Optional[Mesh] = None,
 ) -> tuple[ModelConfig, dict[str, Any], Optional[PublishedTokenizer]]:
     """The model in a folder (`config.json`, `*.safetensors`) or a GGUF file, its parameters, and its tokenizer (None of
     a folder without `tokenizer.json`).
@@ -32,10 +39,25 @@ def load(
 
     Args:
       scan_layers: whether the parameters of all layers are stacked; None: where all layers are alike.
+      mesh: where the parameters go, split over its axis "fsdp", if it has one, by `sharding.RULES`; None: to the first
+        device. On the host there is never more than the model once and one leaf.
     """
     source = open_source(path)
     config, found = _described(pathlib.Path(path), source, dtype, scan_layers)
-    return config, jax.tree.map(jnp.asarray, _params(path, source, config)), found
+    return config, _placed(_params(path, source, config), mesh), found
+
+
+def _placed(params: dict[str, Any], mesh: Optional[Mesh]) -> dict[str, Any]:
+    """The leaves on their devices, each let go of here as it arrives."""
+    axis = FSDP if mesh is not None and FSDP in mesh.axis_names else None
+    specs, flat = flatten_dict(partition(params, axis)), flatten_dict(params)
+    params.clear()
+    for name in list(flat):
+        leaf = flat.pop(name)
+        placed = jnp.asarray(leaf) if mesh is None else jax.device_put(leaf, NamedSharding(mesh, specs[name]))
+        flat[name] = jax.block_until_ready(placed)
+        del leaf
+    return unflatten_dict(flat)
 
 
 def describe(
