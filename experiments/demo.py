@@ -52,8 +52,10 @@ def arm_config(corpus: str, arm: str) -> ConfigDict:
     return config
 
 
-def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...]) -> dict[str, Any]:
-    """One row of the comparison table; routes are those of the hard run."""
+def table_row(
+    corpus: str, arm: str, results: dict[str, dict[str, Any]], mechanisms: tuple[str, ...], asks: bool
+) -> dict[str, Any]:
+    """One row of the comparison table; routes are those of the hard run. `asks`: the corpus is `recall`."""
     soft, hard = results["soft"], results["hard"]
     same = ("kl", "cost", "routing_entropy", "usage_entropy", "collapsed_layers")
     row = {
@@ -63,7 +65,7 @@ def table_row(corpus: str, arm: str, results: dict[str, dict[str, Any]], mechani
         **{key: hard[key] for key in same},
         **{k.replace("/", "_"): v for k, v in hard.items() if k.startswith("fraction/")},
     }
-    if "kinds" in hard:
+    if asks:
         query, other = recall.KIND_QUERY, recall.KIND_OTHER
         fractions = np.array(hard["kinds"]["fractions"])  # [layer kind mechanism]
         full = fractions[:, :, mechanisms.index("full")]
@@ -100,7 +102,7 @@ def shown_text(run: Run) -> dict[str, Any]:
     _, routing = logits_and_routing(
         run.model.clone(mode="hard"), run.params, batch.tokens, batch.segment_ids, batch.positions, run.hypers.routing
     )
-    generated = run.dataset.num_kinds > 1  # Sequences that have nothing to do with each other.
+    generated = run.config.data.corpus == "recall"  # Sequences that have nothing to do with each other.
     rows = -(-SHOWN_TOKENS // run.dataset.sequence_length)
     return samples.text_of(run, batch, routing, batch.loss_mask[: min(rows, 6) if generated else rows], apart=generated)
 
@@ -109,7 +111,7 @@ def show_sample(run: Run) -> None:
     """Prints a short continuation of a test text, hard-routed, with the routes."""
     batch = next(run.dataset.eval_batches("test"))
     length, draw = 32, dict(temperature=0.8, top_p=0.9)
-    if run.dataset.num_kinds > 1:  # Ends with the first question, to be answered by its value.
+    if run.config.data.corpus == "recall":  # Ends with the first question, to be answered by its value.
         length, draw = 1 + int(np.argmax(batch.kind[0] == recall.KIND_QUERY)), {}
     made = run.generate(batch.tokens[0, :length], steps=64, mode="hard", **draw)
     print(f"\n{run.config.name}, hard, goes on from {length} test tokens")
@@ -174,12 +176,13 @@ def main() -> None:
         run = load_run(job.path)
         most = 1 if QUICK.value else TEST_BATCHES
         results = {mode: run.evaluate("test", mode=mode, max_batches=most) for mode in ("soft", "hard")}
-        rows.append(table_row(corpus, arm, results, run.mechanisms))
+        asks = run.config.data.corpus == "recall"
+        rows.append(table_row(corpus, arm, results, run.mechanisms, asks))
         runs.append(curves(corpus, arm, run))
         routes.append(samples.layer_shares(run, corpus, arm, results))
         if arm == "bayesian":
             texts[corpus] = shown_text(run)
-        if run.dataset.num_kinds > 1:
+        if asks:
             floor[corpus] = entropy_floor(run.dataset.config, run.dataset.sequence_length)
     for corpus in CORPORA.value:
         show_sample(load_run(jobs[corpus, "bayesian"].path))

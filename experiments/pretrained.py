@@ -28,6 +28,7 @@ from meta_attention_jax.data.tasks import KINDS
 from meta_attention_jax.fields import expect
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training import export
 
 CONTROLLERS = common.define_path(
     "controllers", "experiments/results/controllers/smollm2", "An export of a run, with layers.json beside it."
@@ -67,7 +68,7 @@ def passage(run: Run, price: float) -> str:
 
 def page(run: Run, rows: routed.Rows, speed: Sequence[dict[str, Any]], records: Sequence[str], price: float) -> str:
     """Everything on one page."""
-    said = json.loads((run.path / "routing.json").read_text(encoding="utf-8"))
+    said = export.described(run.path)["note"]
     about = (
         f"{run.config.retrofit.backbone}, {said.get('licence', 'licence not stated')}; controllers of step {run.step}, "
         f"commit {said.get('commit', 'unknown')}. Window {run.config.model.window}, {run.config.model.sinks} sinks, "
@@ -78,10 +79,10 @@ def page(run: Run, rows: routed.Rows, speed: Sequence[dict[str, Any]], records: 
     analysis.save(picture, pathlib.Path(WORKDIR.value) / "share.png")
     sections = [
         analysis.Section("Nats and share of full attention", analysis.table_html(lines, routed.COLUMNS),
-                         "Each arm sees the same windows; `layers`: the best fixed layers at the share of that lambda."),
+                         "Each arm sees the same windows; `layers`: the best fixed ones at the share of that lambda."),
         analysis.Section("What a share of full attention buys", analysis.figure_html(picture, "nats against share")),
         analysis.Section("Measured here, on this machine", analysis.table_html(speed, SPEED),
-                         "Interleaved, hard and packed, against full attention alone; float32."),
+                         f"Interleaved, hard and packed, against full attention alone; {run.config.model.dtype}."),
         *(analysis.Section("From a record", f"<pre>{record}</pre>") for record in records),
         analysis.Section("Where full attention is asked for", passage(run, price)),
     ]
@@ -94,6 +95,7 @@ def main() -> None:
         run = load_run(CONTROLLERS.value)
         prices = [float(price) for price in PRICES.value]
         ranking = run.path / "layers.json"
+        expect("repeat" in run.config.data.tasks, "controllers", "a run with the task repeat", run.config.data.tasks)
         expect(ranking.is_file(), "controllers", f"{str(ranking)!r}, the layers by what they are worth", "none")
         order = json.loads(ranking.read_text(encoding="utf-8"))["order"]
         out = pathlib.Path(WORKDIR.value)

@@ -21,6 +21,7 @@ from experiments import common
 from meta_attention_jax import analysis
 from meta_attention_jax.data.tasks import KINDS
 from meta_attention_jax.fields import expect
+from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import Diverged, train
@@ -41,7 +42,7 @@ def stage_of(config: ConfigDict, stage: str, root: pathlib.Path) -> ConfigDict:
         own.train.steps = own.train.eval_every = own.train.checkpoint_every = config.retrofit.local_steps
         own.optimizer.learning_rate = config.retrofit.local_learning_rate
         own.objective.beta = config.retrofit.local_beta
-        own.train.packed, own.retrofit.loss = False, "nll"
+        own.train.packed, own.retrofit.loss, own.retrofit.lora_rank = False, "nll", 0
     elif config.retrofit.local_steps:
         own.train.init_from = str(root / "local")
     return own
@@ -51,6 +52,8 @@ def main() -> None:
     config, root = CONFIG.value, pathlib.Path(WORKDIR.value)
     with common.user_mistakes():
         expect(config.retrofit.backbone, "retrofit.backbone", "a published model", "")
+        expect("full" in config.model.mechanisms, "model.mechanisms", "full attention among them",
+               tuple(config.model.mechanisms))
         expect(not config.train.init_from, "train.init_from", "none, for the local stage is", config.train.init_from)
     for stage in STAGES[not config.retrofit.local_steps:]:
         with common.user_mistakes():
@@ -60,13 +63,14 @@ def main() -> None:
         except (Busy, Diverged) as error:
             common.fail(error)
         del job
-    if TEST_BATCHES.value and config.train.steps:
-        print(table(root / STAGES[-1], TEST_BATCHES.value))
+    if TEST_BATCHES.value:
+        with common.user_mistakes():
+            run = load_run(root / STAGES[-1], backbone=config.retrofit.backbone)
+        print(table(run, TEST_BATCHES.value))
 
 
-def table(path: pathlib.Path, batches: int) -> str:
+def table(run: Run, batches: int) -> str:
     """Nats and share of full attention by kind of token, on the test split, hard."""
-    run = load_run(path)
     found = run.evaluate("test", mode="hard", max_batches=batches)
     full = run.mechanisms.index("full")
     kinds = found.get("kinds") or {"tokens": [found["tokens"]], "nll": [found["nll"]], "fractions": []}
@@ -86,7 +90,7 @@ def table(path: pathlib.Path, batches: int) -> str:
         analysis.Column("nll", "nats", ".4f"), analysis.Column("full", "on full", ".1%"),
         analysis.Column("exact", "exact", ".1%"),
     ]
-    return f"{path} at step {run.step}, test split, hard\n{analysis.terminal_table(rows, columns)}"
+    return f"{run.path} at step {run.step}, test split, hard\n{analysis.terminal_table(rows, columns)}"
 
 
 if __name__ == "__main__":

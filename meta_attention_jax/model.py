@@ -57,6 +57,8 @@ class Block(nn.Module):
         """carry = (x, cache or None, index of the layer) -> (carry, routing)."""
         config = self.config
         x, cache, index = carry
+        most = config.context
+        expect(most is None or x.shape[1] <= most, "tokens", f"at most the model's context of {most}", x.shape[1])
         if keys is not None:
             fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
             keys = by_rows(fold, (0, None))(keys, index)
@@ -92,12 +94,14 @@ class Block(nn.Module):
         shared = dict(segment_ids=segment_ids, positions=positions, residual=x, hypers=hypers)
         h = norm(name="attention_norm")(x)
         attended, routing, cache = attention.routed(h, route=route, keys=keys, cache=cache, layer=index, **shared)
+        added = norm(name="attention_post_norm") if config.post_norms else (lambda attended: attended)
+        attended = added(attended)
         if self.by_layer and self.window is None:
             every = jnp.full(x.shape[:2], self.router.mechanisms.index("full"), jnp.int32)
-            full = attention.routed(h, route=every, **shared)[0]
+            full = jax.lax.stop_gradient(added(attention.routed(h, route=every, **shared)[0]))
             harm, attended = _harm(full, attended, x), jnp.where(hypers.threshold > 0, attended, full)
             routing = routing.replace(harm=harm)
-        x = x + (norm(name="attention_post_norm")(attended) if config.post_norms else attended)
+        x = x + attended
         dense = lambda width, name, scale: nn.Dense(  # noqa: E731
             width, use_bias="mlp" in config.biases, kernel_init=init(scale), name=name, **kinds
         )

@@ -246,10 +246,12 @@ class Run:
         return made
 
     def export(self, path: str | pathlib.Path, *, model: bool = False, **note: Any) -> None:
-        """The routers of a published model as a folder of two small files, which `load_run` opens; with `model` the
-        published model too, as other libraries open it. `note`: what else `routing.json` says."""
+        """The routers of a published model as a small folder, which `load_run` opens (see `training.export`); with
+        `model` the published model too, as other libraries open it. `note`: what else `routing.json` says."""
         config = self.model.config if model else None
-        export.write(local("path", path), self.config, self.params, self.step, config, note)
+        export.write(
+            local("path", path), self.path, self.config, self.params, self.step, self.hypers, model=config, note=note
+        )
 
     def show(
         self, text: Text, *, layer: Optional[int] = None, mode: Optional[str] = None, threshold: Optional[float] = None

@@ -7,7 +7,6 @@ from typing import Optional
 
 from ml_collections import ConfigDict
 
-from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.tokenizer import load_tokenizer
 from meta_attention_jax.fields import expect, plain, whole
@@ -77,13 +76,14 @@ def load_run(
         expect(config.retrofit.backbone, "backbone", "None for a run that has routed no published model", backbone)
         config.retrofit.backbone = backbone
     if config.retrofit.backbone:
-        kept = export.backbone_of(path) if export.is_export(path) else read_stored(path / published.FILE)
+        kept = export.described(path)["backbone"] if export.is_export(path) else published.stored(path)
         published.check_same(published.identity(config), kept)
         params = published.merge(published.load(config), params)
     length, rows = sequence_length or config.data.sequence_length, batch_size or config.data.batch_size
     expect(length * rows < 2**31, "sequence_length", "fewer than 2^31 tokens in a batch", sequence_length)
     if export.is_export(path):
         tokenizer = published.described(config)[1]
+        expect(tokenizer is not None, "retrofit.backbone", "a model with its tokenizer.json", "one without")
     else:
         tokenizer = load_tokenizer(path)
     model = build.build_model(config, tokenizer.vocab_size)

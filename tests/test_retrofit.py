@@ -21,7 +21,7 @@ from meta_attention_jax.training import build
 from meta_attention_jax.training.backbone import merge, trained
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
-from meta_attention_jax.training.step import gradient_sums, init_state
+from meta_attention_jax.training.step import gradient_sums, init_state, train_step
 from tests.close import assert_close
 from tests.making import published
 
@@ -194,14 +194,16 @@ def test_points_of_a_sweep_share_the_published_model(place, root, tmp_path):
     assert load_run(tmp_path / "1").evaluate("test")["nll"] > 0
 
 
-def test_adapters_begin_as_nothing_and_learn(place, tmp_path):
+def test_adapters_begin_as_nothing_and_learn(place, root, tmp_path):
     plain = state_of(place)
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.lora_rank": 2})
     fresh = init_state(spec, jax.random.key(0), batch, hypers).params
     assert any("adapter" in path for path in flatten_dict(fresh))
     without = {path: leaf for path, leaf in flatten_dict(fresh).items() if "adapter" not in path}
     own = init_state(plain[0], jax.random.key(0), batch, hypers).params
-    jax.tree.map(lambda a, b: a.shape == b.shape, without, flatten_dict(own))
+    assert {path: leaf.shape for path, leaf in without.items()} == {
+        path: leaf.shape for path, leaf in flatten_dict(own).items()
+    }
     route = jnp.zeros_like(batch.tokens)
     logits = jax.jit(lambda params: spec.model.apply(
         {"params": params}, batch.tokens, hypers=hypers.routing, route=route
@@ -210,7 +212,7 @@ def test_adapters_begin_as_nothing_and_learn(place, tmp_path):
         {"params": params}, batch.tokens, hypers=UNROUTED
     ).logits)(frozen)
     assert_close(logits, unrouted, 1e-6)
-    values = config(place, **{"retrofit.lora_rank": 2, "retrofit.local_steps": 0})
+    values = stage_of(config(place, **{"retrofit.lora_rank": 2}), "end_to_end", root)
     train(prepare(values, tmp_path / "run"), progress=False)
     learned = flatten_dict(load_run(tmp_path / "run").params)
     assert all(np.linalg.norm(leaf) > 0 for path, leaf in learned.items() if "adapter" in path)
@@ -231,6 +233,17 @@ def test_a_moved_model_is_found_and_another_one_refused(place, root, tmp_path):
         prepare(other, root / "end_to_end")
 
 
+def test_what_is_trained_stays_float32_in_bfloat16(place):
+    """Of every stage and adapter; the state that a step gives is one that it takes."""
+    spec, state, batch, hypers, _ = state_of(
+        place, **{"model.dtype": "bfloat16", "retrofit.lora_rank": 2, "model.num_layers": 2}
+    )
+    frozen = pretrained.load(place / "model", dtype=jnp.bfloat16)[1]
+    new, _ = jax.eval_shape(functools.partial(train_step, spec), state, batch, hypers, frozen)
+    jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail(f"{a.dtype} became {b.dtype}"), state, new)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("changes, field", [
     ({"data.tokenizer": "bytes"}, "data.tokenizer"),
     ({"retrofit.lora_rank": 33}, "retrofit.lora_rank"),
@@ -238,7 +251,10 @@ def test_a_moved_model_is_found_and_another_one_refused(place, root, tmp_path):
     ({"retrofit.backbone": "package:no_such_package"}, "retrofit.backbone"),
     ({"retrofit.stage": "local", "model.mechanisms": ("linear", "local"), "controller.fixed": ("local",)},
      "model.mechanisms"),
-    ({"retrofit.loss": "kl", "train.packed": True, "gate.end": 0.5}, "train.packed"),
+    ({"retrofit.loss": "kl", "train.packed": True, "gate.end": 0.5, "train.packed_dense_rows": 0.5}, "train.packed"),
+    ({"train.packed": True, "gate.end": 0.5}, "train.packed_dense_rows"),
+    ({"retrofit.stage": "local", "retrofit.lora_rank": 2}, "retrofit.lora_rank"),
+    ({"data.sequence_length": 257}, "data.sequence_length"),
 ])
 def test_bad_fields_are_one_sentence(place, changes, field, tmp_path):
     with pytest.raises(ValueError, match=f"^{field}: expected .*, got .*") as caught:

@@ -21,7 +21,7 @@ def test_an_export_opens_like_the_run(root, tmp_path, model):  # noqa: F811
     run = load_run(root / "end_to_end")
     run.export(tmp_path / "out", model=model, command="by a test")
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"routing.json", "routing.safetensors"} | (
+    assert files == {"routing.json", "routing.safetensors", "data_manifest.json"} | (
         {"config.json", "model.safetensors", "tokenizer.json"} if model else set()
     )
     again = load_run(tmp_path / "out")
@@ -31,7 +31,7 @@ def test_an_export_opens_like_the_run(root, tmp_path, model):  # noqa: F811
     assert again.generate("to be", steps=3).text == run.generate("to be", steps=3).text
     assert again.evaluate("test", max_batches=1) == run.evaluate("test", max_batches=1)
     said = json.loads((tmp_path / "out" / "routing.json").read_text())
-    assert said["format"] == 1 and said["command"] == "by a test"
+    assert said["format"] == 1 and said["note"] == {"command": "by a test"}
     if model:  # Others open the folder as what it was before.
         config, params, _ = pretrained.load(tmp_path / "out")
         published = flatten_dict(pretrained.load(run.config.retrofit.backbone, scan_layers=True)[1])
@@ -56,6 +56,9 @@ def test_a_damaged_export_is_one_sentence(root, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="^workdir: expected routing.safetensors in .*, got 'none'."):
         load_run(tmp_path / "out")
     weights.write_bytes(whole)
+    said.write_text(json.dumps({name: value for name, value in content.items() if name != "step"}))
+    with pytest.raises(ValueError, match="^workdir: expected backbone, config, .* got 'none of step'."):
+        load_run(tmp_path / "out")
     said.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(ValueError, match="^format: expected 1 in .*, got 2."):
         load_run(tmp_path / "out")

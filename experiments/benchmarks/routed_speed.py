@@ -22,10 +22,12 @@ from experiments import common
 from experiments.benchmarks.common import Row, interleave, median_and_spread, tell
 from meta_attention_jax.cost import count_flops
 from meta_attention_jax.data.corpora import load_corpus
+from meta_attention_jax.fields import expect
 from meta_attention_jax.generation import decode_loop, prefill
 from meta_attention_jax.routing.accounting import count_layers
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training import build
 
 
 def passage(run: Run, length: int) -> np.ndarray:
@@ -43,6 +45,9 @@ def passage(run: Run, length: int) -> np.ndarray:
 
 def rows(run: Run, *, length: int, steps: int, price: float, rounds: int) -> list[Row]:
     """Prefill and decoding, hard and packed, over full attention alone."""
+    most = run.model.config.context
+    fits = most is None or length + steps <= most
+    expect(fits, "length", f"with the steps at most the context of {most}", length + steps)
     hypers = run.hypers.routing.replace(price=jnp.float32(price))
     tokens, capacity = passage(run, length), -(-(length + steps) // 64) * 64
     lengths = np.array([tokens.shape[1]], np.int32)
@@ -92,9 +97,10 @@ def spent(run: Run, route: np.ndarray, length: int) -> dict[str, float]:
     config = run.model.config
     route = jnp.asarray(route[:, :, :length])
     counted = jax.device_get(jax.jit(lambda route: count_layers(route, config))(route))
-    flops = count_flops(config, time=length, controller_outputs=len(run.mechanisms) + 1)
-    full = flops.trunk - flops.controller + float(counted.flops.full_only) / length
-    routed = flops.trunk + float(counted.flops.projected) / length
+    flops = count_flops(config, time=length, controller_outputs=build.controller_outputs(run.config))
+    trunk = flops.trunk - flops.windows  # Which are counted with the routes.
+    full = trunk - flops.controller + float(counted.flops.full_only) / length
+    routed = trunk + float(counted.flops.projected) / length
     return {
         "allowed": full / routed,
         "bytes": float(counted.bytes.executed_packed) / float(counted.bytes.full_only),

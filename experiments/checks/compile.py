@@ -38,7 +38,8 @@ from experiments.benchmarks import common as benchmarks  # noqa: E402
 from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
 from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.targets import compiling_for  # noqa: E402
-from meta_attention_jax.training import aot, build  # noqa: E402
+from meta_attention_jax.training import aot, backbone, build  # noqa: E402
+from meta_attention_jax.training.backbone import merge  # noqa: E402
 
 PROGRAMS = {"soft": "train step, soft", "packed": "train step, packed hard", "decode": "decode step, hard"}
 HBM = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "NVIDIA H100 80GB HBM3": 80}
@@ -92,6 +93,8 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 def vocabulary(config: ConfigDict) -> int:
     """V, without the corpus."""
+    if config.retrofit.backbone:
+        return backbone.described(config)[0].vocab_size
     if config.data.corpus == "recall":
         return build.build_dataset(config).vocab_size
     return config.data.vocab_size if config.data.tokenizer == "bpe" else 256
@@ -204,6 +207,7 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
     for program in programs:
         expect(program in PROGRAMS, "programs", f"some of {tuple(PROGRAMS)}", program)
     devices = devices_of(topology)
+    backbone.complete(config)
     build.validate_without_devices(config)
     target = ("gpu", 9.0) if topology == "h100" else ("tpu", 0.0)
     with compiling_for(*target):
@@ -220,7 +224,8 @@ def _report(config: ConfigDict, topology: str, programs: list[str], devices: lis
     has = HBM[kind] - RESERVED if kind in HBM else None
     limit = f"{has} GiB" if has else "a chip's memory"
     state = aot.abstract_state(config, vocab)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    whole = merge(aot.abstract_frozen(config, vocab), state.params)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(whole))
     mesh = " x ".join(f"{name} {size}" for name, size in parallel.mesh.shape.items())
     tokens = f"{config.data.batch_size} x {config.data.sequence_length:,} tokens a step"
     print(f"{config.name}: {parameters:,} parameters, full attention {build.full_attention(config)}, "

@@ -66,7 +66,7 @@ def long_evaluation(
     }
     seconds = interleave({name: step for name, (step, _) in sides.items()}, rounds)
     queries = None
-    if run.dataset.num_kinds > 1:
+    if run.config.data.corpus == "recall":
         kind = next(run.dataset.eval_batches("validation")).kind[:rows]
         queries = kind == recall.KIND_QUERY
         expected = np.asarray(sides["full-only"][1]())

@@ -104,7 +104,8 @@ def compare(
     layers, full = len(run.model.config.routed), run.mechanisms.index("full")
     other = run.mechanisms.index("local")
     for number, batch in enumerate(windows(run, split, count)):
-        if number in known or number >= count:
+        own = np.asarray(batch.loss_mask) & (np.asarray(batch.positions) >= run.config.model.window)
+        if number in known or number >= count or not own.any():  # A short document is full attention anyway.
             continue
         rng = np.random.default_rng(number)
         found = {name: measured(run, batch, *constant(run, chosen)(batch))
@@ -176,6 +177,7 @@ def setting(run: Run, split: str, prices: Sequence[float]) -> dict[str, Any]:
     return {
         "name": config.name, "step": run.step, "split": split, "prices": list(prices), "window": config.model.window,
         "sinks": config.model.sinks, "length": run.dataset.sequence_length, "backbone": config.retrofit.backbone,
+        "tasks": list(config.data.tasks),
     }
 
 
@@ -198,12 +200,16 @@ def main() -> None:
         prices = [float(price) for price in PRICES.value]
         about = setting(run, SPLIT.value, prices)
         rows = stored(out / "rows.json", about)
-        ranking = out / "layers.json"
+        expect(about["tasks"] != ["prose"], "workdir",
+               "a run with other tasks than prose, whose windows have numbers", about["tasks"])
+        ranking, model = out / "layers.json", {k: about[k] for k in ("backbone", "window", "sinks")}
         if RANK.value and not ranking.is_file():
-            order = rank(run, RANK.value)
-            write_whole(ranking, json.dumps({"environment": environment(), "order": order}, indent=1) + "\n")
+            content = {"environment": environment(), "model": model, "order": rank(run, RANK.value)}
+            write_whole(ranking, json.dumps(content, indent=1) + "\n")
         expect(ranking.is_file(), "rank", f"windows to rank layers by, as {str(ranking)!r} is not there", RANK.value)
-        order = json.loads(ranking.read_text(encoding="utf-8"))["order"]
+        ranked = json.loads(ranking.read_text(encoding="utf-8"))
+        expect(ranked["model"] == model, "out", f"layers of {model} in {str(ranking)!r}", ranked["model"])
+        order = ranked["order"]
 
     def keep(rows: Rows) -> None:
         content = {"setting": about, "environment": environment(), "rows": rows}

@@ -18,7 +18,7 @@ from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect, plain
 from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
 from meta_attention_jax.sweeps.together import Lost, Moved, train_together
-from meta_attention_jax.training import build
+from meta_attention_jax.training import backbone, build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.loop import Diverged, train
@@ -61,7 +61,7 @@ def stored_points(root: pathlib.Path) -> dict[str, Point]:
 def _data(config: ConfigDict) -> str:
     """What a dataset depends on; the window too, since `recall` keeps its distance to it."""
     data = config_to_dict(config)["data"]
-    return json.dumps([data, build.data_seed(config), config.model.window])
+    return json.dumps([data, build.data_seed(config), config.model.window, config.retrofit.backbone])
 
 
 def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
@@ -82,7 +82,7 @@ def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets
         dataset = datasets[_data(config)]
         start = config.train.init_from, build.build_spec(config, dataset).model, dataset
         if config.train.init_from and start not in seen and not (root / "points" / label).exists():
-            initial_params(config.train.init_from, start[1], dataset.tokenizer)
+            initial_params(config.train.init_from, start[1], dataset.tokenizer, backbone.load(config))
             seen.append(start)
 
 

@@ -19,8 +19,12 @@ class PublishedTokenizer(Tokenizer):
 
     kind = "published"
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, ends: Sequence[int] = (), template: Optional[str] = None):
+    def __init__(
+        self, inner: tokenizers.Tokenizer, *, start: Optional[int] = None, ends: Sequence[int] = (),
+        template: Optional[str] = None,
+    ):
         self._tokenizer = inner
+        self.start = start  # Id that begins a text, of which only templates know; None without one.
         self.vocab_size = max(inner.get_vocab().values()) + 1
         self.ends = tuple(ends)  # Ids that end a text.
         self.template = template  # Of chats, in Jinja; None without one.
@@ -34,7 +38,7 @@ class PublishedTokenizer(Tokenizer):
     def of_content(cls, content: Mapping[str, Any]) -> PublishedTokenizer:
         """What a run directory keeps of one."""
         inner = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        return cls(inner, ends=content["ends"], template=content["template"])
+        return cls(inner, start=content.get("start"), ends=content["ends"], template=content["template"])
 
     def encode(self, data: bytes) -> Ids:
         return np.array(self._tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.int32)
@@ -46,16 +50,33 @@ class PublishedTokenizer(Tokenizer):
             import jinja2.sandbox
         except ModuleNotFoundError:
             raise ValueError("chat: expected the package jinja2 (pip install jinja2), got none.") from None
+
+        def refuse(reason: str) -> None:
+            raise jinja2.TemplateError(reason)
+
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(self.template).render(messages=list(messages), add_generation_prompt=True)
+        token = lambda i: "" if i is None else self._tokenizer.id_to_token(i) or ""  # noqa: E731
+        try:
+            text = environment.from_string(self.template).render(
+                messages=list(messages), add_generation_prompt=True, bos_token=token(self.start),
+                eos_token=token(self.ends[0] if self.ends else None), raise_exception=refuse,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat: expected messages that the model's template takes, got {str(error)!r}.") from None
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @property
+    def serialized(self) -> str:
+        """The library's own `tokenizer.json`."""
+        return self._tokenizer.to_str()
 
     def _decode(self, ids: Ids) -> bytes:
         return b"".join(self._bytes[i] for i in ids)
 
     def _content(self) -> str:
         inner, ends = json.loads(self._tokenizer.to_str()), [int(i) for i in self.ends]
-        return json.dumps({"kind": self.kind, "tokenizer": inner, "ends": ends, "template": self.template})
+        said = {"start": self.start, "ends": ends, "template": self.template}
+        return json.dumps({"kind": self.kind, "tokenizer": inner, **said})
 
 
 _ALPHABET = byte_alphabet()

@@ -28,11 +28,10 @@ class Adapters(nn.Module):
 
     outputs: Mapping[str, int | tuple[int, int]]  # Shape of each output.
     rank: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Any = jnp.float32  # Of the computation; parameters are float32, as all that is trained.
 
     def setup(self):
-        common = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        common = dict(use_bias=False, dtype=self.dtype)
         self.down = {
             name: nn.DenseGeneral(self.rank, axis=(-2, -1) if name == "out" else -1, **common) for name in self.outputs
         }
@@ -83,7 +82,7 @@ class Projections(nn.Module):
         if self.adapter_rank:
             heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
             outputs = {name: (count, self.head_dim) for name, count in heads.items()} | {"out": self.features}
-            self.adapter = Adapters(outputs, self.adapter_rank, self.dtype, self.param_dtype)
+            self.adapter = Adapters(outputs, self.adapter_rank, self.dtype)
 
     def project(self, x: Residual) -> tuple[Queries, Keys, Values]:
         """q, k, v of every token: [B, T, D] -> [B, T, H, d] and twice [B, T, G, d]."""

@@ -35,12 +35,12 @@ def from_folder(path: pathlib.Path, config: Mapping[str, Any]) -> PublishedToken
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         template = jinja.read_text(encoding="utf-8")
-    ends = config.get("eos_token_id")
     generation = path / "generation_config.json"
     if generation.is_file():
-        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", ends)
+        config = {**config, **json.loads(generation.read_text(encoding="utf-8"))}
+    ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return PublishedTokenizer(inner, ends=ends, template=template)
+    return PublishedTokenizer(inner, start=config.get("bos_token_id"), ends=ends, template=template)
 
 
 def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
@@ -53,9 +53,10 @@ def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
     types = said.get("tokenizer.ggml.token_type", [])
     special = [token for token, kind_of in zip(tokens, types) if kind_of == CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
-    end = said.get("tokenizer.ggml.eos_token_id")
+    start, end = (said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     return PublishedTokenizer(
-        inner, ends=[] if end is None else [int(end)], template=said.get("tokenizer.chat_template")
+        inner, start=None if start is None else int(start), ends=[] if end is None else [int(end)],
+        template=said.get("tokenizer.chat_template"),
     )
 
 

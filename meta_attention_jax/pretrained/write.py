@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from meta_attention_jax.architecture import ModelConfig
+from meta_attention_jax.data.published import PublishedTokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
-from meta_attention_jax.pretrained import families
+from meta_attention_jax.pretrained import families, read
 from meta_attention_jax.pretrained.read import open_source
 
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -54,10 +55,21 @@ def save(
         made.mkdir()
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         write_whole(made / "config.json", json.dumps(families.published(opened.config, config), indent=2))
+        if not pathlib.Path(source).is_dir():
+            _write_tokenizer(made, read.describe(source)[1])
         for name in BESIDE:
             if (pathlib.Path(source) / name).is_file():
                 shutil.copy(pathlib.Path(source) / name, made / name)
         os.replace(made, path)
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer: PublishedTokenizer) -> None:
+    """What a folder says of a tokenizer, of one that a GGUF file has said."""
+    ends = {"bos_token_id": tokenizer.start, "eos_token_id": list(tokenizer.ends)}
+    write_whole(folder / "tokenizer.json", tokenizer.serialized)
+    write_whole(folder / "generation_config.json", json.dumps(ends))
+    if tokenizer.template is not None:
+        write_whole(folder / "chat_template.jinja", tokenizer.template)
 
 
 def _get(params: Mapping[str, Any], where: families.Path, layer: int | None, config: ModelConfig) -> Any:

@@ -127,7 +127,7 @@ class Group:
         if any(job.initial is not None for job in self.jobs):
             drawn = to_host(states.params)
             params = [
-                point_of(drawn, index) if job.initial is None else to_host(job.initial)
+                point_of(drawn, index) if job.initial is None else merge(point_of(drawn, index), to_host(job.initial))
                 for index, job in enumerate(self.padded)
             ]
             states = states.replace(params=self.place(stack(params)))

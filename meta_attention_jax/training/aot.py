@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.sharding import AXES, split_axis
 from meta_attention_jax.training import build
-from meta_attention_jax.training.backbone import trained
+from meta_attention_jax.training.backbone import merge, trained
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.step import in_controller, init_state
 from meta_attention_jax.types import Batch
@@ -81,7 +81,7 @@ def lower_decode(config: ConfigDict, devices: Sequence[jax.Device], vocab_size: 
     if rows % len(devices):
         raise ValueError(f"data.batch_size: expected a multiple of the {len(devices)} devices, got {rows}.")
     model = build.build_model(config, vocab_size).clone(mode="hard")
-    params = abstract_state(config, vocab_size).params
+    params = merge(abstract_frozen(config, vocab_size), abstract_state(config, vocab_size).params)
     hypers = jax.eval_shape(lambda: build.build_hypers(config)).routing
     cache = jax.eval_shape(lambda: model.init_cache(rows, config.data.sequence_length))
     token = jax.ShapeDtypeStruct((rows,), jnp.int32)

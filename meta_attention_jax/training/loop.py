@@ -166,7 +166,7 @@ def train(
         if start:
             state = parallel.place(restored)
         elif job.initial is not None:
-            state = state.replace(params=parallel.place(job.initial))
+            state = state.replace(params=merge(state.params, parallel.place(job.initial)))
         if progress:
             say(headline(label, about, _where(job), start=start, job=job))
             say(str(job.dataset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import time
@@ -9,6 +10,7 @@ from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from meta_attention_jax.config import dict_to_config, read_config
@@ -74,12 +76,15 @@ def _changes(directory: pathlib.Path, before: set[str]) -> bool:
 def initial_params(
     source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer, frozen: Optional[Any] = None
 ) -> Any:
-    """The newest parameters of the run in `source`, for another run of the same model to start from."""
+    """The newest parameters of the run in `source`, for another run of the same model to start from; adapters may be
+    missing."""
     path = run_directory("train.init_from", source)
     if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
         raise ValueError(f"train.init_from: expected a run directory with checkpoints, got {str(source)!r}.")
     try:
         _, _, params = _read(path / "checkpoints", "latest")
+        if not any("adapter" in name for name in flatten_dict(params)):  # They then begin as nothing.
+            model = model.clone(config=dataclasses.replace(model.config, adapter_rank=0))
         check_params(merge(frozen, params), model)
         _check_tokens(load_tokenizer(path), tokenizer)
     except ValueError as error:

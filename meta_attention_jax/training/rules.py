@@ -68,8 +68,13 @@ def check_retrofit(config: ConfigDict) -> None:
         expect(retrofit.lora_rank <= width, "retrofit.lora_rank", f"at most D = {width}", retrofit.lora_rank)
     else:
         expect(tokenizer != "model", "data.tokenizer", "another than 'model' without retrofit.backbone", tokenizer)
+        expected = "'end_to_end' without retrofit.backbone"
+        expect(retrofit.stage == "end_to_end", "retrofit.stage", expected, retrofit.stage)
         expect(not retrofit.lora_rank, "retrofit.lora_rank", "0 without retrofit.backbone", retrofit.lora_rank)
         expect(retrofit.loss == "nll", "retrofit.loss", "'nll' without retrofit.backbone", retrofit.loss)
+    learns = retrofit.lora_rank or config.train.packed_dense_rows
+    expect(not retrofit.backbone or not config.train.packed or learns, "train.packed_dense_rows",
+           "some rows that the controllers of a published model learn from", config.train.packed_dense_rows)
     if retrofit.stage == "local" or retrofit.loss == "kl":
         names = tuple(config.model.mechanisms)
         expect("full" in names, "model.mechanisms", "full attention among them, to be compared with", names)
@@ -77,6 +82,7 @@ def check_retrofit(config: ConfigDict) -> None:
     if retrofit.stage == "local":
         name = config.controller.name
         expect(name != "fixed", "controller.name", "a controller that learns for retrofit.stage = 'local'", name)
+        expect(not retrofit.lora_rank, "retrofit.lora_rank", "0 for retrofit.stage = 'local'", retrofit.lora_rank)
 
 
 def final_threshold(config: ConfigDict) -> float:
