@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from experiments import common
-from experiments.studies import arms, comparison, long, outcome, paper_report
+from experiments.studies import arms, comparison, long, outcome, paper_report, routed
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
@@ -91,6 +91,25 @@ def paper_table(folder: pathlib.Path) -> str:
     return "\n".join(parts) + _pictures(folder)
 
 
+def routed_table(folder: pathlib.Path) -> str:
+    """A routed published model against full attention, a window, fixed layers and disorder."""
+    stored = _read(folder / "rows.json")
+    said = ", ".join(f"{name} {value}" for name, value in {**stored["setting"], **stored["environment"]}.items())
+    return f"{said}\n\n{analysis.markdown_table(routed.lines(stored['rows']), routed.COLUMNS)}{_pictures(folder)}"
+
+
+def controllers_table(folder: pathlib.Path) -> str:
+    """What ships, and what it was made by."""
+    rows = []
+    for path in sorted(folder.glob("*/routing.json")):
+        said = _read(path)
+        size = (path.parent / "routing.safetensors").stat().st_size
+        rows.append({"controllers": path.parent.name, "step": said["step"], "bytes": f"{size:,}", **said["note"],
+                     "sha256": said["sha256"], "model": said["backbone"]["path"],
+                     "sha256 of the model": said["backbone"]["sha256"]})
+    return analysis.markdown_table(rows, [Column(key, key) for key in rows[0]])
+
+
 def uncertainty_table(folder: pathlib.Path) -> str:
     """Whether uncertainty finds the tokens that hardening hurts."""
     parts = [f"{name}\n\n{analysis.markdown_table(_read(folder / f'{name}.json')['rows'], UNCERTAINTY_COLUMNS)}"
@@ -128,6 +147,8 @@ class Record:
     commit: Optional[str] = None  # Where the rows do not say it.
 
 
+COMMIT_ROUTED = "COMMIT"
+
 RECORDS = (
     Record("The demo", "demo", "make demo", demo_table, "03ec59a"),
     Record("Arms on recall, 8 keys", "ablation_recall",
@@ -158,6 +179,12 @@ RECORDS = (
     Record("Memory", "memory.json", "benchmarks.memory"),
     Record("One program for many runs", "sweep_timing.json", "benchmarks.sweep"),
     Record("Published families, as `transformers` reads them", "parity.json", "checks.parity"),
+    Record("Controllers that ship", "controllers",
+           "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2", controllers_table, COMMIT_ROUTED),
+    Record("A routed published model", "routed",
+           "studies.routed --workdir=experiments/results/controllers/smollm2 --rank=4", routed_table, COMMIT_ROUTED),
+    Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
+           "benchmarks.routed_speed --workdir=experiments/results/controllers/smollm2 --length=8064 --steps=128"),
     Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),

@@ -60,6 +60,7 @@ def write(
     kept = config_to_dict(config)
     # Measured costs are frozen in the run.
     kept["prior"]["costs"] = ",".join(f"{cost:.9g}" for cost in np.asarray(hypers.routing.costs))
+    kept["train"]["init_from"] = ""  # A place on the machine that trained it.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         made = pathlib.Path(folder) / path.name
