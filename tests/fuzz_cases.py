@@ -45,7 +45,8 @@ ZERO_IS_FINE = {
     "data.aggregate_rate", "data.needles", "model.mlp_dim", "controller.entropy_bonus", "objective.beta",
     "objective.beta_warmup", "gate.start", "gate.threshold", "gate.price", "optimizer.warmup",
     "optimizer.final_fraction", "optimizer.weight_decay", "optimizer.clip",
-    "train.packed_dense_rows", "train.profile_step", "parallel.devices",
+    "train.packed_dense_rows", "train.profile_step", "parallel.devices", "model.sinks",
+    "retrofit.lora_rank", "retrofit.local_steps", "retrofit.local_beta",
 }
 LIMITLESS = {"seed", "data.seed"}
 ANY_TEXT = {"name"}
@@ -79,7 +80,7 @@ def config_values(draw: random.Random) -> list[Case]:
             continue
         if field in ANY_SIGN:
             values = [value for value in values if value[:1] != "-" or value == "-inf"]
-        if field == "train.init_from":
+        if field in ("train.init_from", "retrofit.backbone"):
             values.remove("")
         if field == "controller.fixed":
             values += ["('nonsense',)"]
