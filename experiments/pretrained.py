@@ -34,7 +34,7 @@ CONTROLLERS = common.define_path(
     "controllers", "experiments/results/controllers/smollm2", "An export of a run, with layers.json beside it."
 )
 WORKDIR = common.define_path("workdir", "runs/pretrained", "Where the page goes.")
-WINDOWS = flags.DEFINE_integer("windows", 24, "Of all tasks together.", 3)
+WINDOWS = flags.DEFINE_integer("windows", 18, "Of all tasks together.", 3)
 PRICES = flags.DEFINE_list("prices", ["0.3", "0", "-0.3"], "Lambdas.")
 LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of the timed prefill.", 1)
 STEPS = flags.DEFINE_integer("steps", 64, "Tokens of the timed decoding.", 1)

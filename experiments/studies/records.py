@@ -147,8 +147,6 @@ class Record:
     commit: Optional[str] = None  # Where the rows do not say it.
 
 
-COMMIT_ROUTED = "COMMIT"
-
 RECORDS = (
     Record("The demo", "demo", "make demo", demo_table, "03ec59a"),
     Record("Arms on recall, 8 keys", "ablation_recall",
@@ -180,9 +178,9 @@ RECORDS = (
     Record("One program for many runs", "sweep_timing.json", "benchmarks.sweep"),
     Record("Published families, as `transformers` reads them", "parity.json", "checks.parity"),
     Record("Controllers that ship", "controllers",
-           "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2", controllers_table, COMMIT_ROUTED),
+           "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2", controllers_table, "88cdf44"),
     Record("A routed published model", "routed",
-           "studies.routed --workdir=experiments/results/controllers/smollm2 --rank=4", routed_table, COMMIT_ROUTED),
+           "studies.routed --workdir=experiments/results/controllers/smollm2 --rank=4", routed_table, "bdaabb3"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
            "benchmarks.routed_speed --workdir=experiments/results/controllers/smollm2 --length=8064 --steps=128"),
     Record("What a run survives", "faults.json", "checks.faults"),

@@ -50,6 +50,8 @@ def share_figure(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         axes.axhline(0, color=GREY, lw=1, ls=":")
         axes.set_yscale("symlog", linthresh=_LINEAR)
         axes.set_xlim(left=-0.02)
+        lows, highs = zip(*((line["above_low"], line["above_high"]) for line in lines if line["task"] == task))
+        axes.set_ylim(min(-0.1 * _LINEAR, 1.3 * min(lows)), 2.0 * max(*highs, _LINEAR))
         tidy(axes, title=task, xlabel="share of token-layers on full attention", percent="x", bold=True,
              ylabel="nats above full attention" if task == tasks[0] else "")
     legend(figure, panels[0].get_legend_handles_labels()[0], 5)
