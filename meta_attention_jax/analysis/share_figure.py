@@ -28,7 +28,7 @@ def share_figure(lines: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         len(tasks), 4.2, [3.6], f"{title}: what a share of full attention buys" if title else
         "What a share of full attention buys",
         "Nats above full attention on the tokens of each task, held-out windows, with 95 % bootstrap intervals. "
-        "Numbers are lambda. `layers`: the best fixed layers at the share of that lambda; `shuffled` and `random`: the "
+        "Numbers are lambda. layers: the best fixed layers at the share of that lambda; shuffled and random: the "
         f"routes of one lambda in disorder. Linear below {_LINEAR:g}, logarithmic above. Down and to the left is better.",
         gap_x=0.8,
     )
