@@ -67,7 +67,7 @@ def hard(q, k, v, route, *, mechanisms=("full", "linear", "local"), rotated=None
     )
 
 
-def published(path: pathlib.Path, *, layers: int = 2, seed: int = 0) -> pathlib.Path:
+def published(path: pathlib.Path, *, layers: int = 2, seed: int = 0, context: int = 256) -> pathlib.Path:
     """A folder as a small Llama is published: random weights, a byte-level tokenizer with an end of text."""
     path.mkdir(parents=True)
     inner = tokenizers.Tokenizer(models.BPE(vocab={c: b for c, b in byte_alphabet().items()}, merges=[]))
@@ -78,7 +78,7 @@ def published(path: pathlib.Path, *, layers: int = 2, seed: int = 0) -> pathlib.
     said = dict(
         model_type="llama", vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, hidden_act="silu", rope_theta=1e4,
-        tie_word_embeddings=True, eos_token_id=256, max_position_embeddings=256,
+        tie_word_embeddings=True, eos_token_id=256, max_position_embeddings=context,
     )
     (path / "config.json").write_text(json.dumps(said))
     rng, kept = np.random.default_rng(seed), {}

@@ -29,7 +29,7 @@ SMALL = {
 
 def exported(place):
     """A small published model, routed and exported."""
-    making.published(place / "model")
+    making.published(place / "model", context=2048)
     (place / "text").mkdir()
     for split in ("train", "valid", "test"):
         (place / "text" / f"{split}.txt").write_text(f"some words of the {split} text.\n" * 400)
