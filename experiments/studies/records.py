@@ -158,7 +158,8 @@ RECORDS = (
     Record("Arms on State of the Union addresses", "ablation_sotu",
            "ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu --seeds=3 --views=tokens "
            "--arms=bayesian,prior-free,full-only,local+full,local", ablation_table, "e820864"),
-    Record("The paper's numbers, run", "paper", "studies.paper --workdir=runs/paper", paper_table, "b9bd5af and 015a815"),
+    Record("The paper's numbers, run", "paper", "studies.paper --workdir=runs/paper", paper_table,
+           "b9bd5af, 015a815 and 4f757c1"),
     Record("What uncertainty finds", "uncertainty",
            "studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table, "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",
