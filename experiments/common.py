@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging as python_logging
+import math
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Optional
 
 import jax
@@ -48,6 +49,18 @@ class _PathParser(flags.ArgumentParser):
 def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolder[str]:
     """A flag that says where something is: `~` and `file://` are resolved, other addresses refused."""
     return flags.DEFINE(_PathParser(), name, default, help)
+
+
+def finite(field: str, texts: Sequence[str]) -> list[float]:
+    """Numbers of a list flag; raises ValueError of one sentence unless all are finite."""
+    found = []
+    for text in texts:
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(math.nan)
+        expect(math.isfinite(found[-1]), field, "finite numbers", text)
+    return found
 
 
 def define_data() -> Callable[[], dict[str, Optional[str]]]:

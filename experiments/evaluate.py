@@ -16,7 +16,6 @@ A budget finds the lambda that keeps it on validation, and stores it with the ru
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,18 +90,6 @@ PRICE_COLUMNS = [
 ]
 
 
-def prices_given() -> list[float]:
-    """The lambdas of --prices; raises ValueError unless they are finite numbers."""
-    found = []
-    for text in PRICES.value:
-        try:
-            found.append(float(text))
-        except ValueError:
-            found.append(math.nan)
-        expect(math.isfinite(found[-1]), "prices", "finite numbers", text)
-    return sorted(found)
-
-
 def price_curve(run: Run, prices: Sequence[float], beside: Sequence[dict[str, Any]]) -> None:
     """Rows, table and picture of one model at several prices."""
     rows = []
@@ -120,7 +107,7 @@ def price_curve(run: Run, prices: Sequence[float], beside: Sequence[dict[str, An
 
 def main() -> None:
     with common.user_mistakes():
-        prices = prices_given()
+        prices = sorted(common.finite("prices", PRICES.value))
         beside = outcome.stored_lines(BESIDE.value) if BESIDE.value else []
         for mode in sorted(MODE.value):
             expect(mode in MODES, "modes", f"some of {MODES}", mode)

@@ -95,7 +95,10 @@ def main() -> None:
     began = time.monotonic()
     with common.user_mistakes():
         run = load_run(CONTROLLERS.value)
-        prices = [float(price) for price in PRICES.value]
+        expect(export.is_export(run.path), "controllers", "what run.export has written", CONTROLLERS.value)
+        prices = common.finite("prices", PRICES.value)
+        expect(prices, "prices", "at least one", prices)
+        routed_speed.check_length(run, LENGTH.value, STEPS.value)
         ranking = run.path / "layers.json"
         expect("repeat" in run.config.data.tasks, "controllers", "a run with the task repeat", run.config.data.tasks)
         expect(ranking.is_file(), "controllers", f"{str(ranking)!r}, the layers by what they are worth", "none")

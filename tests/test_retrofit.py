@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import base
 from experiments.retrofit import stage_of
+from experiments.studies.reports import report
 from meta_attention_jax import LanguageModel, RoutingHypers, load_run, pretrained
 from meta_attention_jax.objective import forward
 from meta_attention_jax.sweeps.together import train_together
@@ -164,6 +165,11 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
     assert same[mask].any() and not same[mask].all()
     difference = np.linalg.norm(attended - full, axis=-1) / np.linalg.norm(x, axis=-1)
     np.testing.assert_array_equal(difference[mask] < 1e-4, same[mask])
+
+
+def test_a_page_of_the_run_is_made_like_any_other(root):
+    kind, page = report(root / "end_to_end")
+    assert kind == "run" and "<h2>Layers</h2>" in page()
 
 
 def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhere(place):

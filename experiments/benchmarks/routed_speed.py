@@ -43,11 +43,15 @@ def passage(run: Run, length: int) -> np.ndarray:
     return np.concatenate(parts)[None, :length]
 
 
-def rows(run: Run, *, length: int, steps: int, price: float, rounds: int) -> list[Row]:
-    """Prefill and decoding, hard and packed, over full attention alone."""
+def check_length(run: Run, length: int, steps: int) -> None:
+    """Refuses more tokens than the model was made for."""
     most = run.model.config.context
     fits = most is None or length + steps <= most
     expect(fits, "length", f"with the steps at most the context of {most}", length + steps)
+
+
+def rows(run: Run, *, length: int, steps: int, price: float, rounds: int) -> list[Row]:
+    """Prefill and decoding, hard and packed, over full attention alone."""
     hypers = run.hypers.routing.replace(price=jnp.float32(price))
     tokens, capacity = passage(run, length), -(-(length + steps) // 64) * 64
     lengths = np.array([tokens.shape[1]], np.int32)
@@ -110,9 +114,12 @@ def spent(run: Run, route: np.ndarray, length: int) -> dict[str, float]:
 def main() -> None:
     with common.user_mistakes():
         run = load_run(WORKDIR.value)
+        expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
+        check_length(run, LENGTH.value, STEPS.value)
+        prices = common.finite("price", PRICE.value)
     parts: Sequence[Sequence[Row]] = [
-        rows(run, length=LENGTH.value, steps=STEPS.value, price=float(price), rounds=ROUNDS.value)
-        for price in PRICE.value
+        rows(run, length=LENGTH.value, steps=STEPS.value, price=price, rounds=ROUNDS.value)
+        for price in prices
     ]
     tell(parts, JSON.value)
 

@@ -197,7 +197,8 @@ def main() -> None:
         expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
         expect({"full", "local"} <= set(run.mechanisms), "workdir", "full and local among the mechanisms",
                run.mechanisms)
-        prices = [float(price) for price in PRICES.value]
+        prices = common.finite("prices", PRICES.value)
+        expect(prices, "prices", "at least one", prices)
         about = setting(run, SPLIT.value, prices)
         rows = stored(out / "rows.json", about)
         expect(about["tasks"] != ["prose"], "workdir",
