@@ -216,8 +216,9 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stored.items()}
     for name, field in SCHEMA.items():
         section, _, last = name.rpartition(".")
-        if field.since is not ALWAYS:
-            (whole.setdefault(section, {}) if section else whole).setdefault(last, _sequences(field.since, list))
+        fields = whole.setdefault(section, {}) if section else whole
+        if field.since is not ALWAYS and isinstance(fields, dict):  # What is no section is told by `check`.
+            fields.setdefault(last, _sequences(field.since, list))
     return whole
 
 

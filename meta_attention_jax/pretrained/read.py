@@ -63,8 +63,8 @@ def _placed(params: dict[str, Any], mesh: Optional[Mesh]) -> dict[str, Any]:
 def describe(
     path: str | os.PathLike[str], *, dtype: Any = jnp.float32, scan_layers: Optional[bool] = None
 ) -> tuple[ModelConfig, Optional[PublishedTokenizer]]:
-    """`load` without the parameters, which are not read."""
-    return _described(pathlib.Path(path), open_source(path), dtype, scan_layers)
+    """`load` without the parameters; of a folder `config.json` is enough, as for what is only compiled."""
+    return _described(pathlib.Path(path), open_source(path, weights=False), dtype, scan_layers)
 
 
 def _described(
@@ -72,7 +72,7 @@ def _described(
 ) -> tuple[ModelConfig, Optional[PublishedTokenizer]]:
     expect(np.dtype(dtype).name in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", np.dtype(dtype).name)
     config = families.config_of(source.config)
-    if config.tied is False and "lm_head.weight" not in source.names:
+    if config.tied is False and source.names and "lm_head.weight" not in source.names:
         config = dataclasses.replace(config, tied=True)
     config = dataclasses.replace(config, param_dtype=jnp.dtype(dtype), dtype=jnp.dtype(dtype))
     if scan_layers is not None:
@@ -133,16 +133,16 @@ def weights_of(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file for file in path.glob("*.safetensors") if file.name != ROUTING)
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """The folder or the file."""
+def open_source(path: str | os.PathLike[str], *, weights: bool = True) -> Source:
+    """The folder or the file; `weights`: a folder must have some."""
     path = pathlib.Path(path)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, weights)
     expect(path.is_file(), "path", "a folder with config.json or a GGUF file", str(path))
     return gguf_file.open_file(path)
 
 
-def _folder(path: pathlib.Path) -> Source:
+def _folder(path: pathlib.Path, weights: bool) -> Source:
     from safetensors import SafetensorError, safe_open
 
     expect((path / "config.json").is_file(), "path", f"config.json in {str(path)!r}", "none")
@@ -152,7 +152,7 @@ def _folder(path: pathlib.Path) -> Source:
         raise ValueError(f"path: expected JSON in {str(path / 'config.json')!r}, got {error}.") from None
     expect(isinstance(config, dict), "path", f"a config in {str(path / 'config.json')!r}", config)
     files = weights_of(path)
-    expect(files, "path", f"*.safetensors in {str(path)!r}", "none")
+    expect(files or not weights, "path", f"*.safetensors in {str(path)!r}", "none")
     where, opened = {}, []
     for file in files:
         try:

@@ -1,0 +1,230 @@
+"""A linear mechanism on a published model: does what is left of a window's softmax earn its place by learned features?
+
+python -m experiments.studies.residual_linear --out=experiments/results/residual_linear
+    [--controllers=experiments/results/controllers/smollm2] [--steps=150] [--windows=51]
+
+Every layer attends to its window and sinks by softmax and, by one normaliser, to all older keys by features:
+
+    o_t = (sum_near e^{q.k_s} v_s + e^{b_h} sum_far phi(q) . phi(k_s) v_s) / (the same without v)
+    phi(x) = (f(W_h x), f(-W_h x)),    f = softmax ("softmax") or exp ("exp")
+
+W [head, dim, feature] and b are learned, all else is frozen, by the distance of each layer's output from that of full
+attention in full attention's own stream (LoLCATs, arXiv 2410.10254, is the nearest published recipe). Computed as
+squares: what is measured is nats, not time. Without its linear part it is the window.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Array, Float
+
+from experiments import common
+from experiments.benchmarks.common import environment
+from experiments.studies import routed
+from meta_attention_jax import analysis
+from meta_attention_jax.console import say
+from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
+from meta_attention_jax.fields import expect
+from meta_attention_jax.files import write_whole
+from meta_attention_jax.mechanisms.blocks import rotate
+from meta_attention_jax.mechanisms.projections import Norm, Projections
+from meta_attention_jax.model import ModelConfig
+from meta_attention_jax.objective import token_nll
+from meta_attention_jax.runs import load_run
+from meta_attention_jax.types import Batch
+
+FORMS = ("softmax", "exp")
+Maps = dict[str, Array]
+""""query" [layer H d d], "key" [layer G d d], "bias" [layer H]."""
+
+
+def first_maps(config: ModelConfig) -> Maps:
+    """Features of the coordinates themselves, and a linear part that weighs e^-2 of what it may."""
+    layers, dim = config.num_layers, config.head_dim
+    eye = jnp.eye(dim, dtype=jnp.float32)
+    return {
+        "query": jnp.tile(eye, (layers, config.num_heads, 1, 1)),
+        "key": jnp.tile(eye, (layers, config.kv_heads, 1, 1)),
+        "bias": jnp.full((layers, config.num_heads), -2.0),
+    }
+
+
+def features(x: Float[Array, "time head dim"], weights: Array, form: str) -> Float[Array, "time head feature"]:
+    """phi."""
+    z = jnp.einsum("thd,hdf->thf", x, weights)
+    z = jnp.concatenate([z, -z], axis=-1)
+    if form == "exp":
+        return jnp.exp(jnp.clip(z, -10.0, 10.0))
+    return jnp.concatenate([jax.nn.softmax(part, axis=-1) for part in jnp.split(z, 2, axis=-1)], axis=-1)
+
+
+def attention(config: ModelConfig, params: Any, maps: Maps | None, h: Array, form: str) -> tuple[Array, Array]:
+    """Outputs of full attention and of the window with what `form` adds to it, of one sequence: [1 time model]."""
+    time = h.shape[1]
+    projections = Projections(
+        num_heads=config.num_heads, num_kv_heads=config.kv_heads, head_dim=config.head_dim, features=config.model_dim
+    ).bind({"params": params})
+    q, k, v = projections.project(h)
+    places = jnp.arange(time)[None]
+    q, k, v = rotate(q, places, config.rope)[0], rotate(k, places, config.rope)[0], v[0]
+    group = config.num_heads // config.kv_heads
+    by_head = lambda x: jnp.repeat(x, group, axis=1)  # noqa: E731
+    logits = jnp.einsum("qhd,khd->hqk", q, by_head(k)) * config.head_dim**-0.5
+    row, column = jnp.arange(time)[:, None], jnp.arange(time)[None]
+    past = column <= row
+    near = past & ((row - column < config.attention.width) | (column < config.attention.sinks))
+    values = by_head(v)
+    weigh = lambda weights: jnp.einsum("hqk,khd->qhd", weights, values)[None]  # noqa: E731
+    full = weigh(jax.nn.softmax(jnp.where(past, logits, -jnp.inf), axis=-1))
+    logits = jnp.where(near, logits, -jnp.inf)
+    if form == "window":
+        return projections.merge(full), projections.merge(weigh(jax.nn.softmax(logits, axis=-1)))
+    phi_q = features(q, maps["query"], form)
+    phi_k = features(k, maps["key"], form)
+    far = jnp.where(past & ~near, jnp.einsum("qhf,khf->hqk", phi_q, by_head(phi_k)), 0.0)
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest) + far * jnp.exp(maps["bias"][:, None, None] - largest)
+    return projections.merge(full), projections.merge(weigh(weights / weights.sum(axis=-1, keepdims=True)))
+
+
+def forward(
+    config: ModelConfig, params: Any, maps: Maps | None, tokens: Array, form: str, *, stream: str
+) -> tuple[Array, Array, Maps | None]:
+    """(logits, each layer's ||full - form||^2 / ||x||^2 [layer time], its gradient by that layer's maps). `stream`:
+    "full" goes on with full attention, "form" with what is tried."""
+
+    def layer(x, inputs):
+        mine, my_maps = inputs
+        norm = Norm(epsilon=config.norm_epsilon)
+        h = norm.apply({"params": mine["attention_norm"]}, x)
+        square = lambda a: jnp.sum(jnp.square(a), axis=-1)  # noqa: E731
+
+        def lost(my_maps):
+            full, tried = attention(config, mine["attention"]["projections"], my_maps, h, form)
+            harm = (square(full - tried) / square(x))[0]
+            return harm.mean(), (full, tried, harm)
+
+        if stream == "full" and form in FORMS:
+            (_, (full, tried, harm)), slope = jax.value_and_grad(lost, has_aux=True)(my_maps)
+        else:
+            (_, (full, tried, harm)), slope = lost(my_maps), None
+        x = x + (full if stream == "full" else tried)
+        h = norm.apply({"params": mine["mlp_norm"]}, x)
+        inner = jax.nn.silu(h @ mine["gate"]["kernel"]) * (h @ mine["up"]["kernel"])
+        return x + inner @ mine["down"]["kernel"], (harm, slope)
+
+    table = params["embedding"]["embedding"]
+    x = table[tokens] * config.embedding_scale
+    x, (harm, slope) = jax.lax.scan(layer, x, (params["layers"], maps))
+    x = Norm(epsilon=config.norm_epsilon).apply({"params": params["final_norm"]}, x)
+    return x @ table.T, harm, slope
+
+
+def fit(run: Any, form: str, steps: int, rate: float) -> tuple[Maps, list[float]]:
+    """The maps, and the mean distance at each step."""
+    config = run.model.config
+    maps = first_maps(config)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    @jax.jit
+    def step(maps, state, params, tokens):
+        _, harm, slope = forward(config, params, maps, tokens, form, stream="full")
+        updates, state = optimizer.update(slope, state)
+        return optax.apply_updates(maps, updates), state, harm.mean()
+
+    state, seen = optimizer.init(maps), []
+    for i in range(steps):
+        maps, state, harm = step(maps, state, run.params, run.dataset.train_batch(i).tokens[:1])
+        seen.append(float(harm))
+        if i % 10 == 9:
+            say(f"{form}, step {i + 1}/{steps}: {np.mean(seen[-10:]):.5f} from full attention's output")
+    return maps, seen
+
+
+def measured(run: Any, batch: Batch, maps: Maps | None, form: str) -> dict[str, Any]:
+    """`routed.measured` of a form that all tokens of all layers use."""
+    nll, guess, harm = (np.asarray(x) for x in jax.device_get(_read(run.model.config, run.params, maps, batch, form)))
+    mask, kind = np.asarray(batch.loss_mask), np.asarray(batch.kind)
+    task = int(kind[mask].min())
+    own = mask & (kind == task) & ((np.asarray(batch.positions) >= run.config.model.window) | (task != PROSE))
+    right = bool((guess == np.asarray(batch.targets))[own].all())
+    return {
+        "task": KINDS[task], "tokens": int(own.sum()), "nll": float(nll[own].mean()), "share": 0.0,
+        "exact": right if task == LOOKUP else None, "distance": float(harm.mean()),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _read(config: ModelConfig, params: Any, maps: Maps | None, batch: Batch, form: str) -> tuple[Array, Array, Array]:
+    own = "window" if form == "full" else form
+    logits, harm, _ = forward(config, params, maps, batch.tokens, own, stream="full" if form == "full" else "form")
+    return token_nll(logits, batch.targets), jnp.argmax(logits, axis=-1), harm
+
+
+COLUMNS = [
+    column for column in routed.COLUMNS if column.key != "share"
+]
+
+
+def page(run: Any, rows: Sequence[dict[str, Any]], fitted: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    said = (
+        f"{run.config.retrofit.backbone}, test split, T {run.dataset.sequence_length}, window "
+        f"{run.config.model.window}, {run.config.model.sinks} sinks, no router: every token of every layer is served "
+        "alike. `window` is the linear part switched off. Distance of a layer's output from full attention's, in full "
+        "attention's stream, before and after the features were fitted: "
+        + ", ".join(f"{form} {one['first']:.4f} to {one['last']:.4f}" for form, one in fitted.items())
+        + f" ({next(iter(fitted.values()))['steps']} windows)."
+    )
+    return f"# Window and residual linear\n\n{said}\n\n{analysis.markdown_table(routed.lines(rows), COLUMNS)}\n"
+
+
+def main() -> None:
+    out = pathlib.Path(OUT.value)
+    with common.user_mistakes():
+        run = load_run(CONTROLLERS.value)
+        config = run.model.config
+        expect(run.config.retrofit.backbone, "controllers", "a run that has routed a published model", run.path)
+        plain = config.scan_layers and not (config.qk_norm or config.post_norms or config.biases or config.windows)
+        expect(plain and config.tied, "controllers", "a Llama with tied embeddings and stacked layers", run.path)
+        common.check_output("out", out / "rows.json")
+    fitted, maps = {}, {}
+    for form in FORMS:
+        maps[form], seen = fit(run, form, STEPS.value, RATE.value)
+        fitted[form] = {
+            "steps": STEPS.value, "rate": RATE.value, "first": float(np.mean(seen[:10])), "last": float(np.mean(seen[-10:]))
+        }
+    rows: list[dict[str, Any]] = []
+    for number, batch in enumerate(routed.windows(run, "test", WINDOWS.value)):
+        own = np.asarray(batch.loss_mask) & (np.asarray(batch.positions) >= run.config.model.window)
+        if number >= WINDOWS.value or not own.any():
+            continue
+        for arm in ("full", "window", *FORMS):
+            rows.append({"window": number, "arm": arm, "split": "test", **measured(run, batch, maps.get(arm), arm)})
+        if number % 5 == 4:
+            say(f"window {number + 1}/{WINDOWS.value}: " + ", ".join(f"{r['arm']} {r['nll']:.3f}" for r in rows[-4:]))
+    content = {"environment": environment(), "fitted": fitted, "rows": rows}
+    write_whole(out / "rows.json", json.dumps(content) + "\n")
+    print(analysis.terminal_table(routed.lines(rows), COLUMNS))
+    analysis.write_text(out / "README.md", page(run, rows, fitted))
+
+
+if __name__ == "__main__":
+    CONTROLLERS = common.define_path(
+        "controllers", "experiments/results/controllers/smollm2", "A run that has routed the model, or an export."
+    )
+    OUT = common.define_path("out", "experiments/results/residual_linear", "Where rows and table go.")
+    STEPS = flags.DEFINE_integer("steps", 150, "Of each form's fit, a window each.", 1)
+    RATE = flags.DEFINE_float("rate", 1e-2, "Learning rate.", 0.0)
+    WINDOWS = flags.DEFINE_integer("windows", 51, "Of all tasks together.", 1)
+    common.run(main, prints=True)
