@@ -47,7 +47,7 @@ SPEED = [
     analysis.Column("what", "what"), analysis.Column("tokens", "tokens", ",d"),
     analysis.Column("price", "lambda", "g"), analysis.Column("share", "on full", ".1%"),
     analysis.Column("times", "full / routed, seconds", ".2f"), analysis.Column("spread", "spread", ".2f"),
-    analysis.Column("allowed", "full / routed, FLOPs", ".2f"),
+    analysis.Column("allowed", "allowed by FLOPs, decoding by bytes", ".2f"),
     analysis.Column("bytes", "routed / full, bytes of attention", ".2f"),
 ]
 

@@ -318,3 +318,19 @@ class LanguageModel(nn.Module):
         else:
             logits = self.head(self.final_norm(x))
         return blocks.capped(logits, self.config.logit_softcap)
+
+
+def unstacked(model: LanguageModel, params: Any) -> tuple[LanguageModel, Any]:
+    """The same model with the parameters of every layer apart, as `scan_layers=False` has them.
+
+    Decoding reads all weights for every token. Where they are stacked, a compiler that cannot slice inside a product,
+    as XLA's for CPUs, copies each layer's first. The price is a program as long as the model is deep.
+    """
+    config = model.config
+    if not config.scan_layers:
+        return model, params
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {
+        f"layer_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(config.num_layers)
+    }
+    return model.clone(config=dataclasses.replace(config, scan_layers=False)), {**rest, **layers}

@@ -34,7 +34,7 @@ from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.fields import expect, real, whole
 from meta_attention_jax.files import local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
-from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.model import LanguageModel, unstacked
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.sharding import without_mesh
@@ -165,6 +165,11 @@ class Run:
         """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found for it."""
         return budgets.at_budget(self, cost, share)
 
+    def unstacked(self) -> Run:
+        """The same run with its layers apart (see `model.unstacked`), for texts of hundreds of tokens on a CPU."""
+        model, params = unstacked(self.model, self.params)
+        return dataclasses.replace(self, model=model, params=params)
+
     def fit_budget(
         self, *, cost: Optional[float] = None, share: Optional[float] = None, max_batches: Optional[int] = None
     ) -> Run:
@@ -248,6 +253,8 @@ class Run:
     def export(self, path: str | pathlib.Path, *, model: bool = False, **note: Any) -> None:
         """The routers of a published model as a small folder, which `load_run` opens (see `training.export`); with
         `model` the published model too, as other libraries open it. `note`: what else `routing.json` says."""
+        stacked = self.model.config.scan_layers == self.config.model.scan_layers
+        expect(stacked, "run", "one with its layers as they were trained", "one that is unstacked")
         config = self.model.config if model else None
         export.write(
             local("path", path), self.path, self.config, self.params, self.step, self.hypers, model=config, note=note

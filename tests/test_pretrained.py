@@ -16,7 +16,7 @@ import tokenizers
 
 from meta_attention_jax import LanguageModel, Router, RoutingHypers, generate, pretrained
 from meta_attention_jax.data.tokenizer import BPETokenizer
-from meta_attention_jax.pretrained import gguf_file
+from meta_attention_jax.pretrained import gguf_file, read
 from meta_attention_jax.pretrained.read import open_source
 from meta_attention_jax.pretrained.tokenizer import from_gguf
 from meta_attention_jax.sharding import AXES
@@ -130,6 +130,13 @@ def test_what_is_not_there_or_cut_short_is_one_sentence(tmp_path):
     file.unlink()
     with pytest.raises(ValueError, match=r"^path: expected \*.safetensors in "):
         pretrained.load(folder)
+
+
+def test_a_config_alone_says_what_a_model_is_and_gives_no_weights(tmp_path):
+    shutil.copy(FOLDER / "llama3" / "config.json", tmp_path)
+    assert read.describe(tmp_path) == (read.describe(FOLDER / "llama3")[0], None)
+    with pytest.raises(ValueError, match=r"path: expected \*.safetensors in .*, got 'none'"):
+        pretrained.load(tmp_path)
 
 
 def as_gguf(path, name, kind=None, *, freqs=None, extra=()):

@@ -114,6 +114,18 @@ def test_with_every_token_full_it_is_the_published_model(root):
     assert np.linalg.norm(run.at(price=10.0).logits(text, mode="hard") - logits) > 0.01 * np.linalg.norm(logits)
 
 
+def test_with_its_layers_apart_a_run_says_the_same(root, tmp_path):
+    run = load_run(root / "end_to_end")
+    apart, text = run.unstacked(), "a stretch of text that is longer than the window"
+    assert run.model.config.scan_layers and not apart.model.config.scan_layers
+    assert_close(apart.logits(text, mode="hard"), run.logits(text, mode="hard"), 1e-5)
+    np.testing.assert_array_equal(apart.routes(text, mode="hard").route, run.routes(text, mode="hard").route)
+    assert apart.generate(text, steps=4, mode="hard").text == run.generate(text, steps=4, mode="hard").text
+    with pytest.raises(ValueError, match="run: expected .* as they were trained, got .*unstacked"):
+        apart.export(tmp_path / "routers")
+    assert not (tmp_path / "routers").exists()
+
+
 @pytest.mark.parametrize("stage", ["end_to_end", "local"])
 def test_gradients_are_those_of_the_whole_model(place, stage):
     """Of what is trained; frozen or not, theta open or not."""

@@ -1,15 +1,18 @@
 """A routed published model against full attention alone: prefill of a long text, then decoding, measured.
 
 python -m experiments.benchmarks.routed_speed --workdir=runs/smollm2/end_to_end --length=8064 --steps=128
-    [--price=0] [--rounds=3] [--json=FILE]
+    [--price=0] [--window=256] [--forms=blockwise,xla] [--unstacked] [--rounds=3] [--json=FILE]
 
-Both sides hold the same parameters and read the same held-out text, in turns. `allowed` is what FLOPs allow at the
-measured share of full attention: those of full attention on every token over those of the routes, the model's products
-and its controllers included.
+Both sides hold the same parameters and read the same held-out text, in turns; full attention alone in its fastest form.
+`allowed` is what FLOPs allow at the measured share of full attention: those of full attention on every token over those
+of the routes, the model's products and its controllers included. Of decoding it is what bytes allow: weights and the
+whole past over weights and what the routes read of it, at the share of the prompt. With --unstacked layers are decoded
+apart (`Run.unstacked`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +27,12 @@ from meta_attention_jax.cost import count_flops
 from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.fields import expect
 from meta_attention_jax.generation import decode_loop, prefill
+from meta_attention_jax.model import LanguageModel, unstacked
 from meta_attention_jax.routing.accounting import count_layers
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
+from meta_attention_jax.types import IMPLEMENTATIONS
 
 
 def passage(run: Run, length: int) -> np.ndarray:
@@ -50,15 +55,17 @@ def check_length(run: Run, length: int, steps: int) -> None:
     expect(fits, "length", f"with the steps at most the context of {most}", length + steps)
 
 
-def rows(run: Run, *, length: int, steps: int, price: float, rounds: int) -> list[Row]:
-    """Prefill and decoding, hard and packed, over full attention alone."""
+def rows(
+    run: Run, *, length: int, steps: int, price: float, rounds: int, forms: Sequence[str] = ("auto",),
+    apart: bool = False,
+) -> list[Row]:
+    """Prefill and decoding, hard and packed, over full attention alone in the fastest of `forms`."""
     hypers = run.hypers.routing.replace(price=jnp.float32(price))
     tokens, capacity = passage(run, length), -(-(length + steps) // 64) * 64
     lengths = np.array([tokens.shape[1]], np.int32)
-    models = {
-        "routed": run.model.clone(mode="hard", dispatch="packed"),
-        "full": run.model.routed_by(controller="fixed", fixed=("full",)),
-    }
+    alone = run.model.routed_by(controller="fixed", fixed=("full",))
+    models = {"routed": run.model.clone(mode="hard", dispatch="packed")}
+    models |= {f"full {form}": with_attention(alone, implementation=form) for form in forms}
     filled: dict[str, Any] = {}
 
     def reading(name: str):
@@ -69,38 +76,57 @@ def rows(run: Run, *, length: int, steps: int, price: float, rounds: int) -> lis
         return read
 
     def writing(name: str):
+        model, params = unstacked(models[name], run.params) if apart else (models[name], run.params)
+
         def write():
             # The loop consumes what it is given; lengths begin anew with every copy.
             cache, logits, _ = jax.tree.map(jnp.copy, filled[name])
             return decode_loop(
-                models[name], run.params, cache, logits, jax.random.split(jax.random.key(0), 1), hypers, steps=steps
+                model, params, cache, logits, jax.random.split(jax.random.key(0), 1), hypers, steps=steps
             )[2]["tokens"]
 
         return write
 
-    found = []
-    full = run.mechanisms.index("full")
-    for what, make in (("prefill", reading), ("decode", writing)):
-        seconds = interleave({name: make(name) for name in models}, rounds)
-        ratio, spread = median_and_spread(seconds["full"] / seconds["routed"])
-        row = {
-            "what": what, "tokens": length if what == "prefill" else steps, "price": price, "times": ratio,
-            "spread": spread, "rounds": rounds, "routed_seconds": float(np.median(seconds["routed"])),
-            "full_seconds": float(np.median(seconds["full"])),
+    def compared(what: str, seconds: dict[str, np.ndarray]) -> tuple[str, Row]:
+        fastest = min((name for name in seconds if name != "routed"), key=lambda name: np.median(seconds[name]))
+        ratio, spread = median_and_spread(seconds[fastest] / seconds["routed"])
+        return fastest, {
+            "what": what, "tokens": length if what == "prefill" else steps, "window": run.model.config.attention.window,
+            "price": price, "times": ratio, "spread": spread, "rounds": rounds,
+            **{f"{name} s": float(np.median(one)) for name, one in seconds.items()},
         }
-        if what == "prefill":
-            route = np.asarray(filled["routed"][2]["route"])
-            row |= spent(run, route, length)
-            row["share"] = float((route[:, :, :length] == full).mean())
-        found.append(row)
-    return found
+
+    fastest, prefilled = compared("prefill", interleave({name: reading(name) for name in models}, rounds))
+    route = np.asarray(filled["routed"][2]["route"])[:, :, :length]
+    prefilled |= spent(run, route, length)
+    prefilled["share"] = float((route == run.mechanisms.index("full")).mean())
+    # A step is alike in all forms.
+    _, decoded = compared("decode", interleave({name: writing(name) for name in ("routed", fastest)}, rounds))
+    decoded |= {"unstacked": apart, "allowed": allowed_in_decoding(run, length + steps // 2, prefilled["share"])}
+    return [prefilled, decoded]
+
+
+def with_attention(model: LanguageModel, **changes: Any) -> LanguageModel:
+    """The same model, with other fields of its attention."""
+    attention = dataclasses.replace(model.config.attention, **changes)
+    return model.clone(config=dataclasses.replace(model.config, attention=attention))
+
+
+def allowed_in_decoding(run: Run, past: int, share: float) -> float:
+    """Bytes of a step with all of `past` tokens read by every layer, over those of a step with so many of the layers."""
+    config = run.model.config
+    leaves = [leaf for leaf in jax.tree.leaves(run.params) if isinstance(leaf, jax.Array)]
+    weights = sum(leaf.nbytes for leaf in leaves)
+    token = 2 * config.kv_heads * config.head_dim * jnp.dtype(config.dtype or config.param_dtype).itemsize
+    near = min(past, config.attention.width + config.attention.sinks)
+    layers = len(config.routed)
+    return (weights + layers * token * past) / (weights + layers * token * (share * past + (1 - share) * near))
 
 
 def spent(run: Run, route: np.ndarray, length: int) -> dict[str, float]:
     """`allowed`, and the bytes that attention moves for these routes over those of full attention."""
     config = run.model.config
-    route = jnp.asarray(route[:, :, :length])
-    counted = jax.device_get(jax.jit(lambda route: count_layers(route, config))(route))
+    counted = jax.device_get(jax.jit(lambda route: count_layers(route, config))(jnp.asarray(route)))
     flops = count_flops(config, time=length, controller_outputs=build.controller_outputs(run.config))
     trunk = flops.trunk - flops.windows  # Which are counted with the routes.
     full = trunk - flops.controller + float(counted.flops.full_only) / length
@@ -117,8 +143,13 @@ def main() -> None:
         expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
         check_length(run, LENGTH.value, STEPS.value)
         prices = common.finite("price", PRICE.value)
+        for form in FORMS.value:
+            expect(form in IMPLEMENTATIONS, "forms", f"some of {IMPLEMENTATIONS}", form)
+        if WINDOW.value:
+            run = dataclasses.replace(run, model=with_attention(run.model, window=WINDOW.value))
     parts: Sequence[Sequence[Row]] = [
-        rows(run, length=LENGTH.value, steps=STEPS.value, price=price, rounds=ROUNDS.value)
+        rows(run, length=LENGTH.value, steps=STEPS.value, price=price, rounds=ROUNDS.value, forms=FORMS.value,
+             apart=UNSTACKED.value)
         for price in prices
     ]
     tell(parts, JSON.value)
@@ -129,6 +160,9 @@ if __name__ == "__main__":
     LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of the prompt.", 1)
     STEPS = flags.DEFINE_integer("steps", 64, "Tokens that are decoded.", 1)
     PRICE = flags.DEFINE_list("price", ["0"], "Lambdas.")
+    WINDOW = flags.DEFINE_integer("window", None, "Of local attention; None is the run's own.", 2)
+    FORMS = flags.DEFINE_list("forms", ["auto"], "Of full attention alone (`AttentionSpec.implementation`).")
+    UNSTACKED = flags.DEFINE_boolean("unstacked", False, "Decode with the layers apart.")
     ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each side.", 1)
     JSON = common.define_path("json", None, "Write the rows to this file as well.")
     flags.mark_flag_as_required("workdir")
