@@ -119,7 +119,10 @@ def uncertainty_table(folder: pathlib.Path) -> str:
 
 def compiled_table(stored: Mapping[str, Any]) -> str:
     """Memory and collectives of the programs of `experiments.checks.compile`."""
-    [report] = stored["rows"]
+    return "\n".join(_compiled(report) for report in stored["rows"])
+
+
+def _compiled(report: Mapping[str, Any]) -> str:
     said = ", ".join(f"{k} {_text(v)}" for k, v in report.items() if _scalar(v))
     rows = []
     for name, program in report["programs"].items():
@@ -184,6 +187,10 @@ RECORDS = (
            "studies.routed --workdir=experiments/results/controllers/smollm2 --rank=4", routed_table, "bdaabb3"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
            "benchmarks.routed_speed --workdir=experiments/results/controllers/smollm2 --length=8064 --steps=128"),
+    Record("Routing a 1B and an 8B model on an H100, compiled without one and not run", "compile_retrofit.json",
+           "checks.compile --config=configs/retrofit_smollm2.py --config.retrofit.backbone=FOLDER --topology=h100 "
+           "--config.model.dtype=bfloat16 --config.model.remat=True --config.data.sequence_length=4096 "
+           "--config.model.window=256 --programs=soft,decode", compiled_table),
     Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),

@@ -115,6 +115,7 @@ def training_bytes(config: ConfigDict, devices: Sequence[jax.Device], vocab_size
                       remat it would be saved as well, and this is a lower bound)
       logits          float32 and their gradient: 8 b T V
       embedding       gathered, and its gradient: (e + 4) V D; only the gradient, shared, if not split
+      published       in the place of the last, where there is one: it has no gradient
     """
     parallel = build.check_parallel(config, devices)
     state = abstract_state(config, vocab_size)
@@ -128,12 +129,17 @@ def training_bytes(config: ConfigDict, devices: Sequence[jax.Device], vocab_size
     tokens, dim = rows * config.data.sequence_length, config.model.model_dim
     width = jnp.dtype(config.model.dtype).itemsize
     split = parallel.shard_axis is not None
+    frozen = abstract_frozen(config, vocab_size)
+    if frozen is None:
+        rest = {"embedding": (width + 4 if split else width) * vocab_size * dim}
+    else:
+        rest = {"published": held(frozen)}
     return {
         "state": held(state.replace(key=jax.ShapeDtypeStruct((2,), jnp.uint32))),
         "gradients": held(state.params),
         "saved": width * config.model.num_layers * tokens * dim,
         "logits": 8 * tokens * vocab_size,
-        "embedding": (width + 4 if split else width) * vocab_size * dim,
+        **rest,
     }
 
 
