@@ -23,7 +23,7 @@ from ml_collections.config_flags import tuple_parser
 from meta_attention_jax.config import SCHEMA, check_fields, help_table
 from meta_attention_jax.console import tolerant_streams
 from meta_attention_jax.data.splits import RULES
-from meta_attention_jax.fields import expect, near
+from meta_attention_jax.fields import LARGEST, expect, near
 from meta_attention_jax.files import local
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
@@ -59,7 +59,7 @@ def finite(field: str, texts: Sequence[str]) -> list[float]:
             found.append(float(text))
         except ValueError:
             found.append(math.nan)
-        expect(math.isfinite(found[-1]), field, "finite numbers", text)
+        expect(abs(found[-1]) <= LARGEST, field, "finite numbers", text)
     return found
 
 

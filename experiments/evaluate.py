@@ -3,7 +3,7 @@
 Mode hard comes with the FLOPs and bytes that attention executes for its routes.
 
 python -m experiments.evaluate --workdir=runs/recall [--split=validation] [--length=128]
-    [--modes=soft,hard,gated] [--threshold=0.5] [--samples=4] [--step=best] [--json=FILE]
+    [--modes=soft,hard,gated] [--threshold=0.3] [--samples=4] [--step=best] [--json=FILE]
     [--corpus=path:WHERE_THE_DATA_ARE_NOW]
     [--prices=-0.3,0,0.1,0.3] [--beside=experiments/results/sweep_recall]
     [--budget_cost=0.3 | --budget_share=0.1]
@@ -41,7 +41,9 @@ SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"]
 MODE = flags.DEFINE_list("modes", list(MODES), "Among soft, hard, gated.")
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
 LENGTH = flags.DEFINE_integer("length", None, "Sequence length; as trained when absent.", 1)
-THRESHOLD = flags.DEFINE_float("threshold", 0.5, "theta of gated mode.", 0.0, 1.0)
+THRESHOLD = flags.DEFINE_float(
+    "threshold", None, "theta of gated mode; None: 0.5, or the run's own where its gate is in nats.", 0.0, 1.0
+)
 SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats and ELBO.", 0)
 MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
 JSON = common.define_path("json", None, "Write the rows to this file as well.")
@@ -114,7 +116,8 @@ def main() -> None:
         if not MODE.value:
             raise ValueError(f"modes: expected some of {MODES}, got none.")
         # absl lets NaN through.
-        expect(0 <= THRESHOLD.value <= 1, "threshold", "theta in [0, 1]", THRESHOLD.value)
+        given = THRESHOLD.value
+        expect(given is None or 0 <= given <= 1, "threshold", "theta in [0, 1]", given)
         run = load_run(WORKDIR.value, step=STEP.value, sequence_length=LENGTH.value, **DATA())
         run.dataset  # Opened here, where its errors are the user's.
         budget = {"cost": BUDGET_COST.value, "share": BUDGET_SHARE.value}
@@ -131,7 +134,10 @@ def main() -> None:
     if run.config.data.batch_size % len(parallel.devices):
         parallel = Parallel("jit", parallel.devices[:1])
     evaluator = Evaluator(run.model, run.dataset, parallel)
-    hypers = run.hypers.routing.replace(threshold=jnp.float32(THRESHOLD.value))
+    hypers = run.hypers.routing
+    if given is not None or run.config.gate.unit != "nats":
+        hypers = hypers.replace(threshold=jnp.float32(0.5 if given is None else given))
+    price = float(hypers.price)
     params, hypers = parallel.place((run.params, hypers))
     where, mechanisms = dict(split=SPLIT.value, max_batches=MAX_BATCHES.value), run.mechanisms
     rows = []
@@ -143,7 +149,7 @@ def main() -> None:
         else:
             sums, executed = evaluator.sums(params, hypers, mode=mode, **where), {}
         metrics = summarise(sums, mechanisms=mechanisms, costs=run.hypers.routing.costs)
-        rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, **metrics, **executed})
+        rows.append({"mode": mode, "step": run.step, "split": SPLIT.value, "price": price, **metrics, **executed})
     columns = COLUMNS + [analysis.Column(f"fraction/{name}", name, ".1%") for name in mechanisms]
     print(f"{run.path.name} at step {run.step}, {SPLIT.value} split\n{run.dataset}")
     print(analysis.terminal_table(rows, columns))
@@ -151,7 +157,7 @@ def main() -> None:
         print(executed_table(row, run))
     if SAMPLES.value:
         sampled = evaluator.sampled(params, hypers, samples=SAMPLES.value, **where)
-        rows.append({"mode": "sampled", "samples": SAMPLES.value, **sampled})
+        rows.append({"mode": "sampled", "samples": SAMPLES.value, "price": price, **sampled})
         print(f"{SAMPLES.value} samples of pi: predictive {sampled['predictive']:.4f} nats, "
               f"ELBO {sampled['elbo']:.4f} nats")
     if JSON.value:

@@ -8,7 +8,6 @@ next sees).
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -16,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 
 from meta_attention_jax.config import read_stored
-from meta_attention_jax.fields import expect, real
+from meta_attention_jax.fields import LARGEST, expect, real
 from meta_attention_jax.files import write_whole
 
 FILE = "budgets.json"
@@ -78,7 +77,7 @@ def read_budgets(path: pathlib.Path) -> list[dict[str, Any]]:
     found = read_stored(path / FILE, "budgets").get("budgets")
     ok = isinstance(found, list) and all(
         isinstance(one, dict) and {"kind", "budget", "step", "price"} <= one.keys()
-        and isinstance(one["price"], (int, float)) and math.isfinite(one["price"])
+        and isinstance(one["price"], (int, float)) and abs(one["price"]) <= LARGEST
         for one in found
     )
     if not ok:
@@ -87,30 +86,34 @@ def read_budgets(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def keep_budget(path: pathlib.Path, found: dict[str, Any]) -> None:
-    """Writes a budget beside the others of the run; one of the same kind, value and step gives way."""
-    same = ("kind", "budget", "step")
-    others = [one for one in read_budgets(path) if any(one[key] != found[key] for key in same)]
+    """Writes a budget beside the others of the run; one of the same kind, value, step and length gives way."""
+    same = ("kind", "budget", "step", "length")
+    others = [one for one in read_budgets(path) if any(one.get(key) != found[key] for key in same)]
     content = {"budgets": [*others, found]}
     write_whole(path / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def stored_price(path: pathlib.Path, kind: str, budget: float, step: int) -> float:
-    """The price that was found."""
+def stored_price(path: pathlib.Path, kind: str, budget: float, step: int, length: int) -> float:
+    """The price that was found, on sequences of `length` tokens."""
     found = read_budgets(path)
     for one in found:
-        if one["kind"] == kind and one["budget"] == budget and one["step"] == step:
+        same = one["kind"] == kind and np.float32(one["budget"]) == np.float32(budget) and one["step"] == step
+        if same and one.get("length", length) == length:  # The first ones were of the trained length.
             return float(one["price"])
-    known = ", ".join(f"{one['kind']} {one['budget']:g} at step {one['step']}" for one in found) or "none"
+    known = ", ".join(
+        f"{one['kind']} {one['budget']:g} at step {one['step']}, length {one.get('length', 'as trained')}"
+        for one in found
+    )
     raise ValueError(
         f"{kind}: expected a budget found for the run (python -m experiments.evaluate "
-        f"--budget_{kind}={budget:g}), got {budget:g} at step {step}; found are {known}."
+        f"--budget_{kind}={budget:g}), got {budget:g} at step {step}, length {length}; found are {known or 'none'}."
     )
 
 
 def at_budget(run: Any, cost: Optional[float], share: Optional[float]) -> Any:
     """See `Run.at_budget`."""
     kind, value = check_budget(cost, share, run.hypers.routing.costs, run.mechanisms)
-    return run.at(price=stored_price(run.path, kind, value, run.step))
+    return run.at(price=stored_price(run.path, kind, value, run.step, run.sequence_length), mode="hard")
 
 
 def fit_budget(run: Any, cost: Optional[float], share: Optional[float], max_batches: Optional[int]) -> Any:
@@ -122,10 +125,11 @@ def fit_budget(run: Any, cost: Optional[float], share: Optional[float], max_batc
     where = dict(split="validation", mode="hard", max_batches=max_batches)
     run.evaluate(**where)  # What this compiles, its copies at other prices share.
     price = find_price(lambda at: run.at(price=at).evaluate(**where)[KINDS[kind]], value, costs)
-    run = run.at(price=price)
+    run = run.at(price=price, mode="hard")
     found = run.evaluate(**where)
     keep_budget(run.path, {
-        "kind": kind, "budget": value, "step": run.step, "price": float(run.hypers.routing.price),
+        "kind": kind, "budget": value, "step": run.step, "length": run.sequence_length,
+        "price": float(run.hypers.routing.price),
         "cost": found["cost"], "share": found.get("fraction/full"), "nll": found["nll"],
         "tokens": found["tokens"],
     })

@@ -282,6 +282,7 @@ class MetaAttention(nn.Module):
         expected = "'nominal' or numbers, such as those of `cost.analytic_costs(..., time=...)` at one fixed length"
         expect(self.costs != "analytic", "costs", expected, "analytic")
         costs = resolve_costs(self.costs, self.router.mechanisms, time=time, dim=dim, spec=self.spec)
+        expect(0 <= self.threshold <= 1, "threshold", "theta in [0, 1]", self.threshold)
         if not self.router.is_fixed:
             validate_prior(strength=self.strength, preference=self.preference, costs=costs)
         return RoutingHypers(

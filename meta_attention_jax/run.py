@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -31,7 +30,7 @@ from meta_attention_jax import answers, budgets
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
-from meta_attention_jax.fields import expect, real, whole
+from meta_attention_jax.fields import LARGEST, expect, real, whole
 from meta_attention_jax.files import local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel, unstacked
@@ -67,6 +66,7 @@ class Run:
     hypers: Hypers
     sequence_length: int  # Of `dataset`.
     batch_size: int
+    asked_mode: Optional[str] = None  # In the place of the one that training ends in.
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -91,8 +91,9 @@ class Run:
 
     @property
     def mode(self) -> str:
-        """The mode that training ends in; see `rules.last_mode`."""
-        return last_mode(self.config)
+        """The mode of whatever is asked without one: that of `at`, else that which training ends in
+        (`rules.last_mode`)."""
+        return last_mode(self.config) if self.asked_mode is None else self.asked_mode
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:
@@ -149,20 +150,26 @@ class Run:
         parallel = Parallel("jit", jax.local_devices()[:1])
         return Evaluator(self.model, self.dataset, parallel), parallel.place(self.params)
 
-    def at(self, *, price: Optional[float] = None, threshold: Optional[float] = None) -> Run:
-        """The same run at another lambda or theta of its decisions (see `routing.decide`), without compiling."""
+    def at(
+        self, *, price: Optional[float] = None, threshold: Optional[float] = None, mode: Optional[str] = None
+    ) -> Run:
+        """The same run at another lambda or theta of its decisions (see `routing.decide`), or asked in another mode,
+        without compiling. Soft mixtures take no decision: no price changes them."""
         hypers = self._routing_hypers(threshold)
         if price is not None:
             price = real("price", price)
-            expect(math.isfinite(price), "price", "a finite number", price)
+            expect(abs(price) <= LARGEST, "price", "a finite number", price)
             hypers = hypers.replace(price=jnp.float32(price))
-        other = dataclasses.replace(self, hypers=self.hypers.replace(routing=hypers))
+        other = dataclasses.replace(
+            self, hypers=self.hypers.replace(routing=hypers), asked_mode=self.asked_mode if mode is None else self._mode(mode)
+        )
         shared = self.__dict__.keys() & {"dataset", "metrics", "_evaluator"}
         other.__dict__.update({name: self.__dict__[name] for name in shared})
         return other
 
     def at_budget(self, *, cost: Optional[float] = None, share: Optional[float] = None) -> Run:
-        """The run at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found for it."""
+        """The run in mode hard at the price that `fit_budget` (or `experiments.evaluate --budget_cost`) has found for
+        it, at its sequence length."""
         return budgets.at_budget(self, cost, share)
 
     def unstacked(self) -> Run:
@@ -173,7 +180,7 @@ class Run:
     def fit_budget(
         self, *, cost: Optional[float] = None, share: Optional[float] = None, max_batches: Optional[int] = None
     ) -> Run:
-        """The run at the lowest price that keeps a budget on validation, in mode hard: the projected cost of the
+        """The run in mode hard, at the lowest price that keeps a budget on validation: the projected cost of the
         routes, from the cheapest mechanism's to 1, or the share of tokens on full attention. `budgets.json` of the run
         directory keeps it. `max_batches` as in `evaluate`."""
         return budgets.fit_budget(self, cost, share, max_batches)

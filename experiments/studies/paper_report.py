@@ -50,7 +50,9 @@ def table(rows: Sequence[Row], corpus: str, arms: Optional[Sequence[str]] = None
     """A line per arm, means over seeds."""
     own = [row for row in rows if row["corpus"] == corpus]
     lines = []
-    for arm in arms or dict.fromkeys(row["arm"] for row in own if AT_WEIGHT not in row["arm"]):
+    if arms is None:
+        arms = list(dict.fromkeys(row["arm"] for row in own if AT_WEIGHT not in row["arm"]))
+    for arm in arms:
         good = [row for row in own if row["arm"] == arm and "diverged" not in row]
         if good:
             line: Row = {"arm": arm, "seeds": len(good), "beta": good[0]["beta"]}
@@ -152,9 +154,10 @@ def page(rows: Sequence[Row], total: int) -> str:
 
 
 def weight_lines(rows: Sequence[Row]) -> list[Row]:
-    """A line per KL weight of the authors' settings, from the smallest."""
-    arms = dict.fromkeys(row["arm"] for row in rows if AT_WEIGHT in row["arm"])
-    return sorted(table(rows, "tiny_lm", list(arms)), key=lambda line: line["beta"])
+    """A line per KL weight of the authors' settings, from the smallest: 0, their prior-free arm, and the sweep's."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows if AT_WEIGHT in row["arm"]))
+    lines = table(rows, "tiny_lm", [PRIOR_FREE[0], *arms]) if arms else []
+    return sorted(lines, key=lambda line: line["beta"])
 
 
 def weight_figure(lines: Sequence[Row]) -> Figure:

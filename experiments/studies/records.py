@@ -162,7 +162,7 @@ RECORDS = (
            "ablation --config=configs/tiny_lm.py --workdir=runs/ablation-sotu --seeds=3 --views=tokens "
            "--arms=bayesian,prior-free,full-only,local+full,local", ablation_table, "e820864"),
     Record("The paper's numbers, run", "paper", "studies.paper --workdir=runs/paper", paper_table,
-           "b9bd5af, 015a815 and 4f757c1"),
+           "b9bd5af, 015a815, 4f757c1 and b013af4"),
     Record("What uncertainty finds", "uncertainty",
            "studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table, "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",

@@ -28,6 +28,7 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.pretrained import save
 from meta_attention_jax.pretrained.source import ROUTING
 from meta_attention_jax.training import backbone
+from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.step import Hypers
 
 FILE = "routing.json"
@@ -60,6 +61,10 @@ def write(
     kept = config_to_dict(config)
     # Measured costs are frozen in the run.
     kept["prior"]["costs"] = ",".join(f"{cost:.9g}" for cost in np.asarray(hypers.routing.costs))
+    # Where the run is asked at another price or theta than it was trained to.
+    kept["gate"]["price"] = float(hypers.routing.price)
+    if np.float32(final_threshold(config)) != np.float32(hypers.routing.threshold):
+        kept["gate"] |= {"threshold": float(hypers.routing.threshold), "unit": "theta"}
     kept["train"]["init_from"] = ""  # A place on the machine that trained it.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:

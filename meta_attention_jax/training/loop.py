@@ -71,7 +71,8 @@ def _gate_in_nats(config: ConfigDict) -> str:
         return ""
     theta = final_threshold(config)
     harden = "every token hard" if theta == 1 else f"theta {theta:.3g}"
-    return f"gate at {config.gate.threshold:g} nats ({harden}), "
+    when = " in gated mode, none in training" if config.gate.kind == "none" else ""
+    return f"gate at {config.gate.threshold:g} nats ({harden}{when}), "
 
 
 def _where(job: Job) -> str:
