@@ -20,7 +20,7 @@ slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow
 
 smoke: $(READY)
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -n 2 -m smoke
 
 # Published families against `transformers` (extra `parity` of pyproject.toml), and the fixtures of tests/test_pretrained.py.
 parity: $(READY)

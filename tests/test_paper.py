@@ -254,9 +254,10 @@ def test_one_model_at_six_prices_spends_less_and_less(trained):
     plain = trained.at(price=PRICES[2]).routes(text, mode="hard")
     np.testing.assert_array_equal(plain.route, plain.mean.argmax(-1))  # 0 is the plain argmax.
     model, ids = trained.model.clone(mode="soft"), trained.encode(text)[None]
-    forced = model.apply(
-        {"params": trained.params}, ids, hypers=trained.hypers.routing, route=jnp.asarray(plain.route)[:, None]
-    )
+    apply = jax.jit(lambda route: model.apply(
+        {"params": trained.params}, ids, hypers=trained.hypers.routing, route=route
+    ))
+    forced = apply(plain.route[:, None])
     assert_close(trained.at(price=PRICES[2]).logits(text, mode="hard"), forced.logits[0])
 
 

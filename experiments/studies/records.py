@@ -91,6 +91,16 @@ def paper_table(folder: pathlib.Path) -> str:
     return "\n".join(parts) + _pictures(folder)
 
 
+def prices_table(folder: pathlib.Path) -> str:
+    """One model at several prices of its decisions."""
+    rows = _read(folder / "rows.json")
+    shares = [Column(name, name.removeprefix("fraction/"), ".1%") for name in rows[0] if name.startswith("fraction/")]
+    found = [Column("price", "lambda", "g"), Column("nll", "nats hard", ".4f"), Column("cost", "cost", ".1%")]
+    columns = found + shares
+    said = f"{rows[0]['split']} split, {rows[0]['tokens']:,} tokens, step {rows[0]['step']}"
+    return f"{said}\n\n{analysis.markdown_table(rows, columns)}{_pictures(folder)}"
+
+
 def routed_table(folder: pathlib.Path) -> str:
     """A routed published model against full attention, a window, fixed layers and disorder."""
     stored = _read(folder / "rows.json")
@@ -167,6 +177,9 @@ RECORDS = (
            "studies.uncertainty --runs=... --out=... --batches=8", uncertainty_table, "e820864"),
     Record("The strength of the prior, on recall", "sweep_recall",
            "sweep --config=configs/sweep_concentration.py --workdir=runs/sweep", sweep_table, "9a3f822"),
+    Record("One model at many prices, beside models trained apart", "prices",
+           "evaluate --workdir=runs/recall --prices=-1,-0.6,-0.4,-0.3,-0.2,-0.1,0,0.1,0.2,0.4,0.6,0.8,1,1.2 "
+           "--modes=hard --max_batches=16 --budget_cost=0.25 --beside=experiments/results/sweep_recall", prices_table, "e46feae"),
     Record("The strength of the prior, on State of the Union addresses", "sweep_sotu",
            "sweep --config=configs/sweep_concentration_sotu.py --workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
     Record("Hard routing against the fastest full attention", "hard_routing.json", "benchmarks.hard_routing"),
