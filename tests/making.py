@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
@@ -22,6 +23,11 @@ from meta_attention_jax.routing import dispatch
 SPEC = {field.name for field in dataclasses.fields(AttentionSpec)}
 ROUTER = {field.name for field in dataclasses.fields(Router)}
 MODULE = {"mode", "dispatch", "shard_axis", "name"}
+
+
+def slow(*cases: Any) -> list[Any]:
+    """Cases of a `parametrize` that `make slow` runs alone; others of the same test are in `make test`."""
+    return [pytest.param(*case if isinstance(case, tuple) else (case,), marks=pytest.mark.slow) for case in cases]
 
 
 def _records(fields: dict[str, Any], window: int = 128) -> tuple[AttentionSpec, Router, dict]:

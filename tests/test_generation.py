@@ -125,12 +125,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SELDOM = "hard", "window beyond the text", "fixed pattern"
+
+
+@pytest.mark.parametrize("name", [*(name for name in CASES if name not in SELDOM), *making.slow(*SELDOM)])
 def test_prefill_and_steps_are_one_forward_pass_at_own_routes(name):
     assert_stepwise_is_forward(make(**CASES[name]))
 
 
-@pytest.mark.parametrize("name", ["one key head, gated", "fixed pattern"])
+@pytest.mark.parametrize("name", ["one key head, gated", *making.slow("fixed pattern")])
 def test_prefill_and_steps_are_one_forward_pass_at_forced_routes(name):
     route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
     assert_stepwise_is_forward(make(**CASES[name]), route)
@@ -311,7 +314,7 @@ def test_keys_behind_the_length_and_rows_not_needed_are_never_read(monkeypatch):
         assert np.all(np.isfinite(out)) and np.all(out[2] == 0.0) and np.all(out[:2] != 0.0)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [*making.slow(False), True])
 def test_the_model_reads_only_what_the_routes_need(scanned):
     """A row that is routed to linear reads no key or value, one routed to local the last w; here all
     others are NaN, which no weight of 0 could hide."""

@@ -120,7 +120,7 @@ def test_no_gradient_flows_from_later_tokens(controller, mode):
     assert np.all(np.diagonal(effect) > 0.0)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [False, *making.slow(True)])  # Gradients above are drawn and not.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("controller", CONTROLLERS)
 def test_replacing_later_tokens_changes_nothing_before(controller, mode, sampled):
@@ -190,7 +190,7 @@ def test_gate_limits_are_soft_and_hard():
     assert distance(soft(tokens()).logits, hard(tokens()).logits) > 1e-3
 
 
-@pytest.mark.parametrize("controller", ["bayesian", "softmax"])
+@pytest.mark.parametrize("controller", ["bayesian", *making.slow("softmax")])
 def test_remat_changes_no_gradient(controller):
     params = unrolled(parameters(controller))
 
@@ -306,6 +306,7 @@ def test_a_numpy_false_draws_samples_as_a_python_false_does():
     np.testing.assert_array_equal(same, drawn)
 
 
+@pytest.mark.slow
 def test_long_hard_sequences_by_packed_dispatch_are_those_of_dense_and_of_the_cut():
     """The whole model, T above the length where packed dispatch begins, cut to one below it."""
     time, cut = 600, 350

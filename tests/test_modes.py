@@ -116,7 +116,7 @@ def test_under_a_mesh_all_is_as_on_one_device(run):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("controller", ["bayesian", "switch", "gumbel"])
+@pytest.mark.parametrize("controller", ["bayesian", *making.slow("switch", "gumbel")])
 def test_the_layer_keeps_float32(mode, controller):
     x = jnp.asarray(RANDOM.normal(size=(2, 20, 16)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 2)
@@ -294,6 +294,7 @@ def test_points_of_a_sweep_are_plain():
         log_spaced(0.5, 32, 7.0)
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_not_there_is_one_sentence(run, tmp_path):
     """Of every command that computes; each in a fork of one process."""
     commands = [

@@ -35,6 +35,7 @@ def test_it_opens_and_says_what_it_said(old):
     np.testing.assert_array_equal(run.routes(said["ids"], mode="hard").route, said["route"])
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_where_it_would_have_come(old):
     path, said = old
     config = dict_to_config(read_config(path / "config.json"))

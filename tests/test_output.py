@@ -256,6 +256,7 @@ def test_a_picture_that_fails_costs_no_table(tmp_path, monkeypatch, capsys):
     assert "chosen: a" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_costs_no_page(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise ValueError("no such glyph")

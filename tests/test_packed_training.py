@@ -93,6 +93,7 @@ def test_a_frozen_controller_does_not_move(setting):
     assert distance(after_[1], before_[1]) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_controller_learns_from_the_dense_rows_alone(setting, packed_gradients):
     spec, state, batch, hypers = setting
     mixed = dataclasses.replace(spec, dense_rows=0.3)  # 3 of 8 rows

@@ -12,11 +12,12 @@ from experiments.studies import routed
 from meta_attention_jax import analysis, load_run, pretrained
 from meta_attention_jax.analysis.statistics import bootstrap
 from meta_attention_jax.data.tasks import KINDS
+from tests import making
 from tests.close import assert_close
 from tests.test_retrofit import place, root  # noqa: F401
 
 
-@pytest.mark.parametrize("model", [False, True])
+@pytest.mark.parametrize("model", [False, *making.slow(True)])
 def test_an_export_opens_like_the_run(root, tmp_path, model):  # noqa: F811
     run = load_run(root / "end_to_end")
     run.export(tmp_path / "out", model=model, command="by a test")

@@ -25,6 +25,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import train
+from tests import making
 from tests.close import assert_close
 from tests.fuzz_harness import call
 
@@ -39,8 +40,8 @@ def environment(devices):
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
-@pytest.mark.parametrize("controller", [name for name in CONTROLLERS])
-@pytest.mark.parametrize("scanned", (False, True))
+@pytest.mark.parametrize("controller", CONTROLLERS)
+@pytest.mark.parametrize("scanned", (False, *making.slow(True)))
 def test_every_matrix_has_a_rule_and_its_axis_is_a_width(controller, scanned):
     config = smoke.get_config()
     config.controller.name = controller

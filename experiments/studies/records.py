@@ -179,7 +179,8 @@ RECORDS = (
            "sweep --config=configs/sweep_concentration.py --workdir=runs/sweep", sweep_table, "9a3f822"),
     Record("One model at many prices, beside models trained apart", "prices",
            "evaluate --workdir=runs/recall --prices=-1,-0.6,-0.4,-0.3,-0.2,-0.1,0,0.1,0.2,0.4,0.6,0.8,1,1.2 "
-           "--modes=hard --max_batches=16 --budget_cost=0.25 --beside=experiments/results/sweep_recall", prices_table, "e46feae"),
+           "--modes=hard --max_batches=16 --budget_cost=0.25 --beside=experiments/results/sweep_recall",
+           prices_table, "e46feae"),
     Record("The strength of the prior, on State of the Union addresses", "sweep_sotu",
            "sweep --config=configs/sweep_concentration_sotu.py --workdir=runs/sweep-sotu", sweep_table, "9a3f822"),
     Record("Hard routing against the fastest full attention", "hard_routing.json", "benchmarks.hard_routing"),
