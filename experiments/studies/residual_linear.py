@@ -48,14 +48,21 @@ Maps = dict[str, Array]
 """"query" [layer H d d], "key" [layer G d d], "bias" [layer H]."""
 
 
-def first_maps(config: ModelConfig) -> Maps:
-    """Features of the coordinates themselves, and a linear part that weighs e^-2 of what it may."""
+FIRST = {"softmax": (1.0, -2.0), "exp": (0.03, -10.0)}
+"""Of each form: the scale of W = 1 at the start, and b there, small enough that the window still decides."""
+PER_UNIT = 10.0
+"""b is that many times what is learned, since it has further to go than W."""
+
+
+def first_maps(config: ModelConfig, form: str) -> Maps:
+    """Features of the coordinates themselves."""
     layers, dim = config.num_layers, config.head_dim
-    eye = jnp.eye(dim, dtype=jnp.float32)
+    scale, bias = FIRST[form]
+    eye = scale * jnp.eye(dim, dtype=jnp.float32)
     return {
         "query": jnp.tile(eye, (layers, config.num_heads, 1, 1)),
         "key": jnp.tile(eye, (layers, config.kv_heads, 1, 1)),
-        "bias": jnp.full((layers, config.num_heads), -2.0),
+        "bias": jnp.full((layers, config.num_heads), bias / PER_UNIT),
     }
 
 
@@ -93,7 +100,7 @@ def attention(config: ModelConfig, params: Any, maps: Maps | None, h: Array, for
     phi_k = features(k, maps["key"], form)
     far = jnp.where(past & ~near, jnp.einsum("qhf,khf->hqk", phi_q, by_head(phi_k)), 0.0)
     largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    weights = jnp.exp(logits - largest) + far * jnp.exp(maps["bias"][:, None, None] - largest)
+    weights = jnp.exp(logits - largest) + far * jnp.exp(PER_UNIT * maps["bias"][:, None, None] - largest)
     return projections.merge(full), projections.merge(weigh(weights / weights.sum(axis=-1, keepdims=True)))
 
 
@@ -133,7 +140,7 @@ def forward(
 def fit(run: Any, form: str, steps: int, rate: float) -> tuple[Maps, list[float]]:
     """The maps, and the mean distance at each step."""
     config = run.model.config
-    maps = first_maps(config)
+    maps = first_maps(config, form)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
@@ -201,9 +208,8 @@ def main() -> None:
     fitted, maps = {}, {}
     for form in FORMS:
         maps[form], seen = fit(run, form, STEPS.value, RATE.value)
-        fitted[form] = {
-            "steps": STEPS.value, "rate": RATE.value, "first": float(np.mean(seen[:10])), "last": float(np.mean(seen[-10:]))
-        }
+        first, last = (float(np.mean(part)) for part in (seen[:10], seen[-10:]))
+        fitted[form] = {"steps": STEPS.value, "rate": RATE.value, "first": first, "last": last}
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(routed.windows(run, "test", WINDOWS.value)):
         own = np.asarray(batch.loss_mask) & (np.asarray(batch.positions) >= run.config.model.window)
