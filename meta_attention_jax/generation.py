@@ -154,7 +154,7 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "steps", "sampler", "ends"), donate_argnames=("cache", "logits")
+    jax.jit, static_argnames=("model", "steps", "sampler", "ends", "known"), donate_argnames=("cache", "logits")
 )
 def decode_loop(
     model: LanguageModel,
@@ -168,6 +168,7 @@ def decode_loop(
     sampler: Draw = greedy,
     route: Optional[Int[Array, "steps layer batch"]] = None,
     ends: tuple[int, ...] = (),
+    known: Optional[int] = None,
 ) -> tuple[Cache, Logits, dict[str, Array]]:
     """`steps` times, or until every row has drawn one of `ends`: draw a token from the logits, then decode it. One
     compiled loop.
@@ -176,12 +177,14 @@ def decode_loop(
     sampler is any hashable function like a `Sampler`. Returns the cache with all drawn tokens in it, the logits behind
     the last, and tokens [batch steps], route, hard and uncertainty [layer batch steps] by name. A row that has ended
     goes on with the first of `ends` for as long as others draw: what is in its cache and logits then means nothing.
+    Tokens from `known` on are never drawn.
     """
 
     def step(carry, forced, ended=None):
         cache, logits = carry
         fold = jax.vmap(jax.random.fold_in)
-        token = sampler(logits, fold(keys, cache.length[0]))
+        nameless = known is not None and jnp.arange(logits.shape[-1]) >= known
+        token = sampler(jnp.where(nameless, -jnp.inf, logits), fold(keys, cache.length[0]))
         if ended is not None:
             token = jnp.where(ended, ends[0], token)
         cache, out = model.apply({"params": params}, cache, token, hypers=hypers, route=forced, method="decode")
@@ -257,6 +260,7 @@ def generate(
     mode: Optional[str] = None,
     capacity: Optional[int] = None,
     ends: Sequence[int] = (),
+    known: Optional[int] = None,
 ) -> Trace:
     """Goes on from each prompt, token ids of any length, by `steps` >= 1 tokens.
 
@@ -270,11 +274,12 @@ def generate(
       capacity: tokens that a row of the cache can hold; None is what the longest row needs, rounded up to a multiple of
         `CAPACITY_STEP`.
       ends: tokens behind which a row draws no more.
+      known: of tokens, from the first on, that a tokenizer has a text for; embeddings are often padded beyond. None: all.
     """
     if _elsewhere(params):
         return without_mesh(generate)(
             model, params, prompts, steps=steps, hypers=hypers, keys=keys, sampler=sampler,
-            mode=mode, capacity=capacity, ends=ends,
+            mode=mode, capacity=capacity, ends=ends, known=known,
         )
     tokens, lengths = pad_prompts(prompts, model.config.vocab_size)
     steps = whole("steps", steps)
@@ -289,6 +294,9 @@ def generate(
     ends = tuple(whole("ends", end) for end in ends)
     for end in ends:
         expect(0 <= end < model.config.vocab_size, "ends", f"tokens in [0, {model.config.vocab_size})", end)
+    if known is not None:
+        known = whole("known", known)
+        expect(0 < known <= model.config.vocab_size, "known", f"1 to {model.config.vocab_size} tokens", known)
     batch = len(lengths)
     if keys is None:
         expect(sampler is greedy, "keys", "one PRNG key per row for this sampler", None)
@@ -297,7 +305,9 @@ def generate(
         raise ValueError(f"keys: expected {batch} PRNG keys, one per row, got shape {keys.shape}.")
     model = model.clone(mode=model.mode if mode is None else mode)
     cache, logits, first = prefill(model, params, tokens, lengths, hypers, capacity=capacity)
-    _, _, seen = decode_loop(model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler, ends=ends)
+    _, _, seen = decode_loop(
+        model, params, cache, logits, keys, hypers, steps=steps, sampler=sampler, ends=ends, known=known
+    )
     drawn = np.full(batch, steps, np.int32)
     if ends:
         found = np.isin(seen["tokens"], ends)

@@ -246,6 +246,7 @@ class Run:
             sampler=draw,
             mode=self._mode(mode),
             ends=ends,
+            known=self.tokenizer.vocab_size,
         )
         trace = jax.device_get(trace)
         made = []

@@ -228,6 +228,18 @@ def test_a_row_ends_and_the_loop_with_the_last_of_them():
         assert_close(found[:, drawn], getattr(whole, name)[:, drawn])
 
 
+def test_tokens_that_a_tokenizer_does_not_know_are_never_drawn():
+    model = make()
+    draw = dict(sampler=generation.Sampler(temperature=50.0), keys=jax.random.split(jax.random.key(0), BATCH))
+    run = functools.partial(generation.generate, model, parameters(model), prompts(), steps=STEPS, hypers=HYPERS)
+    assert np.max(run(**draw).tokens) >= VOCAB // 2, "at this temperature all are drawn"
+    for sampling in (draw, {}):
+        assert np.max(run(**sampling, known=VOCAB // 2).tokens) < VOCAB // 2
+    np.testing.assert_array_equal(run(known=VOCAB).tokens, run().tokens)
+    with pytest.raises(ValueError, match=f"^known: expected 1 to {VOCAB} tokens, got 0.$"):
+        run(known=0)
+
+
 def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
     model = make()
     params, tokens = parameters(model), text()[:, :PROMPT]
