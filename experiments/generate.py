@@ -32,6 +32,7 @@ TOP_P = flags.DEFINE_float("top_p", None, "Keep the likeliest tokens of this mas
 SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**32 - 1)
 STOP = flags.DEFINE_bool("stop", True, "Stop at a token that ends a text, where the tokenizer has one.")
 CHAT = flags.DEFINE_bool("chat", False, "The prompt is a user's message, by the model's chat template.")
+DATA = common.define_data()
 SHOW_ROUTES = flags.DEFINE_bool("show_routes", False, "Show the mechanism of each token.")
 LAYER = flags.DEFINE_integer("layer", None, "Layer to show; the one with most full when absent.", 0)
 COLOR = flags.DEFINE_enum("color", "auto", ["auto", "always", "never"], "ANSI colours.")
@@ -44,9 +45,11 @@ def main() -> None:
         sampler_of(**draw)  # Its mistakes before any work.
         theta = THRESHOLD.value  # absl lets NaN through.
         expect(theta is None or 0 <= theta <= 1, "threshold", "theta in [0, 1]", theta)
-        run = load_run(WORKDIR.value, step=STEP.value).at(price=PRICE.value)
-        layers = run.config.model.num_layers
-        expect(LAYER.value is None or LAYER.value < layers, "layer", f"less than {layers}", LAYER.value)
+        run = load_run(WORKDIR.value, step=STEP.value, **DATA()).at(price=PRICE.value)
+        layer, layers, routed = LAYER.value, run.config.model.num_layers, run.model.config.routed
+        expect(layer is None or layer < layers, "layer", f"less than {layers}", layer)
+        expect(layer is None or layer in routed, "layer", f"one that has a router, {routed}", layer)
+        layer = None if layer is None else routed.index(layer)
         prompt = run.encode(PROMPT.value)
         if CHAT.value:
             speaks = getattr(run.tokenizer, "template", None) is not None
@@ -59,7 +62,7 @@ def main() -> None:
     if SHOW_ROUTES.value:
         colour = COLOR.value == "always" or (COLOR.value == "auto" and samples.wants_colour())
         print()
-        print(samples.show_routes(run, made.ids, made.trace, layer=LAYER.value, colour=colour))
+        print(samples.show_routes(run, made.ids, made.trace, layer=layer, colour=colour))
 
 
 if __name__ == "__main__":

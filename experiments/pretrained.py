@@ -10,7 +10,6 @@ attention was asked for; and times a prefill of 2,048 tokens and decoding. Write
 from __future__ import annotations
 
 import html
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from meta_attention_jax.training import export
 CONTROLLERS = common.define_path(
     "controllers", "experiments/results/controllers/smollm2", "An export of a run, with layers.json beside it."
 )
+DATA = common.define_data()
 WORKDIR = common.define_path("workdir", "runs/pretrained", "Where the page goes.")
 WINDOWS = flags.DEFINE_integer("windows", 18, "Of all tasks together.", 3)
 PRICES = flags.DEFINE_list("prices", ["0.3", "0", "-0.3"], "Lambdas.")
@@ -94,7 +94,7 @@ def page(run: Run, rows: routed.Rows, speed: Sequence[dict[str, Any]], records: 
 def main() -> None:
     began = time.monotonic()
     with common.user_mistakes():
-        run = load_run(CONTROLLERS.value)
+        run = load_run(CONTROLLERS.value, **DATA())
         expect(export.is_export(run.path), "controllers", "what run.export has written", CONTROLLERS.value)
         prices = common.finite("prices", PRICES.value)
         expect(prices, "prices", "at least one", prices)
@@ -102,7 +102,8 @@ def main() -> None:
         ranking = run.path / "layers.json"
         expect("repeat" in run.config.data.tasks, "controllers", "a run with the task repeat", run.config.data.tasks)
         expect(ranking.is_file(), "controllers", f"{str(ranking)!r}, the layers by what they are worth", "none")
-        order = json.loads(ranking.read_text(encoding="utf-8"))["order"]
+        about = routed.setting(run, "test", prices)
+        order = routed.ranked_layers(ranking, {k: about[k] for k in routed.OF_MODEL})
         out = pathlib.Path(WORKDIR.value)
         common.check_output("workdir", out / "index.html")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))

@@ -101,10 +101,13 @@ class Run:
         return answers.records_frame(read_metrics(self.path))
 
     def encode(self, text: Text) -> Int[np.ndarray, "tokens"]:
-        """Token ids of a text, at least one; ids stay as they are."""
+        """Token ids of a text, at least one, behind the token that begins one where the tokenizer asks for it; ids stay
+        as they are."""
         if isinstance(text, str):
             text = text.encode("utf-8", "surrogateescape")
         ids = self.tokenizer.encode(text) if isinstance(text, bytes) else np.asarray(text)
+        if isinstance(text, bytes) and ids.size and getattr(self.tokenizer, "begins", False):
+            ids = np.concatenate([[self.tokenizer.start], ids])
         pad_prompts([ids], self.tokenizer.vocab_size)
         return ids.astype(np.int32)
 
@@ -161,7 +164,8 @@ class Run:
             expect(abs(price) <= LARGEST, "price", "a finite number", price)
             hypers = hypers.replace(price=jnp.float32(price))
         other = dataclasses.replace(
-            self, hypers=self.hypers.replace(routing=hypers), asked_mode=self.asked_mode if mode is None else self._mode(mode)
+            self, hypers=self.hypers.replace(routing=hypers),
+            asked_mode=self.asked_mode if mode is None else self._mode(mode),
         )
         shared = self.__dict__.keys() & {"dataset", "metrics", "_evaluator"}
         other.__dict__.update({name: self.__dict__[name] for name in shared})
@@ -265,7 +269,8 @@ class Run:
         expect(stacked, "run", "one with its layers as they were trained", "one that is unstacked")
         config = self.model.config if model else None
         export.write(
-            local("path", path), self.path, self.config, self.params, self.step, self.hypers, model=config, note=note
+            local("path", path), self.path, self.config, self.params, self.step, self.hypers, mode=self.mode,
+            model=config, note=note,
         )
 
     def show(
@@ -304,7 +309,8 @@ class Run:
         """(ids, logits [token vocab], routing [layer token ...])."""
         ids = self.encode(text)
         # Lengths are rounded up, so that texts of similar length share a program; nothing looks ahead.
-        room = -len(ids) % 64
+        most = self.model.config.context
+        room = -len(ids) % 64 if most is None else max(min(-len(ids) % 64, most - len(ids)), 0)
         tokens = np.pad(ids, (0, room))[None]
         segments = np.pad(np.ones(len(ids), np.int32), (0, room))[None]
         logits, routing = jax.device_get(logits_and_routing(

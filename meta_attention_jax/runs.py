@@ -79,6 +79,7 @@ def load_run(
         kept = export.described(path)["backbone"] if export.is_export(path) else published.stored(path)
         published.check_same(published.identity(config), kept)
         params = published.merge(published.load(config), params)
+    asked_mode = export.described(path).get("mode") if export.is_export(path) else None
     length, rows = sequence_length or config.data.sequence_length, batch_size or config.data.batch_size
     expect(length * rows < 2**31, "sequence_length", "fewer than 2^31 tokens in a batch", sequence_length)
     if export.is_export(path):
@@ -99,6 +100,7 @@ def load_run(
         hypers=build.build_hypers(config, path),
         sequence_length=length,
         batch_size=rows,
+        asked_mode=asked_mode,
     )
     try:
         check_params(params, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import save_file
 
 from meta_attention_jax import LanguageModel, Router, RoutingHypers, generate, pretrained
 from meta_attention_jax.data.tokenizer import BPETokenizer
-from meta_attention_jax.pretrained import gguf_file, read
+from meta_attention_jax.pretrained import families, gguf_file, read
 from meta_attention_jax.pretrained.read import open_source
 from meta_attention_jax.pretrained.tokenizer import from_gguf
 from meta_attention_jax.sharding import AXES
@@ -255,6 +257,9 @@ def test_a_byte_level_tokenizer_is_rebuilt_from_its_merges():
     rebuilt = from_gguf(said)
     cut = TEXT.removesuffix(b"<|end|>")
     assert rebuilt.encode(cut).tolist() == trained.encode(cut).tolist() and rebuilt.decode(rebuilt.encode(cut)) == cut
+    assert rebuilt.decode(rebuilt.encode(TEXT)) == TEXT and 290 not in rebuilt.encode(TEXT), "text is text"
+    with pytest.raises(ValueError, match="^text: expected UTF-8, got something else at byte 1.$"):
+        rebuilt.encode(b"a\xff")
     assert rebuilt.vocab_size == 291 and rebuilt.ends == (290,) and rebuilt.token_bytes[290] == 0
     assert rebuilt.token_bytes[rebuilt.encode(cut)].sum() == len(cut)
     assert rebuilt.chat([{"role": "user", "content": "glad"}]).tolist() == [*rebuilt.encode(b"glad"), 290]
@@ -268,6 +273,17 @@ def test_a_byte_level_tokenizer_is_rebuilt_from_its_merges():
     for words in ("smollm", "qwen2", "llama-bpe"):
         other = from_gguf(said | {"tokenizer.ggml.pre": words})
         assert other.decode(other.encode(cut)) == cut
+    tokens = [*said["tokenizer.ggml.tokens"], "<think>", "zq", "<|eot|>"]
+    more = said | {
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 290 + [3, 4, 1, 3],
+        "tokenizer.ggml.bos_token_id": 290, "tokenizer.ggml.eot_token_id": 293,
+    }
+    for words, whole in (("llama-bpe", True), ("qwen2", False)):
+        # A word of the vocabulary that no merge makes: Llama 3 takes it, others its pieces.
+        named = from_gguf(more | {"tokenizer.ggml.pre": words})
+        assert (named.encode(b"zq").tolist() == [292]) == whole and named.begins == whole
+        assert named.encode(b"a<think>").tolist()[-1] == 291 and named.ends == (290, 293)
+        assert type(named).of_content(json.loads(named._content())).begins == whole
     with pytest.raises(ValueError, match="^tokenizer.ggml.merges: expected two tokens that make a third, got 'a zzz'."):
         from_gguf(said | {"tokenizer.ggml.merges": ["a zzz"]})
     for field, value in (("tokenizer.ggml.pre", "viking"), ("tokenizer.ggml.model", "bert")):
@@ -298,7 +314,77 @@ def test_the_tokenizer_of_a_folder(tmp_path):
     (folder / "chat_template.jinja").write_text("ab")
     _, _, found = pretrained.load(folder)
     assert found.vocab_size == 6 and found.encode(b"abab").tolist() == [5, 5] and found.ends == (1, 5)
-    assert found.chat([]).tolist() == [5]
+    assert found.chat([]).tolist() == [5] and not found.begins
+    words.post_processor = tokenizers.processors.TemplateProcessing(single="b $A", special_tokens=[("b", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": 1}))
+    assert pretrained.load(folder)[2].begins
+    for name, content, sentence in (
+        ("generation_config.json", '{"eos_token_id": 99}', "tokenizer: expected ids of the 6 tokens .*, got 99"),
+        ("generation_config.json", '{"eos', "path: expected JSON in .*generation_config.json"),
+        ("tokenizer.json", '{"version', "path: expected a whole tokenizer in "),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            pretrained.load(folder)
+        (folder / "generation_config.json").write_text("{}")
+
+
+def test_a_folder_s_index_says_which_files_are_the_model(tmp_path):
+    """Others, such as the same weights in the words of their maker, are passed over."""
+    folder = tmp_path / "mistral"
+    shutil.copytree(FOLDER / "mistral", folder)
+    other = {"layers.0.attention.wq.weight": np.zeros((2, 2), np.float32)}
+    save_file(other, str(folder / "consolidated.safetensors"))
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], pretrained.load(FOLDER / "mistral")[1])
+    os.rename(folder / "model.safetensors", folder / "model-1-of-1.safetensors")
+    names = open_source(FOLDER / "mistral").names
+    index = {"weight_map": dict.fromkeys(names, "model-1-of-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(folder)[1], pretrained.load(FOLDER / "mistral")[1])
+    os.remove(folder / "model-1-of-1.safetensors")
+    with pytest.raises(ValueError, match="^path: expected whole safetensors, got "):
+        pretrained.load(folder)
+
+
+@pytest.mark.parametrize("rope, sentence", [
+    ({"rope_type": "linear"}, "factor: expected a value in the rope of type 'linear', got None"),
+    ({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}, "mscale: expected none in a rope of type 'yarn'.*, got 0.7"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected none in a rope of type 'default', .*, got 0.5"),
+    ({"type": "dynamic", "factor": 2.0}, "rope_type: expected default, linear, llama3 or yarn, got 'dynamic'"),
+    ({"rope_type": "llama3", "factor": 2.0}, "low_freq_factor: expected a value in the rope of type 'llama3'"),
+])
+def test_a_rope_that_is_not_known_whole_is_one_sentence(rope, sentence, tmp_path):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        pretrained.load(changed(tmp_path, rope_parameters={"rope_theta": 10000.0, **rope}))
+
+
+def test_older_words_of_a_rope_are_read():
+    hf = json.loads((FOLDER / "llama3" / "config.json").read_text())
+    plain = {name: value for name, value in hf.items() if name not in ("rope_parameters", "rope_scaling")}
+    linear = [
+        families.config_of({**plain, "rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+        families.config_of({**plain, "rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    ]
+    assert linear[0] == linear[1] and set(linear[0].rope.divisors) == {4.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    most = {"original_max_position_embeddings": hf["max_position_embeddings"]}
+    assert families.config_of({**plain, "rope_parameters": yarn}) == families.config_of(
+        {**plain, "rope_parameters": yarn | most}
+    )
+
+
+def test_what_a_gguf_file_of_gemma_leaves_out():
+    """llama.cpp knows it by the architecture and the number of layers."""
+    said = {"gemma2.block_count": 46, "gemma2.embedding_length": 4608, "gemma2.attention.head_count": 32}
+    made = gguf_file._config(said, "gemma2")
+    assert made["query_pre_attn_scalar"] == 144
+    assert (made["attn_logit_softcapping"], made["final_logit_softcapping"]) == (50.0, 30.0)
+    assert gguf_file._config(said | {"gemma2.attn_logit_softcapping": 20.0}, "gemma2")["attn_logit_softcapping"] == 20.0
+    small = gguf_file._config(said | {"gemma2.block_count": 26}, "gemma2")
+    assert "query_pre_attn_scalar" not in small
+    assert gguf_file._config(said | {"gemma2.attention.scale": 0.25}, "gemma2")["query_pre_attn_scalar"] == 16.0
 
 
 def test_leaves_go_where_a_mesh_has_them():

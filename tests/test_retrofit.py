@@ -126,6 +126,26 @@ def test_with_its_layers_apart_a_run_says_the_same(root, tmp_path):
     assert not (tmp_path / "routers").exists()
 
 
+def test_a_text_may_be_as_long_as_the_context(root):
+    run, text = load_run(root / "end_to_end"), "a text of some words, and then of others"
+    length = len(run.encode(text))
+    for context in (length, length + 3):
+        config = dataclasses.replace(run.model.config, context=context)
+        short = dataclasses.replace(run, model=run.model.clone(config=config))
+        assert_close(short.logits(text, mode="hard"), run.logits(text, mode="hard"), 1e-5)
+    config = dataclasses.replace(run.model.config, context=length - 1)
+    with pytest.raises(ValueError, match=f"^tokens: expected at most the model's context of {length - 1}, got {length}"):
+        dataclasses.replace(run, model=run.model.clone(config=config)).logits(text)
+
+
+def test_the_token_that_begins_a_text_stands_before_those_that_are_asked(root):
+    run = load_run(root / "end_to_end")
+    run.tokenizer.start, run.tokenizer.begins = 5, True
+    plain = run.tokenizer.encode(b"a text")
+    assert run.encode("a text").tolist() == [5, *plain] and run.encode(plain).tolist() == plain.tolist()
+    assert len(run.routes("a text").pieces) == len(plain) + 1
+
+
 @pytest.mark.parametrize("stage", ["end_to_end", "local"])
 def test_gradients_are_those_of_the_whole_model(place, stage):
     """Of what is trained; frozen or not, theta open or not."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -38,6 +40,11 @@ def test_an_export_opens_like_the_run(root, tmp_path, model):  # noqa: F811
         published = flatten_dict(pretrained.load(run.config.retrofit.backbone, scan_layers=True)[1])
         for name, leaf in flatten_dict(params).items():
             np.testing.assert_array_equal(leaf, published[name])
+    asked = run.at(price=0.25, threshold=0.5, mode="gated")
+    asked.export(tmp_path / "asked")
+    opened = load_run(tmp_path / "asked")
+    assert opened.mode == "gated" and opened.hypers.routing.price == np.float32(0.25)
+    assert opened.hypers.routing.threshold == np.float32(0.5)
     with pytest.raises(ValueError, match="^path: expected a folder that is not there, got '"):
         run.export(tmp_path / "out")
     with pytest.raises(ValueError, match="^step: expected 8, the one that was exported, got 3."):
@@ -72,7 +79,8 @@ def test_arms_are_compared_on_the_same_windows(root, tmp_path):  # noqa: F811
     """Full is full attention, a price of -10 is full everywhere and one of 10 the window, and disorder keeps rates."""
     run = load_run(root / "end_to_end")
     kept = []
-    rows = routed.compare(run, "test", 4, [-10.0, 10.0, 0.0], [1, 0], [], lambda rows: kept.append(len(rows)))
+    order = dict.fromkeys(run.config.data.tasks, [1, 0])
+    rows = routed.compare(run, "test", 4, [-10.0, 10.0, 0.0], order, [], lambda rows: kept.append(len(rows)))
     arms = ["full", "local", "routed -10", "layers -10", "routed 10", "layers 10", "routed 0", "layers 0", "shuffled",
             "random"]
     assert [row["arm"] for row in rows] == arms * 4 and kept == [10, 20, 30, 40]
@@ -85,7 +93,7 @@ def test_arms_are_compared_on_the_same_windows(root, tmp_path):  # noqa: F811
         for arm in ("routed 10", "layers 10"):
             assert by[window, arm]["nll"] == pytest.approx(local["nll"], rel=1e-5)
         assert abs(full["nll"] - local["nll"]) > 1e-3
-    again = routed.compare(run, "test", 4, [-10.0, 10.0, 0.0], [1, 0], rows[:20], lambda rows: None)
+    again = routed.compare(run, "test", 4, [-10.0, 10.0, 0.0], order, rows[:20], lambda rows: None)
     assert sorted(again, key=lambda r: r["window"]) == rows
     lines = routed.summary(rows)
     assert {line["task"] for line in lines} == {"prose", "repeat"}
@@ -94,7 +102,13 @@ def test_arms_are_compared_on_the_same_windows(root, tmp_path):  # noqa: F811
     assert page.count("\n| ") >= len(lines)
     analysis.save(analysis.share_figure(lines, title="a test"), tmp_path / "share.png")
     order = routed.rank(run, 1)
-    assert sorted(order) == [0, 1]
+    assert set(order) == {"prose", "repeat"} and all(sorted(one) == [0, 1] for one in order.values())
+    other = dataclasses.replace(run, params=jax.tree.map(lambda leaf: leaf + 1e-3, run.params))
+    kept = tmp_path / "rows.json"
+    kept.write_text(json.dumps({"setting": routed.setting(run, "test", [0.0]), "rows": rows}))
+    assert routed.stored(kept, routed.setting(run, "test", [0.0])) == rows
+    with pytest.raises(ValueError, match="^out: expected rows of "):
+        routed.stored(kept, routed.setting(other, "test", [0.0]))
 
 
 def test_a_bootstrap_covers_the_mean_of_its_values():

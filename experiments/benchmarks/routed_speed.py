@@ -113,7 +113,7 @@ def with_attention(model: LanguageModel, **changes: Any) -> LanguageModel:
 
 
 def allowed_in_decoding(run: Run, past: int, share: float) -> float:
-    """Bytes of a step with all of `past` tokens read by every layer, over those of a step with so many of the layers."""
+    """Bytes of a step in which every layer reads all of `past` tokens, over those of a step in which a share does."""
     config = run.model.config
     leaves = [leaf for leaf in jax.tree.leaves(run.params) if isinstance(leaf, jax.Array)]
     weights = sum(leaf.nbytes for leaf in leaves)
@@ -128,9 +128,10 @@ def spent(run: Run, route: np.ndarray, length: int) -> dict[str, float]:
     config = run.model.config
     counted = jax.device_get(jax.jit(lambda route: count_layers(route, config))(jnp.asarray(route)))
     flops = count_flops(config, time=length, controller_outputs=build.controller_outputs(run.config))
-    trunk = flops.trunk - flops.windows  # Which are counted with the routes.
+    # Windows by nature are counted with the routes; logits are those of the last token alone.
+    trunk = flops.trunk - flops.windows - flops.logits * (1 - 1 / length)
     full = trunk - flops.controller + float(counted.flops.full_only) / length
-    routed = trunk + float(counted.flops.projected) / length
+    routed = trunk + float(counted.flops.executed_packed) / length
     return {
         "allowed": full / routed,
         "bytes": float(counted.bytes.executed_packed) / float(counted.bytes.full_only),
@@ -139,7 +140,7 @@ def spent(run: Run, route: np.ndarray, length: int) -> dict[str, float]:
 
 def main() -> None:
     with common.user_mistakes():
-        run = load_run(WORKDIR.value)
+        run = load_run(WORKDIR.value, **DATA())
         expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
         check_length(run, LENGTH.value, STEPS.value)
         prices = common.finite("price", PRICE.value)
@@ -166,4 +167,5 @@ if __name__ == "__main__":
     ROUNDS = flags.DEFINE_integer("rounds", 3, "Of each side.", 1)
     JSON = common.define_path("json", None, "Write the rows to this file as well.")
     flags.mark_flag_as_required("workdir")
+    DATA = common.define_data()
     common.run(main, prints=True)

@@ -185,6 +185,8 @@ def flop_rows(config: ConfigDict, vocab: int) -> list[dict[str, Any]]:
 def counted(config: ConfigDict, device: jax.Device) -> Optional[dict[str, float]]:
     """FLOPs per token of one more layer at SHORT tokens: the compiler's count, and ours; None where
     the compiler counts nothing, as the one for GPUs does without one."""
+    if config.retrofit.backbone:  # Which has as many layers as it has.
+        return None
     small = config.copy_and_resolve_references()
     small.update_from_flattened_dict(
         {"data.sequence_length": SHORT, "model.window": min(config.model.window, SHORT // 2)}

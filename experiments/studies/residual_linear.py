@@ -199,7 +199,7 @@ def page(run: Any, rows: Sequence[dict[str, Any]], fitted: dict[str, Any]) -> st
 def main() -> None:
     out = pathlib.Path(OUT.value)
     with common.user_mistakes():
-        run = load_run(CONTROLLERS.value)
+        run = load_run(CONTROLLERS.value, **DATA())
         config = run.model.config
         expect(run.config.retrofit.backbone, "controllers", "a run that has routed a published model", run.path)
         plain = config.scan_layers and not (config.qk_norm or config.post_norms or config.biases or config.windows)
@@ -233,4 +233,5 @@ if __name__ == "__main__":
     STEPS = flags.DEFINE_integer("steps", 150, "Of each form's fit, a window each.", 1)
     RATE = flags.DEFINE_float("rate", 1e-2, "Learning rate.", 0.0)
     WINDOWS = flags.DEFINE_integer("windows", 51, "Of all tasks together.", 1)
+    DATA = common.define_data()
     common.run(main, prints=True)

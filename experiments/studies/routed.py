@@ -5,13 +5,15 @@ python -m experiments.studies.routed --workdir=runs/smollm2/end_to_end --out=exp
     [--windows=300] [--prices=0,-0.3,-0.6] [--rank=4]
 
 Every arm sees the same windows, prose, repeat and lookup in turn, hard, and is compared with full attention on each:
-95 % intervals are of a bootstrap over windows. `rows.json` has a row per window and arm, and is gone on from; with
---rank the layers are first ranked, on validation, by what it costs when one alone is a window.
+95 % intervals are of a bootstrap over windows. `rows.json` has a row per window and arm, and is gone on from by the
+same controllers; with --rank the layers are first ranked for every task, on validation, by what it costs when one alone
+is a window.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from experiments import common
 from experiments.benchmarks.common import environment
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import bootstrap
+from meta_attention_jax.config import read_stored
 from meta_attention_jax.console import say
 from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
 from meta_attention_jax.fields import expect
@@ -34,7 +38,11 @@ from meta_attention_jax.files import write_whole
 from meta_attention_jax.objective import forward, token_nll
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training.backbone import trained
 from meta_attention_jax.types import Batch
+
+OF_MODEL = ("backbone", "window", "sinks")
+"""What an order of layers holds for."""
 
 Rows = list[dict[str, Any]]
 Arm = Callable[[Batch], "tuple[float, Any]"]
@@ -81,24 +89,34 @@ def constant(run: Run, full: Sequence[int] | str) -> Arm:
     return lambda batch: (0.0, np.broadcast_to(by_layer[:, None, None], (layers, *batch.tokens.shape)).copy())
 
 
-def rank(run: Run, count: int) -> list[int]:
-    """Layers by what it costs, in nats on the copies of `repeat`, when one alone is a window; the dearest first."""
-    layers = len(run.model.config.routed)
-    copies = [b for b in windows(run, "validation", 12 * count) if KINDS.index("repeat") in b.kind][:count]
-    lost = np.zeros(layers)
-    for layer in range(layers):
-        arm = constant(run, [i for i in range(layers) if i != layer])
-        lost[layer] = np.mean([measured(run, batch, *arm(batch))["nll"] for batch in copies])
-        say(f"layer {layer} in a window: {lost[layer]:.4f} nats on {len(copies)} windows of repeat")
-    return [int(i) for i in np.argsort(-lost, kind="stable")]
+def rank(run: Run, count: int) -> dict[str, list[int]]:
+    """Layers by what it costs, in nats on the tokens of a task, when one alone is a window; the dearest first. `count`
+    windows of every task."""
+    layers, tasks = len(run.model.config.routed), run.config.data.tasks
+    seen = list(windows(run, "validation", 2 * count * len(tasks)))
+    found = {}
+    for task in tasks:
+        own = [b for b in seen if task_of(b) == task][:count]
+        lost = np.zeros(layers)
+        for layer in range(layers):
+            arm = constant(run, [i for i in range(layers) if i != layer])
+            lost[layer] = np.mean([measured(run, batch, *arm(batch))["nll"] for batch in own])
+        found[task] = [int(i) for i in np.argsort(-lost, kind="stable")]
+        say(f"{task}, {len(own)} windows: layers by what a window costs them {found[task]}")
+    return found
+
+
+def task_of(batch: Batch) -> str:
+    """Of one window: the kind of its tokens that is asked for."""
+    return KINDS[int(np.asarray(batch.kind)[np.asarray(batch.loss_mask)].min())]
 
 
 def compare(
-    run: Run, split: str, count: int, prices: Sequence[float], order: Sequence[int], done: Rows,
+    run: Run, split: str, count: int, prices: Sequence[float], order: Mapping[str, Sequence[int]], done: Rows,
     keep: Callable[[Rows], None], disorder: bool = True,
 ) -> Rows:
-    """Rows of all windows: full, local, each price, the best fixed layers at the share of each price, and with
-    `disorder` the routes of the first price shuffled over tokens and drawn at random."""
+    """Rows of all windows: full, local, each price, the layers that are best for its task at the share of each price,
+    and with `disorder` the routes of the first price shuffled over tokens and drawn at random."""
     rows = list(done)
     known = {row["window"] for row in done}
     layers, full = len(run.model.config.routed), run.mechanisms.index("full")
@@ -112,7 +130,7 @@ def compare(
                  for name, chosen in (("full", "all"), ("local", ()))}
         for price in prices:
             mine = found[f"routed {price:g}"] = measured(run, batch, price, None)
-            best = order[: round(mine["share"] * layers)]
+            best = order[mine["task"]][: round(mine["share"] * layers)]
             found[f"layers {price:g}"] = measured(run, batch, *constant(run, best)(batch))
         if disorder:
             routes = found[f"routed {prices[0]:g}"]["routes"]
@@ -175,10 +193,26 @@ def setting(run: Run, split: str, prices: Sequence[float]) -> dict[str, Any]:
     """What rows are of."""
     config: ConfigDict = run.config
     return {
-        "name": config.name, "step": run.step, "split": split, "prices": list(prices), "window": config.model.window,
-        "sinks": config.model.sinks, "length": run.dataset.sequence_length, "backbone": config.retrofit.backbone,
+        "name": config.name, "controllers": digest_of(run), "step": run.step, "split": split,
+        "prices": list(prices), "window": config.model.window, "sinks": config.model.sinks,
+        "length": run.dataset.sequence_length, "backbone": config.retrofit.backbone,
         "tasks": list(config.data.tasks),
     }
+
+
+def digest_of(run: Run) -> str:
+    """sha256 of what the run has trained."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten_dict(trained(run.params)).items()):
+        digest.update("/".join(path).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def ranked_layers(path: pathlib.Path, model: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The order of layers for each task that `rank` has written for a model."""
+    ranked = read_stored(path, "an order of layers")
+    expect(ranked.get("model") == model, "out", f"layers of {model} in {str(path)!r}", ranked.get("model"))
+    return ranked["order"]
 
 
 def stored(path: pathlib.Path, about: Mapping[str, Any]) -> Rows:
@@ -193,7 +227,7 @@ def stored(path: pathlib.Path, about: Mapping[str, Any]) -> Rows:
 def main() -> None:
     out = pathlib.Path(OUT.value)
     with common.user_mistakes():
-        run = load_run(WORKDIR.value)
+        run = load_run(WORKDIR.value, **DATA())
         expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
         expect({"full", "local"} <= set(run.mechanisms), "workdir", "full and local among the mechanisms",
                run.mechanisms)
@@ -203,14 +237,12 @@ def main() -> None:
         rows = stored(out / "rows.json", about)
         expect(about["tasks"] != ["prose"], "workdir",
                "a run with other tasks than prose, whose windows have numbers", about["tasks"])
-        ranking, model = out / "layers.json", {k: about[k] for k in ("backbone", "window", "sinks")}
+        ranking, model = out / "layers.json", {k: about[k] for k in OF_MODEL}
         if RANK.value and not ranking.is_file():
             content = {"environment": environment(), "model": model, "order": rank(run, RANK.value)}
             write_whole(ranking, json.dumps(content, indent=1) + "\n")
         expect(ranking.is_file(), "rank", f"windows to rank layers by, as {str(ranking)!r} is not there", RANK.value)
-        ranked = json.loads(ranking.read_text(encoding="utf-8"))
-        expect(ranked["model"] == model, "out", f"layers of {model} in {str(ranking)!r}", ranked["model"])
-        order = ranked["order"]
+        order = ranked_layers(ranking, model)
 
     def keep(rows: Rows) -> None:
         content = {"setting": about, "environment": environment(), "rows": rows}
@@ -228,8 +260,9 @@ def page(rows: Rows, about: Mapping[str, Any]) -> str:
     said = (
         f"{about['name']} at step {about['step']}, {about['split']} split, T {about['length']}, window "
         f"{about['window']}, {about['sinks']} sinks. Nats on prose from token {about['window']} on, on copies, on "
-        "answers; `layers` are the best fixed layers at the share of the price beside them, `shuffled` and `random` "
-        "the routes of the first price in disorder. Intervals: bootstrap over windows, paired with full attention."
+        "answers; `layers` are the fixed layers that are best for the task at the share of the price beside them, "
+        "`shuffled` and `random` the routes of the first price in disorder. Intervals: bootstrap over windows, paired with full "
+        "attention."
     )
     return f"# A routed published model\n\n{said}\n\n{analysis.markdown_table(lines(rows), COLUMNS)}\n"
 
@@ -242,4 +275,5 @@ if __name__ == "__main__":
     PRICES = flags.DEFINE_list("prices", ["0", "-0.3", "-0.6"], "Lambdas.")
     RANK = flags.DEFINE_integer("rank", 0, "Windows to rank the layers by, where that is not done.", 0)
     flags.mark_flag_as_required("workdir")
+    DATA = common.define_data()
     common.run(main, prints=True)

@@ -23,8 +23,8 @@ LINE = 80
 def show_routes(
     run: Run, ids: Int[np.ndarray, "tokens"], trace: Trace, *, layer: Optional[int] = None, colour: bool = False
 ) -> str:
-    """Shares of all layers, then prompt and continuation of `Run.generate` with the routes of one layer, by
-    default the one that uses full most: by ANSI backgrounds, or a line of letters below each line of text.
+    """Shares of all layers that have a router, then prompt and continuation of `Run.generate` with the routes of one,
+    `layer` of them or the one that uses full most: by ANSI backgrounds, or a line of letters below each line of text.
 
     k* of a token that mixes all mechanisms is only the likeliest of them: how many do is said.
     """
@@ -35,11 +35,12 @@ def show_routes(
         most = mechanisms.index("full") if "full" in mechanisms else 0
         layer = int(np.argmax(np.asarray(shares)[:, most]))
     pieces = run.pieces(ids)
-    lines = [f"layer {i}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
+    numbers = run.model.config.routed  # Layers that are a window by nature have no routes.
+    lines = [f"layer {numbers[i]}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(mechanisms, row))
              for i, row in enumerate(shares)]
     hard = np.concatenate([trace.prompt_hard[:, 0], trace.hard[:, 0]], axis=1)[layer]
     prompt = route.shape[1] - trace.tokens.shape[1]
-    lines.append(f"\nroutes of layer {layer}, the prompt's {prompt} tokens first")
+    lines.append(f"\nroutes of layer {numbers[layer]}, the prompt's {prompt} tokens first")
     if not hard.all():
         lines.append(f"k* only: {np.mean(~hard):.0%} of these tokens mix all mechanisms")
     shown = analysis.coloured_terminal if colour else lettered

@@ -21,12 +21,15 @@ class PublishedTokenizer(Tokenizer):
 
     def __init__(
         self, inner: tokenizers.Tokenizer, *, start: Optional[int] = None, ends: Sequence[int] = (),
-        template: Optional[str] = None,
+        template: Optional[str] = None, begins: bool = False,
     ):
         self._tokenizer = inner
-        self.start = start  # Id that begins a text, of which only templates know; None without one.
+        self.start = start  # Id that begins a text; None without one.
+        self.begins = begins  # Whether texts that the model is asked by begin with it; windows of data do not.
         self.vocab_size = max(inner.get_vocab().values()) + 1
         self.ends = tuple(ends)  # Ids that end a text.
+        for i in (*self.ends, *([] if start is None else [start])):
+            expect(0 <= i < self.vocab_size, "tokenizer", f"ids of the {self.vocab_size} tokens that there are", i)
         self.template = template  # Of chats, in Jinja; None without one.
         special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
         whole = _of_bytes(inner)
@@ -38,10 +41,20 @@ class PublishedTokenizer(Tokenizer):
     def of_content(cls, content: Mapping[str, Any]) -> PublishedTokenizer:
         """What a run directory keeps of one."""
         inner = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        return cls(inner, start=content.get("start"), ends=content["ends"], template=content["template"])
+        return cls(inner, start=content.get("start"), ends=content["ends"], template=content["template"],
+                   begins=content.get("begins", False))
 
     def encode(self, data: bytes) -> Ids:
-        return np.array(self._tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.int32)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
+        return self._encode(text, as_text=True)
+
+    def _encode(self, text: str, *, as_text: bool) -> Ids:
+        """`as_text`: what is written like a token that is no text is text all the same."""
+        self._tokenizer.encode_special_tokens = as_text
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
         """Ids of a conversation, {"role": ..., "content": ...} each, up to where the model answers."""
@@ -63,7 +76,7 @@ class PublishedTokenizer(Tokenizer):
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"chat: expected messages that the model's template takes, got {str(error)!r}.") from None
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._encode(text, as_text=False)
 
     @property
     def serialized(self) -> str:
@@ -75,7 +88,7 @@ class PublishedTokenizer(Tokenizer):
 
     def _content(self) -> str:
         inner, ends = json.loads(self._tokenizer.to_str()), [int(i) for i in self.ends]
-        said = {"start": self.start, "ends": ends, "template": self.template}
+        said = {"start": self.start, "ends": ends, "template": self.template, "begins": self.begins}
         return json.dumps({"kind": self.kind, "tokenizer": inner, **said})
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from meta_attention_jax.architecture import ModelConfig
-from meta_attention_jax.fields import expect
+from meta_attention_jax.fields import expect, whole
 from meta_attention_jax.types import AttentionSpec, Rope, Router
 
 
@@ -44,6 +44,12 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 REFUSED = {"quantization_config": None, "use_bidirectional_attention": False, "partial_rotary_factor": 1.0}
 FULL, WINDOW = "full_attention", "sliding_attention"
+ROPES = {
+    "default": (), "factors": ("factors",), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+"""What each kind of rope may say besides `rope_theta`, `rope_type` and the original length; the first is needed."""
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
@@ -61,6 +67,8 @@ def config_of(hf: Mapping[str, Any]) -> ModelConfig:
         expect(hf.get(name) is not None, name, "a value in config.json", hf.get(name))
     for name, plain in REFUSED.items():
         expect(hf.get(name, plain) in (plain, None), name, f"none or {plain}, which is all that is read", hf.get(name))
+    for name in NEEDED[:-1]:
+        expect(whole(name, hf[name]) > 0, name, "a number > 0", hf[name])
     heads, model_dim, layers = (hf[name] for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     head_dim = hf.get("head_dim") or model_dim // heads
     activation = hf.get("hidden_activation") or hf.get("hidden_act")
@@ -115,7 +123,7 @@ def _windows(hf: Mapping[str, Any], layers: int) -> tuple[Optional[int], ...]:
         every = hf.get("sliding_window_pattern") or {"gemma2": 2, "gemma3_text": 6}[kind]
         kinds = [WINDOW if (i + 1) % every else FULL for i in range(layers)]
     elif kinds is None and kind.startswith("qwen"):
-        kinds = [FULL if i < hf["max_window_layers"] else WINDOW for i in range(layers)]
+        kinds = [FULL if i < hf.get("max_window_layers", 28) else WINDOW for i in range(layers)]
     elif kinds is None:
         kinds = [WINDOW] * layers
     for one in kinds:
@@ -127,16 +135,15 @@ def _windows(hf: Mapping[str, Any], layers: int) -> tuple[Optional[int], ...]:
 def _rope(hf: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     """What a config says of the positions in layers of a kind, in the words of today: older ones spread it."""
     given = hf.get("rope_parameters") or {}
-    if kind in given:
-        return given[kind]
-    if given:
-        return given
-    if kind == WINDOW and hf.get("rope_local_base_freq"):
+    said = dict(given.get(kind) or given)
+    if not given and kind == WINDOW and hf.get("rope_local_base_freq"):
         return {"rope_theta": hf["rope_local_base_freq"]}
-    scaling = dict(hf.get("rope_scaling") or {})
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling.pop("type"))
-    return {"rope_theta": hf.get("rope_theta", 10000.0), **scaling}
+    said = said or dict(hf.get("rope_scaling") or {})
+    if "type" in said:
+        said.setdefault("rope_type", said.pop("type"))
+    if said.get("rope_type") == "yarn" and said.get("original_max_position_embeddings") is None:
+        said["original_max_position_embeddings"] = hf.get("max_position_embeddings")
+    return {"rope_theta": hf.get("rope_theta") or 10000.0, **said}
 
 
 def rope_of(said: Mapping[str, Any], dim: int) -> Rope:
@@ -148,11 +155,19 @@ def rope_of(said: Mapping[str, Any], dim: int) -> Rope:
     0.1 log(factor) + 1.
     """
     base, kind = float(said["rope_theta"]), said.get("rope_type", "default")
+    expect(kind in ROPES, "rope_type", "default, linear, llama3 or yarn", kind)
+    needed = [*ROPES[kind][: 3 if kind == "llama3" else 1]]
+    needed += ["original_max_position_embeddings"] if kind in ("llama3", "yarn") else []
+    for name in needed:
+        expect(said.get(name) is not None, name, f"a value in the rope of type {kind!r}", None)
+    plain = {"rope_theta", "rope_type", "original_max_position_embeddings", *ROPES[kind]}
+    for name, value in said.items():
+        without = value is None or REFUSED.get(name, not value) == value
+        expect(name in plain or without, name, f"none in a rope of type {kind!r}, of which it is not read", value)
     if kind == "default":
         return Rope(base)
     if kind == "factors":  # Of a GGUF file: what every frequency is divided by.
         return Rope(base, tuple(float(x) for x in said["factors"]))
-    expect(kind in ("linear", "llama3", "yarn"), "rope_type", "default, linear, llama3 or yarn", kind)
     factor, index = float(said["factor"]), np.arange(dim // 2)
     kept, scale = np.zeros(dim // 2), 1.0
     if kind != "linear":

@@ -48,6 +48,10 @@ GEMMA = {
 }
 
 
+LARGEST = ("gemma2", 46), ("gemma3", 62)
+"""Architecture and layers of the Gemmas of 27B, whose q . k is divided by (D / H)^1/2, of which files say nothing."""
+
+
 def open_file(path: pathlib.Path) -> Source:
     """The file, mapped into memory and dequantised a tensor at a time. Its vocabulary takes seconds to read: the file
     that was opened last stays open."""
@@ -104,11 +108,17 @@ def _config(said: dict[str, Any], kind: str) -> dict[str, Any]:
     config = {theirs: said[f"{kind}.{ours}"] for ours, theirs in FIELDS.items() if f"{kind}.{ours}" in said}
     gemma = kind.startswith("gemma")
     config |= {"model_type": KINDS[kind], "hidden_act": "gelu_pytorch_tanh" if gemma else "silu"}
+    if (scale := said.get(f"{kind}.attention.scale")) is not None:
+        config["query_pre_attn_scalar"] = scale**-2
+    elif (kind, config.get("num_hidden_layers")) in LARGEST:
+        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+    if kind == "gemma2":  # The first files do not say it.
+        config = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | config
     rope = {"rope_theta": said.get(f"{kind}.rope.freq_base", 10000.0)}
     if said.get(f"{kind}.rope.scaling.type", "none") != "none":
         rope |= {
             "rope_type": said[f"{kind}.rope.scaling.type"],
-            "factor": said[f"{kind}.rope.scaling.factor"],
+            "factor": said.get(f"{kind}.rope.scaling.factor"),
             "original_max_position_embeddings": said.get(f"{kind}.rope.scaling.original_context_length"),
         }
     if kind == "gemma3":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any, Optional
@@ -17,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.fields import expect
 from meta_attention_jax.pretrained import families, gguf_file, tokenizer
-from meta_attention_jax.pretrained.source import ROUTING, Source
+from meta_attention_jax.pretrained.source import ROUTING, Source, json_of
 from meta_attention_jax.pretrained.tokenizer import PublishedTokenizer
 from meta_attention_jax.sharding import FSDP, partition
 
@@ -130,6 +129,13 @@ def weights_of(path: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold the weights of the model in a folder, or the file itself."""
     if not path.is_dir():
         return [path]
+    index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        listed = json_of(index).get("weight_map")
+        expect(isinstance(listed, dict), "path", f"a weight_map in {str(index)!r}", listed)
+        return sorted({path / name for name in listed.values()})
+    if whole.is_file():  # Some folders hold the same weights a second time, in other words.
+        return [whole]
     return sorted(file for file in path.glob("*.safetensors") if file.name != ROUTING)
 
 
@@ -146,12 +152,8 @@ def _folder(path: pathlib.Path, weights: bool) -> Source:
     from safetensors import SafetensorError, safe_open
 
     expect((path / "config.json").is_file(), "path", f"config.json in {str(path)!r}", "none")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path: expected JSON in {str(path / 'config.json')!r}, got {error}.") from None
-    expect(isinstance(config, dict), "path", f"a config in {str(path / 'config.json')!r}", config)
-    files = weights_of(path)
+    config = json_of(path / "config.json")
+    files = weights_of(path) if weights else []
     expect(files or not weights, "path", f"*.safetensors in {str(path)!r}", "none")
     where, opened = {}, []
     for file in files:

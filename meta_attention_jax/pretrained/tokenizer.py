@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,9 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from meta_attention_jax.data.published import PublishedTokenizer
 from meta_attention_jax.fields import expect
+from meta_attention_jax.pretrained.source import json_of
 
-CONTROL = 3  # Of `tokenizer.ggml.token_type`: no text.
+CONTROL, USER = 3, 4  # Of `tokenizer.ggml.token_type`: no text, and text that is never cut.
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -29,18 +29,23 @@ def from_folder(path: pathlib.Path, config: Mapping[str, Any]) -> PublishedToken
     """Of a folder with `tokenizer.json`."""
     file = path / "tokenizer.json"
     expect(file.is_file(), "path", f"tokenizer.json in {str(path)!r}", "none")
-    inner = tokenizers.Tokenizer.from_file(str(file))
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises nothing more exact.
+        raise ValueError(f"path: expected a whole tokenizer in {str(file)!r}, got {error}.") from None
     said = path / "tokenizer_config.json"
-    template = json.loads(said.read_text(encoding="utf-8")).get("chat_template") if said.is_file() else None
+    template = json_of(said).get("chat_template") if said.is_file() else None
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         template = jinja.read_text(encoding="utf-8")
     generation = path / "generation_config.json"
     if generation.is_file():
-        config = {**config, **json.loads(generation.read_text(encoding="utf-8"))}
+        config = {**config, **json_of(generation)}
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return PublishedTokenizer(inner, start=config.get("bos_token_id"), ends=ends, template=template)
+    start = config.get("bos_token_id")
+    begins = inner.encode("a").ids[:1] == [start]
+    return PublishedTokenizer(inner, start=start, ends=ends, template=template, begins=begins)
 
 
 def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
@@ -53,10 +58,15 @@ def from_gguf(said: Mapping[str, Any]) -> PublishedTokenizer:
     types = said.get("tokenizer.ggml.token_type", [])
     special = [token for token, kind_of in zip(tokens, types) if kind_of == CONTROL]
     inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
-    start, end = (said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    own = [token for token, kind_of in zip(tokens, types) if kind_of == USER]
+    inner.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in own])
+    start, *ends = (said.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
+    words = said.get("tokenizer.ggml.pre")
+    begins = said.get("tokenizer.ggml.add_bos_token", kind == "llama" or words == "llama-bpe") and start is not None
     return PublishedTokenizer(
-        inner, start=None if start is None else int(start), ends=[] if end is None else [int(end)],
-        template=said.get("tokenizer.chat_template"),
+        inner, start=None if start is None else int(start),
+        ends=list(dict.fromkeys(int(end) for end in ends if end is not None)),
+        template=said.get("tokenizer.chat_template"), begins=bool(begins),
     )
 
 
@@ -68,7 +78,8 @@ def _byte_level(said: Mapping[str, Any], vocab: Mapping[str, int]) -> tokenizers
     words = said.get("tokenizer.ggml.pre", "gpt-2")
     expected = f"one of {', '.join(_WORDS)}, else a folder with tokenizer.json"
     expect(words in _WORDS, "tokenizer.ggml.pre", expected, words)
-    inner = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges))
+    # Llama 3 takes a word that is a token as it is.
+    inner = tokenizers.Tokenizer(models.BPE(vocab=dict(vocab), merges=merges, ignore_merges=words == "llama-bpe"))
     pattern = _WORDS[words]
     if pattern is None:
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -36,7 +36,7 @@ def locate(place: str) -> pathlib.Path:
     """The folder or file of `retrofit.backbone`; "package:NAME" is the GGUF file inside an installed package."""
     if not place.startswith(PACKAGE):
         path = files.local(FIELD, place)
-        expected = "a folder of safetensors, a GGUF file or package:NAME; load_run(backbone=) says where a run's is now"
+        expected = "a folder of safetensors, a GGUF file or package:NAME (now: load_run(backbone=), --backbone=)"
         expect(path.exists(), FIELD, expected, place)
         return path
     name = place.removeprefix(PACKAGE)

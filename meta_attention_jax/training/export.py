@@ -46,10 +46,12 @@ def write(
     step: int,
     hypers: Hypers,
     *,
+    mode: str,
     model: Optional[ModelConfig],
     note: Mapping[str, Any],
 ) -> None:
-    """Makes the folder `path`, whole or not at all, of the run in `run`. `params`: of the whole model; `model`: its
+    """Makes the folder `path`, whole or not at all, of the run in `run`. `params`: of the whole model; `mode`: what it
+    is asked in; `model`: its
     config where it is saved as well; `note`: what else is to be kept, such as the command."""
     from safetensors.numpy import save as to_bytes
 
@@ -76,8 +78,8 @@ def write(
             save(made, model, params, source=backbone.locate(config.retrofit.backbone))
             known = {**backbone.identity_of(made), "path": HERE}
         said = {
-            "format": FORMAT, "step": step, "backbone": known, "sha256": hashlib.sha256(weights).hexdigest(),
-            "note": dict(note), "config": kept,
+            "format": FORMAT, "step": step, "mode": mode, "backbone": known,
+            "sha256": hashlib.sha256(weights).hexdigest(), "note": dict(note), "config": kept,
         }
         (made / ROUTING).write_bytes(weights)
         (made / FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
