@@ -50,7 +50,9 @@ def forget_programs():
 
 
 # Few tests and long ones: where a worker takes whole files, these must not be its last.
-FIRST = ("commands", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep", "output")
+FIRST = (
+    "commands", "retrofit", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep", "output",
+)
 
 
 @pytest.hookimpl(trylast=True)

@@ -35,7 +35,9 @@ def test_lines_break_and_nothing_is_lost():
 def run():
     config = types.SimpleNamespace(model=types.SimpleNamespace(mechanisms=MECHANISMS))
     pieces = lambda ids: [ByteTokenizer().decode([token]) for token in ids]  # noqa: E731
-    return types.SimpleNamespace(config=config, pieces=pieces)
+    # Layer 1 of three is a window by nature.
+    model = types.SimpleNamespace(config=types.SimpleNamespace(routed=(0, 2)))
+    return types.SimpleNamespace(config=config, pieces=pieces, model=model)
 
 
 def trace(route, hard):
@@ -56,9 +58,9 @@ def test_the_layer_with_most_full_is_shown_with_the_shares_of_all(run):
     shown = samples.show_routes(run, ids, trace(route, np.ones((2, 4), bool)))
     assert shown == (
         "layer 0: linear 75%, full 0%, local 25%\n"
-        "layer 1: linear 25%, full 50%, local 25%\n"
+        "layer 2: linear 25%, full 50%, local 25%\n"
         "\n"
-        "routes of layer 1, the prompt's 2 tokens first\n"
+        "routes of layer 2, the prompt's 2 tokens first\n"
         "L linear  F full  w local\n"
         "abcd\n"
         "FLwF"

@@ -81,3 +81,16 @@ def test_risk_coverage():
     assert wrong["area"] > 1.0
     with pytest.raises(ValueError, match="score: expected one number per token"):
         statistics.risk_coverage(np.zeros(0), np.zeros(0))
+
+
+def test_a_bootstrap_covers_the_mean_of_its_values():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        middle, low, high = statistics.bootstrap(rng.normal(1.0, 1.0, 60), np.ones(60), draws=400)
+        assert low < middle < high
+        inside += low < 1.0 < high
+    assert 180 <= inside <= 198
+    assert statistics.bootstrap(np.array([1.0, 3.0]), np.array([3.0, 1.0]))[0] == 1.5
+    with pytest.raises(ValueError, match="^values: expected at least one"):
+        statistics.bootstrap(np.zeros(0), np.zeros(0))
