@@ -198,7 +198,13 @@ RECORDS = (
     Record("Controllers that ship", "controllers",
            "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2", controllers_table, "88cdf44"),
     Record("A routed published model", "routed",
-           "studies.routed --workdir=experiments/results/controllers/smollm2 --rank=4", routed_table, "bdaabb3"),
+           "studies.routed --workdir=experiments/results/controllers/smollm2 --windows=51 --rank=4", routed_table,
+           "bdaabb3, the arms of layers d78efc4"),
+    Record("The same by another recipe: KL to the unrouted model, a stronger prior", "routed_kl",
+           "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/kl --config.retrofit.loss=kl "
+           "--config.prior.strength=8 --config.objective.beta=0.001 --config.retrofit.local_beta=0.03 && python -m "
+           "experiments.studies.routed --workdir=runs/kl/end_to_end --out=runs/routed_kl --windows=51 --rank=4",
+           routed_table, "trained at 5929196, read at d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
            "benchmarks.routed_speed --workdir=experiments/results/controllers/smollm2 --length=8064 --steps=128"),
     Record("Routing a 1B and an 8B model on an H100, compiled without one and not run", "compile_retrofit.json",
