@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 from experiments import common
-from experiments.studies import arms, comparison, long, outcome, paper_report, routed
+from experiments.studies import arms, comparison, long, outcome, paper_report, residual_linear, routed
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
@@ -106,6 +106,14 @@ def routed_table(folder: pathlib.Path) -> str:
     stored = _read(folder / "rows.json")
     said = ", ".join(f"{name} {value}" for name, value in {**stored["setting"], **stored["environment"]}.items())
     return f"{said}\n\n{analysis.markdown_table(routed.lines(stored['rows']), routed.COLUMNS)}{_pictures(folder)}"
+
+
+def linear_table(folder: pathlib.Path) -> str:
+    """Full attention, a window, and a window with linear attention to all older keys."""
+    stored = _read(folder / "rows.json")
+    fitted = ", ".join(f"{form} {one['first']:.4f} to {one['last']:.4f}" for form, one in stored["fitted"].items())
+    said = f"distance from full attention's output, fitted on {stored['fitted']['softmax']['steps']} windows: {fitted}"
+    return f"{said}\n\n{analysis.markdown_table(routed.lines(stored['rows']), residual_linear.COLUMNS)}"
 
 
 def controllers_table(folder: pathlib.Path) -> str:
@@ -205,6 +213,8 @@ RECORDS = (
            "--config.prior.strength=8 --config.objective.beta=0.001 --config.retrofit.local_beta=0.03 && python -m "
            "experiments.studies.routed --workdir=runs/kl/end_to_end --out=runs/routed_kl --windows=51 --rank=4",
            routed_table, "trained at 5929196, read at d78efc4"),
+    Record("A window and residual linear attention by learned features, no router", "residual_linear",
+           "studies.residual_linear --steps=100 --windows=30", linear_table, "d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
            "benchmarks.routed_speed --workdir=experiments/results/controllers/smollm2 --length=8064 --steps=128"),
     Record("Routing a 1B and an 8B model on an H100, compiled without one and not run", "compile_retrofit.json",
