@@ -261,8 +261,8 @@ def page(rows: Rows, about: Mapping[str, Any]) -> str:
         f"{about['name']} at step {about['step']}, {about['split']} split, T {about['length']}, window "
         f"{about['window']}, {about['sinks']} sinks. Nats on prose from token {about['window']} on, on copies, on "
         "answers; `layers` are the fixed layers that are best for the task at the share of the price beside them, "
-        "`shuffled` and `random` the routes of the first price in disorder. Intervals: bootstrap over windows, paired with full "
-        "attention."
+        "`shuffled` and `random` the routes of the first price in disorder. Intervals: bootstrap over windows, paired "
+        "with full attention."
     )
     return f"# A routed published model\n\n{said}\n\n{analysis.markdown_table(lines(rows), COLUMNS)}\n"
 
