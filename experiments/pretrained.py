@@ -103,7 +103,7 @@ def main() -> None:
         expect("repeat" in run.config.data.tasks, "controllers", "a run with the task repeat", run.config.data.tasks)
         expect(ranking.is_file(), "controllers", f"{str(ranking)!r}, the layers by what they are worth", "none")
         about = routed.setting(run, "test", prices)
-        order = routed.ranked_layers(ranking, {k: about[k] for k in routed.OF_MODEL})
+        order = routed.ranked_layers(ranking, {k: about[k] for k in routed.OF_MODEL}, about["tasks"])
         out = pathlib.Path(WORKDIR.value)
         common.check_output("workdir", out / "index.html")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))

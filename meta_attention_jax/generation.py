@@ -183,8 +183,10 @@ def decode_loop(
     def step(carry, forced, ended=None):
         cache, logits = carry
         fold = jax.vmap(jax.random.fold_in)
-        nameless = known is not None and jnp.arange(logits.shape[-1]) >= known
-        token = sampler(jnp.where(nameless, -jnp.inf, logits), fold(keys, cache.length[0]))
+        named = logits
+        if known is not None:
+            named = jnp.where(jnp.arange(logits.shape[-1])[None] < known, logits, -jnp.inf)
+        token = sampler(named, fold(keys, cache.length[0]))
         if ended is not None:
             token = jnp.where(ended, ends[0], token)
         cache, out = model.apply({"params": params}, cache, token, hypers=hypers, route=forced, method="decode")

@@ -51,7 +51,8 @@ def forget_programs():
 
 # Few tests and long ones: where a worker takes whole files, these must not be its last.
 FIRST = (
-    "commands", "retrofit", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep", "output",
+    "commands", "retrofit", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep",
+    "output",
 )
 
 

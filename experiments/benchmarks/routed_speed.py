@@ -32,7 +32,9 @@ from meta_attention_jax.routing.accounting import count_layers
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training import build
-from meta_attention_jax.types import IMPLEMENTATIONS
+
+SERVED = ("auto", "xla", "blockwise")
+"""Forms of full attention that a run which may be given any segments has."""
 
 
 def passage(run: Run, length: int) -> np.ndarray:
@@ -115,8 +117,7 @@ def with_attention(model: LanguageModel, **changes: Any) -> LanguageModel:
 def allowed_in_decoding(run: Run, past: int, share: float) -> float:
     """Bytes of a step in which every layer reads all of `past` tokens, over those of a step in which a share does."""
     config = run.model.config
-    leaves = [leaf for leaf in jax.tree.leaves(run.params) if isinstance(leaf, jax.Array)]
-    weights = sum(leaf.nbytes for leaf in leaves)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(run.params))
     token = 2 * config.kv_heads * config.head_dim * jnp.dtype(config.dtype or config.param_dtype).itemsize
     near = min(past, config.attention.width + config.attention.sinks)
     layers = len(config.routed)
@@ -144,8 +145,9 @@ def main() -> None:
         expect(run.config.retrofit.backbone, "workdir", "a run that has routed a published model", WORKDIR.value)
         check_length(run, LENGTH.value, STEPS.value)
         prices = common.finite("price", PRICE.value)
+        expect(FORMS.value, "forms", f"some of {SERVED}", "none")
         for form in FORMS.value:
-            expect(form in IMPLEMENTATIONS, "forms", f"some of {IMPLEMENTATIONS}", form)
+            expect(form in SERVED, "forms", f"some of {SERVED}", form)
         if WINDOW.value:
             run = dataclasses.replace(run, model=with_attention(run.model, window=WINDOW.value))
     parts: Sequence[Sequence[Row]] = [

@@ -1,6 +1,6 @@
 """A linear mechanism on a published model: does what is left of a window's softmax earn its place by learned features?
 
-python -m experiments.studies.residual_linear --out=experiments/results/residual_linear
+python -m experiments.studies.residual_linear --out=runs/residual_linear
     [--controllers=experiments/results/controllers/smollm2] [--steps=150] [--windows=51]
 
 Every layer attends to its window and sinks by softmax and, by one normaliser, to all older keys by features:
@@ -50,6 +50,7 @@ Maps = dict[str, Array]
 
 FIRST = {"softmax": (1.0, -2.0), "exp": (0.03, -10.0)}
 """Of each form: the scale of W = 1 at the start, and b there, small enough that the window still decides."""
+RATE = 1e-2  # Of Adam, falling to 0.
 PER_UNIT = 10.0
 """b is that many times what is learned, since it has further to go than W."""
 
@@ -137,11 +138,11 @@ def forward(
     return x @ table.T, harm, slope
 
 
-def fit(run: Any, form: str, steps: int, rate: float) -> tuple[Maps, list[float]]:
+def fit(run: Any, form: str, steps: int) -> tuple[Maps, list[float]]:
     """The maps, and the mean distance at each step."""
     config = run.model.config
     maps = first_maps(config, form)
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
 
     @jax.jit
     def step(maps, state, params, tokens):
@@ -178,9 +179,7 @@ def _read(config: ModelConfig, params: Any, maps: Maps | None, batch: Batch, for
     return token_nll(logits, batch.targets), jnp.argmax(logits, axis=-1), harm
 
 
-COLUMNS = [
-    column for column in routed.COLUMNS if column.key != "share"
-]
+COLUMNS = [column for column in routed.COLUMNS if column.key != "share"]
 
 
 def page(run: Any, rows: Sequence[dict[str, Any]], fitted: dict[str, Any]) -> str:
@@ -205,11 +204,12 @@ def main() -> None:
         plain = config.scan_layers and not (config.qk_norm or config.post_norms or config.biases or config.windows)
         expect(plain and config.tied, "controllers", "a Llama with tied embeddings and stacked layers", run.path)
         common.check_output("out", out / "rows.json")
+        expect(not (out / "rows.json").exists(), "out", "a folder without rows.json", str(out))
     fitted, maps = {}, {}
     for form in FORMS:
-        maps[form], seen = fit(run, form, STEPS.value, RATE.value)
+        maps[form], seen = fit(run, form, STEPS.value)
         first, last = (float(np.mean(part)) for part in (seen[:10], seen[-10:]))
-        fitted[form] = {"steps": STEPS.value, "rate": RATE.value, "first": first, "last": last}
+        fitted[form] = {"steps": STEPS.value, "rate": RATE, "first": first, "last": last}
     rows: list[dict[str, Any]] = []
     for number, batch in enumerate(routed.windows(run, "test", WINDOWS.value)):
         own = np.asarray(batch.loss_mask) & (np.asarray(batch.positions) >= run.config.model.window)
@@ -229,9 +229,8 @@ if __name__ == "__main__":
     CONTROLLERS = common.define_path(
         "controllers", "experiments/results/controllers/smollm2", "A run that has routed the model, or an export."
     )
-    OUT = common.define_path("out", "experiments/results/residual_linear", "Where rows and table go.")
+    OUT = common.define_path("out", "runs/residual_linear", "Where rows and table go.")
     STEPS = flags.DEFINE_integer("steps", 150, "Of each form's fit, a window each.", 1)
-    RATE = flags.DEFINE_float("rate", 1e-2, "Learning rate.", 0.0)
     WINDOWS = flags.DEFINE_integer("windows", 51, "Of all tasks together.", 1)
     DATA = common.define_data()
     common.run(main, prints=True)

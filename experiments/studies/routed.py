@@ -208,11 +208,14 @@ def digest_of(run: Run) -> str:
     return digest.hexdigest()
 
 
-def ranked_layers(path: pathlib.Path, model: Mapping[str, Any]) -> dict[str, list[int]]:
+def ranked_layers(path: pathlib.Path, model: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, list[int]]:
     """The order of layers for each task that `rank` has written for a model."""
     ranked = read_stored(path, "an order of layers")
     expect(ranked.get("model") == model, "out", f"layers of {model} in {str(path)!r}", ranked.get("model"))
-    return ranked["order"]
+    order = ranked.get("order")
+    whole = isinstance(order, dict) and set(tasks) <= order.keys()
+    expect(whole, "out", f"an order of layers for each of {tuple(tasks)} in {str(path)!r}", order)
+    return order
 
 
 def stored(path: pathlib.Path, about: Mapping[str, Any]) -> Rows:
@@ -242,7 +245,7 @@ def main() -> None:
             content = {"environment": environment(), "model": model, "order": rank(run, RANK.value)}
             write_whole(ranking, json.dumps(content, indent=1) + "\n")
         expect(ranking.is_file(), "rank", f"windows to rank layers by, as {str(ranking)!r} is not there", RANK.value)
-        order = ranked_layers(ranking, model)
+        order = ranked_layers(ranking, model, about["tasks"])
 
     def keep(rows: Rows) -> None:
         content = {"setting": about, "environment": environment(), "rows": rows}

@@ -9,8 +9,8 @@ from typing import Any, Optional
 import numpy as np
 import tokenizers
 
-from meta_attention_jax.data.tokenizer import Ids, Tokenizer, byte_alphabet
-from meta_attention_jax.fields import expect
+from meta_attention_jax.data.tokenizer import Ids, Tokenizer, byte_alphabet, text_of
+from meta_attention_jax.fields import expect, whole
 
 
 class PublishedTokenizer(Tokenizer):
@@ -29,12 +29,13 @@ class PublishedTokenizer(Tokenizer):
         self.vocab_size = max(inner.get_vocab().values()) + 1
         self.ends = tuple(ends)  # Ids that end a text.
         for i in (*self.ends, *([] if start is None else [start])):
-            expect(0 <= i < self.vocab_size, "tokenizer", f"ids of the {self.vocab_size} tokens that there are", i)
+            known = f"ids of the {self.vocab_size} tokens that there are"
+            expect(0 <= whole("tokenizer", i) < self.vocab_size, "tokenizer", known, i)
         self.template = template  # Of chats, in Jinja; None without one.
         special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
-        whole = _of_bytes(inner)
+        of_bytes = _of_bytes(inner)
         texts = ("" if i in special else inner.id_to_token(i) or "" for i in range(self.vocab_size))
-        self._bytes = [_bytes_of(text, whole) for text in texts]
+        self._bytes = [_bytes_of(text, of_bytes) for text in texts]
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
     @classmethod
@@ -45,11 +46,7 @@ class PublishedTokenizer(Tokenizer):
                    begins=content.get("begins", False))
 
     def encode(self, data: bytes) -> Ids:
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
-        return self._encode(text, as_text=True)
+        return self._encode(text_of(data), as_text=True)
 
     def _encode(self, text: str, *, as_text: bool) -> Ids:
         """`as_text`: what is written like a token that is no text is text all the same."""

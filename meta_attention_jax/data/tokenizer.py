@@ -201,12 +201,17 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
 
 
-def _chunks(data: bytes) -> Iterator[str]:
-    """A text in pieces of about a million characters, cut behind line ends where there are any."""
+def text_of(data: bytes) -> str:
+    """UTF-8, decoded."""
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text: expected UTF-8, got something else at byte {error.start}.") from None
+
+
+def _chunks(data: bytes) -> Iterator[str]:
+    """A text in pieces of about a million characters, cut behind line ends where there are any."""
+    text = text_of(data)
     start = 0
     while start < len(text):
         stop = min(start + _CHUNK, len(text))

@@ -51,8 +51,7 @@ def write(
     note: Mapping[str, Any],
 ) -> None:
     """Makes the folder `path`, whole or not at all, of the run in `run`. `params`: of the whole model; `mode`: what it
-    is asked in; `model`: its
-    config where it is saved as well; `note`: what else is to be kept, such as the command."""
+    is asked in; `model`: its config where it is saved as well; `note`: what else is to be kept, such as the command."""
     from safetensors.numpy import save as to_bytes
 
     expect(config.retrofit.backbone, "retrofit.backbone", "a run that has routed a published model", "none")
