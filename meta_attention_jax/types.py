@@ -44,6 +44,7 @@ Costs = Float[Array, "mechanism"]
 Scalar = Float[Array, ""]
 
 MECHANISMS = ("full", "linear", "local")  # Default order of the mechanism axis.
+KERNELS = ("auto", "portable", "pallas")  # Of packed attention; see `kernels.select`.
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")  # Of full attention; see `mechanisms.full`.
 SEGMENTS = ("any", "padded", "one")
 FALLBACKS = ("soft", "full")
@@ -83,6 +84,7 @@ class AttentionSpec:
       sinks: first tokens of its segment that a windowed token sees besides its window.
       softcap: c: logits z become c tanh(z / c) before the mask; None leaves them.
       implementation: of full attention on all tokens, one of IMPLEMENTATIONS.
+      kernel: of hard dispatch, packed; one of KERNELS.
       segments: what the caller promises of `segment_ids`: nothing ("any"), one segment with padding behind it alone
         ("padded"), or one segment without padding ("one"). Kernels without ids can serve the last two; a promise that
         is broken gives wrong results.
@@ -94,6 +96,7 @@ class AttentionSpec:
     softcap: Optional[float] = None
     implementation: str = "auto"
     segments: str = "any"
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         expect(isinstance(self.causal, (bool, np.bool_)), "causal", "True or False", self.causal)
@@ -102,6 +105,7 @@ class AttentionSpec:
         positive(self, "softcap")
         expected = f"one of {', '.join(IMPLEMENTATIONS)}"
         expect(self.implementation in IMPLEMENTATIONS, "implementation", expected, self.implementation)
+        expect(self.kernel in KERNELS, "kernel", f"one of {', '.join(KERNELS)}", self.kernel)
         expect(self.segments in SEGMENTS, "segments", f"one of {SEGMENTS}", self.segments)
 
     @property

@@ -218,8 +218,8 @@ def select(q, k, v, route, ids, window: int):
     return jnp.take_along_axis(jnp.stack(outs), route[None, ..., None, None], axis=0)[0]
 
 
-def packed(q, k, v, route, ids, window: int):
-    return hard_attention(q, k, v, route, spec=AttentionSpec(window=window), segment_ids=ids)
+def packed(q, k, v, route, ids, window: int, kernel: str = "auto"):
+    return hard_attention(q, k, v, route, spec=AttentionSpec(window=window, kernel=kernel), segment_ids=ids)
 
 
 def routed(function, window: int):
@@ -247,14 +247,17 @@ ARITHMETIC = {
 may be ten times worse than the norm: it can be a sum of products that cancel."""
 
 
-def packed_rows(time: int, dim: int, window: int, label: str) -> list[Row]:
-    """Packed dispatch against `select` in full float32 on the same inputs, whatever the routes."""
+def packed_rows(time: int, dim: int, window: int, label: str, kernel: str) -> list[Row]:
+    """Packed dispatch by one kernel against `select` in full float32 on the same inputs, whatever the routes."""
+    if kernel == "pallas" and jax.default_backend() != "gpu":
+        return [not_run(f"packed = select, {label}, {kernel}", "the kernel is one for GPUs")]
     dtype, precision, tolerances = ARITHMETIC[label]
     values, gradients = (tolerances, tolerances) if tolerances else (VALUES, GRADIENTS)
     batch = 4
     arguments, ids = draw(batch, time, 4, dim, seed=2, dtype=dtype)
     exact, ids = [x.astype(jnp.float32) for x in arguments], jnp.asarray(ids)
-    run, reference = jax.jit(routed(packed, window)), jax.jit(routed(select, window))
+    run = jax.jit(routed(functools.partial(packed, kernel=kernel), window))
+    reference = jax.jit(routed(select, window))
     routes = {f"{share:.0%} full": random_routes([share] * batch, time)
               for share in (0.0, 0.1, 0.5, 1.0)}
     routes["uneven shares"] = random_routes([0.0, 1.0, 0.1, 0.5], time)
@@ -267,13 +270,46 @@ def packed_rows(time: int, dim: int, window: int, label: str) -> list[Row]:
             got = run(*arguments, jnp.asarray(route), ids)
         with highest():
             expected = reference(*exact, jnp.asarray(route), ids)
-        return error_rows(f"packed = select, {label}, {name}", got,
+        return error_rows(f"packed = select, {label}, {kernel}, {name}", got,
                           [np.asarray(x, np.float64) for x in expected], values, gradients)
 
     rows = []
     for name, route in routes.items():
         rows += rows_of(name, route)
     return rows
+
+
+KERNEL_CASES = {
+    "d 128, grouped heads, sinks": ("bfloat16", 1001, 128, 8, 2, dict(window=300, sinks=4)),
+    "d 64, sinks, odd length": ("float16", 777, 64, 6, 2, dict(window=64, sinks=3)),
+    "d 256": ("bfloat16", 512, 256, 4, 2, dict(window=100)),
+    "d 80, softcap": ("bfloat16", 640, 80, 4, 4, dict(window=90, softcap=20.0)),
+    "d 128, float32": ("float32", 333, 128, 4, 2, dict(window=77, sinks=2)),
+    "both directions": ("bfloat16", 500, 64, 4, 2, dict(window=33, sinks=5, causal=False)),
+}
+"""name -> (dtype, T, d, heads, key heads, changes to the spec)."""
+
+
+def kernel_rows(case: str) -> list[Row]:
+    """The kernel of GPUs against the portable one in full float32."""
+    dtype, time, dim, heads, kv_heads, changes = KERNEL_CASES[case]
+    rng = np.random.default_rng(time)
+    shapes = (heads, kv_heads, kv_heads, heads)
+    arguments = [jnp.asarray(rng.normal(size=(2, time, n, dim)), dtype) for n in shapes]
+    ids = jnp.asarray(1 + (np.arange(time) >= time // 3) + np.zeros((2, 1)), jnp.int32)
+    route = jnp.asarray(random_routes([0.1, 0.5], time))
+
+    def run(kernel, arguments):
+        spec = AttentionSpec(kernel=kernel, **changes)
+        form = functools.partial(hard_attention, route=route, spec=spec, segment_ids=ids)
+        return jax.jit(functools.partial(pulled, form))(*arguments)
+
+    with highest():
+        expected = run("portable", [x.astype(jnp.float32) for x in arguments])
+        got = run("pallas", arguments)
+    exact = (EXACT, 10 * EXACT)
+    bounds = (exact, exact) if dtype == "float32" else (VALUES, GRADIENTS)
+    return error_rows(f"pallas = portable, {case}", got, [np.asarray(x, np.float64) for x in expected], *bounds)
 
 
 def mesh_rows(time: int, dim: int, window: int) -> list[Row]:

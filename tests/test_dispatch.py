@@ -297,7 +297,7 @@ def test_the_log_sum_exp_merges_two_softmaxes_into_one():
                 high=work.blocks[0].low + -(-keep // 16), whole=work.blocks[0].low,
                 whole_end=work.blocks[0].low),),
         )
-        out, lse = portable.attend(q, *moved, work)
+        out, lse = portable.packed(q, *moved, work)
         return out[:, :60], lse[:, :60]
 
     def merged(q, k, v):

@@ -91,12 +91,20 @@ def test_nothing_flows_from_later_tokens(sizes, hold):
     hold(checks.causality_rows(*sizes.causality))
 
 
+@pytest.mark.parametrize("kernel", ["portable", "pallas"])
 @pytest.mark.parametrize("label", checks.ARITHMETIC)
-def test_packed_dispatch_is_compute_all_and_select(sizes, hold, label):
+def test_packed_dispatch_is_compute_all_and_select(sizes, hold, label, kernel):
     # On a CPU, products by default are those in float32.
     if "by default" in label and jax.default_backend() != "gpu":
         pytest.skip("not run: products by default round their factors on accelerators alone")
-    hold(checks.packed_rows(*sizes.packed, label))
+    hold(checks.packed_rows(*sizes.packed, label, kernel))
+
+
+@pytest.mark.parametrize("case", checks.KERNEL_CASES)
+def test_the_kernel_is_the_portable_one(hold, case):
+    if jax.default_backend() != "gpu":
+        pytest.skip("not run: the kernel is one for GPUs")
+    hold(checks.kernel_rows(case))
 
 
 def test_packed_dispatch_on_a_mesh(sizes, hold):

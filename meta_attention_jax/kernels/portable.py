@@ -43,8 +43,32 @@ def sizes_for(time: int, reach: Reach) -> Sizes:
     return Sizes(factor * BLOCK, min(factor * TILE, time))
 
 
+def attend(q: Queries, k: Keys, v: Values, work: WorkList, softcap: float | None = None) -> tuple[Queries, LogSumExp]:
+    """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, 0 elsewhere; and the log-sum-exp of their
+    logits, by slot."""
+    out, lse = packed(q, k, v, work, softcap)
+    return _unpack(out, work), lse
+
+
+@jax.custom_vjp
+def _unpack(out: Packed, work: WorkList) -> Queries:
+    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is another gather,
+    and not a sum."""
+    return _rows_at(out, work.slot)
+
+
+def _rows_at(x: Array, place: Array) -> Array:
+    """`x[b, place[b, i]]`, 0 where there is no such place."""
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, place)
+
+
+_unpack.defvjp(
+    lambda out, work: (_unpack(out, work), work), lambda work, gradient: (_rows_at(gradient, work.order), None)
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(
+def packed(
     q: Queries, k: Keys, v: Values, work: WorkList, softcap: float | None = None
 ) -> tuple[Packed, LogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries, and the log-sum-exp of their logits.
@@ -84,7 +108,7 @@ def attend(
 
 
 def _attend_forward(q, k, v, work, softcap):
-    out, lse = attend(q, k, v, work, softcap)
+    out, lse = packed(q, k, v, work, softcap)
     return (out, lse), (q, k, v, work, out, lse)
 
 
@@ -143,7 +167,7 @@ def _attend_backward(softcap, saved, cotangents):
     return dq, dk, dv, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+packed.defvjp(_attend_forward, _attend_backward)
 
 
 class _Rows(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.cost import natural_windows
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import worklist
+from meta_attention_jax.kernels import select, worklist
 from meta_attention_jax.mechanisms import spent
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.mechanisms.registry import get_mechanism
@@ -71,7 +71,8 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
     real = jnp.ones(route.shape, bool) if segment_ids is None else segment_ids != 0
     records = [get_mechanism(name) for name in config.router.mechanisms]
     asked = jnp.where(real, route, -1)
-    work = dispatch.plan(asked, segment_ids, records=records, spec=spec)
+    kernel = select.packed(spec.kernel, time=time, dim=dim, dtype=dtype)
+    work = dispatch.plan(asked, segment_ids, records=records, spec=spec, kernel=kernel)
     met = iter(() if work is None else zip(work.blocks, worklist.count_tiles(work), work.sizes))
 
     nothing = AttentionCost(0.0, 0.0)

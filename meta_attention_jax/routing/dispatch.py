@@ -4,7 +4,7 @@
 
 In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed kernel and one work
 list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which queries meet which keys,
-`kernels/portable.py` computes them. The others run on all tokens of the batch, if any token but padding asks for them:
+`kernels/portable.py` or `gpu.py` computes them. The others run on all tokens of the batch, if any token but padding asks for them:
 linear attention's state needs every key whoever reads it.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data: under `vmap` every
@@ -21,10 +21,9 @@ from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import portable, worklist
+from meta_attention_jax.kernels import select, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import blocks
 from meta_attention_jax.mechanisms.mechanism import Mechanism
@@ -115,9 +114,10 @@ def _hard_attention(
     if segment_ids is not None:
         route = jnp.where(segment_ids != 0, route, -1)
     out = jnp.zeros_like(q)
-    work = plan(route, segment_ids, records=records, spec=spec)
+    kernel = select.packed(spec.kernel, time=q.shape[1], dim=q.shape[3], dtype=q.dtype)
+    work = plan(route, segment_ids, records=records, spec=spec, kernel=kernel)
     if work is not None:
-        out = _unpack(portable.attend(heads.rotated_q, heads.rotated_k, heads.v, work, spec.softcap)[0], work)
+        out, _ = kernel.attend(heads.rotated_q, heads.rotated_k, heads.v, work, spec.softcap)
     for index, record in enumerate(records):
         if record.reach is not None:
             continue
@@ -135,7 +135,12 @@ def _hard_attention(
 
 
 def plan(
-    route: Route, segment_ids: Optional[SegmentIds], *, records: Sequence[Mechanism], spec: AttentionSpec
+    route: Route,
+    segment_ids: Optional[SegmentIds],
+    *,
+    records: Sequence[Mechanism],
+    spec: AttentionSpec,
+    kernel: select.Kernel,
 ) -> Optional[WorkList]:
     """What the packed kernel has to do for these routes; None where no mechanism has a reach. Routes outside the axis,
     padding's among them, ask for nothing."""
@@ -143,25 +148,8 @@ def plan(
     if not packed:
         return None
     reaches = [records[index].reach(spec) for index in packed]
-    sizes = [portable.sizes_for(route.shape[1], reach) for reach in reaches]
+    sizes = kernel.sizes(route.shape[1], reaches)
     group = jnp.full_like(route, -1)
     for m, index in enumerate(packed):
         group = jnp.where(route == index, m, group)
     return worklist.build(group, segment_ids, causal=spec.causal, reaches=reaches, sizes=sizes)
-
-
-@jax.custom_vjp
-def _unpack(packed: Float[Array, "batch slots heads dim"], work: WorkList) -> Queries:
-    """Packed rows at their tokens, 0 elsewhere. Slots and tokens name each other, so the transpose is another gather,
-    and not a sum."""
-    return _rows_at(packed, work.slot)
-
-
-def _rows_at(x: Array, place: Array) -> Array:
-    """`x[b, place[b, i]]`, 0 where there is no such place."""
-    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, place)
-
-
-_unpack.defvjp(
-    lambda packed, work: (_unpack(packed, work), work), lambda work, gradient: (_rows_at(gradient, work.order), None)
-)
