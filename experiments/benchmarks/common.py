@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
+from experiments import common as commands
 from meta_attention_jax.files import write_whole
 
 Row = dict[str, Any]
@@ -113,6 +114,26 @@ def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
         if not text.isdigit() or not good(int(text)):
             raise ValueError(f"{field}: expected whole numbers, {expected}, got {text!r}.")
     return [int(text) for text in texts]
+
+
+def device_or_fail(platform: str) -> jax.Device:
+    """The first device; one sentence and exit code 2 where it is no GPU but should be one."""
+    if platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:  # JAX_PLATFORMS names what is not there.
+        commands.fail(f"device: expected a GPU, got none ({sentence(error)})")
+    if platform == "gpu" and jax.default_backend() != "gpu":
+        commands.fail(
+            f"device: expected a GPU, got {jax.default_backend()}; `make gpu-check` installs the "
+            "CUDA extra of jax, and --platform=cpu --out=... tries this script without a GPU."
+        )
+    return device
+
+
+def sentence(error: Exception | str) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def environment() -> Row:

@@ -32,7 +32,7 @@ from absl import flags
 from experiments import common as commands
 from experiments.benchmarks import decoding
 from experiments.benchmarks import gpu_timings as timings
-from experiments.benchmarks.common import DIRECTIONS, Row, environment, markdown
+from experiments.benchmarks.common import DIRECTIONS, Row, device_or_fail, environment, markdown, sentence
 
 PLATFORM = flags.DEFINE_enum("platform", "gpu", ["gpu", "cpu"], "cpu tries this script, tiny.")
 OUT = commands.define_path("out", None, "Folder of the record; experiments/results on a GPU.")
@@ -148,26 +148,6 @@ def count(rows: Sequence[Row]) -> dict[str, int]:
 
 def verdict(rows: Sequence[Row]) -> str:
     return ", ".join(f"{n} {name}" for name, n in count(rows).items() if n)
-
-
-def device_or_fail(platform: str) -> jax.Device:
-    """The first device; one sentence and exit code 2 where it is no GPU but should be one."""
-    if platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        device = jax.devices()[0]
-    except RuntimeError as error:  # JAX_PLATFORMS names what is not there.
-        commands.fail(f"device: expected a GPU, got none ({sentence(error)})")
-    if platform == "gpu" and jax.default_backend() != "gpu":
-        commands.fail(
-            f"device: expected a GPU, got {jax.default_backend()}; `make gpu-check` installs the "
-            "CUDA extra of jax, and --platform=cpu --out=FOLDER tries this script without a GPU."
-        )
-    return device
-
-
-def sentence(error: Exception | str) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def about(device: jax.Device, sections: Sequence[Any], began: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
@@ -71,18 +72,11 @@ def tuning_for(dim: int, dtype, time: int) -> Tuning:
     return Tuning(sizes, *map(lowered, (tuning.forward, tuning.dq, tuning.dkv)))
 
 
-class _Table(NamedTuple):
-    """The blocks of all mechanisms side by side, the longest first; those that do not exist are last."""
+class _Programs(NamedTuple):
+    """The blocks of all mechanisms, those that see most keys first."""
 
-    row: Int[Array, "blocks"]
-    slot: Int[Array, "blocks"]
-    low: Int[Array, "blocks"]
-    whole: Int[Array, "blocks"]
-    whole_end: Int[Array, "blocks"]
-    high: Int[Array, "blocks"]
-    sink_low: Int[Array, "blocks"]
-    sink_high: Int[Array, "blocks"]
-    count: Int[Array, "1"]
+    count: Int[Array, "1"]  # How many there are; those that do not exist are last.
+    place: Int[Array, "blocks 2"]  # Sequence and first slot.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -119,28 +113,23 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(q, k, v, work, softcap, tuning, interpret):
     (q, k, v), (batch, time, heads, dim) = _padded(q, k, v), q.shape
-    shape, group = tuning.forward, heads // k.shape[2]
-    queries, keys = shape.queries, shape.keys
-    table = _table(work)
-    scale = dim**-0.5
-    parts = tuning.sizes.block // queries
-    lists = _lists(work)
+    shape, group, scale = tuning.forward, heads // k.shape[2], dim**-0.5
+    parts, lists, programs = tuning.sizes.block // shape.queries, _lists(work), _programs(work)
 
-    def kernel(*refs):
-        (*scalars, count, lists, q, k, v, _, _, out, lse) = _named(refs, table, lists_given)
+    def kernel(count, places, *refs):
+        *lists, q, k, v, _, _, out, lse = refs
         n, part, h = _unravel(pl.program_id(0), parts, heads)
 
         @pl.when(n < count[0])
         def _():
-            at = _Block(*(x[n] for x in scalars))
-            rows = _rows(lists, at.row, at.slot + part * queries, queries, time)
-            query = q[at.row, rows.position, h, :]
+            row = places[n, 0]
+            rows = _rows(lists, row, places[n, 1] + part * shape.queries, shape.queries, time)
+            query = q[row, rows.position, h, :]
 
-            def meet(j, whole, carry):
+            def meet(j, keys, whole, carry):
                 top, total, acc = carry
                 start = _start(j, keys, time)
-                key = k[at.row, pl.ds(start, keys), h // group, :]
-                value = v[at.row, pl.ds(start, keys), h // group, :]
+                key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
                 logits = _logits(_dot(query, key, 1, 1), scale, softcap)
                 if not whole:
                     logits = jnp.where(_allowed(rows, j, start, keys), logits, MASKED)
@@ -149,20 +138,18 @@ def _forward(q, k, v, work, softcap, tuning, interpret):
                 acc = acc * decay[:, None] + _dot(weights.astype(value.dtype), value, 1, 0)
                 return new, total * decay + weights.sum(1), acc
 
-            zeros = jnp.zeros((queries, query.shape[1]), jnp.float32)
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
-            start = jnp.full((queries,), MASKED / 2, jnp.float32), jnp.zeros((queries,), jnp.float32), zeros
-            top, total, acc = _walk(at, tuning.sizes.tile // keys, bool(rows.sinks), meet, start)
+            top, total = (jnp.full((shape.queries,), x, jnp.float32) for x in (MASKED / 2, 0.0))
+            carry = top, total, jnp.zeros((shape.queries, q.shape[3]), jnp.float32)
+            top, total, acc = _walk(rows, shape.keys, meet, carry)
             # A slot that fills the block repeats a query, and writes the same numbers to the same place.
-            out[at.row, rows.position, h, :] = (acc / total[:, None]).astype(out.dtype)
-            lse[at.row, h, rows.position] = (top + jnp.log2(total)) / _LOG2E
+            out[row, rows.position, h, :] = (acc / total[:, None]).astype(out.dtype)
+            lse[row, h, rows.position] = (top + jnp.log2(total)) / _LOG2E
 
-    lists_given = len(lists)
     places = jnp.zeros_like(q), jnp.zeros((batch, heads, time), jnp.float32)
-    arguments = (*table, *lists, q, k, v, *places)
-    out, lse = _call(
-        kernel, arguments, places, len(arguments) - 2, table.row.shape[0] * parts * heads, shape, interpret
-    )
+    arguments = (*programs, *lists, q, k, v, *places)
+    number = programs.place.shape[0] * parts * heads
+    out, lse = _call(kernel, arguments, places, len(arguments) - 2, number, shape, interpret)
     return out[..., :dim], lse
 
 
@@ -180,25 +167,23 @@ def _backward(q, k, v, work, out, lse, d_out, d_lse, softcap, tuning, interpret)
 def _backward_q(state, work, softcap, tuning, scale, interpret):
     q, k = state[:2]
     (_, time, heads, _), shape = q.shape, tuning.dq
-    group, queries, keys = heads // k.shape[2], shape.queries, shape.keys
-    table, lists = _table(work), _lists(work)
-    parts, lists_given = tuning.sizes.block // queries, len(lists)
+    group, parts = heads // k.shape[2], tuning.sizes.block // shape.queries
+    lists, programs = _lists(work), _programs(work)
 
-    def kernel(*refs):
-        (*scalars, count, lists, q, k, v, d_out, lse, mean, _, dq) = _named(refs, table, lists_given)
+    def kernel(count, places, *refs):
+        *lists, q, k, v, d_out, lse, mean, _, dq = refs
         n, part, h = _unravel(pl.program_id(0), parts, heads)
 
         @pl.when(n < count[0])
         def _():
-            at = _Block(*(x[n] for x in scalars))
-            rows = _rows(lists, at.row, at.slot + part * queries, queries, time)
-            query, g = q[at.row, rows.position, h, :], d_out[at.row, rows.position, h, :]
-            top, shift = lse[at.row, h, rows.position], mean[at.row, h, rows.position]
+            row = places[n, 0]
+            rows = _rows(lists, row, places[n, 1] + part * shape.queries, shape.queries, time)
+            query, g = (x[row, rows.position, h, :] for x in (q, d_out))
+            top, shift = (x[row, h, rows.position] for x in (lse, mean))
 
-            def meet(j, whole, acc):
+            def meet(j, keys, whole, acc):
                 start = _start(j, keys, time)
-                key = k[at.row, pl.ds(start, keys), h // group, :]
-                value = v[at.row, pl.ds(start, keys), h // group, :]
+                key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
                 logits = _logits(_dot(query, key, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[:, None])
                 if not whole:
@@ -206,31 +191,34 @@ def _backward_q(state, work, softcap, tuning, scale, interpret):
                 d_logits = weights * (_dot(g, value, 1, 1) - shift[:, None]) * _slope(logits, softcap)
                 return acc + _dot(d_logits.astype(key.dtype), key, 1, 0)
 
-            zeros = jnp.zeros((queries, query.shape[1]), jnp.float32)
-            acc = _walk(at, tuning.sizes.tile // keys, bool(rows.sinks), meet, zeros)
-            dq[at.row, rows.position, h, :] = (acc * scale).astype(dq.dtype)
+            acc = _walk(rows, shape.keys, meet, jnp.zeros((shape.queries, q.shape[3]), jnp.float32))
+            dq[row, rows.position, h, :] = (acc * scale).astype(dq.dtype)
 
     places = (jnp.zeros_like(q),)
-    arguments = (*table, *lists, *state, *places)
-    (dq,) = _call(kernel, arguments, places, len(arguments) - 1, table.row.shape[0] * parts * heads, shape, interpret)
+    arguments = (*programs, *lists, *state, *places)
+    number = programs.place.shape[0] * parts * heads
+    (dq,) = _call(kernel, arguments, places, len(arguments) - 1, number, shape, interpret)
     return dq
 
 
 def _backward_kv(state, work, softcap, tuning, scale, interpret):
-    q, k, v = state[:3]
+    q, k, v, d_out, lse, mean = state
     (batch, time, heads, dim), shape = q.shape, tuning.dkv
-    kv_heads, queries, keys = k.shape[2], shape.queries, shape.keys
-    group, lists, tile = heads // kv_heads, _lists(work), tuning.sizes.tile
-    spans = _spans(work, time)  # Slots that see a key of a tile.
-    order = jnp.argsort(-sum(high - low for low, high in spans).reshape(-1)).astype(jnp.int32)
-    parts, tiles, pieces = tile // keys, spans[0][0].shape[1], len(spans)
-    flat = [x.reshape(-1) for span in spans for x in span]
-    lists_given = len(lists)
+    kv_heads, (_, tile), queries, keys = k.shape[2], tuning.sizes, shape.queries, shape.keys
+    group, lists, spans = heads // kv_heads, _lists(work), _spans(work, time)
+    spans = jnp.stack([jnp.stack(span, -1) for span in spans], -2)
+    _, tiles, pieces, _ = spans.shape
+    order = _by_length((spans[..., 3] - spans[..., 0]).sum(-1).reshape(-1))
+    parts, spans = tile // keys, spans.reshape(batch * tiles, pieces, 4)
+    # Packed queries are neighbours, so a program reads them ahead.
+    position = jnp.where(work.order < time, work.order, work.order - time)
+    q, d_out = (jax.vmap(lambda x, at: x[at])(x, position) for x in (q, d_out))
+    lse, mean = (jax.vmap(lambda x, at: x[:, at])(x, position) for x in (lse, mean))
+    # An infinite log-sum-exp makes every weight of a slot that fills a block 0.
+    lse = jnp.where((work.order < time)[:, None], lse, jnp.inf)
 
-    def kernel(*refs):
-        order, refs = refs[0], refs[1:]
-        spans, refs = refs[: 2 * pieces], refs[2 * pieces :]
-        lists, (q, k, v, d_out, lse, mean, dk, dv) = refs[:lists_given], refs[lists_given:]
+    def kernel(order, spans, *refs):
+        *lists, q, k, v, d_out, lse, mean, dk, dv = refs
         n, part, g = _unravel(pl.program_id(0), parts, kv_heads)
         n = order[n]
         row, j = _divide(n, tiles)
@@ -239,46 +227,34 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
 
         @pl.when(j * keys < time)
         def _():
-            key, value = k[row, pl.ds(start, keys), g, :], v[row, pl.ds(start, keys), g, :]
+            key, value = (x[row, pl.ds(start, keys), g, :] for x in (k, v))
 
-            def meet(step, carry, slot):
+            def meet(step, whole, carry):
                 dk, dv = carry
                 step, member = _divide(step, group)
-                h = g * group + member
-                rows = _rows(lists, row, slot + step * queries, queries, time)
-                query, d = q[row, rows.position, h, :], d_out[row, rows.position, h, :]
-                top, shift = lse[row, h, rows.position], mean[row, h, rows.position]
+                h, slots = g * group + member, pl.ds(step * queries, queries)
+                query, d = q[row, slots, h, :], d_out[row, slots, h, :]
+                top, shift = lse[row, h, slots], mean[row, h, slots]
                 logits = _logits(_dot(key, query, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[None])
-                weights = jnp.where(_allowed(rows, j, start, keys, transposed=True), weights, 0.0)
+                if not whole:
+                    rows = _rows(lists, row, step * queries, queries, time)
+                    weights = jnp.where(_allowed(rows, j, start, keys, transposed=True), weights, 0.0)
                 d_logits = weights * (_dot(value, d, 1, 1) - shift[None]) * _slope(logits, softcap)
                 dv = dv + _dot(weights.astype(d.dtype), d, 1, 0)
                 return dk + _dot(d_logits.astype(query.dtype), query, 1, 0), dv
 
             zeros = jnp.zeros((keys, dim), jnp.float32)
             carry = zeros, zeros
-            for low, high in zip(spans[::2], spans[1::2]):
-                slot, steps = low[n], _divide(high[n] - low[n], queries)[0] * group
-                carry = jax.lax.fori_loop(0, steps, functools.partial(meet, slot=slot), carry)
+            for piece in range(pieces):
+                low, whole, whole_end, high = (spans[n, piece, i] // queries * group for i in range(4))
+                carry = _three(low, whole, whole_end, high, meet, carry)
             new = (start + jnp.arange(keys, dtype=jnp.int32) >= j * keys)[:, None]
-            _store(dk.at[row, pl.ds(start, keys), g, :], (carry[0] * scale).astype(dk.dtype), new)
-            _store(dv.at[row, pl.ds(start, keys), g, :], carry[1].astype(dv.dtype), new)
+            for ref, x in zip((dk, dv), (carry[0] * scale, carry[1])):
+                triton.store(ref.at[row, pl.ds(start, keys), g, :], x.astype(ref.dtype), mask=new)
 
-    arguments = (order, *flat, *lists, *state)
+    arguments = (order, spans, *lists, q, k, v, d_out, lse, mean)
     return _call(kernel, arguments, (k, v), None, batch * tiles * parts * kv_heads, shape, interpret)
-
-
-class _Block(NamedTuple):
-    """What the table says of one block."""
-
-    row: Int[Array, ""]
-    slot: Int[Array, ""]
-    low: Int[Array, ""]
-    whole: Int[Array, ""]
-    whole_end: Int[Array, ""]
-    high: Int[Array, ""]
-    sink_low: Int[Array, ""]
-    sink_high: Int[Array, ""]
 
 
 class _Rows(NamedTuple):
@@ -291,16 +267,22 @@ class _Rows(NamedTuple):
     sinks: tuple[Array, ...]  # (first, last) of the sinks, the last excluded; or nothing.
 
 
-def _table(work: WorkList) -> _Table:
-    def joined(name: str) -> Array:
-        return jnp.concatenate([getattr(blocks, name) for blocks in work.blocks])
-
+def _programs(work: WorkList) -> _Programs:
+    row, slot = (jnp.concatenate([getattr(b, name) for b in work.blocks]) for name in ("row", "slot"))
     exists = jnp.concatenate([jnp.arange(b.row.shape[0], dtype=jnp.int32) < b.count for b in work.blocks])
-    columns = [joined(name) for name in _Table._fields[:-1]]
-    low, high, sink_low, sink_high = (joined(name) for name in ("low", "high", "sink_low", "sink_high"))
-    length = jnp.where(exists, high - low + sink_high - sink_low, -1)
-    order = jnp.argsort(-length)
-    return _Table(*(x[order] for x in columns), exists.sum(dtype=jnp.int32)[None])
+    last = slot + max(size.block for size in work.sizes) - 1
+    length = jnp.where(exists, work.last[row, last] - work.first[row, slot] + 1, 0)
+    place = jnp.stack([row, slot], -1)[_by_length(length)]
+    return _Programs(exists.sum(dtype=jnp.int32)[None], place)
+
+
+def _by_length(length: Int[Array, "n"]) -> Int[Array, "n"]:
+    """The order of falling lengths, by counting what is longer: one step for a GPU, where sorting takes many."""
+    index = jnp.arange(length.shape[0], dtype=jnp.int32)
+    longer = length[None] > length[:, None]
+    longer |= (length[None] == length[:, None]) & (index[None] < index[:, None])
+    rank = longer.sum(1, dtype=jnp.int32)
+    return jnp.zeros_like(index).at[rank].set(index, unique_indices=True)
 
 
 def _lists(work: WorkList) -> tuple[Array, ...]:
@@ -308,9 +290,10 @@ def _lists(work: WorkList) -> tuple[Array, ...]:
     return (work.order, work.first, work.last, *sinks)
 
 
-def _spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], Int[Array, "batch tiles"]]]:
-    """By mechanism, and once more for its sinks: of every tile the slots [low, high) whose blocks meet it. They are
-    neighbours, since the tiles of the blocks of one sequence begin and end in order."""
+def _spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], ...]]:
+    """By mechanism, and once more for its sinks: of every tile the slots [low, high) whose blocks meet it, and among
+    them [whole, whole_end), which see all of it. They are neighbours, since the tiles of the blocks of one sequence
+    begin and end in order."""
     batch, spans = work.order.shape[0], []
     for m, blocks in enumerate(work.blocks):
         block, tile = work.sizes[m]
@@ -319,23 +302,18 @@ def _spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], I
         mine &= jnp.arange(blocks.row.shape[0], dtype=jnp.int32)[None] < blocks.count
         first = jnp.min(jnp.where(mine, blocks.slot[None], work.order.shape[1]), axis=1)
 
-        def span(low, high, mine=mine, first=first, block=block, j=j):
-            def below(x):  # Blocks of the sequence whose x is at most j.
-                return (mine[:, None] & (x[None, None] <= j[None, :, None])).sum(-1, dtype=jnp.int32)
+        def slot(x, mine=mine, first=first, block=block, j=j):
+            """After the blocks of the sequence whose x is at most j."""
+            below = (mine[:, None] & (x[None, None] <= j[None, :, None])).sum(-1, dtype=jnp.int32)
+            return first[:, None] + below * block
 
-            begin, end = below(high), below(low)
-            return first[:, None] + begin * block, first[:, None] + jnp.maximum(end, begin) * block
-
-        spans.append(span(blocks.low, blocks.high))
+        low, high = slot(blocks.high), slot(blocks.low)
+        whole, whole_end = slot(blocks.whole_end), slot(blocks.whole)
+        spans.append((low, jnp.maximum(whole, low), jnp.maximum(whole_end, low), jnp.maximum(high, low)))
         if work.reaches[m].sinks:
-            spans.append(span(blocks.sink_low, blocks.sink_high))
+            low, high = slot(blocks.sink_high), slot(blocks.sink_low)
+            spans.append((low, low, low, jnp.maximum(high, low)))
     return spans
-
-
-def _named(refs, table, lists_given):
-    """The table's columns, its count, the lists in one tuple, and the rest."""
-    columns, rest = refs[: len(table)], refs[len(table) :]
-    return *columns, rest[:lists_given], *rest[lists_given:]
 
 
 def _rows(lists, row, slot, queries: int, time: int) -> _Rows:
@@ -344,20 +322,31 @@ def _rows(lists, row, slot, queries: int, time: int) -> _Rows:
     return _Rows(jnp.where(valid, order, order - time), valid, first, last, tuple(sinks))
 
 
-def _walk(at: _Block, parts: int, sinks: bool, meet, carry):
-    """meet(tile index, whole, carry) for every tile of a block, in tiles `parts` times smaller than the list's: those
-    that need no mask, then the others, then those of the sinks."""
-    low, whole, whole_end, high, sink_low, sink_high = (x * parts for x in at[2:])
+def _walk(rows: _Rows, keys: int, meet, carry):
+    """meet(tile, its keys, whole, carry) for every tile of a block: those that need no mask, then the others, then
+    small ones for the sinks before them."""
+    low, high = rows.first.min() // keys, rows.last.max() // keys + 1
+    whole = jnp.minimum((rows.first.max() + keys - 1) // keys, high)
+    whole_end = jnp.maximum((rows.last.min() + 1) // keys, whole)
+    if rows.sinks:
+        begins, ends = rows.sinks[0].min(), rows.sinks[1].max()
+        high = jnp.maximum(high, (ends + keys - 1) // keys)  # In both directions they can lie ahead of the window.
+    carry = _three(low, whole, whole_end, high, lambda j, whole, carry: meet(j, keys, whole, carry), carry)
+    if not rows.sinks:
+        return carry
+    ends = jnp.minimum((ends + LEAST - 1) // LEAST, low * (keys // LEAST))
+    return jax.lax.fori_loop(begins // LEAST, ends, lambda j, carry: meet(j, LEAST, False, carry), carry)
+
+
+def _three(low, whole, whole_end, high, meet, carry):
+    """meet(i, whole, carry) for i in [whole, whole_end), then for the others in [low, high)."""
 
     def edge(step, carry):
-        j = low + step
-        return meet(jnp.where(j >= whole, j + whole_end - whole, j), False, carry)
+        i = low + step
+        return meet(jnp.where(i >= whole, i + whole_end - whole, i), False, carry)
 
-    carry = jax.lax.fori_loop(whole, whole_end, lambda j, carry: meet(j, True, carry), carry)
-    carry = jax.lax.fori_loop(0, high - low - (whole_end - whole), edge, carry)
-    if not sinks:
-        return carry
-    return jax.lax.fori_loop(sink_low, sink_high, lambda j, carry: meet(j, False, carry), carry)
+    carry = jax.lax.fori_loop(whole, whole_end, lambda i, carry: meet(i, True, carry), carry)
+    return jax.lax.fori_loop(0, high - low - (whole_end - whole), edge, carry)
 
 
 def _divide(n, by: int):
@@ -421,16 +410,8 @@ def _padded(*arrays):
     return tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, width - dim)]) for x in arrays)
 
 
-def _store(ref, value, mask):
-    from jax.experimental.pallas import triton
-
-    triton.store(ref, value, mask=mask)
-
-
 def _call(kernel, arguments, outputs, aliased: Optional[int], programs: int, shape: Shape, interpret: bool):
     """`pallas_call` on whole arrays; from argument `aliased` on they are what the outputs are written into."""
-    from jax.experimental.pallas import triton
-
     params = {} if interpret else {
         "compiler_params": triton.CompilerParams(num_warps=shape.warps, num_stages=shape.stages)
     }

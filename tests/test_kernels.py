@@ -1,0 +1,204 @@
+"""The packed kernel of GPUs, interpreted: the equation in float64, values and gradients, whatever the routes."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meta_attention_jax.kernels import gpu, portable, select, worklist
+from meta_attention_jax.kernels.gpu import Shape, Tuning
+from meta_attention_jax.kernels.worklist import Sizes
+from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.routing import dispatch
+from meta_attention_jax.targets import Target
+from tests import making, oracles
+from tests.close import assert_close
+
+H100 = Target("gpu", 9.0)
+
+
+class Setting(NamedTuple):
+    """What one compiled program serves: full attention and a window, by routes and segments that are its inputs."""
+
+    batch: int
+    time: int
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int
+    sinks: int = 0
+    causal: bool = True
+    softcap: float | None = None
+    dtype: str = "float32"
+    tuning: Tuning = Tuning(Sizes(16, 16), *[Shape(16, 16, 4, 2)] * 3)
+
+
+UNEVEN = Tuning(Sizes(32, 64), Shape(16, 32, 4, 2), Shape(32, 16, 4, 2), Shape(16, 32, 4, 2))
+SETTINGS = {
+    "grouped heads, sinks": Setting(2, 75, 4, 2, 16, 9, sinks=3),
+    "softcap, narrow heads": Setting(1, 130, 2, 1, 20, 40, softcap=3.0, tuning=UNEVEN),
+    "both directions": Setting(2, 70, 2, 2, 16, 12, sinks=5, causal=False, tuning=UNEVEN),
+    "three to a key, short": Setting(2, 64, 3, 1, 16, 64, sinks=1),
+    "bfloat16": Setting(1, 90, 2, 2, 32, 20, sinks=2, dtype="bfloat16"),
+    "float16": Setting(2, 66, 2, 1, 16, 17, dtype="float16"),
+}
+SEEDS = range(60)  # Of each setting: 360 cases.
+TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 2e-2}
+# The others are compiled by `make slow`.
+OFTEN, SELDOM = list(SETTINGS)[:2], list(SETTINGS)[2:]
+
+
+def work_of(setting: Setting, route, ids):
+    reaches = [Reach(), Reach(setting.window, setting.sinks)]
+    sizes = [setting.tuning.sizes] * 2
+    return worklist.build(route, ids, causal=setting.causal, reaches=reaches, sizes=sizes)
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(setting: Setting, kernel: str):
+    """(q, k, v, cotangent of the outputs, of their log-sum-exp, route, ids) -> (out, dq, dk, dv)."""
+
+    @jax.jit
+    def run(q, k, v, cotangent, slope, route, ids):
+        work = work_of(setting, route, ids)
+
+        def attend(q, k, v):
+            if kernel == "pallas":
+                return gpu.attend(q, k, v, work, setting.softcap, setting.tuning, True)
+            out, lse = portable.attend(q, k, v, work, setting.softcap)
+            return out, portable._unpack(lse[..., None], work)[..., 0].transpose(0, 2, 1)
+
+        (out, _), pull = jax.vjp(attend, q, k, v)
+        return out, *pull((cotangent, slope))
+
+    with jax.default_matmul_precision("highest"):
+        dtype = setting.dtype
+        q = jax.ShapeDtypeStruct((setting.batch, setting.time, setting.heads, setting.dim), dtype)
+        k = jax.ShapeDtypeStruct((setting.batch, setting.time, setting.kv_heads, setting.dim), dtype)
+        slope = jax.ShapeDtypeStruct((setting.batch, setting.heads, setting.time), jnp.float32)
+        route = jax.ShapeDtypeStruct((setting.batch, setting.time), jnp.int32)
+        return run.lower(q, k, k, q, slope, route, route).compile()
+
+
+def drawn(setting: Setting, seed: int):
+    """Arguments of `compiled`, the cotangent of the log-sum-exp aside; every sequence with routes and segments of its
+    own, corners among them."""
+    rng = np.random.default_rng([seed, setting.time])
+    batch, time = setting.batch, setting.time
+    shape = (batch, time, setting.heads, setting.dim)
+    q, cotangent = (jnp.asarray(rng.normal(size=shape) * 1.5, setting.dtype) for _ in range(2))
+    shape = (batch, time, setting.kv_heads, setting.dim)
+    k, v = (jnp.asarray(rng.normal(size=shape), setting.dtype) for _ in range(2))
+    route, ids = np.zeros((2, batch, time), np.int32)
+    for row in range(batch):
+        weights = rng.dirichlet(np.full(3, 0.5))
+        if (corner := rng.integers(6)) < 3:  # One mechanism for the whole sequence, or none.
+            weights = np.eye(3)[corner]
+        route[row] = rng.choice(3, size=time, p=weights)
+        cuts = np.sort(rng.integers(0, time + 1, size=rng.integers(0, 4)))
+        ids[row] = 1 + np.searchsorted(cuts, np.arange(time), side="right")
+        left, right = rng.integers(0, time // 3, size=2) * rng.integers(0, 2, size=2)
+        ids[row, :left] = ids[row, time - right :] = 0
+    return q, k, v, cotangent, jnp.asarray(route), jnp.asarray(ids)
+
+
+def oracle(setting: Setting, case):
+    """Float64: the sum over the two mechanisms of their gradients at their own rows."""
+    *arrays, route, ids = (np.asarray(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x) for x in case)
+    q, k, v, cotangent = arrays
+    expected = [0.0] * 4
+    for index, bounds in enumerate(({}, dict(window=setting.window, sinks=setting.sinks))):
+        mine = ((route == index) & (ids != 0))[..., None, None]
+        softcap = np.inf if setting.softcap is None else setting.softcap
+        out, *gradients = oracles.softmax_attention(
+            q, k, v, cotangent * mine, ids, causal=setting.causal, softcap=softcap, **bounds
+        )
+        expected = [total + part for total, part in zip(expected, (out * mine, *gradients), strict=True)]
+    return expected
+
+
+def flat(setting: Setting):
+    return jnp.zeros((setting.batch, setting.heads, setting.time), jnp.float32)
+
+
+@pytest.mark.parametrize("name", [*OFTEN, *making.slow(*SELDOM)])
+def test_equals_the_equation(name):
+    setting = SETTINGS[name]
+    run = compiled(setting, "pallas")
+    for seed in SEEDS:
+        *arrays, route, ids = case = drawn(setting, seed)
+        got = run(*arrays, flat(setting), route, ids)
+        assert_close([x.astype(jnp.float32) for x in got], oracle(setting, case), TOLERANCES[setting.dtype],
+                     f"seed {seed}: ")
+
+
+def test_equals_the_portable_kernel_with_a_gradient_of_the_log_sum_exp():
+    setting = SETTINGS[OFTEN[0]]
+    for seed in range(5):
+        *arrays, route, ids = drawn(setting, seed)
+        slope = jnp.asarray(np.random.default_rng(seed).normal(size=flat(setting).shape), jnp.float32)
+        # At padding and elsewhere there is no log-sum-exp.
+        slope = jnp.where(((route < 2) & (ids != 0))[:, None], slope, 0)
+        sides = [compiled(setting, kernel)(*arrays, slope, route, ids) for kernel in ("pallas", "portable")]
+        assert_close(*sides, 2e-5, f"seed {seed}: ")
+
+
+def test_nothing_flows_from_later_tokens():
+    setting = SETTINGS[OFTEN[0]]
+    run = compiled(setting, "pallas")
+    q, k, v, cotangent, route, _ = drawn(setting, 7)
+    ids, index = jnp.ones_like(route), jnp.arange(setting.time)[None, :, None, None]
+    seen = 0.0
+    for t in (0, 15, 16, 40, setting.time - 2):
+        _, *gradients = run(q, k, v, jnp.where(index == t, cotangent, 0), flat(setting), route, ids)
+        assert all(not np.asarray(x[:, t + 1 :]).any() for x in gradients)
+        seen += float(jnp.abs(gradients[2]).max())
+    assert seen  # The probe sees what it should.
+
+
+def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
+    """Linear tokens between, a tile larger than the sequence, sizes as on a GPU."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 16)), jnp.float32) for n in (2, 1, 1))
+    route = jnp.asarray(rng.integers(0, 3, size=(1, 70)), jnp.int32)
+    expected = making.hard(q, k, v, route, window=9, sinks=2)
+    chosen = select.packed("pallas", time=70, dim=16, dtype=jnp.float32, target=H100)
+    forced = chosen._replace(attend=functools.partial(gpu.attend, interpret=True))
+    monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: forced)
+    jax.clear_caches()
+    with jax.default_matmul_precision("highest"):
+        got = making.hard(q, k, v, route, window=9, sinks=2)
+    jax.clear_caches()
+    assert_close(got, expected, 2e-5)
+
+
+@pytest.mark.smoke
+def test_the_kernel_is_chosen_by_what_can_run():
+    here = dict(time=512, dim=64, dtype=jnp.bfloat16)
+    assert select.packed("auto", **here).name == "portable"
+    assert select.packed("auto", **here, target=H100).name == "pallas"
+    assert select.packed("portable", **here, target=H100).name == "portable"
+    for changes in (dict(dim=512), dict(time=15), dict(dtype=jnp.float64)):
+        assert select.packed("auto", **here | changes, target=H100).name == "portable"
+        with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got gpu, 9.0, "):
+            select.packed("pallas", **here | changes, target=H100)
+    with pytest.raises(ValueError, match="kernel: expected for 'pallas' .* got cpu"):
+        select.packed("pallas", **here)
+    with pytest.raises(ValueError, match="kernel: expected one of auto, portable, pallas, got 'triton'"):
+        select.packed("triton", **here)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_shapes_divide_the_sizes_of_the_list(dim, dtype):
+    for time in (16, 100, 4096):
+        tuning = gpu.tuning_for(dim, dtype, time)
+        for shape in (tuning.forward, tuning.dq, tuning.dkv):
+            assert tuning.sizes.block % shape.queries == 0 == tuning.sizes.tile % shape.keys
+            assert shape.keys <= time
