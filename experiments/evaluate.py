@@ -33,6 +33,7 @@ from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
+from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 
@@ -79,6 +80,7 @@ EXECUTED_COLUMNS = [
 def executed_table(row: dict[str, Any], run: Run) -> str:
     """FLOPs and bytes of attention per token, all layers, and which dispatch ran here."""
     used = resolve_dispatch(run.model.dispatch, time=run.dataset.sequence_length)
+    used += f" by the {build.packed_kernel(run.config)} kernel" if used == "packed" else ""
     if run.model.config.router.is_fixed:
         used = "of one mechanism"
     rows = [{"unit": unit, **row[unit.lower()]} for unit in ("FLOPs", "bytes")]

@@ -27,7 +27,7 @@ from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect, near
 from meta_attention_jax.routing.gate import KINDS
-from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS, LOSSES, STAGES
+from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS, KERNELS, LOSSES, STAGES
 
 SCHEMA: dict[str, Field] = {
     "name": Field("base", "Title of tables and pictures.", array=True),
@@ -68,6 +68,7 @@ SCHEMA: dict[str, Field] = {
         0, "First tokens of the segment that local attention sees besides its window.", NOT_NEGATIVE, since=0
     ),
     "model.implementation": Field("auto", "Of full attention.", choices=IMPLEMENTATIONS),
+    "model.kernel": Field("auto", "Of packed attention; pallas is for GPUs.", choices=KERNELS, since="auto"),
     "model.dtype": Field("float32", "Of the computation.", choices=("float32", "bfloat16")),
     "model.scan_layers": Field(False, "Compile one layer and loop over all."),
     "model.remat": Field(False, "Recompute each layer in the backward pass."),

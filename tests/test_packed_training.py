@@ -121,8 +121,8 @@ def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     train(prepare(config, tmp_path / "run"), stop_after=6)
     train(prepare(config, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "step 4: packed dispatch from here on; the controller is frozen" in said
-    assert "step 6: packed dispatch from here on" in said
+    assert "step 4: packed dispatch by the portable kernel from here on; the controller is frozen" in said
+    assert "step 6: packed dispatch by the portable kernel from here on" in said
     records = read_metrics(tmp_path / "run")
     assert [r["step"] for r in records if r["event"] == "packed"] == [4, 6]
     hard = {r["step"]: r["hard_fraction"] for r in records if r["event"] == "train"}

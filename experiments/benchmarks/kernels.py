@@ -162,6 +162,17 @@ def rows(found: list[Case], rounds: int, until: float) -> Iterator[list[common.R
                 yield [row | {"note": f"{type(error).__name__}: {str(error)[:200]}"}]
 
 
+def line(part: list[common.Row]) -> str:
+    """One row for people."""
+    (row,) = part
+    name = f"{row['what']}, T {row['T']}, d {row['d']}, {row['direction']}"
+    if "speedup" not in row:
+        return f"{name:55} {row['note']}"
+    goal = f", goal {row['goal']:g}" if row["goal"] else ""
+    return (f"{name:55} {row['speedup']:6.2f} x the peer's speed (spread {row['spread']:.2f}{goal}); "
+            f"{row['milliseconds']:.3g} against {row['peer_milliseconds']:.3g} ms, {row['softmax_tflops']:.0f} TFLOP/s")
+
+
 def main() -> None:
     began = clock.monotonic()
     with commands.user_mistakes():
@@ -170,7 +181,7 @@ def main() -> None:
     if PLATFORM.value == "cpu":
         times = [64, 128]
     found = cases(times)[: 2 * len(times)] + parts(times) + cases(times)[2 * len(times) :]
-    common.tell(rows(found, ROUNDS.value, began + 60 * BUDGET.value), OUT.value)
+    common.tell(rows(found, ROUNDS.value, began + 60 * BUDGET.value), OUT.value, line)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ MASKED = -1e30
 """Logit of a masked pair: finite, so that a row without any key stays free of NaN."""
 
 
+EPSILON = 1e-6
+"""Beside the normaliser of linear attention."""
+
+
 def validate_qkv(q: Queries, k: Keys, v: Values, segment_ids: SegmentIds | None = None) -> None:
     """Checks the arguments of every `attend` once, at the edge."""
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, spent
-from meta_attention_jax.mechanisms.blocks import feature_map
+from meta_attention_jax.mechanisms import blocks, cache, linear_gpu, spent, triton
+from meta_attention_jax.mechanisms.blocks import EPSILON, feature_map
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
 
-EPSILON = 1e-6
 CHUNK = 64
 BATCHED = 16
 """Sequences x heads x chunks that one step of the loop multiplies together. On two CPU cores 4 to 64 differ by less
@@ -32,6 +31,8 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
     blocks.validate_qkv(q, k, v, segment_ids)
     if blocks.is_empty(q):
         return jnp.zeros_like(q)
+    if _on_gpu(q, spec):
+        return linear_gpu.attend(q, k, v, segment_ids)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)
     if not spec.causal:
@@ -41,6 +42,12 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
         numerator, denominator = (x + y for x, y in zip((numerator, denominator), future))
     out = numerator / (denominator + EPSILON)[..., None]
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
+
+
+def _on_gpu(q: Abstract, spec: AttentionSpec) -> bool:
+    """Whether the kernel of `linear_gpu` serves."""
+    wanted = spec.causal and spec.kernel != "portable"
+    return wanted and triton.serves(time=q.shape[1], dim=q.shape[3], dtype=q.dtype)
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:

@@ -20,6 +20,7 @@ from meta_attention_jax.cost import CostSetting, FlopCount, count_flops, resolve
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
 from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels import select
 from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
@@ -45,6 +46,7 @@ def check(config: ConfigDict) -> None:
     build_parallel(config)
     try:
         full_attention(config)
+        packed_kernel(config)
     except ValueError as error:
         raise ValueError(f"model.{error}") from None
 
@@ -68,6 +70,12 @@ def full_attention(config: ConfigDict) -> str:
         config.model.implementation, time=config.data.sequence_length, dtype=config.model.dtype,
         head_dim=head_dim(config), segments=PADDED, softcap=published_spec(config).softcap,
     )
+
+
+def packed_kernel(config: ConfigDict) -> str:
+    """The kernel of packed attention that the config's model uses here."""
+    time, dtype = config.data.sequence_length, config.model.dtype
+    return select.packed(config.model.kernel, time=time, dim=head_dim(config), dtype=dtype).name
 
 
 def head_dim(config: ConfigDict) -> int:
@@ -186,7 +194,8 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
     return dataclasses.replace(
-        published_spec(config), window=model.window, sinks=model.sinks, implementation=chosen, segments=segments
+        published_spec(config), window=model.window, sinks=model.sinks, implementation=chosen, segments=segments,
+        kernel=model.kernel,
     )
 
 

@@ -44,6 +44,7 @@ def describe(job: Job, params: Any) -> dict[str, Any]:
     return {
         "data": dataset.about(),
         "full_attention": build.full_attention(config),
+        "packed_kernel": build.packed_kernel(config),
         "parameters": parameters,
         "controller_parameter_share": controller / parameters,
         "flops_per_token": build.soft_flops(config, flops),
@@ -246,7 +247,7 @@ class _Run:
         if number == max(self.packed_from, self.start) and self.packed_from < self.stop:
             self.compiled = build.compile_step(job.parallel, build.packed_spec(job.config, job.spec))
             self.book.log.write("packed", number, {"controller_rows": self.dense_share})
-            self.line.say(_packed_note(number, self.dense_share))
+            self.line.say(_packed_note(number, build.packed_kernel(job.config), self.dense_share))
         if number == profile:
             jax.profiler.start_trace(str(job.path / "profile"))
             self._traced = True
@@ -293,10 +294,10 @@ def dense_row_share(config: ConfigDict, devices: int) -> float:
     return num_dense_rows(config.train.packed_dense_rows, rows) / rows
 
 
-def _packed_note(step: int, dense_rows: float) -> str:
+def _packed_note(step: int, kernel: str, dense_rows: float) -> str:
     learns = (
         f"the controller learns from {dense_rows:.0%} of the rows, which run all mechanisms"
         if dense_rows
         else "the controller is frozen, for a weight that is always 1 gives it no gradient"
     )
-    return f"step {step}: packed dispatch from here on; {learns}"
+    return f"step {step}: packed dispatch by the {kernel} kernel from here on; {learns}"

@@ -1,0 +1,76 @@
+"""What kernels for NVIDIA GPUs share: Pallas in its Triton form, on whole arrays, by a list of programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from meta_attention_jax import targets
+from meta_attention_jax.targets import Target
+
+LEAST = 16
+"""Rows and columns of the smallest product of the matrix units, and so tokens of a sequence."""
+
+MOST_DIM = 256
+CAPABILITY = 8.0
+"""Of the GPUs whose matrix units the kernels are written for: Ampere and later."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+store = triton.store
+
+
+def serves(*, time: int, dim: int, dtype: Any, target: Optional[Target] = None) -> bool:
+    """Whether the kernels can; `target` is what is compiled for, None `targets.current()`. A length can be a symbol
+    (`jax.export`)."""
+    platform, capability = target or targets.current()
+    able = platform == "gpu" and capability >= CAPABILITY and jnp.dtype(dtype).name in DTYPES
+    return able and dim <= MOST_DIM and isinstance(time, int) and time >= LEAST
+
+
+def width_for(dim: int) -> int:
+    """The power of two up to which a head is filled."""
+    return max(LEAST, 1 << (dim - 1).bit_length())
+
+
+def dot(x, y, x_axis: int, y_axis: int):
+    """Product over one axis of each, accumulated in float32; of float32 as `jax.default_matmul_precision` says."""
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def divide(n, by: int):
+    """Quotient and rest of what is not negative."""
+    by = np.int32(by)
+    return jax.lax.div(n, by), jax.lax.rem(n, by)
+
+
+def call(
+    kernel: Callable[..., None],
+    arguments: Sequence[jax.Array],
+    outputs: Sequence[Any],
+    programs: int,
+    *,
+    warps: int,
+    stages: int,
+    written_over: Optional[int] = None,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Runs `kernel(*arguments, *outputs)`, as references to whole arrays, once a program. Outputs have the shapes and
+    dtypes of `outputs`; from argument `written_over` on they are the arrays that outputs are written into."""
+    # With parameters of this kind Pallas means Triton, whatever its default is.
+    params = {} if interpret else {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=stages)}
+    aliases = {} if written_over is None else {written_over + i: i for i in range(len(outputs))}
+    return pl.pallas_call(
+        kernel,
+        grid=(programs,),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases=aliases,
+        interpret=interpret,
+        **params,
+    )(*arguments)
