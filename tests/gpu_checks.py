@@ -39,7 +39,7 @@ EXACT, TENSOR_FLOAT = 2e-5, 4 * 2.0**-11
 """Norm tolerances in float32: products of full precision, in another order; and products as XLA
 makes them on a GPU by default, whose factors are rounded to 11 bits (TensorFloat-32)."""
 
-FORMS = ("full xla", "full blockwise", "full cudnn", "linear", "local", "cudnn window")
+FORMS = ("full xla", "full blockwise", "full cudnn", "linear", "linear pallas", "local", "cudnn window")
 PARTS = ("out", "dq", "dk", "dv")
 
 
@@ -60,9 +60,17 @@ def attend_form(form: str, q, k, v, ids, window: int):
     """Causal attention by one of FORMS; without segment ids where cuDNN is asked."""
     if form == "cudnn window":
         return cudnn_window(q, k, v, window)
-    name, _, implementation = form.partition(" ")
-    spec = AttentionSpec(window=window, implementation=implementation or "auto")
+    name, _, program = form.partition(" ")
+    named = {"kernel": program} if program == "pallas" else {"implementation": program or "auto"}
+    spec = AttentionSpec(window=window, **named)
     return attend(name, q, k, v, spec=spec, segment_ids=ids)
+
+
+def refusal_of(form: str, dtype: Any, dim: int, time: int) -> str | None:
+    """Why a form cannot run here; None if it can."""
+    if "pallas" in form:
+        return None if jax.default_backend() == "gpu" else "the kernel is one for GPUs"
+    return cudnn_refusal(dtype, dim, time) if "cudnn" in form else None
 
 
 def pulled(function: Callable[..., Any], q, k, v, cotangent):
@@ -154,7 +162,7 @@ def mechanism_rows(time: int, dim: int, window: int, *, segments: bool) -> list[
 
     rows = []
     for form in FORMS:
-        refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
+        refusal = refusal_of(form, q.dtype, dim, time)
         if "cudnn" in form and segments:
             continue  # It has no ids; `full.attend` refuses them.
         rows += [not_run(f"{form}, {setting}", refusal)] if refusal else rows_of(form)
@@ -170,13 +178,9 @@ def causality_rows(time: int, dim: int, window: int) -> list[Row]:
     route = jnp.asarray(random_routes([0.3, 0.6], time))
 
     def rows_of(form: str) -> list[Row]:
-        if form == "packed dispatch":
-            run = jax.jit(
-                lambda q, k, v, g, _: pulled(
-                    lambda *x: hard_attention(*x, route, spec=AttentionSpec(window=window)),
-                    q, k, v, g
-                )
-            )
+        if form.startswith("packed dispatch"):
+            spec = AttentionSpec(window=window, kernel="pallas" if "pallas" in form else "auto")
+            run = jax.jit(lambda q, k, v, g, _: pulled(lambda *x: hard_attention(*x, route, spec=spec), q, k, v, g))
         else:
             run = compiled_form(form, window)
         out = run(q, k, v, cotangent, None)[0]
@@ -205,8 +209,8 @@ def causality_rows(time: int, dim: int, window: int) -> list[Row]:
         return rows
 
     rows = []
-    for form in (*FORMS, "packed dispatch"):
-        refusal = cudnn_refusal(q.dtype, dim, time) if "cudnn" in form else None
+    for form in (*FORMS, "packed dispatch", "packed dispatch pallas"):
+        refusal = refusal_of(form, q.dtype, dim, time)
         rows += [not_run(f"{form}, causality", refusal)] if refusal else rows_of(form)
     return rows
 

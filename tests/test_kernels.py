@@ -13,9 +13,11 @@ import pytest
 from meta_attention_jax.kernels import gpu, portable, select, worklist
 from meta_attention_jax.kernels.gpu import Shape, Tuning
 from meta_attention_jax.kernels.worklist import Sizes
+from meta_attention_jax.mechanisms import linear, linear_gpu
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.routing import dispatch
-from meta_attention_jax.targets import Target
+from meta_attention_jax.targets import Target, compiling_for
+from meta_attention_jax.types import AttentionSpec
 from tests import making, oracles
 from tests.close import assert_close
 
@@ -177,14 +179,62 @@ def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
     assert_close(got, expected, 2e-5)
 
 
+CUT = linear_gpu.Shape(16, 16, 16, 4, 2)
+LINEAR = {
+    "grouped heads": (Setting(2, 75, 4, 2, 16, 1), 32),
+    "narrow heads, one chunk": (Setting(2, 60, 3, 1, 20, 1), 64),
+    "bfloat16": (Setting(1, 140, 2, 2, 32, 1, dtype="bfloat16"), 64),
+}
+
+
+@functools.lru_cache(maxsize=None)
+def compiled_linear(setting: Setting, chunk: int):
+    """(q, k, v, cotangent, ids) -> (out, dq, dk, dv)."""
+
+    @jax.jit
+    def run(q, k, v, cotangent, ids):
+        shapes = linear_gpu.Shapes(chunk, *[CUT] * 6)
+        out, pull = jax.vjp(lambda *x: linear_gpu.attend(*x, ids, shapes, True), q, k, v)
+        return out, *pull(cotangent)
+
+    return run
+
+
+@pytest.mark.parametrize("name", [*list(LINEAR)[:1], *making.slow(*list(LINEAR)[1:])])
+def test_linear_attention_equals_the_equation(name):
+    setting, chunk = LINEAR[name]
+    for seed in SEEDS:
+        q, k, v, cotangent, _, ids = drawn(setting, seed)
+        v = v + 1  # With a mean: what it adds to the gradients nearly cancels.
+        real = (ids != 0)[..., None, None]
+        with jax.default_matmul_precision("highest"):
+            got = compiled_linear(setting, chunk)(q, k, v, cotangent, ids)
+        q, k, v, cotangent = (np.asarray(x.astype(jnp.float32)) for x in (q, k, v, cotangent * real))
+        out, *gradients = oracles.linear_attention(q, k, v, cotangent, np.asarray(ids))
+        expected = [out * np.asarray(real), *gradients]
+        assert_close([x.astype(jnp.float32) for x in got], expected, TOLERANCES[setting.dtype], f"seed {seed}: ")
+        assert not np.asarray(jnp.where(real, 0, got[0])).any()
+
+
+def test_linear_attention_of_a_gpu_is_asked_for_and_never_silently_another(monkeypatch):
+    q, k, v, *_ = drawn(LINEAR["grouped heads"][0], 0)
+    with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got cpu"):
+        linear.attend(q, k, v, spec=AttentionSpec(kernel="pallas"))
+    monkeypatch.setattr(linear_gpu, "attend", lambda *_: "by the kernel")
+    with compiling_for(*H100):
+        assert linear.attend(q, k, v, spec=AttentionSpec(kernel="pallas")) == "by the kernel"
+        assert linear.attend(q, k, v, spec=AttentionSpec()).shape == q.shape
+
+
 @pytest.mark.smoke
 def test_the_kernel_is_chosen_by_what_can_run():
     here = dict(time=512, dim=64, dtype=jnp.bfloat16)
-    assert select.packed("auto", **here).name == "portable"
-    assert select.packed("auto", **here, target=H100).name == "pallas"
+    for target in (None, H100):
+        assert select.packed("auto", **here, target=target).name == "portable"
+    assert select.packed("pallas", **here, target=H100).name == "pallas"
     assert select.packed("portable", **here, target=H100).name == "portable"
-    for changes in (dict(dim=512), dict(time=15), dict(dtype=jnp.float64)):
-        assert select.packed("auto", **here | changes, target=H100).name == "portable"
+    assert select.packed("pallas", **here | dict(time=15), target=H100).name == "portable"
+    for changes in (dict(dim=512), dict(dtype=jnp.float64)):
         with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got gpu, 9.0, "):
             select.packed("pallas", **here | changes, target=H100)
     with pytest.raises(ValueError, match="kernel: expected for 'pallas' .* got cpu"):

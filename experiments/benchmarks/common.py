@@ -126,8 +126,8 @@ def device_or_fail(platform: str) -> jax.Device:
         commands.fail(f"device: expected a GPU, got none ({sentence(error)})")
     if platform == "gpu" and jax.default_backend() != "gpu":
         commands.fail(
-            f"device: expected a GPU, got {jax.default_backend()}; `make gpu-check` installs the "
-            "CUDA extra of jax, and --platform=cpu --out=... tries this script without a GPU."
+            f"device: expected a GPU, got {jax.default_backend()}; `make gpu-check` installs the CUDA extra of jax. "
+            "Without one, --platform=cpu tries those scripts that have it."
         )
     return device
 

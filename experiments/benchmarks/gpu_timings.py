@@ -102,6 +102,11 @@ def mechanism_rows(time: int, dim: int, window: int, direction: str, rounds: int
     names = {"blockwise full": "full", "linear": "linear", "local": "local"}
     forms = {form: functools.partial(attend, name, spec=spec) for form, name in names.items()}
     forms[ours[-1]] = lambda q, k, v: hard_attention(q, k, v, route, spec=spec)
+    if jax.default_backend() == "gpu":
+        pallas = dataclasses.replace(spec, kernel="pallas")
+        forms["pallas linear"] = functools.partial(attend, "linear", spec=pallas)
+        forms["pallas hard, 10 % full"] = lambda q, k, v: hard_attention(q, k, v, route, spec=pallas)
+        ours += ("pallas linear", "pallas hard, 10 % full")
     refusal = cudnn_refusal(dtype, dim, time)
     if not refusal:
         forms["cuDNN full"] = functools.partial(attend, "full", spec=AttentionSpec(implementation="cudnn"))

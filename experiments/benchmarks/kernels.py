@@ -24,7 +24,6 @@ from absl import flags
 
 from experiments import common as commands
 from experiments.benchmarks import common, gpu_timings
-from meta_attention_jax.kernels import select
 from meta_attention_jax.mechanisms.registry import attend
 from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.types import AttentionSpec
@@ -89,7 +88,8 @@ def routes(case: Case) -> jax.Array:
 
 def sides(case: Case) -> dict[str, Callable[..., jax.Array]]:
     """(q, k, v, route) -> outputs, of the peer and of the routed side."""
-    spec = AttentionSpec(window=case.window, sinks=case.sinks)
+    kernel = "pallas" if jax.default_backend() == "gpu" else "portable"
+    spec = AttentionSpec(window=case.window, sinks=case.sinks, kernel=kernel)
     refusal = gpu_timings.cudnn_refusal(jnp.bfloat16, case.dim, case.time)
     if case.peer == "window" and not refusal:
         peer = lambda q, k, v, route: gpu_timings.cudnn_window(q, k, v, case.window)  # noqa: E731
@@ -138,11 +138,10 @@ def row_of(case: Case, programs: dict[str, Any], rounds: int) -> common.Row:
     ours, peer = (float(np.median(seconds[name])) for name in ("routed", "peer"))
     products = 2 if case.direction == "forward" else 7  # Of T x T matrices, recomputed logits among them.
     flops = products * 2 * case.dim * HEADS * pairs(case)
-    kernel = select.packed("auto", time=case.time, dim=case.dim, dtype=jnp.bfloat16).name
     return {
         "what": case.name, "T": case.time, "d": case.dim, "direction": case.direction, "speedup": speedup,
         "goal": case.goal, "spread": spread, "milliseconds": 1e3 * ours, "peer_milliseconds": 1e3 * peer,
-        "softmax_tflops": flops / ours / 1e12, "kernel": kernel, "peer": case.peer, "rounds": rounds,
+        "softmax_tflops": flops / ours / 1e12, "peer": case.peer, "rounds": rounds,
     }
 
 

@@ -31,7 +31,7 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
     blocks.validate_qkv(q, k, v, segment_ids)
     if blocks.is_empty(q):
         return jnp.zeros_like(q)
-    if _on_gpu(q, spec):
+    if spec.causal and triton.serves(spec.kernel, time=q.shape[1], dim=q.shape[3], dtype=q.dtype):
         return linear_gpu.attend(q, k, v, segment_ids)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)
@@ -42,12 +42,6 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
         numerator, denominator = (x + y for x, y in zip((numerator, denominator), future))
     out = numerator / (denominator + EPSILON)[..., None]
     return jnp.where(segments[:, :, None, None] != 0, out, 0.0).astype(q.dtype)
-
-
-def _on_gpu(q: Abstract, spec: AttentionSpec) -> bool:
-    """Whether the kernel of `linear_gpu` serves."""
-    wanted = spec.causal and spec.kernel != "portable"
-    return wanted and triton.serves(time=q.shape[1], dim=q.shape[3], dtype=q.dtype)
 
 
 def count_work(q: Abstract, k: Abstract, spec: AttentionSpec) -> spent.AttentionCost:

@@ -9,15 +9,16 @@ and one state. No sum is made by atomics: results are the same every time.
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from meta_attention_jax.mechanisms import triton
+from meta_attention_jax.mechanisms import chunked, triton
 from meta_attention_jax.mechanisms.blocks import EPSILON, feature_map
+from meta_attention_jax.mechanisms.chunked import Shape
 from meta_attention_jax.mechanisms.triton import divide, dot
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
@@ -29,16 +30,6 @@ _NEVER = -1e4
 """phi of it is 0 in float32; a finite number of every dtype."""
 _AHEAD = 8
 """States that are under way from memory at a time."""
-
-
-class Shape(NamedTuple):
-    """How one kernel is cut: tokens of a block, or rows of a state; tokens met at a time; columns; warps; stages."""
-
-    rows: int
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
 
 
 class Shapes(NamedTuple):
@@ -106,24 +97,33 @@ def _lowered(shapes: Shapes, time: int, width: int) -> Shapes:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, segments, shapes, interpret):
-    return _attend_forward(q, k, v, segments, shapes, interpret)[0]
+    return _forward(q, k, v, segments, shapes, interpret, save=False)[0]
 
 
 def _attend_forward(q, k, v, segments, shapes, interpret):
+    out, *saved = _forward(q, k, v, segments, shapes, interpret, save=True)
+    return out, (q, k, v, segments, out, *saved)
+
+
+def _forward(q, k, v, segments, shapes, interpret, *, save: bool):
+    """out, i, the states; and, if asked, what rounding took from out."""
     states = _states((k, v), segments, k.shape[2], shapes.chunk, shapes.states, interpret)
     states = _carried(states, segments, k.shape[1], shapes.chunk, interpret)
-    out, inverse = _outputs(q, k, v, states, segments, shapes.chunk, shapes.out, interpret)
     # States are saved: as large as q where q is bfloat16 and dim is half the chunk, and a third of the forward pass.
-    return out, (q, k, v, segments, states, out, inverse)
+    save &= q.dtype != jnp.float32
+    out, inverse, *rest = _outputs(q, k, v, states, segments, save, shapes.chunk, shapes.out, interpret)
+    return out, inverse, states, *rest
 
 
 def _attend_backward(shapes, interpret, saved, d_out):
     """With i = 1 / (D + eps), which gives dN = i dO and dD = i m, m = -dO . out, in the equations of
     `linear._sums_backward`: dA = i (dO V^T + m), dS = (i phi(q))^T dO, dz = (i phi(q))^T m.
     """
-    q, k, v, segments, states, out, inverse = saved
+    q, k, v, segments, out, inverse, states, *rest = saved
     d_out = d_out.astype(q.dtype)
-    mean = -jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out.astype(jnp.float32))
+    # m errs for all keys at once: of an out of 8 bits the error of dq grows with sqrt(T).
+    out = sum(x.astype(jnp.float32) for x in (out, *rest))
+    mean = -jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out)
     chunk = shapes.chunk
     d_states = _states((q, d_out, inverse, mean), segments, k.shape[2], chunk, shapes.d_states, interpret)
     d_states = _carried(d_states, segments, k.shape[1], chunk, interpret, reverse=True)
@@ -151,33 +151,33 @@ def _states(arrays, segments, kv_heads: int, chunk: int, shape: Shape, interpret
         n, g = divide(n, kv_heads)
         b, c = divide(n, chunks)
         across, down = pl.ds(column * columns, columns), pl.ds(row * rows, rows)
-        owner = (_owner if backward else _last)(segments, b, c, chunk, time)
+        owner = (chunked.owner_of if backward else chunked.last_of)(segments, b, c, chunk, time)
 
         def add(step, carry):
             s, z = carry
             step, member = divide(step, members)
             h = g * members + member
-            met = _tokens(segments, b, c * chunk + step * tokens, tokens, time)
+            met = chunked.tokens_at(segments, b, c * chunk + step * tokens, tokens, time)
             left = feature_map(x[b, met.here, h, down])
             left = jnp.where((met.new & (met.ids == owner))[:, None], left, 0.0)
             weight = 1.0
             if backward:
                 inverse, mean = (scale[b, h, met.here][:, None] for scale in scales)
                 left, weight = left * inverse, mean
-            left = left.astype(_factor(x))
+            left = left.astype(chunked.factor(x))
             # Of what has been rounded: S and z err together, and their differences do not.
             z = z + (left.astype(jnp.float32) * weight).sum(0)
             return s + dot(left, y[b, met.here, h, across].astype(left.dtype), 0, 0), z
 
         zeros = jnp.zeros((rows, columns), jnp.float32), jnp.zeros((rows,), jnp.float32)
-        steps = _steps(jnp.minimum(chunk, time - c * chunk), tokens) * members
+        steps = chunked.steps_of(jnp.minimum(chunk, time - c * chunk), tokens) * members
         s, z = jax.lax.fori_loop(0, steps, add, zeros)
         states[b, c, g, down, across] = s
         states[b, c, g, width, down] = z
 
     programs = batch * chunks * kv_heads * (width // rows) * (width // columns)
     places = (jax.ShapeDtypeStruct((batch, chunks, kv_heads, width + 1, width), jnp.float32),)
-    return _launch(kernel, segments, arrays, places, programs, shape, interpret)[0]
+    return chunked.launch(kernel, segments, arrays, places, programs, shape, interpret)[0]
 
 
 def _carried(states, segments, time: int, chunk: int, interpret: bool, reverse: bool = False) -> States:
@@ -190,7 +190,8 @@ def _carried(states, segments, time: int, chunk: int, interpret: bool, reverse: 
 
         def several(first, count, total):
             order = [chunks - 1 - first - i if reverse else first + i for i in range(count)]
-            kept = [_owner(segments, b, c, chunk, time) == _last(segments, b, c, chunk, time) for c in order]
+            at = [(segments, b, c, chunk, time) for c in order]
+            kept = [chunked.owner_of(*x) == chunked.last_of(*x) for x in at]
             # All are asked for before the first is needed.
             for c, keep, own in zip(order, kept, [states[b, c, g, row, :] for c in order]):
                 out[b, c, g, row, :] = total
@@ -203,210 +204,106 @@ def _carried(states, segments, time: int, chunk: int, interpret: bool, reverse: 
 
     shape = Shape(1, 1, width, max(1, width // 128), 1)
     programs = batch * kv_heads * height
-    return _launch(kernel, segments, (states,), (states,), programs, shape, interpret, written_over=True)[0]
+    return chunked.launch(kernel, segments, (states,), (states,), programs, shape, interpret, written_over=True)[0]
 
 
-def _outputs(q, k, v, states, segments, chunk: int, shape: Shape, interpret: bool) -> tuple[Queries, Sums]:
-    """out, and i = 1 / (D + eps); 0 in padding."""
+def _outputs(q, k, v, states, segments, save: bool, chunk: int, shape: Shape, interpret: bool):
+    """out, i = 1 / (D + eps) and, to `save`, what rounding took from out; 0 in padding."""
     (batch, time, heads, width), group = q.shape, q.shape[2] // k.shape[2]
 
-    def body(at: _At, q, k, v, states, out, inverse):
+    def body(at: chunked.At, q, k, v, states, out, inverse, *rest):
         b, rows, h, g, columns = at.b, at.rows, at.h, at.h // group, at.columns
-        query = _phi(q, b, rows, h)
-        acc = at.of_state(dot(query, states[b, at.c, g, pl.ds(0, width), columns].astype(query.dtype), 1, 0))
-        total = at.of_state((query.astype(jnp.float32) * states[b, at.c, g, width, :][None]).sum(1))
+        query = chunked.phi(q, b, rows, h)
+        s, z = states[b, at.c, g, pl.ds(0, width), columns], states[b, at.c, g, width, :]
+        total = (query.astype(jnp.float32) * z[None]).sum(1)
+        s, centre = _centred(s, z)
+        acc = at.of_state(dot(query, s.astype(query.dtype), 1, 0) + total[:, None] * centre[None])
 
-        def meet(met: _Tokens, allowed, member, carry):
+        def meet(met: chunked.Tokens, allowed, member, carry):
             acc, total = carry
-            scores = jnp.where(allowed, dot(query, _phi(k, b, met, g), 1, 1), 0.0)
+            scores = jnp.where(allowed, dot(query, chunked.phi(k, b, met, g), 1, 1), 0.0).astype(query.dtype)
             value = v[b, met.here, g, columns].astype(query.dtype)
-            return acc + dot(scores.astype(query.dtype), value, 1, 0), total + scores.sum(1)
+            return acc + dot(scores, value, 1, 0), total + scores.astype(jnp.float32).sum(1)
 
-        acc, total = at.walk(meet, (acc, total))
+        acc, total = at.walk(meet, (acc, at.of_state(total)))
         total = jnp.where(rows.ids != 0, 1.0 / (total + EPSILON), 0.0)
-        at.put(out, jnp.where(rows.ids[:, None] != 0, acc * total[:, None], 0.0))
+        acc = jnp.where(rows.ids[:, None] != 0, acc * total[:, None], 0.0)
+        at.put(out, acc)
+        for ref in rest:
+            at.put(ref, acc - acc.astype(out.dtype).astype(jnp.float32))
         triton.store(inverse.at[b, h, rows.here], total, mask=rows.new)
 
-    places = q, jax.ShapeDtypeStruct((batch, heads, time), jnp.float32)
-    return _by_block(body, (q, k, v, states), places, segments, chunk, shape, interpret)
+    places = q, jax.ShapeDtypeStruct((batch, heads, time), jnp.float32), *([q] if save else [])
+    return chunked.by_block(body, (q, k, v, states), places, segments, chunk, shape, interpret)
 
 
 def _d_query(q, k, v, d_out, inverse, mean, states, segments, chunk: int, shape: Shape, interpret: bool) -> Queries:
     """dq = phi'(q) i ((dO V^T + m) phi(k) + dO S^T + m z^T)."""
     width, group = q.shape[3], q.shape[2] // k.shape[2]
 
-    def body(at: _At, q, k, v, d_out, inverse, mean, states, dq):
+    def body(at: chunked.At, q, k, v, d_out, inverse, mean, states, dq):
         b, here, h, g, columns = at.b, at.rows.here, at.h, at.h // group, at.columns
-        d, shift = d_out[b, here, h, :].astype(_factor(q)), mean[b, h, here][:, None]
+        d, shift = d_out[b, here, h, :].astype(chunked.factor(q)), mean[b, h, here][:, None]
         s, z = states[b, at.c, g, columns, :], states[b, at.c, g, width, columns]
-        # dO S^T and m z^T are large and nearly cancel: what a mean value adds to both is left out before S is rounded.
-        centre = s.sum(0)[None] / (z.sum() + EPSILON)
-        acc = dot(d, (s - z[:, None] * centre).astype(d.dtype), 1, 1)
-        acc = acc + (shift + (d.astype(jnp.float32) * centre).sum(1)[:, None]) * z[None]
+        s, centre = _centred(s, z)
+        shifted = shift + (d.astype(jnp.float32) * centre[None]).sum(1)[:, None]
+        acc = dot(d, s.astype(d.dtype), 1, 1) + shifted * z[None]
 
-        def meet(met: _Tokens, allowed, member, acc):
+        def meet(met: chunked.Tokens, allowed, member, acc):
             scores = jnp.where(allowed, dot(d, v[b, met.here, g, :].astype(d.dtype), 1, 1) + shift, 0.0)
-            return acc + dot(scores.astype(d.dtype), _phi(k, b, met, g, columns), 1, 0)
+            return acc + dot(scores.astype(d.dtype), chunked.phi(k, b, met, g, columns), 1, 0)
 
         acc = at.walk(meet, at.of_state(acc))
         at.put(dq, acc * inverse[b, h, here][:, None] * at.slope(q))
 
     arrays = q, k, v, d_out, inverse, mean, states
-    return _by_block(body, arrays, (q,), segments, chunk, shape, interpret)[0]
+    return chunked.by_block(body, arrays, (q,), segments, chunk, shape, interpret)[0]
 
 
 def _d_key(q, k, v, d_out, inverse, mean, d_states, segments, chunk: int, shape: Shape, interpret: bool) -> Keys:
     """dk = phi'(k) ((i (dO V^T + m))^T phi(q) + V dS^T + dz)."""
     width, group = q.shape[3], q.shape[2] // k.shape[2]
 
-    def body(at: _At, q, k, v, d_out, inverse, mean, states, dk):
+    def body(at: chunked.At, q, k, v, d_out, inverse, mean, states, dk):
         b, g, columns = at.b, at.h, at.columns
-        value = v[b, at.rows.here, g, :].astype(_factor(q))
+        value = v[b, at.rows.here, g, :].astype(chunked.factor(q))
         acc = dot(value, states[b, at.c, g, columns, :].astype(value.dtype), 1, 1)
         acc = acc + states[b, at.c, g, width, columns][None]
 
-        def meet(met: _Tokens, allowed, member, acc):
+        def meet(met: chunked.Tokens, allowed, member, acc):
             h = g * group + member
             scores = dot(value, d_out[b, met.here, h, :].astype(value.dtype), 1, 1) + mean[b, h, met.here][None]
             scores = jnp.where(allowed, scores * inverse[b, h, met.here][None], 0.0).astype(value.dtype)
-            return acc + dot(scores, _phi(q, b, met, h, columns), 1, 0)
+            return acc + dot(scores, chunked.phi(q, b, met, h, columns), 1, 0)
 
         at.put(dk, at.walk(meet, at.of_state(acc)) * at.slope(k))
 
     arrays = q, k, v, d_out, inverse, mean, d_states
-    return _by_block(body, arrays, (k,), segments, chunk, shape, interpret, members=group)[0]
+    return chunked.by_block(body, arrays, (k,), segments, chunk, shape, interpret, members=group)[0]
 
 
 def _d_value(q, k, v, d_out, inverse, d_states, segments, chunk: int, shape: Shape, interpret: bool) -> Values:
     """dv = (i phi(q) phi(k)^T)^T dO + phi(k) dS."""
     width, group = q.shape[3], q.shape[2] // k.shape[2]
 
-    def body(at: _At, q, k, d_out, inverse, states, dv):
+    def body(at: chunked.At, q, k, d_out, inverse, states, dv):
         b, g, columns = at.b, at.h, at.columns
-        key = _phi(k, b, at.rows, g)
+        key = chunked.phi(k, b, at.rows, g)
         acc = dot(key, states[b, at.c, g, pl.ds(0, width), columns].astype(key.dtype), 1, 0)
 
-        def meet(met: _Tokens, allowed, member, acc):
+        def meet(met: chunked.Tokens, allowed, member, acc):
             h = g * group + member
-            scores = dot(key, _phi(q, b, met, h), 1, 1) * inverse[b, h, met.here][None]
+            scores = dot(key, chunked.phi(q, b, met, h), 1, 1) * inverse[b, h, met.here][None]
             scores = jnp.where(allowed, scores, 0.0).astype(key.dtype)
             return acc + dot(scores, d_out[b, met.here, h, columns].astype(key.dtype), 1, 0)
 
         at.put(dv, at.walk(meet, at.of_state(acc)))
 
     arrays = q, k, d_out, inverse, d_states
-    return _by_block(body, arrays, (v,), segments, chunk, shape, interpret, members=group)[0]
+    return chunked.by_block(body, arrays, (v,), segments, chunk, shape, interpret, members=group)[0]
 
 
-class _Tokens(NamedTuple):
-    """Neighbours; the last of a sequence are moved inwards, where those that are not new were met before."""
-
-    here: pl.Slice
-    index: Int[Array, "tokens"]
-    new: Bool[Array, "tokens"]
-    ids: Int[Array, "tokens"]
-
-
-class _At(NamedTuple):
-    """The block of one program. walk(meet, carry) calls meet(tokens, allowed, member of a group, carry) for the tokens
-    of its chunk that its rows see, or that see them."""
-
-    b: Int[Array, ""]
-    c: Int[Array, ""]
-    h: Int[Array, ""]
-    columns: pl.Slice
-    rows: _Tokens
-    owner: Int[Array, ""]  # The segment of the state.
-    walk: Callable
-
-    def of_state(self, x):
-        """Rows of the state's segment; 0 for others."""
-        mine = self.rows.ids == self.owner
-        return jnp.where(mine if x.ndim == 1 else mine[:, None], x, 0.0)
-
-    def slope(self, ref):
-        """phi' = exp(x) = phi where x <= 0, else 1: the smaller of phi and 1."""
-        return jnp.minimum(feature_map(ref[self.b, self.rows.here, self.h, self.columns]), 1.0)
-
-    def put(self, ref, value) -> None:
-        place = ref.at[self.b, self.rows.here, self.h, self.columns]
-        triton.store(place, value.astype(ref.dtype), mask=self.rows.new[:, None])
-
-
-def _by_block(body, arrays, places, segments, chunk: int, shape: Shape, interpret: bool, members: int = 0):
-    """body(at, *arrays, *places) for every block of rows, head and piece of columns of the first place. Rows are
-    queries that look back; or, given the members of a group of heads, keys that look at later queries."""
-    batch, time, heads, width = places[0].shape
-    rows, tokens, columns = shape[:3]
-    blocks, group = -(-time // rows), max(members, 1)
-
-    def kernel(segments, *refs):
-        n, piece = divide(pl.program_id(0), width // columns)
-        n, h = divide(n, heads)
-        b, block = divide(n, blocks)
-        first = block * rows
-        c = divide(first, chunk)[0]
-        mine = _tokens(segments, b, first, rows, time)
-        if members:
-            low, high = divide(first, tokens)[0] * tokens, jnp.minimum((c + 1) * chunk, time)
-        else:
-            low, high = c * chunk, jnp.minimum(first + rows, time)
-
-        def walk(meet, carry):
-            def step(i, carry):
-                i, member = divide(i, group)
-                met = _tokens(segments, b, low + i * tokens, tokens, time)
-                row, column = mine.index[:, None], met.index[None, :]
-                allowed = column >= row if members else column <= row
-                allowed &= met.new[None, :] & (mine.ids[:, None] == met.ids[None, :])
-                return meet(met, allowed, member, carry)
-
-            return jax.lax.fori_loop(0, _steps(high - low, tokens) * group, step, carry)
-
-        owner = (_last if members else _owner)(segments, b, c, chunk, time)
-        body(_At(b, c, h, pl.ds(piece * columns, columns), mine, owner, walk), *refs)
-
-    programs = batch * blocks * heads * (width // columns)
-    return _launch(kernel, segments, arrays, places, programs, shape, interpret)
-
-
-def _launch(kernel, segments, arrays, places, programs: int, shape: Shape, interpret: bool, written_over: bool = False):
-    """kernel(segments or None, *arrays, *places)."""
-    given = () if segments is None else (segments,)
-    return triton.call(
-        kernel if given else functools.partial(kernel, None), (*given, *arrays), places, programs,
-        warps=shape.warps, stages=shape.stages, interpret=interpret,
-        written_over=len(given) + len(arrays) - 1 if written_over else None,
-    )
-
-
-# Without segment ids all are 1, which the compiler folds away.
-
-
-def _tokens(segments, b, first, count: int, time: int) -> _Tokens:
-    start = first if time % count == 0 else jnp.minimum(first, time - count)
-    here, index = pl.ds(start, count), start + jnp.arange(count, dtype=jnp.int32)
-    new = jnp.ones((count,), bool) if time % count == 0 else index >= first
-    return _Tokens(here, index, new, jnp.ones((count,), jnp.int32) if segments is None else segments[b, here])
-
-
-def _owner(segments, b, c, chunk: int, time: int):
-    """Segment of the state before a chunk: that of the token before. The first state is 0, whose ever."""
-    return jnp.int32(1) if segments is None else segments[b, jnp.maximum(c * chunk - 1, 0)]
-
-
-def _last(segments, b, c, chunk: int, time: int):
-    """Segment of the state after a chunk: that of its last token."""
-    return jnp.int32(1) if segments is None else segments[b, jnp.minimum((c + 1) * chunk, time) - 1]
-
-
-def _factor(ref):
-    return jnp.bfloat16 if ref.dtype == jnp.bfloat16 else jnp.float32
-
-
-def _phi(ref, b, tokens: _Tokens, h, columns=slice(None)):
-    return feature_map(ref[b, tokens.here, h, columns]).astype(_factor(ref))
-
-
-def _steps(length, tokens: int):
-    return divide(length + (tokens - 1), tokens)[0]
+def _centred(s, z):
+    """S - z c^T and c, a mean value: what it adds to S is large, and is kept out of what is rounded."""
+    centre = s.sum(0) / (z.sum() + EPSILON)
+    return s - z[:, None] * centre[None], centre

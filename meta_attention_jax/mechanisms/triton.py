@@ -26,12 +26,22 @@ DTYPES = ("bfloat16", "float16", "float32")
 store = triton.store
 
 
-def serves(*, time: int, dim: int, dtype: Any, target: Optional[Target] = None) -> bool:
-    """Whether the kernels can; `target` is what is compiled for, None `targets.current()`. A length can be a symbol
-    (`jax.export`)."""
-    platform, capability = target or targets.current()
-    able = platform == "gpu" and capability >= CAPABILITY and jnp.dtype(dtype).name in DTYPES
-    return able and dim <= MOST_DIM and isinstance(time, int) and time >= LEAST
+def serves(kernel: str, *, time: int, dim: int, dtype: Any, target: Optional[Target] = None) -> bool:
+    """Whether "pallas" is asked for, and serves this length: shorter ones than LEAST, and those that are symbols
+    (`jax.export`), are left to portable forms. Raises ValueError where it is asked for and cannot.
+
+    `target` is what is compiled for; None is `targets.current()`.
+    """
+    if kernel != "pallas":
+        return False
+    (platform, capability), name = target or targets.current(), jnp.dtype(dtype).name
+    if platform != "gpu" or capability < CAPABILITY or name not in DTYPES or dim > MOST_DIM:
+        raise ValueError(
+            f"kernel: expected for 'pallas' an NVIDIA GPU of compute capability {CAPABILITY} or more, "
+            f"{', '.join(DTYPES)} and a head dim of at most {MOST_DIM}, got {platform}, {capability}, {name} and head "
+            f"dim {dim}."
+        )
+    return isinstance(time, int) and time >= LEAST
 
 
 def width_for(dim: int) -> int:
