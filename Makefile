@@ -40,7 +40,8 @@ $(VENV)/.ready-pretrained: $(READY)
 # CUDA already: the same two commands.
 gpu-check: $(READY_CUDA)
 	@mkdir -p runs && rm -f runs/gpu_check.xml
-	JAX_PLATFORMS=cuda timeout -s INT -k 20 240 $(BIN)/python -m pytest tests/test_gpu.py --junitxml=runs/gpu_check.xml; \
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false timeout -s INT -k 20 360 \
+	  $(BIN)/python -m pytest -n 4 tests/test_gpu.py --junitxml=runs/gpu_check.xml; \
 	  $(BIN)/python -m experiments.benchmarks.gpu --checks=runs/gpu_check.xml
 
 # The extra `cuda` of pyproject.toml, at the version of jax that the pins have installed.

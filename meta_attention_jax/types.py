@@ -84,7 +84,7 @@ class AttentionSpec:
       sinks: first tokens of its segment that a windowed token sees besides its window.
       softcap: c: logits z become c tanh(z / c) before the mask; None leaves them.
       implementation: of full attention on all tokens, one of IMPLEMENTATIONS.
-      kernel: of packed attention, and with "pallas" of linear attention too; one of KERNELS.
+      kernel: of packed attention, and with "pallas" of causal linear attention too; one of KERNELS.
       segments: what the caller promises of `segment_ids`: nothing ("any"), one segment with padding behind it alone
         ("padded"), or one segment without padding ("one"). Kernels without ids can serve the last two; a promise that
         is broken gives wrong results.

@@ -86,17 +86,14 @@ def hold(record_property):
     return check
 
 
-@pytest.mark.parametrize("case", range(3))
-def test_mechanisms_are_their_oracles(sizes, hold, case):
-    time, dim, window, segments = sizes.mechanisms[case]
-    hold(checks.mechanism_rows(time, dim, window, segments=segments))
+@pytest.mark.parametrize("case", checks.KERNEL_CASES)
+def test_the_kernel_is_the_portable_one(hold, case):
+    if jax.default_backend() != "gpu":
+        pytest.skip("not run: the kernel is one for GPUs")
+    hold(checks.kernel_rows(case))
 
 
-def test_nothing_flows_from_later_tokens(sizes, hold):
-    hold(checks.causality_rows(*sizes.causality))
-
-
-@pytest.mark.parametrize("kernel", ["portable", "pallas"])
+@pytest.mark.parametrize("kernel", ["pallas", "portable"])
 @pytest.mark.parametrize("label", checks.ARITHMETIC)
 def test_packed_dispatch_is_compute_all_and_select(sizes, hold, label, kernel):
     # On a CPU, products by default are those in float32.
@@ -105,11 +102,14 @@ def test_packed_dispatch_is_compute_all_and_select(sizes, hold, label, kernel):
     hold(checks.packed_rows(*sizes.packed, label, kernel))
 
 
-@pytest.mark.parametrize("case", checks.KERNEL_CASES)
-def test_the_kernel_is_the_portable_one(hold, case):
-    if jax.default_backend() != "gpu":
-        pytest.skip("not run: the kernel is one for GPUs")
-    hold(checks.kernel_rows(case))
+@pytest.mark.parametrize("case", range(3))
+def test_mechanisms_are_their_oracles(sizes, hold, case):
+    time, dim, window, segments = sizes.mechanisms[case]
+    hold(checks.mechanism_rows(time, dim, window, segments=segments))
+
+
+def test_nothing_flows_from_later_tokens(sizes, hold):
+    hold(checks.causality_rows(*sizes.causality))
 
 
 def test_packed_dispatch_on_a_mesh(sizes, hold):

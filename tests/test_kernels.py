@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -63,7 +64,7 @@ def work_of(setting: Setting, route, ids):
 
 @functools.lru_cache(maxsize=None)
 def compiled(setting: Setting, kernel: str):
-    """(q, k, v, cotangent of the outputs, of their log-sum-exp, route, ids) -> (out, dq, dk, dv)."""
+    """(q, k, v, cotangent of the outputs, of their log-sum-exp, route, ids) -> ((out, dq, dk, dv), log-sum-exp)."""
 
     @jax.jit
     def run(q, k, v, cotangent, slope, route, ids):
@@ -72,11 +73,10 @@ def compiled(setting: Setting, kernel: str):
         def attend(q, k, v):
             if kernel == "pallas":
                 return gpu.attend(q, k, v, work, setting.softcap, setting.tuning, True)
-            out, lse = portable.attend(q, k, v, work, setting.softcap)
-            return out, portable._unpack(lse[..., None], work)[..., 0].transpose(0, 2, 1)
+            return portable.attend(q, k, v, work, setting.softcap)
 
-        (out, _), pull = jax.vjp(attend, q, k, v)
-        return out, *pull((cotangent, slope))
+        (out, lse), pull = jax.vjp(attend, q, k, v)
+        return (out, *pull((cotangent, slope))), lse
 
     with jax.default_matmul_precision("highest"):
         dtype = setting.dtype
@@ -134,7 +134,7 @@ def test_equals_the_equation(name):
     run = compiled(setting, "pallas")
     for seed in SEEDS:
         *arrays, route, ids = case = drawn(setting, seed)
-        got = run(*arrays, flat(setting), route, ids)
+        got, _ = run(*arrays, flat(setting), route, ids)
         assert_close([x.astype(jnp.float32) for x in got], oracle(setting, case), TOLERANCES[setting.dtype],
                      f"seed {seed}: ")
 
@@ -150,6 +150,22 @@ def test_equals_the_portable_kernel_with_a_gradient_of_the_log_sum_exp():
         assert_close(*sides, 2e-5, f"seed {seed}: ")
 
 
+def test_the_log_sum_exp_is_that_of_the_logits():
+    setting = SETTINGS[OFTEN[0]]
+    q, k, v, cotangent, route, ids = drawn(setting, 11)
+    for kernel in ("pallas", "portable"):
+        _, lse = compiled(setting, kernel)(q, k, v, cotangent, flat(setting), route, ids)
+        expected = np.zeros(lse.shape)
+        for index, bounds in enumerate(({}, dict(window=setting.window, sinks=setting.sinks))):
+            allowed = oracles.allowed_pairs(np.asarray(ids), causal=True, **{"window": None} | bounds)
+            mine = np.asarray((route == index) & (ids != 0))
+            for b, h in np.ndindex(*expected.shape[:2]):
+                z = np.asarray(q[b, :, h], np.float64) @ np.asarray(k[b, :, h // 2], np.float64).T / setting.dim**0.5
+                found = np.log(np.where(allowed[b], np.exp(z), 0).sum(1), where=mine[b], out=np.zeros(setting.time))
+                expected[b, h] += np.where(mine[b], found, 0)
+        assert_close(lse, expected, 2e-5)
+
+
 def test_nothing_flows_from_later_tokens():
     setting = SETTINGS[OFTEN[0]]
     run = compiled(setting, "pallas")
@@ -157,7 +173,7 @@ def test_nothing_flows_from_later_tokens():
     ids, index = jnp.ones_like(route), jnp.arange(setting.time)[None, :, None, None]
     seen = 0.0
     for t in (0, 15, 16, 40, setting.time - 2):
-        _, *gradients = run(q, k, v, jnp.where(index == t, cotangent, 0), flat(setting), route, ids)
+        (_, *gradients), _ = run(q, k, v, jnp.where(index == t, cotangent, 0), flat(setting), route, ids)
         assert all(not np.asarray(x[:, t + 1 :]).any() for x in gradients)
         seen += float(jnp.abs(gradients[2]).max())
     assert seen  # The probe sees what it should.
@@ -169,32 +185,39 @@ def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
     q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 16)), jnp.float32) for n in (2, 1, 1))
     route = jnp.asarray(rng.integers(0, 3, size=(1, 70)), jnp.int32)
     expected = making.hard(q, k, v, route, window=9, sinks=2)
-    chosen = select.packed("pallas", time=70, dim=16, dtype=jnp.float32, target=H100)
-    forced = chosen._replace(attend=functools.partial(gpu.attend, interpret=True))
+    chosen, asked = select.packed("pallas", q.shape, jnp.float32, H100), []
+
+    def attend(*arguments):
+        asked.append(arguments)
+        return gpu.attend(*arguments, None, True)
+
+    forced = chosen._replace(attend=attend)
     monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: forced)
     jax.clear_caches()
     with jax.default_matmul_precision("highest"):
         got = making.hard(q, k, v, route, window=9, sinks=2)
     jax.clear_caches()
+    assert asked
     assert_close(got, expected, 2e-5)
 
 
 CUT = linear_gpu.Shape(16, 16, 16, 4, 2)
 LINEAR = {
     "grouped heads": (Setting(2, 75, 4, 2, 16, 1), 32),
+    "one segment": (Setting(1, 100, 2, 2, 16, 1), 32),
     "narrow heads, one chunk": (Setting(2, 60, 3, 1, 20, 1), 64),
     "bfloat16": (Setting(1, 140, 2, 2, 32, 1, dtype="bfloat16"), 64),
 }
 
 
 @functools.lru_cache(maxsize=None)
-def compiled_linear(setting: Setting, chunk: int):
+def compiled_linear(setting: Setting, chunk: int, ids_given: bool):
     """(q, k, v, cotangent, ids) -> (out, dq, dk, dv)."""
 
     @jax.jit
     def run(q, k, v, cotangent, ids):
         shapes = linear_gpu.Shapes(chunk, *[CUT] * 6)
-        out, pull = jax.vjp(lambda *x: linear_gpu.attend(*x, ids, shapes, True), q, k, v)
+        out, pull = jax.vjp(lambda *x: linear_gpu.attend(*x, ids if ids_given else None, shapes, True), q, k, v)
         return out, *pull(cotangent)
 
     return run
@@ -206,9 +229,10 @@ def test_linear_attention_equals_the_equation(name):
     for seed in SEEDS:
         q, k, v, cotangent, _, ids = drawn(setting, seed)
         v = v + 1  # With a mean: what it adds to the gradients nearly cancels.
+        ids = jnp.ones_like(ids) if name == "one segment" else ids
         real = (ids != 0)[..., None, None]
         with jax.default_matmul_precision("highest"):
-            got = compiled_linear(setting, chunk)(q, k, v, cotangent, ids)
+            got = compiled_linear(setting, chunk, name != "one segment")(q, k, v, cotangent, ids)
         q, k, v, cotangent = (np.asarray(x.astype(jnp.float32)) for x in (q, k, v, cotangent * real))
         out, *gradients = oracles.linear_attention(q, k, v, cotangent, np.asarray(ids))
         expected = [out * np.asarray(real), *gradients]
@@ -227,20 +251,74 @@ def test_linear_attention_of_a_gpu_is_asked_for_and_never_silently_another(monke
 
 
 @pytest.mark.smoke
-def test_the_kernel_is_chosen_by_what_can_run():
-    here = dict(time=512, dim=64, dtype=jnp.bfloat16)
+def test_the_kernel_is_chosen_by_what_is_asked_for():
+    shape = (1, 512, 4, 64)
     for target in (None, H100):
-        assert select.packed("auto", **here, target=target).name == "portable"
-    assert select.packed("pallas", **here, target=H100).name == "pallas"
-    assert select.packed("portable", **here, target=H100).name == "portable"
-    assert select.packed("pallas", **here | dict(time=15), target=H100).name == "portable"
-    for changes in (dict(dim=512), dict(dtype=jnp.float64)):
-        with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got gpu, 9.0, "):
-            select.packed("pallas", **here | changes, target=H100)
-    with pytest.raises(ValueError, match="kernel: expected for 'pallas' .* got cpu"):
-        select.packed("pallas", **here)
+        assert select.packed("auto", shape, jnp.bfloat16, target).name == "portable"
+    assert select.packed("pallas", shape, jnp.bfloat16, H100).name == "pallas"
+    assert select.packed("pallas", (1, 15, 4, 64), jnp.bfloat16, H100).name == "portable"
+    for changed, dtype, target in (
+        ((1, 512, 4, 512), jnp.bfloat16, H100), (shape, jnp.float64, H100), (shape, jnp.bfloat16, Target("gpu", 8.0)),
+        (shape, jnp.bfloat16, None),
+    ):
+        with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got "):
+            select.packed("pallas", changed, dtype, target)
     with pytest.raises(ValueError, match="kernel: expected one of auto, portable, pallas, got 'triton'"):
-        select.packed("triton", **here)
+        select.packed("triton", shape, jnp.bfloat16)
+
+
+def test_a_list_for_other_sizes_is_refused():
+    setting = SETTINGS[OFTEN[0]]
+    q, k, v, _, route, ids = drawn(setting, 0)
+    with pytest.raises(ValueError, match=r"work: expected a list of sizes \(64, 64\) alone, got .*block=16"):
+        gpu.attend(q, k, v, work_of(setting, route, ids), None, None, True)
+
+
+def lowered(function, *arguments):
+    """The program for a GPU, as far as it is made without its compiler."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend")
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def everything(q, k, v, route, ids, *, spec):
+    """Hard routing and its gradients, recomputed, in a loop over layers."""
+
+    def layer(x, _):
+        return x + dispatch.hard_attention(x, k, v, route, spec=spec, segment_ids=ids), None
+
+    def total(q):
+        return jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0].astype(jnp.float32).sum()
+
+    return jax.value_and_grad(total)(q)
+
+
+SELDOM_LOWERED = (64, "float16"), (80, "bfloat16"), (256, "bfloat16"), (64, "float32")
+
+
+@pytest.mark.parametrize("dim, dtype", [(128, "bfloat16"), *making.slow(*SELDOM_LOWERED)])
+def test_lowers_to_triton_under_remat_and_scan(dim, dtype):
+    q = jax.ShapeDtypeStruct((1, 300, 6, dim), dtype)
+    k = jax.ShapeDtypeStruct((1, 300, 2, dim), dtype)
+    route = jax.ShapeDtypeStruct((1, 300), jnp.int32)
+    with compiling_for(*H100):
+        spec = AttentionSpec(window=40, sinks=3, kernel="pallas", softcap=30.0 if dim == 256 else None)
+        text = lowered(functools.partial(everything, spec=spec), q, k, k, route, route)
+    assert text.count("triton") >= 3 + 7  # Packed attention, and linear: both directions.
+
+
+def test_runs_inside_shard_map_with_its_checks():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    setting = SETTINGS[OFTEN[0]]
+    q, k, v, _, route, ids = drawn(setting, 3)
+
+    def whole(q, k, v, route, ids):
+        out, _ = gpu.attend(q, k, v, work_of(setting, route, ids), None, setting.tuning, False)
+        return out + linear_gpu.attend(q, k, v, ids)
+
+    parts = jax.shard_map(whole, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert "triton" in lowered(parts, q, k, v, route, ids)
 
 
 @pytest.mark.smoke

@@ -98,7 +98,7 @@ def mechanism_rows(time: int, dim: int, window: int, direction: str, rounds: int
     qkv = common.random_qkv(1, time, heads, dim, dtype)
     route = jnp.asarray(common.random_routes([0.1], time))
     spec = AttentionSpec(window=window, implementation="blockwise")
-    ours = ("linear", "local", "packed hard, 10 % full")
+    ours = ("linear", "local", "portable hard, 10 % full")
     names = {"blockwise full": "full", "linear": "linear", "local": "local"}
     forms = {form: functools.partial(attend, name, spec=spec) for form, name in names.items()}
     forms[ours[-1]] = lambda q, k, v: hard_attention(q, k, v, route, spec=spec)

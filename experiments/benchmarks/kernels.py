@@ -88,15 +88,22 @@ def routes(case: Case) -> jax.Array:
 
 def sides(case: Case) -> dict[str, Callable[..., jax.Array]]:
     """(q, k, v, route) -> outputs, of the peer and of the routed side."""
-    kernel = "pallas" if jax.default_backend() == "gpu" else "portable"
-    spec = AttentionSpec(window=case.window, sinks=case.sinks, kernel=kernel)
-    refusal = gpu_timings.cudnn_refusal(jnp.bfloat16, case.dim, case.time)
-    if case.peer == "window" and not refusal:
+    spec = AttentionSpec(window=case.window, sinks=case.sinks, kernel=kernel())
+    if case.peer == "window" and not refusal(case):
         peer = lambda q, k, v, route: gpu_timings.cudnn_window(q, k, v, case.window)  # noqa: E731
     else:
         kind = "local" if case.peer == "window" else "full"
         peer = lambda q, k, v, route: attend(kind, q, k, v, spec=spec)  # noqa: E731
     return {"peer": peer, "routed": functools.partial(hard_attention, spec=spec)}
+
+
+def kernel() -> str:
+    return "pallas" if jax.default_backend() == "gpu" else "portable"
+
+
+def refusal(case: Case) -> Optional[str]:
+    """Why cuDNN is not the peer."""
+    return gpu_timings.cudnn_refusal(jnp.bfloat16, case.dim, case.time)
 
 
 def program(function: Callable[..., jax.Array], direction: str) -> Callable[..., Any]:
@@ -141,7 +148,8 @@ def row_of(case: Case, programs: dict[str, Any], rounds: int) -> common.Row:
     return {
         "what": case.name, "T": case.time, "d": case.dim, "direction": case.direction, "speedup": speedup,
         "goal": case.goal, "spread": spread, "milliseconds": 1e3 * ours, "peer_milliseconds": 1e3 * peer,
-        "softmax_tflops": flops / ours / 1e12, "peer": case.peer, "rounds": rounds,
+        "softmax_tflops": flops / ours / 1e12, "kernel": kernel(),
+        "peer": f"{case.peer} by {'blocks' if refusal(case) else 'cuDNN'}", "rounds": rounds,
     }
 
 

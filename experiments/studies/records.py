@@ -156,14 +156,18 @@ def gpu_table(folder: pathlib.Path) -> str:
     """What was compared on a GPU, and the shapes that were timed."""
     stored = _read(folder / "first_run.json")
     passed = [row["passed"] for section in stored["checks"] for row in section["rows"]]
-    said = f"{stored['device']}: {passed.count(True)} comparisons held, {passed.count(False)} failed"
+    said = f"{stored['device']}: {passed.count(True)} comparisons held, {passed.count(False)} did not"
     columns = [Column("what", "kernel"), Column("d", "d"), Column("shape", "queries, keys, warps, stages")]
     columns += [
         Column(key, f"{name}, ms", ".2f")
         for key, name in (("all", "all full"), ("f10", "10 % full"), ("l45", "45 % local"), ("local", "all local"))
     ]
+    layers = [row for row in stored["timings"] if row["what"].startswith("hard") and "fwd" in row]
+    whole = [Column("what", "routes"), Column("d", "d"), Column("fwd", "forward, ms", ".2f"),
+             Column("both", "forward and backward, ms", ".2f")]
     timed = [row | {"shape": ", ".join(map(str, row["shape"]))} for row in stored["timings"] if "shape" in row]
-    return f"{said} ([what was not run]({folder.name}/README.md)).\n\n{analysis.markdown_table(timed, columns)}"
+    tables = [analysis.markdown_table(layers, whole), analysis.markdown_table(timed, columns)]
+    return "\n\n".join([f"{said}; 13 tests ended in an error first ([why]({folder.name}/README.md)).", *tables])
 
 
 def _pictures(folder: pathlib.Path) -> str:
@@ -235,8 +239,8 @@ RECORDS = (
            "checks.compile --config=configs/retrofit_smollm2.py --config.retrofit.backbone=FOLDER --topology=h100 "
            "--config.model.dtype=bfloat16 --config.model.remat=True --config.data.sequence_length=4096 "
            "--config.model.window=256 --programs=soft,decode", compiled_table),
-    Record("The first run on a GPU: kernels of that commit, T 16,384, 16 heads, bfloat16", "gpu", "make gpu-check",
-           gpu_table, "f20b483"),
+    Record("The first run on a GPU: kernels of that commit, T 16,384, 16 heads, bfloat16", "gpu",
+           "benchmarks.kernel_shapes", gpu_table, "f20b483"),
     Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from meta_attention_jax.kernels import packed
+from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels import gpu_rows
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms import triton
 from meta_attention_jax.mechanisms.blocks import MASKED
@@ -46,8 +47,8 @@ class Tuning:
 
 
 def tuning_for(dim: int, dtype, time: int) -> Tuning:
-    """By head width and bytes of a number, the fastest of those timed on an H200 (experiments/results/gpu) for 16 bits
-    up to 128; no tile has more keys than there are tokens."""
+    """By head width and bytes of a number; for 16 bits up to 128 chosen from shapes that an H200 has timed, dense and
+    sparse routes together (experiments/results/gpu). No tile has more keys than there are tokens."""
     half = jnp.dtype(dtype).itemsize == 2
     if half and dim <= 64:
         tuning = Tuning(Sizes(128, 128), Shape(64, 64, 4, 3), Shape(64, 64, 4, 3), Shape(32, 64, 4, 3))
@@ -81,7 +82,14 @@ def attend(
 
     Softmax and sums in float32; products of float32 as `jax.default_matmul_precision` says.
     """
-    return _forward(q, k, v, work, softcap, tuning or tuning_for(q.shape[-1], q.dtype, q.shape[1]), interpret)
+    return _forward(q, k, v, work, softcap, _checked(tuning, q, work), interpret)
+
+
+def _checked(tuning: Optional[Tuning], q: Queries, work: WorkList) -> Tuning:
+    """The given one, or what suits q; the list must have been made for it."""
+    tuning = tuning or tuning_for(q.shape[-1], q.dtype, q.shape[1])
+    expect(set(work.sizes) == {tuning.sizes}, "work", f"a list of sizes {tuple(tuning.sizes)} alone", work.sizes)
+    return tuning
 
 
 def _attend_forward(q, k, v, work, softcap, tuning, interpret):
@@ -90,8 +98,7 @@ def _attend_forward(q, k, v, work, softcap, tuning, interpret):
 
 
 def _attend_backward(softcap, tuning, interpret, saved, cotangents):
-    q = saved[0]
-    tuning = tuning or tuning_for(q.shape[-1], q.dtype, q.shape[1])
+    tuning = _checked(tuning, saved[0], saved[3])
     return *_backward(*saved, *cotangents, softcap, tuning, interpret), None
 
 
@@ -101,25 +108,27 @@ attend.defvjp(_attend_forward, _attend_backward)
 def _forward(q, k, v, work, softcap, tuning, interpret):
     (q, k, v), (batch, time, heads, dim) = _padded(q, k, v), q.shape
     shape, group, scale = tuning.forward, heads // k.shape[2], dim**-0.5
-    parts, lists, programs = tuning.sizes.block // shape.queries, packed.lists(work), packed.programs(work)
+    parts, lists, programs = tuning.sizes.block // shape.queries, gpu_rows.lists(work), gpu_rows.programs(work)
 
     def kernel(count, places, *refs):
         *lists, q, k, v, _, _, out, lse = refs
-        n, part, h = packed.unravel(pl.program_id(0), parts, heads)
+        n, part, h = gpu_rows.unravel(pl.program_id(0), parts, heads)
 
-        @pl.when(n < count[0])
+        row, slot = places[n, 0], places[n, 1] + part * shape.queries
+
+        # A slot that only fills a block repeats the query before it: in the same part, if the part has one.
+        @pl.when((n < count[0]) & (lists[0][row, slot] < time))
         def _():
-            row = places[n, 0]
-            rows = packed.rows(lists, row, places[n, 1] + part * shape.queries, shape.queries, time)
+            rows = gpu_rows.rows(lists, row, slot, shape.queries, time)
             query = q[row, rows.position, h, :]
 
             def meet(j, keys, whole, carry):
                 top, total, acc = carry
-                start = packed.start(j, keys, time)
+                start = gpu_rows.start(j, keys, time)
                 key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
-                logits = packed.logits(triton.dot(query, key, 1, 1), scale, softcap)
+                logits = gpu_rows.logits(triton.dot(query, key, 1, 1), scale, softcap)
                 if not whole:
-                    logits = jnp.where(packed.allowed(rows, j, start, keys), logits, MASKED)
+                    logits = jnp.where(gpu_rows.allowed(rows, j, start, keys), logits, MASKED)
                 new = jnp.maximum(top, logits.max(1))
                 weights, decay = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
                 acc = acc * decay[:, None] + triton.dot(weights.astype(value.dtype), value, 1, 0)
@@ -128,10 +137,10 @@ def _forward(q, k, v, work, softcap, tuning, interpret):
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
             top, total = (jnp.full((shape.queries,), x, jnp.float32) for x in (MASKED / 2, 0.0))
             carry = top, total, jnp.zeros((shape.queries, q.shape[3]), jnp.float32)
-            top, total, acc = packed.walk(rows, shape.keys, meet, carry)
-            # A slot that fills the block repeats a query, and writes the same numbers to the same place.
+            top, total, acc = gpu_rows.walk(rows, shape.keys, meet, carry)
+            # What fills the part writes the same numbers to the same place.
             out[row, rows.position, h, :] = (acc / total[:, None]).astype(out.dtype)
-            lse[row, h, rows.position] = (top + jnp.log2(total)) / packed.LOG2E
+            lse[row, h, rows.position] = (top + jnp.log2(total)) / gpu_rows.LOG2E
 
     places = jnp.zeros_like(q), jnp.zeros((batch, heads, time), jnp.float32)
     arguments = (*programs, *lists, q, k, v, *places)
@@ -145,7 +154,7 @@ def _backward(q, k, v, work, out, lse, d_out, d_lse, softcap, tuning, interpret)
     dim = q.shape[-1]
     mean = jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
     q, k, v, d_out = _padded(q, k, v, d_out.astype(q.dtype))
-    state = q, k, v, d_out, lse * packed.LOG2E, mean
+    state = q, k, v, d_out, lse * gpu_rows.LOG2E, mean
     dq = _backward_q(state, work, softcap, tuning, dim**-0.5, interpret)
     dk, dv = _backward_kv(state, work, softcap, tuning, dim**-0.5, interpret)
     return dq[..., :dim], dk[..., :dim], dv[..., :dim]
@@ -155,30 +164,32 @@ def _backward_q(state, work, softcap, tuning, scale, interpret):
     q, k = state[:2]
     (_, time, heads, _), shape = q.shape, tuning.dq
     group, parts = heads // k.shape[2], tuning.sizes.block // shape.queries
-    lists, programs = packed.lists(work), packed.programs(work)
+    lists, programs = gpu_rows.lists(work), gpu_rows.programs(work)
 
     def kernel(count, places, *refs):
         *lists, q, k, v, d_out, lse, mean, _, dq = refs
-        n, part, h = packed.unravel(pl.program_id(0), parts, heads)
+        n, part, h = gpu_rows.unravel(pl.program_id(0), parts, heads)
 
-        @pl.when(n < count[0])
+        row, slot = places[n, 0], places[n, 1] + part * shape.queries
+
+        # A slot that only fills a block repeats the query before it: in the same part, if the part has one.
+        @pl.when((n < count[0]) & (lists[0][row, slot] < time))
         def _():
-            row = places[n, 0]
-            rows = packed.rows(lists, row, places[n, 1] + part * shape.queries, shape.queries, time)
+            rows = gpu_rows.rows(lists, row, slot, shape.queries, time)
             query, g = (x[row, rows.position, h, :] for x in (q, d_out))
             top, shift = (x[row, h, rows.position] for x in (lse, mean))
 
             def meet(j, keys, whole, acc):
-                start = packed.start(j, keys, time)
+                start = gpu_rows.start(j, keys, time)
                 key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
-                logits = packed.logits(triton.dot(query, key, 1, 1), scale, softcap)
+                logits = gpu_rows.logits(triton.dot(query, key, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[:, None])
                 if not whole:
-                    weights = jnp.where(packed.allowed(rows, j, start, keys), weights, 0.0)
-                d_logits = weights * (triton.dot(g, value, 1, 1) - shift[:, None]) * packed.slope(logits, softcap)
+                    weights = jnp.where(gpu_rows.allowed(rows, j, start, keys), weights, 0.0)
+                d_logits = weights * (triton.dot(g, value, 1, 1) - shift[:, None]) * gpu_rows.slope(logits, softcap)
                 return acc + triton.dot(d_logits.astype(key.dtype), key, 1, 0)
 
-            acc = packed.walk(rows, shape.keys, meet, jnp.zeros((shape.queries, q.shape[3]), jnp.float32))
+            acc = gpu_rows.walk(rows, shape.keys, meet, jnp.zeros((shape.queries, q.shape[3]), jnp.float32))
             dq[row, rows.position, h, :] = (acc * scale).astype(dq.dtype)
 
     places = (jnp.zeros_like(q),)
@@ -192,10 +203,10 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
     q, k, v, d_out, lse, mean = state
     (batch, time, heads, dim), shape = q.shape, tuning.dkv
     kv_heads, (_, tile), queries, keys = k.shape[2], tuning.sizes, shape.queries, shape.keys
-    group, lists, spans = heads // kv_heads, packed.lists(work), packed.spans(work, time)
+    group, lists, spans = heads // kv_heads, gpu_rows.lists(work), gpu_rows.spans(work, time)
     spans = jnp.stack([jnp.stack(span, -1) for span in spans], -2)
     _, tiles, pieces, _ = spans.shape
-    order = packed.by_length((spans[..., 3] - spans[..., 0]).sum(-1).reshape(-1))
+    order = gpu_rows.by_length((spans[..., 3] - spans[..., 0]).sum(-1).reshape(-1))
     parts, spans = tile // keys, spans.reshape(batch * tiles, pieces, 4)
     # Packed queries are neighbours, so a program reads them ahead.
     position = jnp.where(work.order < time, work.order, work.order - time)
@@ -206,11 +217,11 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
 
     def kernel(order, spans, *refs):
         *lists, q, k, v, d_out, lse, mean, dk, dv = refs
-        n, part, g = packed.unravel(pl.program_id(0), parts, kv_heads)
+        n, part, g = gpu_rows.unravel(pl.program_id(0), parts, kv_heads)
         n = order[n]
         row, j = triton.divide(n, tiles)
         j = j * parts + part
-        start = packed.start(j, keys, time)
+        start = gpu_rows.start(j, keys, time)
 
         @pl.when(j * keys < time)
         def _():
@@ -222,12 +233,12 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
                 h, slots = g * group + member, pl.ds(step * queries, queries)
                 query, d = q[row, slots, h, :], d_out[row, slots, h, :]
                 top, shift = lse[row, h, slots], mean[row, h, slots]
-                logits = packed.logits(triton.dot(key, query, 1, 1), scale, softcap)
+                logits = gpu_rows.logits(triton.dot(key, query, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[None])
                 if not whole:
-                    rows = packed.rows(lists, row, step * queries, queries, time)
-                    weights = jnp.where(packed.allowed(rows, j, start, keys, transposed=True), weights, 0.0)
-                d_logits = weights * (triton.dot(value, d, 1, 1) - shift[None]) * packed.slope(logits, softcap)
+                    rows = gpu_rows.rows(lists, row, step * queries, queries, time)
+                    weights = jnp.where(gpu_rows.allowed(rows, j, start, keys, transposed=True), weights, 0.0)
+                d_logits = weights * (triton.dot(value, d, 1, 1) - shift[None]) * gpu_rows.slope(logits, softcap)
                 dv = dv + triton.dot(weights.astype(d.dtype), d, 1, 0)
                 return dk + triton.dot(d_logits.astype(query.dtype), query, 1, 0), dv
 
@@ -235,7 +246,7 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
             carry = zeros, zeros
             for piece in range(pieces):
                 low, whole, whole_end, high = (spans[n, piece, i] // queries * group for i in range(4))
-                carry = packed.three(low, whole, whole_end, high, meet, carry)
+                carry = gpu_rows.three(low, whole, whole_end, high, meet, carry)
             new = (start + jnp.arange(keys, dtype=jnp.int32) >= j * keys)[:, None]
             for ref, x in zip((dk, dv), (carry[0] * scale, carry[1])):
                 triton.store(ref.at[row, pl.ds(start, keys), g, :], x.astype(ref.dtype), mask=new)

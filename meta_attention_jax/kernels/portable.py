@@ -22,7 +22,8 @@ from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.types import Keys, Queries, Values
 
 Packed = Float[Array, "batch slots heads dim"]
-LogSumExp = Float[Array, "batch slots heads"]
+PackedLogSumExp = Float[Array, "batch slots heads"]
+LogSumExp = Float[Array, "batch heads time"]
 
 BLOCK, TILE, LOCAL_TILE = 64, 128, 64
 """Queries of a block; keys of a tile where nothing bounds the reach, at T below LONG_TIME (block and tile are twice
@@ -44,10 +45,10 @@ def sizes_for(time: int, reach: Reach) -> Sizes:
 
 
 def attend(q: Queries, k: Keys, v: Values, work: WorkList, softcap: float | None = None) -> tuple[Queries, LogSumExp]:
-    """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, 0 elsewhere; and the log-sum-exp of their
-    logits, by slot."""
+    """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, and the log-sum-exp of their logits; 0
+    elsewhere."""
     out, lse = packed(q, k, v, work, softcap)
-    return _unpack(out, work), lse
+    return _unpack(out, work), _unpack(lse[..., None], work)[..., 0].transpose(0, 2, 1)
 
 
 @jax.custom_vjp
@@ -70,7 +71,7 @@ _unpack.defvjp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def packed(
     q: Queries, k: Keys, v: Values, work: WorkList, softcap: float | None = None
-) -> tuple[Packed, LogSumExp]:
+) -> tuple[Packed, PackedLogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries, and the log-sum-exp of their logits.
 
     Slots that are not in the list hold anything finite. Softmax in float32; the output has the dtype of q, the

@@ -19,7 +19,8 @@ class Kernel(NamedTuple):
 
     Attributes:
       name: "portable" or "pallas".
-      attend: (q, k, v, work, softcap) -> (outputs at their tokens, 0 elsewhere; log-sum-exp).
+      attend: (q, k, v, work, softcap) -> (outputs at their tokens, and the log-sum-exp of their logits, [B, H, T]; 0
+        elsewhere).
       sizes: (time, reaches) -> sizes of the work list, by mechanism.
     """
 
@@ -28,14 +29,14 @@ class Kernel(NamedTuple):
     sizes: Callable[[int, Sequence[Reach]], list[Sizes]]
 
 
-def packed(kernel: str, *, time: int, dim: int, dtype: Any, target: Optional[Target] = None) -> Kernel:
-    """The kernel of that name, as `triton.serves` says; raises ValueError where it cannot run.
+def packed(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> Kernel:
+    """The kernel of that name for queries of this shape, [B, T, H, d], as `triton.serves` says; raises ValueError where it cannot run.
 
     "auto" is `portable`: on a GPU `pallas` has been timed, but no value of it has been compared there yet (`make
     gpu-check` does).
     """
     expect(kernel in KERNELS, "kernel", f"one of {', '.join(KERNELS)}", kernel)
-    if not triton.serves(kernel, time=time, dim=dim, dtype=dtype, target=target):
+    if not triton.serves(kernel, shape, dtype, target):
         return Kernel("portable", portable.attend, lambda time, reaches: [portable.sizes_for(time, r) for r in reaches])
-    sizes = gpu.tuning_for(dim, dtype, time).sizes
+    sizes = gpu.tuning_for(shape[3], dtype, shape[1]).sizes
     return Kernel("pallas", gpu.attend, lambda time, reaches: [sizes] * len(reaches))

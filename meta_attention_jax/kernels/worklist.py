@@ -196,9 +196,11 @@ def _blocks(
     if sink_first is not None:
         sinks = of_block(sink_last) > of_block(sink_first)
         begins = jnp.where(sinks, of_block(sink_first), time).min(1)
-        finishes = jnp.where(sinks, of_block(sink_last), 0).max(1)
+        finishes = jnp.where(sinks, of_block(sink_last), 0)
         # In both directions, sinks can lie ahead of the window.
-        high = jnp.maximum(high, -(-finishes // tile))
+        high = jnp.maximum(high, -(-finishes.max(1) // tile))
+        # Those of a block's later segments stand among the tiles of its windows.
+        finishes = jnp.where(of_block(sink_first) == begins[:, None], finishes, 0).max(1)
         sink_high = jnp.minimum(low, -(-finishes // tile))
         sink_low = jnp.minimum(begins // tile, sink_high)
     return Blocks(ends[-1], row, slot, low, high, whole, whole_end, sink_low, sink_high)

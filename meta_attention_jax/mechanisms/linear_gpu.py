@@ -22,7 +22,6 @@ from meta_attention_jax.mechanisms.chunked import Shape
 from meta_attention_jax.mechanisms.triton import divide, dot
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
-Sums = Float[Array, "batch heads time"]
 States = Float[Array, "batch chunks kv_heads dim+1 dim"]
 """Of each chunk: rows S, and z as the last row. Float32."""
 

@@ -18,30 +18,30 @@ LEAST = 16
 """Rows and columns of the smallest product of the matrix units, and so tokens of a sequence."""
 
 MOST_DIM = 256
-CAPABILITY = 8.0
-"""Of the GPUs whose matrix units the kernels are written for: Ampere and later."""
+CAPABILITY = 9.0
+"""Of the GPUs whose shared memory holds the tiles: Hopper and later."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 store = triton.store
 
 
-def serves(kernel: str, *, time: int, dim: int, dtype: Any, target: Optional[Target] = None) -> bool:
-    """Whether "pallas" is asked for, and serves this length: shorter ones than LEAST, and those that are symbols
-    (`jax.export`), are left to portable forms. Raises ValueError where it is asked for and cannot.
+def serves(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> bool:
+    """Whether "pallas" is asked for, and serves queries of this shape, [B, T, H, d]: shorter ones than LEAST, and those
+    with symbols (`jax.export`), are left to portable forms. Raises ValueError where it is asked for and cannot.
 
     `target` is what is compiled for; None is `targets.current()`.
     """
     if kernel != "pallas":
         return False
-    (platform, capability), name = target or targets.current(), jnp.dtype(dtype).name
+    (platform, capability), name, dim = target or targets.current(), jnp.dtype(dtype).name, shape[-1]
     if platform != "gpu" or capability < CAPABILITY or name not in DTYPES or dim > MOST_DIM:
         raise ValueError(
             f"kernel: expected for 'pallas' an NVIDIA GPU of compute capability {CAPABILITY} or more, "
             f"{', '.join(DTYPES)} and a head dim of at most {MOST_DIM}, got {platform}, {capability}, {name} and head "
             f"dim {dim}."
         )
-    return isinstance(time, int) and time >= LEAST
+    return all(isinstance(size, int) for size in shape) and shape[1] >= LEAST
 
 
 def width_for(dim: int) -> int:
@@ -75,11 +75,13 @@ def call(
     dtypes of `outputs`; from argument `written_over` on they are the arrays that outputs are written into."""
     # With parameters of this kind Pallas means Triton, whatever its default is.
     params = {} if interpret else {"compiler_params": triton.CompilerParams(num_warps=warps, num_stages=stages)}
+    # Inside `shard_map` outputs vary over the mesh as what they are made of does.
+    varying = jax.typeof(arguments[0]).manual_axis_type
     aliases = {} if written_over is None else {written_over + i: i for i in range(len(outputs))}
     return pl.pallas_call(
         kernel,
         grid=(programs,),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in outputs],
         input_output_aliases=aliases,
         interpret=interpret,
         **params,

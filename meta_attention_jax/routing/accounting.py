@@ -51,7 +51,8 @@ class Accounting:
 def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[SegmentIds] = None) -> Accounting:
     """FLOPs and bytes of one layer's attention for these routes, totals over the batch. Jittable.
 
-    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys that the packed kernel meets;
+    Packed dispatch: full and local by the blocks of chosen queries and the tiles of keys of the work list (the kernel of
+    GPUs cuts them smaller, and its linear attention is counted as the portable form);
     a mechanism without a reach on all tokens of the batch if any token, padding left out, is routed to it. Dense
     select: every mechanism on all tokens; the selection itself makes no product and is not counted. Projected FLOPs are
     those of the equation at T tokens, divided by T; projected bytes, for which there is no equation, those of the
@@ -71,7 +72,7 @@ def count_attention(route: Route, config: ModelConfig, *, segment_ids: Optional[
     real = jnp.ones(route.shape, bool) if segment_ids is None else segment_ids != 0
     records = [get_mechanism(name) for name in config.router.mechanisms]
     asked = jnp.where(real, route, -1)
-    kernel = select.packed(spec.kernel, time=time, dim=dim, dtype=dtype)
+    kernel = select.packed(spec.kernel, q.shape, dtype)
     work = dispatch.plan(asked, segment_ids, records=records, spec=spec, kernel=kernel)
     met = iter(() if work is None else zip(work.blocks, worklist.count_tiles(work), work.sizes))
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from meta_attention_jax import targets
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.controller.prior import validate_prior
@@ -74,8 +75,8 @@ def full_attention(config: ConfigDict) -> str:
 
 def packed_kernel(config: ConfigDict) -> str:
     """The kernel of packed attention that the config's model uses here."""
-    time, dtype = config.data.sequence_length, config.model.dtype
-    return select.packed(config.model.kernel, time=time, dim=head_dim(config), dtype=dtype).name
+    shape = (1, config.data.sequence_length, 1, head_dim(config))
+    return select.packed(config.model.kernel, shape, config.model.dtype).name
 
 
 def head_dim(config: ConfigDict) -> int:
@@ -188,14 +189,16 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[
 
 def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     """Who may attend to whom. An implementation that was chosen for the run's own batches gives way to "auto" where it
-    cannot serve the segments."""
+    cannot serve the segments; so does a kernel for GPUs where a run that has one is opened elsewhere."""
     model = config.model
-    chosen = model.implementation
+    chosen, kernel = model.implementation, model.kernel
+    if segments == "any" and targets.current().platform != "gpu":
+        kernel = "auto"
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
     return dataclasses.replace(
         published_spec(config), window=model.window, sinks=model.sinks, implementation=chosen, segments=segments,
-        kernel=model.kernel,
+        kernel=kernel,
     )
 
 

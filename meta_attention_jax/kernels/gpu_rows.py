@@ -60,10 +60,10 @@ def spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], ..
 
         low, high = slot(blocks.high), slot(blocks.low)
         whole, whole_end = slot(blocks.whole_end), slot(blocks.whole)
-        spans.append((low, jnp.maximum(whole, low), jnp.maximum(whole_end, low), jnp.maximum(high, low)))
+        spans.append((low, whole, whole_end, high))
         if work.reaches[m].sinks:
             low, high = slot(blocks.sink_high), slot(blocks.sink_low)
-            spans.append((low, low, low, jnp.maximum(high, low)))
+            spans.append((low, low, low, high))
     return spans
 
 
@@ -95,8 +95,10 @@ def walk(rows: Rows, keys: int, meet, carry):
     whole = jnp.minimum((rows.first.max() + keys - 1) // keys, high)
     whole_end = jnp.maximum((rows.last.min() + 1) // keys, whole)
     if rows.sinks:
-        begins, ends = rows.sinks[0].min(), rows.sinks[1].max()
-        high = jnp.maximum(high, (ends + keys - 1) // keys)  # In both directions they can lie ahead of the window.
+        high = jnp.maximum(high, (rows.sinks[1].max() + keys - 1) // keys)  # In both directions they can lie ahead.
+        # Those of later segments stand among the tiles above.
+        begins = rows.sinks[0].min()
+        ends = jnp.where(rows.sinks[0] == begins, rows.sinks[1], 0).max()
     carry = three(low, whole, whole_end, high, lambda j, whole, carry: meet(j, keys, whole, carry), carry)
     if not rows.sinks:
         return carry
