@@ -30,7 +30,8 @@ class Kernel(NamedTuple):
 
 
 def packed(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> Kernel:
-    """The kernel of that name for queries of this shape, [B, T, H, d], as `triton.serves` says; raises ValueError where it cannot run.
+    """The kernel of that name for queries of this shape, [B, T, H, d], as `triton.serves` says; raises ValueError where
+    it cannot run.
 
     "auto" is `portable`: on a GPU `pallas` has been timed, but no value of it has been compared there yet (`make
     gpu-check` does).
