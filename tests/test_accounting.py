@@ -257,6 +257,7 @@ def test_a_fixed_layer_pays_for_its_own_mechanism_only():
     assert got.executed_packed == got.executed_dense == own
 
 
+@pytest.mark.slow
 def test_layers_that_are_windows_by_nature_stand_in_no_share_and_cost_what_they_do():
     """An evaluation with its accounting, what it reports, and the shapes of a training step."""
     own = 5

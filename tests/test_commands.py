@@ -116,6 +116,7 @@ def trained(command, tmp_path_factory):
     return run, check_success(command("train", f"--workdir={run}", *SMOKE))
 
 
+@pytest.mark.slow
 def test_training_a_finished_run_evaluates_it_again_and_rewrites_nothing(command, trained, tmp_path):
     first, run = trained[1], tmp_path / "run"
     shutil.copytree(trained[0], run)
@@ -134,6 +135,7 @@ def test_training_a_finished_run_evaluates_it_again_and_rewrites_nothing(command
     assert (run / "config.json").read_text() == stored
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_run(command, trained, tmp_path):
     (run, first), table = trained, tmp_path / "rows.json"
     where = (f"--workdir={run}", f"--json={table}")
@@ -169,6 +171,7 @@ def test_evaluation_of_a_run(command, trained, tmp_path):
         check_mistake(command("evaluate", f"--workdir={run}", *flags), sentence)
 
 
+@pytest.mark.slow
 def test_prices_and_a_budget(command, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)

@@ -210,7 +210,7 @@ def test_compiles_once_where_the_caller_does_not_compile(monkeypatch):
         assert traced == [q.shape]
 
 
-@pytest.mark.parametrize("shape", ["grouped heads", "both directions"])
+@pytest.mark.parametrize("shape", ["both directions", *making.slow("grouped heads")])
 def test_sinks_are_seen_besides_the_window(shape):
     """The first tokens of every segment: packed, dense and the oracle, values and gradients."""
     *_, window, causal = SHAPES[shape]
@@ -396,6 +396,7 @@ def test_bfloat16_stays_bfloat16():
     assert_close(got, expected, 3e-2)  # A unit in the last place is 2^-8 = 4e-3.
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_time():
     def peak(time):
         x = jax.ShapeDtypeStruct((1, time, 1, 8), jnp.float32)
@@ -475,7 +476,7 @@ def layer_outputs(layer_case, dispatch_name, **call):
     return aux, gradients
 
 
-@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("forced", [True, *making.slow(False)])
 def test_the_layer_is_the_same_with_either_dispatch(layer_case, forced):
     call = {}
     if forced:

@@ -295,6 +295,7 @@ def cut(path):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_newest_checkpoint_is_passed_over_by_name(whole, tmp_path):
     run = tmp_path / "run"
@@ -416,6 +417,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
     run = tmp_path / "run"
     usage = shutil.disk_usage(tmp_path)

@@ -105,6 +105,7 @@ def test_a_mistake_before_there_is_a_run(group, tmp_path, monkeypatch):
     check(drawn(group, WITHOUT_RUN[group]), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_damaged_runs_and_wrong_words_to_whole_ones(whole, tmp_path, monkeypatch):
     cases = [case for group, count in WITH_RUN.items() for case in drawn(group, count)]
     check(cases, tmp_path, monkeypatch, whole)

@@ -125,7 +125,7 @@ CASES = {
 }
 
 
-SELDOM = "hard", "window beyond the text", "fixed pattern"
+SELDOM = "hard", "window beyond the text", "fixed pattern", "softmax, window of one", "one key head, gated"
 
 
 @pytest.mark.parametrize("name", [*(name for name in CASES if name not in SELDOM), *making.slow(*SELDOM)])
@@ -144,6 +144,7 @@ def test_own_routes_in_these_tests_use_every_mechanism():
     assert set(np.unique(routes)) == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_its_forward_pass():
     # Routes are forced: near ties, rounding would choose.
     route = jax.random.randint(jax.random.key(5), (LAYERS, BATCH, TIME), 0, 3)
@@ -228,6 +229,7 @@ def test_a_row_ends_and_the_loop_with_the_last_of_them():
         assert_close(found[:, drawn], getattr(whole, name)[:, drawn])
 
 
+@pytest.mark.slow
 def test_tokens_that_a_tokenizer_does_not_know_are_never_drawn():
     model = make()
     draw = dict(sampler=generation.Sampler(temperature=50.0), keys=jax.random.split(jax.random.key(0), BATCH))
@@ -240,6 +242,7 @@ def test_tokens_that_a_tokenizer_does_not_know_are_never_drawn():
         run(known=0)
 
 
+@pytest.mark.slow
 def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
     model = make()
     params, tokens = parameters(model), text()[:, :PROMPT]
@@ -253,6 +256,7 @@ def test_caches_of_padded_prompts_are_those_of_unpadded_ones():
         assert_close(ours, theirs, what=name)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_one_token_starts_anew_as_longer_ones_do():
     """Whatever the cache has held."""
     model = make()
@@ -376,6 +380,7 @@ def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
         assert compiled.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 4
 
 
+@pytest.mark.slow
 def test_the_model_is_traced_once_whatever_the_prompts_and_steps_of_equal_shape():
     traces = 0
 

@@ -92,6 +92,7 @@ def uniform_step(q, cache, layer, *, needed, spec):
 UNIFORM = Mechanism(uniform, lambda time, dim, spec: 2.0 * time * dim, cost=0.05, step=uniform_step)
 
 
+@pytest.mark.slow
 def test_a_toy_mechanism_is_one_file_and_one_line_and_then_trains_decodes_and_is_told(
     monkeypatch, tmp_path
 ):

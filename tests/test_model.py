@@ -132,7 +132,7 @@ def test_replacing_later_tokens_changes_nothing_before(controller, mode, sampled
     assert np.any(before.logits[:, 12:] != after.logits[:, 12:])
 
 
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("sampled", [True, *making.slow(False)])
 def test_routes_ignore_cutting_padding_and_batching(sampled):
     run = runner("bayesian", "gated", sampled)
     x = tokens()
@@ -190,7 +190,8 @@ def test_gate_limits_are_soft_and_hard():
     assert distance(soft(tokens()).logits, hard(tokens()).logits) > 1e-3
 
 
-@pytest.mark.parametrize("controller", ["bayesian", *making.slow("softmax")])
+@pytest.mark.slow
+@pytest.mark.parametrize("controller", ["bayesian", "softmax"])
 def test_remat_changes_no_gradient(controller):
     params = unrolled(parameters(controller))
 
@@ -291,6 +292,7 @@ def test_integers_of_numpy_are_those_of_python():
     ) == making.config(vocab_size=5, model_dim=16, num_layers=1, num_heads=2, window=8)
 
 
+@pytest.mark.slow
 def test_a_numpy_false_draws_samples_as_a_python_false_does():
     x = jax.random.normal(jax.random.key(0), (2, 12, 16))
     layer = making.layer(num_heads=2, window=4)

@@ -136,7 +136,7 @@ def test_the_layer_keeps_float32(mode, controller):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("changes", [
-    {"controller.name": "gumbel", "gate.kind": "cosine", "model.num_layers": 1},
+    *making.slow({"controller.name": "gumbel", "gate.kind": "cosine", "model.num_layers": 1}),
     {"train.packed": True, "train.packed_dense_rows": 0.5, "model.dtype": "bfloat16",
      "model.scan_layers": True, "gate.kind": "settled", "optimizer.accumulate": 2},
 ])
@@ -218,6 +218,7 @@ def test_nothing_in_is_nothing_out(way, shape):
     assert output.logits.shape == (*shape, 32)
 
 
+@pytest.mark.slow
 def test_a_batch_can_be_a_symbol():
     scope = export.SymbolicScope()
 
@@ -242,6 +243,7 @@ def test_a_batch_can_be_a_symbol():
     assert_close(exported.call(params, tokens), function(params, tokens), 1e-6)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_and_jax_are_numbers(run):
     plain = generation.Sampler(0.5, 5, 0.25)
     for number in (np.float32, np.float64, jnp.float32, lambda n: np.array(n)):
@@ -258,6 +260,7 @@ def test_numbers_of_numpy_and_jax_are_numbers(run):
     assert opened.routes([1, 2], mode="gated", threshold=jnp.float32(0.5)).hard.shape == (1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given, sentence", [
     (dict(steps=2.0), "steps: expected an integer, got 2.0."),
     (dict(steps=np.float32(2)), "steps: expected an integer, got 2.0."),
@@ -274,6 +277,7 @@ def test_what_is_no_number_is_one_sentence(run, given, sentence):
         load_run(run).generate([1, 2], **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["batch_size", "sequence_length"])
 @pytest.mark.parametrize("value", [0, -1, np.int64(0)])
 def test_nothing_is_no_size_of_a_batch(run, field, value):

@@ -316,6 +316,7 @@ print(*codes)
 """
 
 
+@pytest.mark.slow
 def test_a_command_whose_result_is_printed_says_that_it_is_lost():
     """On a full disk; a reader that has had enough, and training, are another matter."""
     done = subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, env=environment(), capture_output=True,

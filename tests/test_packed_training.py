@@ -108,6 +108,7 @@ def test_the_controller_learns_from_the_dense_rows_alone(setting, packed_gradien
     assert_close(whole[1], alone[1] + rest[1], 2e-5, "what learns from all rows: everything else")
 
 
+@pytest.mark.slow
 def test_a_run_switches_says_so_and_resumes(tmp_path, capsys):
     config = smoke.get_config()
     config.parallel.devices = 1

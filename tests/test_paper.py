@@ -295,6 +295,7 @@ def test_packed_dense_and_stepwise_agree_at_each_price(trained):
     assert len(seen) >= 4, "tokens go elsewhere at other prices"
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_on_validation_stored_and_used(trained):
     plain = trained.evaluate(mode="hard")
     for budget, max_batches in (({"cost": 0.5 * (plain["cost"] + 0.15)}, None), ({"share": 0.3}, 4)):

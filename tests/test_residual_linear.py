@@ -26,6 +26,7 @@ def model():
     return config, params, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream, route", [("full", 0), ("form", 1)])
 def test_its_forward_pass_is_that_of_the_model(model, stream, route):
     config, params, tokens = model
@@ -43,6 +44,7 @@ def test_its_forward_pass_is_that_of_the_model(model, stream, route):
     assert np.all(np.abs(harm[0, :WINDOW]) < 1e-10) and np.all(np.asarray(harm)[:, WINDOW + SINKS :] > 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", study.FORMS)
 def test_its_form_is_the_equation(model, form):
     config, params, _ = model
@@ -83,6 +85,7 @@ def test_its_form_is_the_equation(model, form):
     assert_close(got[0], expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_learns_by_its_own_distance_alone(model):
     """The gradient of each layer's maps is that of its own mean distance; and a step along it lowers that."""
     config, params, tokens = model

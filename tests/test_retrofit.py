@@ -118,6 +118,7 @@ def test_with_every_token_full_it_is_the_published_model(root):
     assert np.linalg.norm(run.at(price=10.0).logits(text, mode="hard") - logits) > 0.01 * np.linalg.norm(logits)
 
 
+@pytest.mark.slow
 def test_with_its_layers_apart_a_run_says_the_same(root, tmp_path):
     run = load_run(root / "end_to_end")
     apart, text = run.unstacked(), "a stretch of text that is longer than the window"
@@ -130,6 +131,7 @@ def test_with_its_layers_apart_a_run_says_the_same(root, tmp_path):
     assert not (tmp_path / "routers").exists()
 
 
+@pytest.mark.slow
 def test_a_text_may_be_as_long_as_the_context(root):
     run, text = load_run(root / "end_to_end"), "a text of some words, and then of others"
     length = len(run.encode(text))
@@ -150,7 +152,7 @@ def test_the_token_that_begins_a_text_stands_before_those_that_are_asked(root):
     assert len(run.routes("a text").pieces) == len(plain) + 1
 
 
-@pytest.mark.parametrize("stage", ["end_to_end", "local"])
+@pytest.mark.parametrize("stage", ["end_to_end", *making.slow("local")])
 def test_gradients_are_those_of_the_whole_model(place, stage):
     """Of what is trained; frozen or not, theta open or not."""
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.stage": stage})
@@ -203,11 +205,13 @@ def test_the_local_stage_asks_every_layer_for_its_own_output(place):
     np.testing.assert_array_equal(difference[mask] < 1e-4, same[mask])
 
 
+@pytest.mark.slow
 def test_a_page_of_the_run_is_made_like_any_other(root):
     kind, page = report(root / "end_to_end")
     assert kind == "run" and "<h2>Layers</h2>" in page()
 
 
+@pytest.mark.slow
 def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhere(place):
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.loss": "kl"})
     measure = jax.jit(functools.partial(gradient_sums, spec))
@@ -218,6 +222,7 @@ def test_kl_to_the_unrouted_model_is_zero_where_all_is_full_and_positive_elsewhe
     assert abs(float(none.fit)) < 1e-5 * float(sums.nll)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(place, root, tmp_path):
     values = stage_of(config(place), "end_to_end", root)
     train(prepare(values, tmp_path / "run"), stop_after=4, progress=False)
@@ -227,6 +232,7 @@ def test_resumed_equals_uninterrupted(place, root, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_points_of_a_sweep_share_the_published_model(place, root, tmp_path):
     values = [stage_of(config(place, **{"objective.beta": beta}), "end_to_end", root) for beta in (0.01, 0.3)]
     jobs = [prepare(one, tmp_path / str(i)) for i, one in enumerate(values)]
@@ -236,6 +242,7 @@ def test_points_of_a_sweep_share_the_published_model(place, root, tmp_path):
     assert load_run(tmp_path / "1").evaluate("test")["nll"] > 0
 
 
+@pytest.mark.slow
 def test_adapters_begin_as_nothing_and_learn(place, root, tmp_path):
     plain = state_of(place)
     spec, state, batch, hypers, frozen = state_of(place, **{"retrofit.lora_rank": 2})
@@ -260,6 +267,7 @@ def test_adapters_begin_as_nothing_and_learn(place, root, tmp_path):
     assert all(np.linalg.norm(leaf) > 0 for path, leaf in learned.items() if "adapter" in path)
 
 
+@pytest.mark.slow
 def test_a_moved_model_is_found_and_another_one_refused(place, root, tmp_path):
     shutil.copytree(place / "model", tmp_path / "elsewhere")
     run = load_run(root / "end_to_end", backbone=str(tmp_path / "elsewhere"))

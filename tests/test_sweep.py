@@ -222,6 +222,7 @@ def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch
     assert [line["setting"] for line in found.lines if "test_cost" in line] == ["c"]
 
 
+@pytest.mark.slow
 def test_a_report_of_nothing_is_one_line(command, tmp_path):  # noqa: F811
     check_mistake(command("report", f"--workdir={tmp_path}"), "workdir: expected the directory of")
 

@@ -130,6 +130,7 @@ def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
     assert train(longer, progress=False)["hard"]["nll"] == left[-1]["hard"]["nll"]
 
 
+@pytest.mark.slow
 def test_a_point_that_diverges_stops_no_other(tmp_path):
     points = algebra.zipped(
         algebra.sweep("optimizer.learning_rate", (0.05, 1e30, 0.05)), algebra.sweep("seed", (0, 1, 2))

@@ -65,6 +65,7 @@ def test_bpe_round_trip_on_any_text(bpe, seed):
         assert bpe.token_bytes[ids].sum() == len(data)
 
 
+@pytest.mark.slow
 def test_bpe_round_trip_on_more_than_one_chunk(bpe):
     for text in ("line of text\n" * 90_000, "é" * 1_100_000):
         assert bpe.decode(bpe.encode(text.encode())) == text.encode()

@@ -86,6 +86,7 @@ def test_a_choice_that_serves_training_alone_gives_way_elsewhere():
     assert build.build_model(values, 10, "padded").config.attention.implementation == "cudnn"
 
 
+@pytest.mark.slow
 def test_a_run_answers_without_its_corpus(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
