@@ -12,7 +12,6 @@ program does not fit into a chip's memory, or devices wait for each other where 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
@@ -32,9 +31,9 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
 from experiments.benchmarks import common as benchmarks  # noqa: E402
+from experiments.checks.chips import devices_of  # noqa: E402
 from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
 from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.targets import compiling_for  # noqa: E402
@@ -58,37 +57,8 @@ JSON = common.define_path("json", None, "Write the report here.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-} platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""What the CUDA compiler asks of a device, in its own text form; figures of NVIDIA's data sheet."""
-
-
 class DoesNotFit(Exception):
     """More memory than a chip has."""
-
-
-def devices_of(topology: str) -> list[jax.Device]:
-    """The chips of a topology, without having them."""
-    try:
-        if topology == "h100":
-            return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices)
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # The plugin's errors have no common class.
-        reason = (str(error).splitlines() or [""])[0][:200]
-        said = f"chips like 'v5e:16x16', got {topology!r}"
-        if topology == "h100":
-            said = "the CUDA compiler (pip install 'jax[cuda13]', JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES=-1), got"
-        elif "not installed" in reason or importlib.util.find_spec("libtpu") is None:
-            said = "the TPU compiler (pip install 'jax[tpu]'), got"
-        raise ValueError(f"topology: expected {said}: {reason}") from None
 
 
 def vocabulary(config: ConfigDict) -> int:

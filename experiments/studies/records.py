@@ -224,8 +224,8 @@ RECORDS = (
     Record("Controllers that ship", "controllers",
            "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/smollm2", controllers_table, "88cdf44"),
     Record("A routed published model", "routed",
-           "studies.routed --workdir=experiments/results/controllers/smollm2 --windows=51 --rank=4", routed_table,
-           "bdaabb3, the arms of layers d78efc4"),
+           "studies.routed --workdir=experiments/results/controllers/smollm2 --windows=139 --rank=4", routed_table,
+           "bdaabb3, the arms of layers d78efc4, windows from 51 on f20b483"),
     Record("The same by another recipe: KL to the unrouted model, a stronger prior", "routed_kl",
            "retrofit --config=configs/retrofit_smollm2.py --workdir=runs/kl --config.retrofit.loss=kl "
            "--config.prior.strength=8 --config.objective.beta=0.001 --config.retrofit.local_beta=0.03 && python -m "
