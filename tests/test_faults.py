@@ -213,9 +213,19 @@ def lines(path):
     return log.read_text().count("\n") if log.exists() else 0
 
 
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory):
+    """The parameters of an uninterrupted run of the same command."""
+    path = tmp_path_factory.mktemp("reference") / "run"
+    process = start(path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return params(path, LONG)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
-def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number):
+def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number, wanted):
     run = tmp_path / "run"
     process = start(run)
     wait(process, lambda: lines(run) > 3)
@@ -232,21 +242,12 @@ def test_the_command_saves_says_how_to_go_on_and_goes_on(tmp_path, number):
     process = start(run)
     process.communicate(timeout=120)
     assert process.returncode == 0
-    same(params(run, LONG), reference(tmp_path / "reference"))
-
-
-def reference(path):
-    """The parameters of an uninterrupted run of the same command."""
-    process = start(path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return params(path, LONG)
+    same(params(run, LONG), wanted)
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_changes_nothing(tmp_path):
+def test_kill_at_any_moment_changes_nothing(tmp_path, wanted):
     run = tmp_path / "run"
-    wanted = reference(tmp_path / "reference")
     draw, killed = random.Random(0), 0
     for moment in ("step", "save", "save", "step"):
         known, before = set((run / "checkpoints").glob("*")), lines(run)

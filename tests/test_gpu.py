@@ -118,6 +118,8 @@ def test_packed_dispatch_on_a_mesh(sizes, hold):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_learns_is_cut_off_and_goes_on(sizes, hold, dtype, tmp_path):
+    if dtype == "float32" and jax.default_backend() != "gpu":
+        pytest.skip("not run: on CPUs other tests train in float32")
     hold(gpu_training.training_rows(sizes, dtype, tmp_path))
 
 

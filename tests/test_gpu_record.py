@@ -90,6 +90,6 @@ def test_all_timings_run_at_tiny_sizes_without_a_gpu(tmp_path):
         # cuDNN is named where it is missing, and nothing else is.
         assert (row["ratio"] is None) == ("cuDNN" in row["what"]), row
         assert row["ratio"] is not None or row["note"].startswith("not run: implementation: ")
-    for part in ("linear / cuDNN full", "packed hard, 10 % full / blockwise full",
+    for part in ("linear / cuDNN full", "portable hard, 10 % full / blockwise full",
                  "train step, Bayesian packed hard / full-only", "decode, hard"):
         assert any(part in row["what"] for row in timed), part
