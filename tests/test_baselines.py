@@ -191,7 +191,7 @@ def test_gumbel_gradient_is_that_of_the_relaxed_sample():
         return jnp.sum(module.training_weights(logits, HYPERS, keys) * target)
 
     def relaxed(logits):
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, (K,)))(keys[0])[None]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (K,), jnp.float32))(keys[0])[None]
         return jnp.sum(jax.nn.softmax((logits + noise) / 0.7, axis=-1) * target)
 
     assert_close(*jax.jit(lambda logits: (jax.grad(straight_through)(logits), jax.grad(relaxed)(logits)))(logits))

@@ -286,11 +286,11 @@ def test_learned_controllers_share_their_network():
 
 def test_strength_is_an_input_and_can_be_swept():
     apply, params = build("mean_strength")
-    sweep = jax.jit(
-        jax.vmap(lambda k: apply(params, **inputs(), hypers=hypers(k)).concentration.sum(-1))
-    )
-    counts = sweep(jnp.asarray([10.0, 20.0]))
-    np.testing.assert_allclose(counts[1], 2.0 * counts[0], rtol=1e-2)
+    sweep = jax.jit(jax.vmap(lambda k: apply(params, **inputs(), hypers=hypers(k)).concentration))
+    small, large = sweep(jnp.asarray([10.0, 20.0], jnp.float32))
+    within = (small > 0.05) & (large < 1000.0)  # Between floor and ceiling.
+    assert jnp.mean(within.astype(jnp.float32)) > 0.5
+    np.testing.assert_allclose(large[within], 2.0 * small[within], rtol=1e-4)
 
 
 def test_fixed_routing_is_certain_and_has_no_parameters():

@@ -451,10 +451,10 @@ def test_bad_input_is_one_sentence():
 @pytest.fixture(scope="module")
 def layer_case():
     """Inputs and parameters away from the initial controller's, which routes all tokens alike."""
-    x = jax.random.normal(jax.random.key(0), (3, 50, 32))
+    x = jax.random.normal(jax.random.key(0), (3, 50, 32), jnp.float32)
     params = making.initial(making.layer(**LAYER), x)["params"]
     output = params["controller"]["mlp"]["output"]
-    output["kernel"] += jax.random.normal(jax.random.key(2), output["kernel"].shape)
+    output["kernel"] += jax.random.normal(jax.random.key(2), output["kernel"].shape, jnp.float32)
     return params, x
 
 

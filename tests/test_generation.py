@@ -375,7 +375,7 @@ def test_the_decode_loop_is_one_program_and_makes_no_copy_of_its_cache():
         cache = model.init_cache(BATCH, 8192)
         keys = jax.random.split(jax.random.key(0), BATCH)
         compiled = generation.decode_loop.lower(
-            model, params, cache, jnp.zeros((BATCH, VOCAB)), keys, HYPERS, steps=5, ends=ends
+            model, params, cache, jnp.zeros((BATCH, VOCAB), jnp.float32), keys, HYPERS, steps=5, ends=ends
         ).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < cache.k.nbytes / 4
 

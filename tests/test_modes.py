@@ -3,6 +3,7 @@ a batch that is a symbol, numbers of NumPy and JAX, a platform that is not there
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -43,10 +44,16 @@ WAYS = {
     "hard": dict(mode="hard", dispatch="dense"),
     "packed": dict(mode="hard", dispatch="packed"),
 }
-MODES = {
-    "x64": lambda: jax.enable_x64(True),
-    "strict": lambda: jax.numpy_dtype_promotion("strict"),
-}
+
+
+@contextlib.contextmanager
+def strict():
+    """Without x64, whatever the process has: the two together are not asked for."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+MODES = {"x64": lambda: jax.enable_x64(True), "strict": strict}
 
 
 def layer(**fields):

@@ -81,7 +81,7 @@ def state_of(place, **changes):
     spec, hypers, batch = build.build_spec(values, dataset), build.build_hypers(values), dataset.train_batch(0)
     frozen = pretrained.load(place / "model", scan_layers=values.model.scan_layers)[1]
     state = init_state(spec, jax.random.key(0), batch, hypers)
-    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
+    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape, x.dtype)  # noqa: E731
     return spec, state.replace(params=jax.tree.map(noise, state.params)), batch, hypers, frozen
 
 

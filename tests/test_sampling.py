@@ -119,14 +119,14 @@ def test_pathwise_gradient_of_dirichlet_moments(dirichlets):
 
 
 def test_draws_stay_finite_with_finite_gradients_at_the_clamps():
-    rows = jnp.asarray([[0.05, 0.05, 0.05], [1e3, 1e3, 1e3], [0.05, 1e3, 1.0]])
+    rows = jnp.asarray([[0.05, 0.05, 0.05], [1e3, 1e3, 1e3], [0.05, 1e3, 1.0]], jnp.float32)
     alpha = jnp.broadcast_to(rows, (2000, 3, 3))
     keys = jax.random.split(jax.random.key(2), (2000, 3))
 
     @jax.jit
     def logs_and_slopes(alpha):
         logs, pull = jax.vjp(lambda a: sampling.sample_log_dirichlet(keys, a), alpha)
-        return logs, pull(jnp.exp(logs) * jnp.arange(3.0)[None, None])[0]
+        return logs, pull(jnp.exp(logs) * jnp.arange(3, dtype=jnp.float32)[None, None])[0]
 
     logs, slopes = logs_and_slopes(alpha)
     assert np.isfinite(logs).all() and np.isfinite(slopes).all()
