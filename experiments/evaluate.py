@@ -28,12 +28,12 @@ from experiments.studies import outcome
 from meta_attention_jax import analysis
 from meta_attention_jax.budgets import check_budget
 from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels import select
 from meta_attention_jax.objective import summarise
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.routing.dispatch import resolve_dispatch
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
-from meta_attention_jax.training import build
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 
@@ -80,7 +80,10 @@ EXECUTED_COLUMNS = [
 def executed_table(row: dict[str, Any], run: Run) -> str:
     """FLOPs and bytes of attention per token, all layers, and which dispatch ran here."""
     used = resolve_dispatch(run.model.dispatch, time=run.dataset.sequence_length)
-    used += f" by the {build.packed_kernel(run.config)} kernel" if used == "packed" else ""
+    if used == "packed":
+        config = run.model.config  # Its kernel is what runs here; the run may have been trained by another.
+        shape = (1, run.dataset.sequence_length, 1, config.head_dim)
+        used += f" by the {select.packed(config.attention.kernel, shape, config.dtype or jnp.float32).name} kernel"
     if run.model.config.router.is_fixed:
         used = "of one mechanism"
     rows = [{"unit": unit, **row[unit.lower()]} for unit in ("FLOPs", "bytes")]

@@ -44,7 +44,7 @@ Costs = Float[Array, "mechanism"]
 Scalar = Float[Array, ""]
 
 MECHANISMS = ("full", "linear", "local")  # Default order of the mechanism axis.
-KERNELS = ("auto", "portable", "pallas")  # Of packed attention; see `kernels.select`.
+KERNELS = ("auto", "portable", "pallas")  # Of packed and linear attention; see `kernels.select`.
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")  # Of full attention; see `mechanisms.full`.
 SEGMENTS = ("any", "padded", "one")
 FALLBACKS = ("soft", "full")

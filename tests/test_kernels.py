@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import smoke
+from experiments.benchmarks import kernel_shapes
+from experiments.benchmarks import kernels as benchmark
 from meta_attention_jax.kernels import gpu, portable, select, worklist
 from meta_attention_jax.kernels.gpu import Shape, Tuning
 from meta_attention_jax.kernels.worklist import Sizes
@@ -18,6 +21,7 @@ from meta_attention_jax.mechanisms import linear, linear_gpu
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.routing import dispatch
 from meta_attention_jax.targets import Target, compiling_for
+from meta_attention_jax.training import build
 from meta_attention_jax.types import AttentionSpec
 from tests import making, oracles
 from tests.close import assert_close
@@ -315,7 +319,8 @@ def test_lowers_to_triton_under_remat_and_scan(dim, dtype):
     with compiling_for(*H100):
         spec = AttentionSpec(window=40, sinks=3, kernel="pallas", softcap=30.0 if dim == 256 else None)
         text = lowered(functools.partial(everything, spec=spec), q, k, k, route, route)
-    assert text.count("triton") >= 3 + 7  # Packed attention, and linear: both directions.
+    # Packed: forward, twice for remat, dQ, dK with dV. Linear: three, twice, and five for the gradients.
+    assert text.count("@__gpu$xla.gpu.triton(") == (2 + 2) + (6 + 5)
 
 
 def test_runs_inside_shard_map_with_its_checks():
@@ -333,6 +338,19 @@ def test_runs_inside_shard_map_with_its_checks():
 
 
 @pytest.mark.smoke
+def test_a_run_of_a_gpu_opens_elsewhere_and_trains_there_alone():
+    config = smoke.get_config()
+    config.model.kernel = "pallas"
+    assert build.build_attention(config).kernel == "auto"
+    with pytest.raises(ValueError, match="^model.kernel: expected for 'pallas' an NVIDIA GPU .* got cpu"):
+        build.check(config)
+    with compiling_for(*H100):
+        assert build.build_attention(config).kernel == "pallas"
+    config.model.kernel = "portable"
+    assert build.build_attention(config).kernel == "portable"
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_shapes_divide_the_sizes_of_the_list(dim, dtype):
@@ -341,3 +359,25 @@ def test_shapes_divide_the_sizes_of_the_list(dim, dtype):
         for shape in (tuning.forward, tuning.dq, tuning.dkv):
             assert tuning.sizes.block % shape.queries == 0 == tuning.sizes.tile % shape.keys
             assert shape.keys <= time
+
+
+def test_a_timed_case_is_a_row_and_one_without_time_says_so():
+    case = benchmark.Case("10 % full", 64, benchmark.mixed(0.1), "forward", goal=2.0, dim=16)
+    ((row,),) = benchmark.rows([case], 1, until=np.inf)
+    assert row["speedup"] > 0 and row["kernel"] == "portable" and row["peer"] == "full by blocks"
+    assert "goal 2" in benchmark.line([row])
+    ((row,),) = benchmark.rows([case], 1, until=0.0)
+    assert row["note"] == "not run: out of time" and row["note"] in benchmark.line([row])
+
+
+def test_pairs_that_are_counted_are_those_that_are_allowed():
+    for time, shares in ((300, (0.3, 0.3)), (1300, (0.1, 0.6))):
+        route = np.random.default_rng(time).choice(3, size=(1, time), p=(*shares, 1 - sum(shares)))
+        pair = functools.partial(oracles.allowed_pairs, np.ones((1, time), int), causal=True)
+        local = pair(window=benchmark.WINDOW, sinks=benchmark.SINKS)
+        expected = pair(window=None)[route == 0].sum() + local[route == 1].sum()
+        assert kernel_shapes.pairs(kernel_shapes.work_of(time, shares)) == expected
+        # There the order of the axis is full, linear, local.
+        case = benchmark.Case("", time, (shares[0], 1 - sum(shares), shares[1]), "forward")
+        drawn = np.asarray(benchmark.routes(case))
+        assert benchmark.pairs(case) == pair(window=None)[drawn == 0].sum() + local[drawn == 2].sum()

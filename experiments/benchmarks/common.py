@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from experiments import common as commands
+from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 
 Row = dict[str, Any]
@@ -110,6 +111,7 @@ def sized_config(model_dim: int, layers: int, time: int, window: int, batch: int
 
 def numbers(field: str, texts: list[str], expected: str, good) -> list[int]:
     """Whole numbers of a list flag; raises ValueError of one sentence at the first bad one."""
+    expect(texts, field, f"whole numbers, {expected}", "none")
     for text in texts:
         if not text.isdigit() or not good(int(text)):
             raise ValueError(f"{field}: expected whole numbers, {expected}, got {text!r}.")

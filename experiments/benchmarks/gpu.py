@@ -1,6 +1,6 @@
 """Timings on a GPU against full attention by cuDNN, and a dated record of them and of the checks.
 
-make gpu-check                              the checks of tests/test_gpu.py, then this, in 8 minutes
+make gpu-check                              the checks of tests/test_gpu.py, then this, in 10 minutes
 python -m experiments.benchmarks.gpu [--budget_minutes=4] [--checks=FILE.xml] [--out=FOLDER]
 python -m experiments.benchmarks.gpu --platform=cpu --out=FOLDER    tries the script itself, tiny
 

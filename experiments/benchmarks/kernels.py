@@ -107,7 +107,7 @@ def refusal(case: Case) -> Optional[str]:
 
 
 def program(function: Callable[..., jax.Array], direction: str) -> Callable[..., Any]:
-    """Of outputs, or of the gradients of a weighted sum of them too."""
+    """Of outputs, or of the gradients of q, k, v too."""
     if direction == "forward":
         return function
 
@@ -115,7 +115,7 @@ def program(function: Callable[..., jax.Array], direction: str) -> Callable[...,
         out, pull = jax.vjp(lambda *x: function(*x, route), q, k, v)
         return out, pull(q)
 
-    return lambda q, k, v, route: both(q, k, v, route)
+    return both
 
 
 def arguments(case: Case) -> tuple[jax.Array, ...]:

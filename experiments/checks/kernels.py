@@ -15,7 +15,7 @@ import shutil
 import site
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import common as commands
 from experiments.benchmarks import common
+from experiments.benchmarks.kernels import program
 from experiments.checks.chips import devices_of
 from meta_attention_jax import targets
 from meta_attention_jax.kernels import select, worklist
@@ -51,19 +52,9 @@ def linear(q, k, v, route):
     return linear_gpu.attend(q, k, v)
 
 
-def both(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Outputs, and gradients of q, k, v."""
-
-    def run(q, k, v, route):
-        out, pull = jax.vjp(lambda *x: function(*x, route), q, k, v)
-        return out, pull(out)
-
-    return run
-
-
 PROGRAMS = {
-    "packed forward": packed, "packed forward+backward": both(packed),
-    "linear forward": linear, "linear forward+backward": both(linear),
+    f"{name} {direction}": program(function, direction)
+    for name, function in (("packed", packed), ("linear", linear)) for direction in common.DIRECTIONS
 }
 
 

@@ -1,4 +1,5 @@
 """Packed attention: softmax attention of chosen queries, in work proportional to the choice.
 
-`worklist` says what is to do, as arrays; `portable` does it, on every platform.
+`worklist` says what is to do, as arrays; `portable` does it on every platform, `gpu` on
+NVIDIA's; `select` says which.
 """

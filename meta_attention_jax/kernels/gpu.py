@@ -15,16 +15,14 @@ from typing import NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
 
 from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels import gpu_rows
+from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms import triton
 from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.types import Keys, Queries, Values
-
-LogSumExp = Float[Array, "batch heads time"]
 
 
 class Shape(NamedTuple):
@@ -112,14 +110,8 @@ def _forward(q, k, v, work, softcap, tuning, interpret):
 
     def kernel(count, places, *refs):
         *lists, q, k, v, _, _, out, lse = refs
-        n, part, h = gpu_rows.unravel(pl.program_id(0), parts, heads)
-
-        row, slot = places[n, 0], places[n, 1] + part * shape.queries
-
-        # A slot that only fills a block repeats the query before it: in the same part, if the part has one.
-        @pl.when((n < count[0]) & (lists[0][row, slot] < time))
-        def _():
-            rows = gpu_rows.rows(lists, row, slot, shape.queries, time)
+        @gpu_rows.of_part(count, places, lists, shape.queries, parts, heads, time)
+        def _(row, h, rows):
             query = q[row, rows.position, h, :]
 
             def meet(j, keys, whole, carry):
@@ -168,14 +160,8 @@ def _backward_q(state, work, softcap, tuning, scale, interpret):
 
     def kernel(count, places, *refs):
         *lists, q, k, v, d_out, lse, mean, _, dq = refs
-        n, part, h = gpu_rows.unravel(pl.program_id(0), parts, heads)
-
-        row, slot = places[n, 0], places[n, 1] + part * shape.queries
-
-        # A slot that only fills a block repeats the query before it: in the same part, if the part has one.
-        @pl.when((n < count[0]) & (lists[0][row, slot] < time))
-        def _():
-            rows = gpu_rows.rows(lists, row, slot, shape.queries, time)
+        @gpu_rows.of_part(count, places, lists, shape.queries, parts, heads, time)
+        def _(row, h, rows):
             query, g = (x[row, rows.position, h, :] for x in (q, d_out))
             top, shift = (x[row, h, rows.position] for x in (lse, mean))
 
@@ -204,7 +190,6 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
     (batch, time, heads, dim), shape = q.shape, tuning.dkv
     kv_heads, (_, tile), queries, keys = k.shape[2], tuning.sizes, shape.queries, shape.keys
     group, lists, spans = heads // kv_heads, gpu_rows.lists(work), gpu_rows.spans(work, time)
-    spans = jnp.stack([jnp.stack(span, -1) for span in spans], -2)
     _, tiles, pieces, _ = spans.shape
     order = gpu_rows.by_length((spans[..., 3] - spans[..., 0]).sum(-1).reshape(-1))
     parts, spans = tile // keys, spans.reshape(batch * tiles, pieces, 4)

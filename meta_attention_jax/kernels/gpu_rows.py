@@ -26,7 +26,7 @@ class Programs(NamedTuple):
 def programs(work: WorkList) -> Programs:
     row, slot = (jnp.concatenate([getattr(b, name) for b in work.blocks]) for name in ("row", "slot"))
     exists = jnp.concatenate([jnp.arange(b.row.shape[0], dtype=jnp.int32) < b.count for b in work.blocks])
-    last = slot + max(size.block for size in work.sizes) - 1
+    last = slot + work.sizes[0].block - 1  # All are alike.
     length = jnp.where(exists, work.last[row, last] - work.first[row, slot] + 1, 0)
     place = jnp.stack([row, slot], -1)[by_length(length)]
     return Programs(exists.sum(dtype=jnp.int32)[None], place)
@@ -41,10 +41,10 @@ def by_length(length: Int[Array, "n"]) -> Int[Array, "n"]:
     return jnp.zeros_like(index).at[rank].set(index, unique_indices=True)
 
 
-def spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], ...]]:
-    """By mechanism, and once more for its sinks: of every tile the slots [low, high) whose blocks meet it, and among
-    them [whole, whole_end), which see all of it. They are neighbours, since the tiles of the blocks of one sequence
-    begin and end in order."""
+def spans(work: WorkList, time: int) -> Int[Array, "batch tiles pieces 4"]:
+    """(low, whole, whole_end, high) of every tile, by mechanism and once more for its sinks: the slots [low, high) have
+    the blocks that meet it, and among them those of [whole, whole_end) see all of it. They are neighbours, since the
+    tiles of the blocks of one sequence begin and end in order."""
     batch, spans = work.order.shape[0], []
     for m, blocks in enumerate(work.blocks):
         block, tile = work.sizes[m]
@@ -64,7 +64,7 @@ def spans(work: WorkList, time: int) -> list[tuple[Int[Array, "batch tiles"], ..
         if work.reaches[m].sinks:
             low, high = slot(blocks.sink_high), slot(blocks.sink_low)
             spans.append((low, low, low, high))
-    return spans
+    return jnp.stack([jnp.stack(span, -1) for span in spans], -2)
 
 
 class Rows(NamedTuple):
@@ -121,6 +121,22 @@ def unravel(n, parts: int, heads: int):
     """(block, part of it, head): the heads of a block, which read neighbouring keys, run side by side."""
     n, h = divide(n, heads)
     return *divide(n, parts), h
+
+
+def of_part(count, places, lists, queries: int, parts: int, heads: int, time: int):
+    """Decorator: body(sequence, head, rows) for this program's part of a block, if it has a query.
+
+    A slot that only fills a block repeats the query before it: in the same part, if the part has one.
+    """
+    n, part, h = unravel(pl.program_id(0), parts, heads)
+    row, slot = places[n, 0], places[n, 1] + part * queries
+
+    def given(body):
+        @pl.when((n < count[0]) & (lists[0][row, slot] < time))
+        def _():
+            body(row, h, rows(lists, row, slot, queries, time))
+
+    return given
 
 
 def start(j, keys: int, time: int):

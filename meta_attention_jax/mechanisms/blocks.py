@@ -13,7 +13,6 @@ from meta_attention_jax.types import Keys, Positions, Queries, Rope, SegmentIds,
 MASKED = -1e30
 """Logit of a masked pair: finite, so that a row without any key stays free of NaN."""
 
-
 EPSILON = 1e-6
 """Beside the normaliser of linear attention."""
 
