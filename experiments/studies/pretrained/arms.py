@@ -124,8 +124,9 @@ def _by_head(config: Any, params: Any, tokens: Any) -> Any:
         full = layer.attend(layer.past)
         tried = []
         for head in range(config.kv_heads):
-            own = jnp.arange(config.num_heads) // group == head
-            tried.append(jnp.mean(change(layer, full, layer.routed(~own[:, None] & jnp.ones(len(layer.x), bool)))))
+            others = jnp.arange(config.num_heads) // group != head
+            others = jnp.broadcast_to(others[:, None], (config.num_heads, len(layer.x)))
+            tried.append(jnp.mean(change(layer, full, layer.routed(others))))
         return full, jnp.stack(tried)
 
     return stream.read(config, params, tokens, attend)[1]

@@ -21,7 +21,7 @@ from meta_attention_jax.mechanisms.projections import Norm, Projections
 from meta_attention_jax.model import ModelConfig
 from meta_attention_jax.types import Rope
 
-Square = Bool[Array, "time time"]
+Square = Bool[Array, "#head time time"]
 Stream = Float[Array, "time model"]
 
 
@@ -35,12 +35,12 @@ class Layer(NamedTuple):
     near: Square  # What the window and its sinks leave of it.
     merge: Callable[[Float[Array, "head time time"]], Stream]  # Weights of values -> what is added to x.
 
-    def attend(self, allowed: Bool[Array, "*head time time"]) -> Stream:
+    def attend(self, allowed: Square) -> Stream:
         """What softmax attention over the allowed keys adds to the stream."""
         return self.merge(jax.nn.softmax(jnp.where(allowed, self.logits, MASKED), axis=-1))
 
-    def routed(self, full: Bool[Array, "*head time"]) -> Stream:
-        """The same: some tokens (of some heads) attend to all their past, the others to window and sinks."""
+    def routed(self, full: Bool[Array, "#head time"]) -> Stream:
+        """The same: some tokens, of all or of some heads, attend to all their past, the others to window and sinks."""
         return self.attend(self.past & (self.near | full[..., None]))
 
 
@@ -99,7 +99,9 @@ def _layer(
     attended, said = attend(_at_work(config, own["attention"]["projections"], x, h, post, window, rope), extra)
     x = x + attended
     h = norm("mlp_norm", x)
-    dense = lambda name, x: x @ own[name]["kernel"] + own[name].get("bias", jnp.float32(0))  # noqa: E731
+    dense = lambda name, x: nn.Dense(own[name]["kernel"].shape[1], use_bias="bias" in own[name]).apply(  # noqa: E731
+        {"params": own[name]}, x
+    )
     act = {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
     h = dense("down", act(dense("gate", h)) * dense("up", h))
     return x + (norm("mlp_post_norm", h) if config.post_norms else h), said
@@ -121,7 +123,7 @@ def _at_work(
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     grouped = q.reshape(time, kv_heads, heads // kv_heads, config.head_dim)
     pairs = jnp.einsum("qgrd,kgd->grqk", grouped, k).reshape(heads, time, time) * jnp.float32(scale)
-    distance = places[:, None] - places[None]
+    distance = (places[:, None] - places[None])[None]
     width, sinks = (config.attention.width, config.attention.sinks) if window is None else (window, 0)
     past = distance >= 0
 
@@ -132,5 +134,5 @@ def _at_work(
 
     return Layer(
         x=x, h=h, logits=capped(pairs, config.attention.softcap), past=past,
-        near=past & ((distance < width) | (places[None] < sinks)), merge=merge,
+        near=past & ((distance < width) | (places[None, None] < sinks)), merge=merge,
     )

@@ -1,0 +1,244 @@
+"""The comparison on a published model: its readings are the model's, its training the package's, its windows what they
+say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.studies.pretrained import arms, compare, local, plan, stream
+from experiments.studies.pretrained.local import Point
+from experiments.studies.pretrained.material import KINDS, Material, Window
+from meta_attention_jax import LanguageModel, Router, pretrained
+from meta_attention_jax.data.tokenizer import ByteTokenizer
+from meta_attention_jax.objective import forward, layers_fit
+from tests import making
+from tests.close import assert_close
+from tests.test_pretrained import FOLDER, HYPERS, NAMES
+
+WINDOW, SINKS, TIME = 4, 2, 14
+COSTS = (1.0, 0.15)
+
+
+def published(name, scan=False):
+    config, params, _ = pretrained.load(FOLDER / name, scan_layers=scan)
+    attention = dataclasses.replace(config.attention, window=WINDOW, sinks=SINKS)
+    config = dataclasses.replace(config, attention=attention, router=Router(mechanisms=("full", "local"), hidden=8))
+    return config, params
+
+
+def window(config, seed=0):
+    ids = np.random.default_rng(seed).integers(config.vocab_size, size=TIME + 1)
+    return Window("prose", seed, 0, ids[:-1], ids[1:], np.arange(TIME) >= WINDOW)
+
+
+SELDOM = "llama2", "llama_linear", "qwen2_window", "mistral", "llama3", "qwen3", "gemma2"
+
+
+@pytest.mark.parametrize("name", [*(n for n in NAMES if n not in SELDOM), *making.slow(*SELDOM)])
+def test_a_reading_by_hand_is_the_model_s(name):
+    config, params = published(name)
+    one = window(config)
+    reader = arms.Reader(LanguageModel(config), params, COSTS)
+    full = np.random.default_rng(1).random((reader.layers, TIME)) < 0.5
+    expected = reader.forced(one, full)
+    heads = jnp.asarray(np.broadcast_to(full[:, None], (reader.layers, config.num_heads, TIME)))
+    nll, guess, _ = arms._masked(config, params, one.tokens, one.targets, heads)
+    assert_close(nll, expected.nll, 1e-5)
+    other = reader.forced(one, ~full)
+    assert np.linalg.norm(other.nll - expected.nll) > 1e-3 * np.linalg.norm(expected.nll)
+
+
+@pytest.fixture(scope="module")
+def smol():
+    config, params = published("smollm2", scan=True)
+    return arms.Reader(LanguageModel(config), params, COSTS)
+
+
+def test_heads_of_all_queries_are_layers(smol):
+    one = window(smol.model.config)
+    heads = np.zeros((smol.layers, smol.model.config.num_heads), bool)
+    heads[1] = True
+    got, expected = smol.heads(one, heads), smol.forced(one, arms.layer_mask(smol.layers, [1], TIME))
+    assert_close(got.nll, expected.nll, 1e-5)
+    assert got.full.mean() == expected.full.mean() == 0.5
+
+
+def test_the_oracle_s_reading_is_that_of_its_routes_and_all_or_nothing_at_the_ends(smol):
+    one = window(smol.model.config)
+    found = smol.oracle(one, float(np.median(smol.oracle(one, -1.0).z)))
+    assert_close(found.nll, smol.forced(one, found.full).nll, 1e-5)
+    assert 0.1 < found.full.mean() < 0.9
+    assert smol.oracle(one, -1.0).full.all() and not smol.oracle(one, np.inf).full.any()
+    # Up to the window and the sinks nothing can change.
+    assert np.all(found.z[:, :WINDOW] < 1e-8)
+
+
+def controllers(smol, controller, seed=0):
+    point = Point("arm", controller, seed=seed)
+    pool = local.collect(smol.model.config, smol.params, [window(smol.model.config)], say=lambda words: None)
+    made = small(controller)
+    params = local.fresh(made, seed, smol.layers, local.taken(pool, np.arange(1)), point.hypers(COSTS))
+    rng = np.random.default_rng(seed)  # Such as have learned something.
+    params = jax.tree.map(lambda leaf: leaf + jnp.float32(0.3 * rng.standard_normal(leaf.shape)), params)
+    return point, pool, made, params
+
+
+def small(controller):
+    return local.make_controller(Router(mechanisms=("full", "local"), controller=controller, hidden=8))
+
+
+@pytest.mark.parametrize("controller", ["cost_penalty", *making.slow("bayesian_mean")])
+def test_the_local_loss_is_the_package_s(smol, controller):
+    """The stage `local` of `experiments.retrofit`, in full attention's stream, without a sample."""
+    point, pool, made, params = controllers(smol, controller)
+    model = smol.model.routed_by(controller=controller).clone(by_layer=True, dispatch="dense")
+    batch, hypers = window(smol.model.config).batch(), point.hypers(COSTS)
+    tokens = local.taken(pool, np.arange(TIME))  # Full attention's stream comes first.
+
+    @jax.jit
+    def both(params):
+        merged = local_merge(smol.params, params)
+        output = forward(model, merged, batch, hypers, keys=jax.random.split(jax.random.key(0), 1))
+        fit = layers_fit(output.routing, batch.loss_mask, local.TOLERANCE)
+        mine = local.loss(made, params, tokens, hypers, 0.3, jax.random.key(1))
+        return (fit + 0.3 * output.routing.penalty.sum()) / TIME, mine
+
+    expected, got = both(params)
+    assert_close(got, expected, 2e-3)  # h is kept in half precision.
+
+
+def local_merge(params, own):
+    attention = {**params["layers"]["attention"], "controller": own}
+    return {**params, "layers": {**params["layers"], "attention": attention}}
+
+
+def test_a_score_above_the_price_is_the_hard_decision(smol):
+    point, pool, made, params = controllers(smol, "bayesian")
+    own = {"layers": {"attention": {"controller": params}}}
+    one = window(smol.model.config)
+    for price in (-0.2, 0.0, 0.3):
+        read = smol.routed(one, "bayesian", own, point.hypers(COSTS, price=price))
+        clear = np.abs(read.z - price) > 1e-5
+        np.testing.assert_array_equal((read.z > price)[clear], read.full[clear])
+        assert_close(read.nll, smol.forced(one, read.full).nll, 1e-5)
+    z, mean = local.scores(made, params, pool.of([0]), point, COSTS)
+    assert z.shape == mean.shape == (smol.layers, 2 * TIME)  # Two streams.
+    read = smol.routed(one, "bayesian", own, point.hypers(COSTS, price=-9.0))  # Full attention's stream.
+    assert_close(mean[:, :TIME], read.mean[..., 0], 1e-3)
+
+
+@pytest.mark.parametrize("controller", ["bayesian", *making.slow("softmax")])
+def test_training_points_together_is_training_each_and_leaves_less_harm(smol, controller):
+    pool = local.collect(
+        smol.model.config, smol.params, [window(smol.model.config, i) for i in range(3)], say=lambda words: None
+    )
+    points = [Point("a", controller, seed=0, beta=0.01, learning_rate=3e-3),
+              Point("a", controller, seed=1, beta=0.1, learning_rate=1e-3)]
+    quiet = dict(costs=COSTS, steps=30, hidden=8, say=lambda words: None)
+    pools = {"mixture": pool}
+    together = local.train(points, pools, **quiet)
+    assert_close(local.train(points[1:], pools, **quiet)[0], together[1], 1e-3)
+    z, _ = local.scores(small(controller), together[0], pool, points[0], COSTS)
+    rng = np.random.default_rng(0)
+    assert local.left(z, pool.harm, 0.3) < local.left(rng.random(z.shape), pool.harm, 0.3)
+    assert local.left(pool.harm, pool.harm, 0.3) < local.left(z, pool.harm, 0.3) < 1
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid", "test"):
+        (folder / split).mkdir()
+        for number in range(4):
+            words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(400)]
+            (folder / split / f"{number}.txt").write_text(f"{split} {number}. " + " ".join(words))
+    own = {"sotu": f"path:{folder}", "stdlib": f"path:{folder}"}
+    return Material(ByteTokenizer(), length=512, window=16, corpora=own)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lookup16"])
+def test_windows_are_what_they_say(material, kind):
+    first, *rest = material.windows(kind, "test", 9)
+    again = material.windows(kind, "test", 1, skip=3)[0]
+    np.testing.assert_array_equal(rest[2].tokens, again.tokens)
+    assert {w.document for w in (first, *rest)} == {0, 1, 2, 3}  # Documents take turns.
+    for one in (first, *rest):
+        np.testing.assert_array_equal(one.tokens[1:], one.targets[:-1])
+        counted = np.flatnonzero(one.counted)
+        text = bytes(one.targets.astype(np.uint8))
+        if kind == "repeat":
+            period = next(p for p in range(32, 257) if (one.tokens[p:] == one.tokens[:-p]).all())
+            assert (one.targets[counted] == one.tokens[counted + 1 - period]).all()
+        elif kind.startswith("lookup"):
+            asked = text[: counted[0]].rsplit(b"code word of ", 1)[1]
+            assert b"code word of " + asked + text[counted[0] :] in text[: counted[0] - 16]
+        else:
+            assert counted[0] == 16 and len(counted) == 496
+    with pytest.raises(ValueError, match="^kind: expected one of prose, .*, got 'poem'"):
+        material.windows("poem", "test", 1)
+
+
+def test_a_mixture_has_the_shares_it_should(material):
+    with pytest.raises(ValueError, match="^sequence_length: expected at least"):  # 16 needles in 512 bytes.
+        material.mixture("train", 15)
+    kinds = [one.kind for one in material.mixture("train", 10)]
+    assert [kinds.count(k) for k in ("prose", "repeat", "lookup1", "lookup4")] == [4, 4, 1, 1]
+
+
+def test_a_threshold_keeps_the_share_over_kinds_in_equal_parts():
+    rng = np.random.default_rng(0)
+    kinds = ["prose"] * 3 + ["repeat"]
+    z = [rng.random((5, 200)) + 0.3 * (kind == "repeat") for kind in kinds]
+    windows = [Window(kind, i, 0, *[np.zeros(200, int)] * 2, np.ones(200, bool)) for i, kind in enumerate(kinds)]
+    read = lambda w, at: arms.Read(None, None, z[w.number] > at, z[w.number])  # noqa: E731
+    found, _ = arms.threshold_at(0.3, windows, read, 0.0)
+    shares = [(z[i] > found).mean() for i in range(4)]
+    assert abs((np.mean(shares[:3]) + shares[3]) / 2 - 0.3) < 2e-3 and shares[3] > max(shares[:3])
+
+
+def test_disorder_keeps_what_it_should():
+    rng = np.random.default_rng(0)
+    full = rng.random((4, 1000)) < np.array([0.0, 0.1, 0.5, 1.0])[:, None]
+    shuffled, drawn = (arms.disordered(full, rng, how) for how in ("shuffled", "random"))
+    np.testing.assert_array_equal(shuffled.sum(1), full.sum(1))
+    assert np.abs(drawn.mean(1) - full.mean(1)).max() < 0.05 and (drawn != full).any()
+    assert arms.spread(30, 0.2) == [2, 7, 12, 17, 22, 27] and arms.spread(30, 0.5)[:3] == [1, 3, 5]
+
+
+def test_tables_are_means_over_training_text():
+    tokens = np.array([3, 1, 3, 0])
+    pool = local.Pool(None, None, np.array([[1.0, 2.0, 3.0, 6.0]]), np.array([0, 1, 0, 1]), None)
+    np.testing.assert_allclose(arms.token_table(pool, tokens, 5), [[6, 2, 3, 2, 3]])
+    np.testing.assert_allclose(arms.place_table(pool), [[2, 4]])
+
+
+def test_every_arm_is_tuned_by_as_many_settings():
+    settings = {}
+    for point in plan.grid():
+        settings.setdefault(point.arm, set()).add(json.dumps(plan.setting(point)))
+    assert set(settings) == set(plan.ARMS) and {len(own) for own in settings.values()} == {4}
+    assert len(plan.grid()) == 60
+
+
+def test_a_record_goes_on_from_whole_rows(tmp_path):
+    about = {"length": 512}
+    record = compare.Record(tmp_path, about)
+    row = {"kind": "prose", "window": 0, "arm": "full", "seed": 0, "nll": 1.0}
+    record.add(row)
+    assert record.choose("order", lambda: [1, 2]) == [1, 2]
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"kind": "pro')
+    again = compare.Record(tmp_path, about)
+    assert again.rows == [row] and again.choose("order", lambda: 1 / 0) == [1, 2]
+    assert compare.key_of(row) in again.done
+    again.add({**row, "window": 1})
+    assert len(compare.read_rows(tmp_path / "rows.jsonl")) == 2
+    with pytest.raises(ValueError, match="^out: expected a record of {'length': 256}, got {'length': 512}"):
+        compare.Record(tmp_path, {"length": 256})
