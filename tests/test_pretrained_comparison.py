@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.pretrained import arms, compare, local, plan, stream
+from experiments.studies.pretrained import arms, local, plan, report, study
 from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import KINDS, Material, Window
 from meta_attention_jax import LanguageModel, Router, pretrained
@@ -19,7 +19,7 @@ from meta_attention_jax.data.tokenizer import ByteTokenizer
 from meta_attention_jax.objective import forward, layers_fit
 from tests import making
 from tests.close import assert_close
-from tests.test_pretrained import FOLDER, HYPERS, NAMES
+from tests.test_pretrained import FOLDER, NAMES
 
 WINDOW, SINKS, TIME = 4, 2, 14
 COSTS = (1.0, 0.15)
@@ -229,16 +229,67 @@ def test_every_arm_is_tuned_by_as_many_settings():
 
 def test_a_record_goes_on_from_whole_rows(tmp_path):
     about = {"length": 512}
-    record = compare.Record(tmp_path, about)
+    record = study.Record(tmp_path, about)
     row = {"kind": "prose", "window": 0, "arm": "full", "seed": 0, "nll": 1.0}
     record.add(row)
     assert record.choose("order", lambda: [1, 2]) == [1, 2]
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"kind": "pro')
-    again = compare.Record(tmp_path, about)
+    again = study.Record(tmp_path, about)
     assert again.rows == [row] and again.choose("order", lambda: 1 / 0) == [1, 2]
-    assert compare.key_of(row) in again.done
+    assert study.key_of(row) in again.done
     again.add({**row, "window": 1})
-    assert len(compare.read_rows(tmp_path / "rows.jsonl")) == 2
+    assert len(study.read_rows(tmp_path / "rows.jsonl")) == 2
     with pytest.raises(ValueError, match="^out: expected a record of {'length': 256}, got {'length': 512}"):
-        compare.Record(tmp_path, {"length": 256})
+        study.Record(tmp_path, {"length": 256})
+
+
+def made_rows():
+    """Rows whose truth is known: a router that is 0.1 above full attention, a pattern that falls by what it is given."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(40):
+        document = number % 8
+        base = 3.0 + rng.normal() + document
+
+        def add(arm, nll, share, seed=0):
+            rows.append({
+                "kind": "prose", "window": number, "document": document, "arm": arm, "seed": seed,  # noqa: B023
+                "asked": share, "share": share, "tokens": 448, "nll": nll, "exact": None,
+            })
+
+        add("full", base, 1.0)
+        add("local", base + 1.0, 0.0)
+        add("best layers@0.2", base + 0.6, 0.2)
+        add("best layers@0.5", base + 0.3, 0.5)
+        for seed in range(3):
+            add("bayesian@0.3", base + 0.1 + 0.01 * (seed - 1) + 0.02 * rng.normal(), 0.35, seed)
+        add("local bayesian@0.3", base + 0.2, 0.3, number % 3)
+    return rows
+
+
+def test_tables_say_what_the_rows_do(tmp_path):
+    rows = made_rows()
+    by = {line["arm"]: line for line in report.summary(rows)}
+    assert by["full"]["above"] == 0 and by["local"]["above"] == pytest.approx(1.0)
+    mine = by["bayesian@0.3"]
+    assert mine["above_low"] < 0.1 < mine["above_high"] and mine["seeds"] == 3 and mine["windows"] == 40
+    assert 0.01 < mine["seed_pm"] < 0.05  # t of two degrees of freedom, of seeds 0.01 apart.
+    differences = {(row["arm"], row["other"]): row for row in report.contrasts(rows)}
+    # At 35 %, half-way between 0.6 at 20 % and 0.3 at 50 %.
+    row = differences["bayesian@0.3", "best layers at its share"]
+    assert row["difference"] == pytest.approx(0.1 - 0.45, abs=0.01) and row["other_share"] == pytest.approx(0.35)
+    row = differences["bayesian@0.3", "local bayesian@0.3"]
+    assert row["low"] < -0.1 < row["high"] < 0 and row["windows"] == 40
+    study.Record(tmp_path, {"backbone": {"path": "package:x"}, "length": 512, "window": 64, "sinks": 4}).choose(
+        "grid", lambda: [
+            {"arm": "bayesian", "strength": 2.0, "beta": beta, "learning_rate": 1e-3, "left@0.2": left,
+             "left@0.3": left, "share": 0.1} for beta, left in ((0.1, 0.4), (0.3, 0.3))
+        ],
+    )
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert (tmp_path / "share.png").stat().st_size > 10_000
+    assert "| kappa 2, beta 0.3, rate 0.001 |" in page and page.count("| yes") == 1
+    assert "+0.0" in page and "nan" not in page

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.studies import residual_linear as study
+from experiments.studies.pretrained.stream import at_work
 from meta_attention_jax import AttentionSpec, LanguageModel, Router, pretrained
 from meta_attention_jax.mechanisms.blocks import rotate
 from tests.close import assert_close
@@ -38,8 +39,8 @@ def test_its_forward_pass_is_that_of_the_model(model, stream, route):
         **params["layers"]["attention"], "controller": controllers,
     }}}
     expected = routed.apply({"params": whole}, tokens, hypers=HYPERS, route=np.full((1, TIME), route)).logits[0]
-    logits, harm, _ = study.forward(config, params, None, tokens, "window", stream=stream)
-    assert_close(logits[0], expected, 1e-5)
+    logits, harm, _ = study.forward(config, params, None, tokens[0], "window", stream=stream)
+    assert_close(logits, expected, 1e-5)
     # Up to the window and the sinks, a window is full attention.
     assert np.all(np.abs(harm[0, :WINDOW]) < 1e-10) and np.all(np.asarray(harm)[:, WINDOW + SINKS :] > 1e-8)
 
@@ -54,7 +55,8 @@ def test_its_form_is_the_equation(model, form):
         lambda leaf: leaf[0] + 0.1 * rng.standard_normal(leaf.shape[1:]), study.first_maps(config, form)
     )
     h = jnp.float32(rng.standard_normal((1, TIME, config.model_dim)))
-    _, got = study.attention(config, mine, maps, h, form)
+    layer = at_work(config, mine, h[0], h[0], lambda added: added, None, config.rope)
+    _, got = study.attention(layer, maps, form)
 
     places = jnp.arange(TIME)[None]
     project = lambda name: jnp.einsum("btd,dhe->bthe", h, mine[name]["kernel"])  # noqa: E731
@@ -82,7 +84,7 @@ def test_its_form_is_the_equation(model, form):
                 total += weight
             heads[t, head] /= total
     expected = np.einsum("the,hed->td", heads, np.float64(mine["out"]["kernel"]))
-    assert_close(got[0], expected, 1e-5)
+    assert_close(got, expected, 1e-5)
 
 
 @pytest.mark.slow
@@ -92,9 +94,9 @@ def test_a_layer_learns_by_its_own_distance_alone(model):
     maps = study.first_maps(config, "softmax")
 
     def own(maps, layer):
-        return study.forward(config, params, maps, tokens, "softmax", stream="full")[1][layer].mean()
+        return study.forward(config, params, maps, tokens[0], "softmax", stream="full")[1][layer].mean()
 
-    slope = study.forward(config, params, maps, tokens, "softmax", stream="full")[2]
+    slope = study.forward(config, params, maps, tokens[0], "softmax", stream="full")[2]
     for layer in range(config.num_layers):
         of_layer = jax.grad(own)(maps, layer)
         assert_close(jax.tree.map(lambda leaf: leaf[layer], slope), jax.tree.map(lambda leaf: leaf[layer], of_layer), 1e-4)

@@ -92,5 +92,10 @@ def test_a_bootstrap_covers_the_mean_of_its_values():
         inside += low < 1.0 < high
     assert 180 <= inside <= 198
     assert statistics.bootstrap(np.array([1.0, 3.0]), np.array([3.0, 1.0]))[0] == 1.5
+    # Of windows of one document the document is what is drawn.
+    groups = np.arange(200) % 10
+    together = rng.normal(size=10)[groups] + 0.01 * rng.normal(size=200)
+    wide, narrow = (statistics.bootstrap(together, np.ones(200), groups=g) for g in (groups, None))
+    assert wide[0] == narrow[0] and wide[2] - wide[1] > 3 * (narrow[2] - narrow[1])
     with pytest.raises(ValueError, match="^values: expected at least one"):
         statistics.bootstrap(np.zeros(0), np.zeros(0))

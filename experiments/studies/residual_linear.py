@@ -26,18 +26,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from experiments import common
 from experiments.benchmarks.common import environment
 from experiments.studies import routed
+from experiments.studies.pretrained.stream import Layer, Stream, change, read
+from experiments.studies.pretrained.stream import logits as predicted
 from meta_attention_jax import analysis
 from meta_attention_jax.console import say
 from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
-from meta_attention_jax.mechanisms.blocks import rotate
-from meta_attention_jax.mechanisms.projections import Norm, Projections
 from meta_attention_jax.model import ModelConfig
 from meta_attention_jax.objective import token_nll
 from meta_attention_jax.runs import load_run
@@ -76,66 +76,40 @@ def features(x: Float[Array, "time head dim"], weights: Array, form: str) -> Flo
     return jnp.concatenate([jax.nn.softmax(part, axis=-1) for part in jnp.split(z, 2, axis=-1)], axis=-1)
 
 
-def attention(config: ModelConfig, params: Any, maps: Maps | None, h: Array, form: str) -> tuple[Array, Array]:
-    """Outputs of full attention and of the window with what `form` adds to it, of one sequence: [1 time model]."""
-    time = h.shape[1]
-    projections = Projections(
-        num_heads=config.num_heads, num_kv_heads=config.kv_heads, head_dim=config.head_dim, features=config.model_dim
-    ).bind({"params": params})
-    q, k, v = projections.project(h)
-    places = jnp.arange(time)[None]
-    q, k, v = rotate(q, places, config.rope)[0], rotate(k, places, config.rope)[0], v[0]
-    group = config.num_heads // config.kv_heads
-    by_head = lambda x: jnp.repeat(x, group, axis=1)  # noqa: E731
-    logits = jnp.einsum("qhd,khd->hqk", q, by_head(k)) * config.head_dim**-0.5
-    row, column = jnp.arange(time)[:, None], jnp.arange(time)[None]
-    past = column <= row
-    near = past & ((row - column < config.attention.width) | (column < config.attention.sinks))
-    values = by_head(v)
-    weigh = lambda weights: jnp.einsum("hqk,khd->qhd", weights, values)[None]  # noqa: E731
-    full = weigh(jax.nn.softmax(jnp.where(past, logits, -jnp.inf), axis=-1))
-    logits = jnp.where(near, logits, -jnp.inf)
+def attention(layer: Layer, maps: Maps | None, form: str) -> tuple[Stream, Stream]:
+    """What full attention adds to the stream, and what the window with what `form` adds to it does."""
+    full = layer.attend(layer.past)
     if form == "window":
-        return projections.merge(full), projections.merge(weigh(jax.nn.softmax(logits, axis=-1)))
-    phi_q = features(q, maps["query"], form)
-    phi_k = features(k, maps["key"], form)
-    far = jnp.where(past & ~near, jnp.einsum("qhf,khf->hqk", phi_q, by_head(phi_k)), 0.0)
+        return full, layer.attend(layer.near)
+    phi_q, phi_k = features(layer.q, maps["query"], form), features(layer.k, maps["key"], form)
+    phi_k = jnp.repeat(phi_k, layer.q.shape[1] // layer.k.shape[1], axis=1)
+    far = jnp.where(layer.past & ~layer.near, jnp.einsum("qhf,khf->hqk", phi_q, phi_k), 0.0)
+    logits = jnp.where(layer.near, layer.logits, -jnp.inf)
     largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - largest) + far * jnp.exp(PER_UNIT * maps["bias"][:, None, None] - largest)
-    return projections.merge(full), projections.merge(weigh(weights / weights.sum(axis=-1, keepdims=True)))
+    return full, layer.merge(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def forward(
-    config: ModelConfig, params: Any, maps: Maps | None, tokens: Array, form: str, *, stream: str
-) -> tuple[Array, Array, Maps | None]:
-    """(logits, each layer's ||full - form||^2 / ||x||^2 [layer time], its gradient by that layer's maps). `stream`:
-    "full" goes on with full attention, "form" with what is tried."""
+    config: ModelConfig, params: Any, maps: Maps | None, tokens: Int[Array, "time"], form: str, *, stream: str
+) -> tuple[Float[Array, "time vocab"], Float[Array, "layer time"], Maps | None]:
+    """(logits, each layer's ||full - form||^2 / ||x||^2, its gradient by that layer's maps). `stream`: "full" goes on
+    with full attention, "form" with what is tried."""
 
-    def layer(x, inputs):
-        mine, my_maps = inputs
-        norm = Norm(epsilon=config.norm_epsilon)
-        h = norm.apply({"params": mine["attention_norm"]}, x)
-        square = lambda a: jnp.sum(jnp.square(a), axis=-1)  # noqa: E731
-
+    def attend(layer: Layer, my_maps: Maps | None):
         def lost(my_maps):
-            full, tried = attention(config, mine["attention"]["projections"], my_maps, h, form)
-            harm = (square(full - tried) / square(x))[0]
+            full, tried = attention(layer, my_maps, form)
+            harm = change(layer, full, tried)
             return harm.mean(), (full, tried, harm)
 
         if stream == "full" and form in FORMS:
             (_, (full, tried, harm)), slope = jax.value_and_grad(lost, has_aux=True)(my_maps)
         else:
             (_, (full, tried, harm)), slope = lost(my_maps), None
-        x = x + (full if stream == "full" else tried)
-        h = norm.apply({"params": mine["mlp_norm"]}, x)
-        inner = jax.nn.silu(h @ mine["gate"]["kernel"]) * (h @ mine["up"]["kernel"])
-        return x + inner @ mine["down"]["kernel"], (harm, slope)
+        return full if stream == "full" else tried, (harm, slope)
 
-    table = params["embedding"]["embedding"]
-    x = table[tokens] * config.embedding_scale
-    x, (harm, slope) = jax.lax.scan(layer, x, (params["layers"], maps))
-    x = Norm(epsilon=config.norm_epsilon).apply({"params": params["final_norm"]}, x)
-    return x @ table.T, harm, slope
+    x, (harm, slope) = read(config, params, tokens, attend, maps)
+    return predicted(config, params, x), harm, slope
 
 
 def fit(run: Any, form: str, steps: int) -> tuple[Maps, list[float]]:
@@ -152,7 +126,7 @@ def fit(run: Any, form: str, steps: int) -> tuple[Maps, list[float]]:
 
     state, seen = optimizer.init(maps), []
     for i in range(steps):
-        maps, state, harm = step(maps, state, run.params, run.dataset.train_batch(i).tokens[:1])
+        maps, state, harm = step(maps, state, run.params, run.dataset.train_batch(i).tokens[0])
         seen.append(float(harm))
         if i % 10 == 9:
             say(f"{form}, step {i + 1}/{steps}: {np.mean(seen[-10:]):.5f} from full attention's output")
@@ -175,8 +149,9 @@ def measured(run: Any, batch: Batch, maps: Maps | None, form: str) -> dict[str, 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _read(config: ModelConfig, params: Any, maps: Maps | None, batch: Batch, form: str) -> tuple[Array, Array, Array]:
     own = "window" if form == "full" else form
-    logits, harm, _ = forward(config, params, maps, batch.tokens, own, stream="full" if form == "full" else "form")
-    return token_nll(logits, batch.targets), jnp.argmax(logits, axis=-1), harm
+    stream = "full" if form == "full" else "form"
+    logits, harm, _ = forward(config, params, maps, batch.tokens[0], own, stream=stream)
+    return token_nll(logits[None], batch.targets), jnp.argmax(logits[None], axis=-1), harm
 
 
 COLUMNS = [column for column in routed.COLUMNS if column.key != "share"]

@@ -12,7 +12,7 @@ from meta_attention_jax.analysis.posterior_figures import (
     routing_by_position,
     simplex_figure,
 )
-from meta_attention_jax.analysis.share_figure import share_figure
+from meta_attention_jax.analysis.share_figure import comparison_figure, share_figure
 from meta_attention_jax.analysis.sweep_figures import (
     against_figure,
     frontier_figure,

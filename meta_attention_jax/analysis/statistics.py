@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -34,14 +34,18 @@ def paired_interval(values: dict[int, float], baseline: dict[int, float]) -> tup
 
 
 def bootstrap(
-    values: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"], *, draws: int = 10_000, seed: int = 0
+    values: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"], *, groups: Optional[Sequence[Any]] = None,
+    draws: int = 10_000, seed: int = 0,
 ) -> tuple[float, float, float]:
-    """(weighted mean, lower and upper end of its 95 % interval) by drawing the n independent values anew."""
+    """(weighted mean, lower and upper end of its 95 % interval) by drawing anew the n values, or the groups (documents)
+    that they belong to, which are independent."""
     x, w = np.asarray(values, np.float64), np.asarray(weights, np.float64)
     if x.shape != w.shape or not x.size:
         raise ValueError(f"values: expected at least one, each with a weight, got {x.shape} and {w.shape}.")
-    drawn = np.random.default_rng(seed).integers(x.size, size=(draws, x.size))
-    means = (x[drawn] * w[drawn]).sum(1) / w[drawn].sum(1)
+    _, group = np.unique(np.arange(x.size) if groups is None else np.asarray(groups), return_inverse=True)
+    total, weight = np.bincount(group, x * w), np.bincount(group, w)
+    drawn = np.random.default_rng(seed).integers(len(total), size=(draws, len(total)))
+    means = total[drawn].sum(1) / weight[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(np.average(x, weights=w)), float(low), float(high)
 

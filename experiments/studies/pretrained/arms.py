@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from experiments.studies.pretrained import stream
-from experiments.studies.pretrained.local import Pool, change, decision
+from experiments.studies.pretrained.local import Pool, decision
 from experiments.studies.pretrained.material import Window
-from experiments.studies.pretrained.stream import Layer
+from experiments.studies.pretrained.stream import Layer, change
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.objective import forward, token_nll
 from meta_attention_jax.training.backbone import merge

@@ -23,7 +23,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from experiments.studies.pretrained.material import Window
-from experiments.studies.pretrained.stream import Layer, read
+from experiments.studies.pretrained.stream import Layer, change, read
 from meta_attention_jax.controller.baselines import make_controller
 from meta_attention_jax.model import ModelConfig
 from meta_attention_jax.routing.decide import decide
@@ -103,11 +103,6 @@ def _look(layer: Layer, extra: None, *, oracle: bool) -> tuple[Array, tuple[Arra
     harm = change(layer, full, local)
     added = jnp.where((harm >= TOLERANCE**2)[:, None], full, local) if oracle else full
     return added, (layer.h.astype(jnp.float16), jnp.sqrt(jnp.mean(jnp.square(layer.x), axis=-1)), harm)
-
-
-def change(layer: Layer, full: Array, local: Array) -> Float[Array, "time"]:
-    """d = ||o_full - o_local||^2 / ||x||^2."""
-    return jnp.sum(jnp.square(full - local), axis=-1) / jnp.sum(jnp.square(layer.x), axis=-1)
 
 
 class Tokens(NamedTuple):

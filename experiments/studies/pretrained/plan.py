@@ -31,6 +31,12 @@ COSTS = (1.0, 0.15)  # Of full attention and of a window, the paper's.
 SEEDS = (0, 1, 2)
 MAIN = ("prose", "repeat", "lookup1")
 FURTHER = ("code", "lookup4")
+KINDS = MAIN + FURTHER
+AT_FURTHER = (
+    "full", "local", "oracle@0.3", "best layers@0.3", "best layers@0.5", "KV heads@0.3", "KV heads@0.5",
+    "local cost_penalty@0.3", "local bayesian@0.3", "cost_penalty@0.3", "bayesian@0.3", "bayesian shuffled@0.3",
+)
+"""Arms that read code and 4 needles."""
 CALIBRATED_ON = MAIN  # In equal parts: one threshold for all kinds of text.
 
 LOCAL_STEPS = 300
@@ -57,6 +63,18 @@ def grid() -> list[Point]:
         Point(arm, ROUTER.get(arm, arm), seed=seed, **setting)
         for arm in ARMS for setting in settings[arm] for seed in SEEDS
     ]
+
+
+END_TO_END = {"bayesian": (0.001, 0.003), "cost_penalty": (0.003, 0.008)}
+"""Arms that go on through the whole model, with two weights of KL or penalty each, from the local solution of their
+seed. The weights are of the size that worked in the first trials of each."""
+END_TO_END_STEPS, END_TO_END_RATE, EVERY = 250, 1e-3, 50
+CHOOSING_WINDOWS = 8  # Of every main kind, on validation.
+
+
+def wanted(kind: str, arm: str) -> bool:
+    """Whether an arm reads a kind of text."""
+    return kind in MAIN or arm in AT_FURTHER
 
 
 def setting(point: Point) -> dict[str, object]:

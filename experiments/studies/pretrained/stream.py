@@ -30,6 +30,8 @@ class Layer(NamedTuple):
 
     x: Stream  # Before it, not normalised.
     h: Stream  # Normalised: what attention and controller see.
+    q: Float[Array, "time head dim"]  # Turned by their positions.
+    k: Float[Array, "time kv_head dim"]
     logits: Float[Array, "head time time"]  # Of every pair, without a mask.
     past: Square  # s <= t.
     near: Square  # What the window and its sinks leave of it.
@@ -42,6 +44,11 @@ class Layer(NamedTuple):
     def routed(self, full: Bool[Array, "#head time"]) -> Stream:
         """The same: some tokens, of all or of some heads, attend to all their past, the others to window and sinks."""
         return self.attend(self.past & (self.near | full[..., None]))
+
+
+def change(layer: Layer, full: Stream, other: Stream) -> Float[Array, "time"]:
+    """d = ||o_full - o_other||^2 / ||x||^2 of every token."""
+    return jnp.sum(jnp.square(full - other), axis=-1) / jnp.sum(jnp.square(layer.x), axis=-1)
 
 
 Attend = Callable[[Layer, Any], tuple[Stream, Any]]
@@ -96,7 +103,7 @@ def _layer(
     h = norm("attention_norm", x)
     post = (lambda y: norm("attention_post_norm", y)) if config.post_norms else lambda y: y
     rope = config.rope if window is None else config.window_rope or config.rope
-    attended, said = attend(_at_work(config, own["attention"]["projections"], x, h, post, window, rope), extra)
+    attended, said = attend(at_work(config, own["attention"]["projections"], x, h, post, window, rope), extra)
     x = x + attended
     h = norm("mlp_norm", x)
     dense = lambda name, x: nn.Dense(own[name]["kernel"].shape[1], use_bias="bias" in own[name]).apply(  # noqa: E731
@@ -107,7 +114,7 @@ def _layer(
     return x + (norm("mlp_post_norm", h) if config.post_norms else h), said
 
 
-def _at_work(
+def at_work(
     config: ModelConfig, params: Any, x: Stream, h: Stream, post: Callable[[Stream], Stream],
     window: Optional[int], rope: Rope,
 ) -> Layer:
@@ -133,6 +140,6 @@ def _at_work(
         return post(projections.merge(mixed)[0])
 
     return Layer(
-        x=x, h=h, logits=capped(pairs, config.attention.softcap), past=past,
+        x=x, h=h, q=q, k=k, logits=capped(pairs, config.attention.softcap), past=past,
         near=past & ((distance < width) | (places[None, None] < sinks)), merge=merge,
     )

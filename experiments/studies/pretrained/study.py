@@ -1,0 +1,154 @@
+"""The published model, its windows, what was chosen on validation, and rows of readings as they come."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs import retrofit_smollm2
+from experiments.studies.pretrained import arms, local, plan
+from experiments.studies.pretrained.arms import Read, Reader
+from experiments.studies.pretrained.local import Pool
+from experiments.studies.pretrained.material import Material, Window
+from meta_attention_jax.console import say
+from meta_attention_jax.fields import expect
+from meta_attention_jax.files import write_whole
+from meta_attention_jax.training import backbone, build
+
+Job = tuple[str, int, float, Callable[[Window], Read]]
+"""(arm, seed, asked share, how it reads a window)."""
+
+
+class OutOfTime(Exception):
+    """The minutes are over; what has been read is kept."""
+
+
+class Record:
+    """Rows of readings as they come, and what was chosen before them."""
+
+    def __init__(self, out: pathlib.Path, about: dict[str, Any]) -> None:
+        self.path, self._choices = out / "rows.jsonl", out / "choices.json"
+        self.rows = read_rows(self.path)
+        self.done = {key_of(row) for row in self.rows}
+        self.choices: dict[str, Any] = {"about": about}
+        if self._choices.is_file():
+            self.choices = json.loads(self._choices.read_text(encoding="utf-8"))
+            expect(self.choices["about"] == about, "out", f"a record of {about}", self.choices["about"])
+        out.mkdir(parents=True, exist_ok=True)
+
+    def choose(self, name: str, found: Callable[[], Any]) -> Any:
+        """What was chosen under a name, or is now."""
+        if name not in self.choices:
+            self.choices[name] = found()
+            write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
+        return self.choices[name]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One reading."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
+        self.done.add(key_of(row))
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All rows but a last one that was cut; the file ends behind the last whole one."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_whole(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a reading is of."""
+    return row["kind"], row["window"], row["arm"], row["seed"]
+
+
+def row_of(window: Window, arm: str, seed: int, asked: float, read: Read) -> dict[str, Any]:
+    """One reading of one window."""
+    right = bool((read.guess == window.targets)[window.counted].all())
+    return {
+        "kind": window.kind, "window": window.number, "document": window.document, "arm": arm, "seed": seed,
+        "asked": asked, "share": round(float(np.mean(read.full)), 5), "tokens": int(window.counted.sum()),
+        "nll": round(float(read.nll[window.counted].mean()), 6),
+        "exact": right if window.kind.startswith("lookup") else None,
+    }
+
+
+class Study:
+    """The published model, the windows, what was chosen and what has been read."""
+
+    def __init__(self, place: str, out: pathlib.Path, workdir: pathlib.Path, minutes: float) -> None:
+        config = retrofit_smollm2.get_config()
+        config.retrofit.backbone = place
+        build.check(config)
+        params, tokenizer = backbone.load(config), backbone.described(config)[1]
+        expect(tokenizer is not None, "backbone", "a model with its tokenizer.json", place)
+        model = build.build_model(config, tokenizer.vocab_size)
+        self.config, self.workdir = config, workdir
+        self.reader = Reader(model, params, plan.COSTS)
+        self.material = Material(tokenizer, length=plan.LENGTH, window=plan.WINDOW)
+        about = {"backbone": backbone.identity(config), "length": plan.LENGTH, "window": plan.WINDOW,
+                 "sinks": plan.SINKS}
+        self.record = Record(out, about)
+        self._ends = time.monotonic() + 60 * minutes
+        self._pools: dict[str, Pool] = {}
+
+    def check_time(self) -> None:
+        """Raises OutOfTime when the minutes are over."""
+        if time.monotonic() > self._ends:
+            raise OutOfTime
+
+    def pool(self, split: str) -> Pool:
+        """Streams of the training mixture (two each), or of validation (full attention's)."""
+        if split not in self._pools:
+            counts = {"train": plan.TRAINING_WINDOWS, "validation": plan.VALIDATION_WINDOWS}
+            oracle = (False, True) if split == "train" else (False,)
+            windows = self.material.mixture(split, counts[split])
+            say(f"streams of {len(windows)} windows, {split}")
+            self._pools[split] = local.collect(
+                self.reader.model.config, self.reader.params, windows, oracle, say
+            )
+        return self._pools[split]
+
+    def calibration(self, count: int) -> list[Window]:
+        """Validation windows of every main kind."""
+        return [w for kind in plan.CALIBRATED_ON for w in self.material.windows(kind, "validation", count)]
+
+    def threshold(self, name: str, share: float, read: Callable[[Window, float], Read], start: float) -> float:
+        """The threshold of an arm at a share."""
+
+        def find():
+            self.check_time()
+            found, seen = arms.threshold_at(share, self.calibration(2), read, start)
+            say(f"{name}: threshold {found:.4g}, {seen:.1%} on full attention at the last reading")
+            return found
+
+        return self.record.choose(f"threshold {name}", find)
+
+    def forget_pools(self) -> None:
+        """Gives their gigabytes back."""
+        self._pools.clear()
+
+    def read(self, kinds: Sequence[str], count: int, jobs: Callable[[Window], list[Job]]) -> None:
+        """Reads windows by all jobs that the plan wants and that are not done, the kinds in turn, window by window: of
+        whatever time there is, every kind and arm has its part."""
+        began = time.monotonic()
+        for number in range(count):
+            for kind in kinds:
+                [window] = self.material.windows(kind, "test", 1, skip=number)
+                for arm, seed, asked, read in jobs(window):
+                    if plan.wanted(kind, arm) and (kind, number, arm, seed) not in self.record.done:
+                        self.check_time()
+                        self.record.add(row_of(window, arm, seed, asked, read(window)))
+            if number % 5 == 4:
+                say(f"windows {number + 1}/{count} of each kind, {(time.monotonic() - began) / 60:.0f} min, "
+                    f"{len(self.record.rows):,} rows")
