@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.pretrained import arms, local, plan, report, study
+from experiments.studies.pretrained import arms, end_to_end, local, patterns, plan, report, routers, study
 from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import KINDS, Material, Window
 from meta_attention_jax import LanguageModel, Router, pretrained
@@ -293,3 +293,54 @@ def test_tables_say_what_the_rows_do(tmp_path):
     assert (tmp_path / "share.png").stat().st_size > 10_000
     assert "| kappa 2, beta 0.3, rate 0.001 |" in page and page.count("| yes") == 1
     assert "+0.0" in page and "nan" not in page
+
+
+@pytest.mark.slow
+def test_the_whole_study_of_a_small_model_goes_on_and_reads_nothing_twice(tmp_path, monkeypatch):
+    folder, rng = tmp_path / "text", np.random.default_rng(0)
+    for split in ("train", "validation", "test"):
+        (folder / split).mkdir(parents=True)
+        for number in range(3):
+            words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(200)]
+            (folder / split / f"{number}.txt").write_text(f"{split} {number}. " + " ".join(words))
+    making.published(tmp_path / "model", context=768)
+    for name, value in {
+        "LOCAL_STEPS": 6, "TRAINING_WINDOWS": 5, "VALIDATION_WINDOWS": 5, "ARMS": ("bayesian",), "END_TO_END": {"bayesian": (0.003,)},
+        "END_TO_END_STEPS": 4, "EVERY": 4, "CHOOSING_WINDOWS": 1, "SEEDS": (0, 1),
+    }.items():
+        monkeypatch.setattr(plan, name, value)
+    whole = plan.grid
+    monkeypatch.setattr(plan, "grid", lambda: [p for p in whole() if p.learning_rate == 3e-3 and p.strength == 2])
+    config = plan.config(str(tmp_path / "model"))
+    config.data.corpus, config.data.tasks, config.data.shares = f"path:{folder}", ("prose", "repeat"), (0.5, 0.5)
+    config.data.sequence_length, config.controller.hidden = 768, 8
+    config.model.window, config.model.sinks = 8, 2
+    config.parallel.devices = 1
+
+    def begun(minutes):
+        own = {"sotu": f"path:{folder}", "stdlib": f"path:{folder}"}
+        return study.Study(config, tmp_path / "out", tmp_path / "runs", minutes, own)
+
+    with pytest.raises(study.OutOfTime):
+        end_to_end.read_all(begun(0.0), 2)
+    for part in (routers, patterns, end_to_end):
+        part.read_all(begun(60.0), 2)
+    rows = study.read_rows(tmp_path / "out" / "rows.jsonl")
+    by = {study.key_of(row): row for row in rows}
+    assert len(by) == len(rows)
+    for kind, number in (("prose", 0), ("repeat", 1)):
+        assert by[kind, number, "full", 0]["share"] == 1 and by[kind, number, "local", 0]["share"] == 0
+        assert {by[kind, number, "bayesian@0.3", seed]["arm"] for seed in (0, 1)} == {"bayesian@0.3"}
+        routes, disorder = (by[kind, number, f"bayesian{how}@0.3", number] for how in ("", " shuffled"))
+        assert routes["share"] == disorder["share"] and routes["nll"] != disorder["nll"]
+    assert {row["arm"] for row in rows if row["kind"] == "lookup4"} <= set(plan.AT_FURTHER)
+    report.write(tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    for part in (routers, patterns, end_to_end):  # Nothing is read, nor trained, nor chosen again.
+        part.read_all(begun(1.0), 2)
+    assert study.read_rows(tmp_path / "out" / "rows.jsonl") == rows
+    before = routers.routers(begun(1.0))["bayesian", 1]
+    (tmp_path / "runs" / "bayesian_1.npz").unlink()
+    again = routers.routers(begun(1.0))["bayesian", 1]
+    assert again[0] == before[0] and "| full" in page
+    assert_close(again[1], before[1], 1e-4)

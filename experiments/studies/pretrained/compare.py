@@ -6,7 +6,7 @@ python -m experiments.studies.pretrained.compare --out=experiments/results/pretr
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
 goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation
 before any held-out window was read: settings, orders of layers and heads, thresholds. Trained controllers lie in the
-workdir; where they are gone, they are trained again. Each time it ends it writes the tables, pictures and page.
+workdir; where they are gone, they are trained again, the same to rounding. Each time it ends it writes the tables, pictures and page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments import common
-from experiments.studies.pretrained import end_to_end, patterns, report, routers
+from experiments.studies.pretrained import end_to_end, patterns, plan, report, routers
 from experiments.studies.pretrained.study import OutOfTime, Study
 from meta_attention_jax.console import say
 from meta_attention_jax.fields import expect
@@ -32,7 +32,7 @@ def main() -> None:
         unknown = [part for part in CHOSEN.value if part not in PARTS]
         expect(not unknown, "parts", f"some of {', '.join(PARTS)}", ", ".join(unknown))
         out = pathlib.Path(OUT.value)
-        study = Study(BACKBONE.value, out, pathlib.Path(WORKDIR.value), MINUTES.value)
+        study = Study(plan.config(BACKBONE.value), out, pathlib.Path(WORKDIR.value), MINUTES.value)
     try:
         for part in CHOSEN.value:
             PARTS[part](study, WINDOWS.value)

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
+from configs import retrofit_smollm2
 from experiments.studies.pretrained.local import Point
 
-LENGTH, WINDOW, SINKS = 512, 64, 4
 COSTS = (1.0, 0.15)  # Of full attention and of a window, the paper's.
 SEEDS = (0, 1, 2)
 MAIN = ("prose", "repeat", "lookup1")
@@ -48,6 +50,14 @@ SCORED_SHARES = (0.2, 0.3)
 SHARES_OF = {"bayesian": (0.3, 0.2), "cost_penalty": (0.3, 0.2)}  # Of routers trained locally; others (0.3,).
 ARMS = ("softmax", "cost_penalty", "bayesian_mean", "bayesian_beta0", "bayesian")
 ROUTER = {"bayesian_beta0": "bayesian"}  # The controller of an arm, where it has another name.
+
+
+def config(backbone: str) -> ConfigDict:
+    """What is routed, and how: T 512, a window of 64, 4 sinks."""
+    made = retrofit_smollm2.get_config()
+    made.retrofit.backbone = backbone
+    made.prior.costs = ",".join(f"{cost:g}" for cost in COSTS)
+    return made
 
 
 def grid() -> list[Point]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,22 +21,29 @@ from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.study import Job, Record, Study
 from meta_attention_jax.console import say
 from meta_attention_jax.controller.baselines import make_controller
-from meta_attention_jax.types import Router
 
 
-def controller_of(point: Point) -> Any:
+def controller_of(study: Study, point: Point) -> Any:
     """The package's controller of a point."""
-    return make_controller(Router(mechanisms=("full", "local"), controller=point.controller, hidden=64))
+    return make_controller(dataclasses.replace(study.reader.model.config.router, controller=point.controller))
+
+
+def train(study: Study, points: Sequence[Point]) -> list[Any]:
+    """Parameters of every point."""
+    return local.train(
+        points, {"mixture": study.pool("train")}, plan.COSTS, steps=plan.LOCAL_STEPS,
+        hidden=study.config.controller.hidden, say=say,
+    )
 
 
 def choose_settings(study: Study) -> list[Any]:
     """Trains the whole grid, notes what harm every point leaves on validation, and keeps the chosen of every arm."""
     points = plan.grid()
-    trained = local.train(points, {"mixture": study.pool("train")}, plan.COSTS, steps=plan.LOCAL_STEPS, say=say)
+    trained = train(study, points)
     held = study.pool("validation")
     rows = []
     for point, params in zip(points, trained):
-        z, mean = local.scores(controller_of(point), params, held, point, plan.COSTS)
+        z, mean = local.scores(controller_of(study, point), params, held, point, plan.COSTS)
         left = {f"left@{share}": local.left(z, held.harm, share) for share in plan.CHOSEN_AT}
         rows.append({**dataclasses.asdict(point), **left, "share": float(np.mean(z > 0)), "full": float(mean.mean())})
     rows.append({"arm": "oracle", **{f"left@{s}": local.left(held.harm, held.harm, s) for s in plan.CHOSEN_AT}})
@@ -73,8 +80,7 @@ def routers(study: Study) -> dict[tuple[str, int], tuple[Point, Any]]:
     ]
     missing = [p for p in points if not (study.workdir / f"{p.arm}_{p.seed}.npz").is_file()]
     if missing:
-        pools = {"mixture": study.pool("train")}
-        for point, params in zip(missing, local.train(missing, pools, plan.COSTS, steps=plan.LOCAL_STEPS, say=say)):
+        for point, params in zip(missing, train(study, missing)):
             save(study.workdir, point, params)
     found = {}
     for point in points:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from configs import retrofit_smollm2
 from experiments.studies.pretrained import arms, local, plan
 from experiments.studies.pretrained.arms import Read, Reader
 from experiments.studies.pretrained.local import Pool
@@ -86,18 +86,20 @@ def row_of(window: Window, arm: str, seed: int, asked: float, read: Read) -> dic
 class Study:
     """The published model, the windows, what was chosen and what has been read."""
 
-    def __init__(self, place: str, out: pathlib.Path, workdir: pathlib.Path, minutes: float) -> None:
-        config = retrofit_smollm2.get_config()
-        config.retrofit.backbone = place
+    def __init__(
+        self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
+        corpora: Optional[Mapping[str, str]] = None,
+    ) -> None:
         build.check(config)
         params, tokenizer = backbone.load(config), backbone.described(config)[1]
-        expect(tokenizer is not None, "backbone", "a model with its tokenizer.json", place)
+        expect(tokenizer is not None, "backbone", "a model with its tokenizer.json", config.retrofit.backbone)
         model = build.build_model(config, tokenizer.vocab_size)
         self.config, self.workdir = config, workdir
         self.reader = Reader(model, params, plan.COSTS)
-        self.material = Material(tokenizer, length=plan.LENGTH, window=plan.WINDOW)
-        about = {"backbone": backbone.identity(config), "length": plan.LENGTH, "window": plan.WINDOW,
-                 "sinks": plan.SINKS}
+        length, window = config.data.sequence_length, config.model.window
+        self.material = Material(tokenizer, length=length, window=window, corpora=corpora)
+        about = {"backbone": backbone.identity(config), "length": length, "window": window,
+                 "sinks": config.model.sinks}
         self.record = Record(out, about)
         self._ends = time.monotonic() + 60 * minutes
         self._pools: dict[str, Pool] = {}
