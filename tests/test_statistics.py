@@ -99,3 +99,16 @@ def test_a_bootstrap_covers_the_mean_of_its_values():
     assert wide[0] == narrow[0] and wide[2] - wide[1] > 3 * (narrow[2] - narrow[1])
     with pytest.raises(ValueError, match="^values: expected at least one"):
         statistics.bootstrap(np.zeros(0), np.zeros(0))
+
+
+def test_calibration_is_zero_for_the_truth_and_known_for_a_constant():
+    rng = np.random.default_rng(0)
+    p = rng.random(200_000)
+    honest = statistics.calibration(p, rng.random(p.size) < p)
+    assert honest["ece"] < 0.01 and honest["brier"] == pytest.approx(1 / 6, abs=3e-3)
+    assert np.allclose(honest["predicted"], honest["rate"], atol=0.02) and sum(honest["count"]) == p.size
+    constant = statistics.calibration(np.full(1000, 0.9), np.arange(1000) < 300)
+    assert constant["ece"] == pytest.approx(0.6) and constant["brier"] == pytest.approx(0.3 * 0.01 + 0.7 * 0.81)
+    assert statistics.calibration(np.array([0.0, 1.0]), np.array([False, True]))["ece"] == 0
+    with pytest.raises(ValueError, match="^predicted: expected one number per label"):
+        statistics.calibration(np.zeros(0), np.zeros(0, bool))

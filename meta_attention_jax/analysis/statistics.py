@@ -139,3 +139,22 @@ def risk_coverage(
         "best": best,
         "gain": (random - area) / (random - best) if random > best else math.nan,
     }
+
+
+def calibration(
+    predicted: Float[np.ndarray, "n"], true: Bool[np.ndarray, "n"], bins: int = 15
+) -> dict[str, Any]:
+    """How probabilities meet what came true: "ece" = sum_bins (n_bin / n) |mean predicted - rate| over bins of equal
+    width (Guo et al., arXiv 1706.04599), "brier" = mean (predicted - true)^2, and of every bin that is not empty its
+    mean "predicted", "rate" and "count"."""
+    p, y = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
+    if p.shape != y.shape or not p.size:
+        raise ValueError(f"predicted: expected one number per label {y.shape}, got {p.shape}.")
+    place = np.clip((p * bins).astype(int), 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    some = count > 0
+    mean, rate = (np.bincount(place, x, minlength=bins)[some] / count[some] for x in (p, y))
+    return {
+        "ece": float(np.sum(count[some] * np.abs(mean - rate)) / p.size), "brier": float(np.mean((p - y) ** 2)),
+        "predicted": mean.tolist(), "rate": rate.tolist(), "count": count[some].tolist(),
+    }

@@ -38,7 +38,7 @@ class Read(NamedTuple):
     full: Full  # What was on full attention; a share of it where only some heads were.
     z: Optional[Scores] = None
     mean: Optional[Float[np.ndarray, "layer time mechanism"]] = None
-    uncertainty: Optional[Float[np.ndarray, "layer time"]] = None
+    concentration: Optional[Float[np.ndarray, "layer time mechanism"]] = None
 
 
 class Reader:
@@ -67,7 +67,8 @@ class Reader:
         params = merge(self.params, own)
         nll, guess, routing = jax.device_get(_model(model, params, window.batch(), hypers, None))
         mean, full = routing.mean[:, 0], routing.route[:, 0] == FULL
-        return Read(nll, guess, full, decision(mean, self.costs), mean, routing.uncertainty[:, 0])
+        alpha = None if routing.concentration is None else routing.concentration[:, 0]
+        return Read(nll, guess, full, decision(mean, self.costs), mean, alpha)
 
     def heads(self, window: Window, full: Bool[np.ndarray, "layer head"]) -> Read:
         """Some heads of a layer with all their queries on full attention."""

@@ -1,7 +1,7 @@
 """Does Bayesian routing, token by token, earn its place on a published model?
 
 python -m experiments.studies.pretrained.compare --out=experiments/results/pretrained_comparison
-    [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end] [--windows=100] [--minutes=45]
+    [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end,doubt,scarce] [--windows=100] [--minutes=45]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
 goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments import common
-from experiments.studies.pretrained import end_to_end, patterns, plan, report, routers
+from experiments.studies.pretrained import doubt, end_to_end, patterns, plan, report, routers, scarce
 from experiments.studies.pretrained.study import OutOfTime, Study
 from meta_attention_jax.console import say
 from meta_attention_jax.fields import expect
 
 PARTS: dict[str, Callable[[Study, int], None]] = {
     "routers": routers.read_all, "patterns": patterns.read_all, "end_to_end": end_to_end.read_all,
+    "doubt": doubt.read_all, "scarce": scarce.read_all,
 }
 
 

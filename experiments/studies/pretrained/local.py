@@ -199,13 +199,27 @@ def _train_group(
     keys = jnp.stack([jax.random.key(point.seed + 1) for point in points])
     first = taken(pool, np.arange(1))
     params = jax.tree.map(stack, *[fresh(controller, p.seed, layers, first, p.hypers(costs)) for p in points])
+    init, step = _program(controller, steps)
+    state = init(params)
+    rng = np.random.default_rng(0)
+    for number in range(steps):
+        tokens = drawn(pool, rng, TOKENS)
+        params, state, values = step(params, state, tokens, jnp.int32(number), hypers, betas, rates, keys)
+        if number % 50 == 49:
+            shown = " ".join(f"{value:.2f}" for value in np.asarray(values)[:6])
+            say(f"{name}, {len(points)} points, step {number + 1}/{steps}: {shown}")
+    return jax.device_get(params)
+
+
+@functools.lru_cache(maxsize=None)
+def _program(controller: nn.Module, steps: int) -> tuple[Any, Any]:
+    """(points' parameters -> states of the optimizer, one step of all points), compiled once for so many points."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99))
-    state = jax.vmap(optimizer.init)(params)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 50, 1), steps, 0.1)
     start, end = (part * steps for part in HARDENING)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, tokens, number):
+    def step(params, state, tokens, number, hypers, betas, rates, keys):
         theta = jnp.clip((number - start) / (end - start), 0.0, 1.0)
 
         def one(params, state, hypers, beta, rate, key):
@@ -218,13 +232,7 @@ def _train_group(
 
         return jax.vmap(one)(params, state, hypers, betas, rates, keys)
 
-    rng = np.random.default_rng(0)
-    for number in range(steps):
-        params, state, values = step(params, state, drawn(pool, rng, TOKENS), jnp.int32(number))
-        if number % 50 == 49:
-            shown = " ".join(f"{value:.2f}" for value in np.asarray(values)[:6])
-            say(f"{name}, {len(points)} points, step {number + 1}/{steps}: {shown}")
-    return jax.device_get(params)
+    return jax.vmap(optimizer.init), step
 
 
 def scores(

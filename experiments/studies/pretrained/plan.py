@@ -84,7 +84,7 @@ CHOOSING_WINDOWS = 8  # Of every main kind, on validation.
 
 def wanted(kind: str, arm: str) -> bool:
     """Whether an arm reads a kind of text."""
-    return kind in MAIN or arm in AT_FURTHER
+    return kind in MAIN or arm in AT_FURTHER or " of prose " in arm
 
 
 def setting(point: Point) -> dict[str, object]:
