@@ -5,13 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.studies.pretrained import arms, end_to_end, local, patterns, plan, report, routers, study
+from experiments.studies.pretrained import (
+    arms,
+    doubt,
+    end_to_end,
+    local,
+    patterns,
+    plan,
+    report,
+    routers,
+    scarce,
+    study,
+)
 from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import KINDS, Material, Window
 from meta_attention_jax import LanguageModel, Router, pretrained
@@ -244,6 +256,9 @@ def test_a_record_goes_on_from_whole_rows(tmp_path):
         study.Record(tmp_path, {"length": 256})
 
 
+ABOUT = {"backbone": {"path": "package:x"}, "length": 512, "window": 64, "sinks": 4}
+
+
 def made_rows():
     """Rows whose truth is known: a router that is 0.1 above full attention, a pattern that falls by what it is given."""
     rng = np.random.default_rng(0)
@@ -281,18 +296,31 @@ def test_tables_say_what_the_rows_do(tmp_path):
     assert row["difference"] == pytest.approx(0.1 - 0.45, abs=0.01) and row["other_share"] == pytest.approx(0.35)
     row = differences["bayesian@0.3", "local bayesian@0.3"]
     assert row["low"] < -0.1 < row["high"] < 0 and row["windows"] == 40
-    study.Record(tmp_path, {"backbone": {"path": "package:x"}, "length": 512, "window": 64, "sinks": 4}).choose(
+    study.Record(tmp_path, ABOUT).choose(
         "grid", lambda: [
             {"arm": "bayesian", "strength": 2.0, "beta": beta, "learning_rate": 1e-3, "left@0.2": left,
              "left@0.3": left, "share": 0.1} for beta, left in ((0.1, 0.4), (0.3, 0.3))
         ],
     )
+    for name, found in {
+        "doubt bayesian": [dict(kind="prose", harm="full", measure="vacuity", gain=0.25, low=0.2, high=0.3, mean_harm=0.1)],
+        "calibration bayesian": [dict(kind="prose", seed=s, ece=0.1 * s, brier=0.2, mean=0.3, labelled=0.1)
+                                 for s in range(3)],
+        "scarce": [dict(arm="bayesian", data=f"1 {s}", windows=1, strength=2.0, preference=0.1, beta=0.1, share=0.2,
+                        entropy=0.5, vacuity=0.4) | {"left@0.2": 0.2, "left@0.3": 0.1} for s in range(3)],
+        "end to end bayesian 0.003": {"left": 0.1, "progress": [
+            {"step": 50, "kinds": {"tokens": [9, 0, 0, 1], "nll": [3.5, 0, 0, 1], "fractions": [[[0.4, 0.6]] * 4] * 2}}
+        ]},
+    }.items():
+        study.Record(tmp_path, ABOUT).choose(name, lambda: found)  # noqa: B023
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert (tmp_path / "share.png").stat().st_size > 10_000
     assert "| kappa 2, beta 0.3, rate 0.001 |" in page and page.count("| yes") == 1
     assert "+0.0" in page and "nan" not in page
+    for cell in ("25.0% | 20.0% to 30.0%", "|     3 | 0.100 |", "20.0% ± 0.0%", "|   50 | prose | 3.5000 |"):
+        assert cell in page, cell
 
 
 @pytest.mark.slow
@@ -344,3 +372,36 @@ def test_the_whole_study_of_a_small_model_goes_on_and_reads_nothing_twice(tmp_pa
     again = routers.routers(begun(1.0))["bayesian", 1]
     assert again[0] == before[0] and "| full" in page
     assert_close(again[1], before[1], 1e-4)
+
+
+def test_what_finds_the_harm_gains_and_what_knows_nothing_does_not():
+    rng = np.random.default_rng(0)
+    parts = []
+    for _ in range(12):
+        harm = np.maximum(rng.normal(size=300), 0)
+        parts.append(({"knows": harm, "guesses": rng.random(300)}, {"full": harm}))
+    found = {row["measure"]: row for row in doubt.gains(parts, [i % 4 for i in range(12)], draws=50)}
+    assert found["knows"]["gain"] == pytest.approx(1.0) and found["knows"]["low"] > 0.99
+    assert found["guesses"]["low"] < 0.05 and abs(found["guesses"]["gain"]) < 0.1
+
+
+@pytest.mark.parametrize("measure", ["vacuity", "mutual_information", "random"])
+def test_caution_adds_as_many_of_those_in_most_doubt(measure):
+    rng = np.random.default_rng(0)
+    alpha = rng.gamma(2.0, size=(3, 50, 2)) + 0.1
+    mean = alpha / alpha.sum(-1, keepdims=True)
+    read = arms.Read(None, None, rng.random((3, 50)) < 0.2, None, mean, alpha)
+    more = doubt.cautious(read, measure, 0.1)
+    assert more[read.full].all() and more.sum() == read.full.sum() + 15
+    if measure != "random":
+        u, added = doubt.measures(read)[measure], more & ~read.full
+        assert u[added].min() >= u[~more].max()
+
+
+def test_of_few_windows_there_are_few_and_every_seed_has_its_own(monkeypatch):
+    few = {seed: scarce.windows_of(f"5 {seed}") for seed in plan.SEEDS}
+    assert all(len(set(own)) == 5 for own in few.values()) and len({tuple(own) for own in few.values()}) == 3
+    assert len(scarce.windows_of("100 0")) == 100 and len(scarce.windows_of("prose")) == 40
+    monkeypatch.setattr(routers, "chosen", lambda record, arm: plan.setting(local.Point(arm, "bayesian", beta=0.1)))
+    points = scarce.points(types.SimpleNamespace(record=None))
+    assert len(points) == 4 * 3 * (5 + 8) + 3 * 2 and len(set(points)) == len(points)

@@ -14,6 +14,7 @@ from experiments.studies.pretrained import plan
 from experiments.studies.pretrained.study import read_rows
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import bootstrap, interval
+from meta_attention_jax.data import tasks
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -180,6 +181,101 @@ def grid_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
+GAINS = [
+    analysis.Column("kind", "text"), analysis.Column("arm", "arm"), analysis.Column("harm", "harm against"),
+    analysis.Column("measure", "measure"), analysis.Column("gain", "gain", ".1%"),
+    analysis.Column("interval", "95 %"), analysis.Column("mean_harm", "mean harm, nats", "+.4f"),
+]
+CALIBRATION = [
+    analysis.Column("kind", "text"), analysis.Column("arm", "arm"), analysis.Column("seeds", "seeds", "d"),
+    analysis.Column("ece", "ECE", ".3f"), analysis.Column("brier", "Brier", ".3f"),
+    analysis.Column("mean", "mean E pi_full", ".1%"), analysis.Column("labelled", "labelled full", ".1%"),
+]
+SCARCE = [
+    analysis.Column("arm", "arm"), analysis.Column("setting", "setting"), analysis.Column("windows", "windows", "d"),
+    *(analysis.Column(f"left@{share}", f"harm left at {share:.0%}") for share in plan.CHOSEN_AT),
+    analysis.Column("share", "on full at lambda 0", ".1%"), analysis.Column("entropy", "entropy", ".3f"),
+    analysis.Column("vacuity", "vacuity", ".3f"),
+]
+PROGRESS = [
+    analysis.Column("arm", "arm, weight"), analysis.Column("step", "step", "d"), analysis.Column("kind", "text"),
+    analysis.Column("nll", "nats", ".4f"), analysis.Column("share", "on full at lambda 0", ".1%"),
+]
+
+
+def gain_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What every measure finds, by kind of text, arm and harm."""
+    return [
+        {**row, "arm": name.removeprefix("doubt "), "interval": f"{row['low']:.1%} to {row['high']:.1%}"}
+        for name, rows in choices.items() if name.startswith("doubt ") for row in rows
+    ]
+
+
+def calibration_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How E pi_full meets the oracle's label, mean over seeds."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, rows in choices.items():
+        if name.startswith("calibration "):
+            for row in rows:
+                found.setdefault((row["kind"], name.removeprefix("calibration ")), []).append(row)
+    return [
+        {"kind": kind, "arm": arm, "seeds": len(own),
+         **{key: float(np.mean([row[key] for row in own])) for key in ("ece", "brier", "mean", "labelled")}}
+        for (kind, arm), own in found.items()
+    ]
+
+
+def scarce_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Settings by the number of training windows, mean over seeds with the 95 % interval's half-width."""
+    found: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for row in choices.get("scarce", ()):
+        said = f"kappa {row['strength']:g}, eta {row['preference']:g}, beta {row['beta']:g}"
+        arm = f"{row['arm']} of prose" if row["data"] == "prose" else row["arm"]
+        found.setdefault((arm, said, row["windows"]), []).append(row)
+    shown = []
+    for (arm, said, size), own in found.items():
+        line = {"arm": arm, "setting": said, "windows": size}
+        for key in (f"left@{share}" for share in plan.CHOSEN_AT):
+            middle, pm = interval([row[key] for row in own])
+            line[key] = f"{middle:.1%} ± {pm:.1%}" if len(own) > 1 else f"{middle:.1%}"
+        for key in ("share", "entropy", "vacuity"):
+            if all(key in row for row in own):
+                line[key] = float(np.mean([row[key] for row in own]))
+        shown.append(line)
+    return shown
+
+
+def progress_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Validation on the way, six windows, at lambda 0, hard: what a step through the whole model buys."""
+    shown = []
+    for name, found in choices.items():
+        for row in found.get("progress", ()) if name.startswith("end to end ") else ():
+            kinds = row["kinds"]
+            for i, kind in enumerate(tasks.TASKS):
+                if kinds["tokens"][i]:
+                    share = float(np.mean([layer[i][0] for layer in kinds["fractions"]]))
+                    shown.append({"arm": name.removeprefix("end to end "), "step": row["step"], "kind": kind,
+                                  "nll": kinds["nll"][i], "share": share})
+    return shown
+
+
+def further(choices: Mapping[str, Any]) -> list[str]:
+    """Sections of the parts that have been run."""
+    sections = (
+        ("Uncertainty", "Gain: how much of the way from random order to the order by harm itself a measure goes, at "
+         "lambda 0; harm against full attention everywhere, and against the same router soft. Bootstrap over documents.",
+         gain_lines(choices), GAINS),
+        ("Calibration", "E pi_full of every token and layer in full attention's stream against the oracle's label "
+         "(a window would change the layer's output by 8 % of the stream's norm).",
+         calibration_lines(choices), CALIBRATION),
+        ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three seeds "
+         "with the half-width of its 95 % interval.", scarce_lines(choices), SCARCE),
+        ("Steps", progress_lines.__doc__, progress_lines(choices), PROGRESS),
+    )
+    return [f"## {title}\n\n{words}\n\n{analysis.markdown_table(shown, columns)}"
+            for title, words, shown, columns in sections if shown]
+
+
 def page(rows: Rows, choices: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     about = choices["about"]
@@ -201,7 +297,7 @@ def page(rows: Rows, choices: Mapping[str, Any]) -> str:
         analysis.markdown_table(differences, DIFFERENCES),
         "## Settings", "Of the harm of a window everywhere (the change of every layer's output), what is left on "
         "validation streams when the tokens of highest score go to full attention; mean over three seeds.",
-        analysis.markdown_table(grid_lines(choices), GRID),
+        analysis.markdown_table(grid_lines(choices), GRID), *further(choices),
     ]
     return "\n\n".join(parts) + "\n"
 
