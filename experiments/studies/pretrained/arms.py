@@ -187,7 +187,7 @@ def threshold_at(
     share: float, windows: Sequence[Window], read: Callable[[Window, float], Read], start: float, rounds: int = 3
 ) -> tuple[float, float]:
     """(the threshold on z at which `share` of the token-layers are on full attention, the share of the last reading),
-    mean over kinds of windows. Routes change the streams, so it is read again at what the last reading has asked for."""
+    mean over kinds of windows. Routes change the streams, so it is read again at what the last reading asked for."""
     kinds: Mapping[str, list[Window]] = {}
     for window in windows:
         kinds.setdefault(window.kind, []).append(window)

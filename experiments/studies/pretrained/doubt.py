@@ -3,9 +3,9 @@
 Harm of a token: its nats, hard, less those of full attention everywhere ("full"), or less those with all its layers
 soft ("soft"). A measure of a token is its mean over layers. `gain`: how much of the way from random order to the order
 by harm itself a measure goes (`statistics.risk_coverage`). Calibration: E pi_full of every token and layer, in full
-attention's stream, against the oracle's label d >= 0.08^2. Caution: tokens of high uncertainty go to full attention; what
-that buys against what a price buys at the same share. With two mechanisms the entropy of E pi falls as E pi_full leaves
-1/2, so caution by entropy is a price; mutual information, vacuity and the Dirichlet's entropy need not be.
+attention's stream, against the oracle's label d >= 0.08^2. Caution: tokens of high uncertainty go to full attention;
+what that buys against what a price buys at the same share. With two mechanisms the entropy of E pi falls as E pi_full
+leaves 1/2, so caution by entropy is a price; mutual information, vacuity and the Dirichlet's entropy need not be.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def calibrated(
 
 
 def cautious(read: Read, measure: str, share: float) -> np.ndarray:
-    """The hard routes, and of the tokens and layers that are not on full attention those in most doubt: so many more."""
+    """The hard routes, and a share more: of the tokens and layers of the window those most in doubt."""
     u = measures(read)[measure] if measure != "random" else np.random.default_rng(0).random(read.full.shape)
     u = np.where(read.full, -np.inf, u)
     most = np.argsort(-u, axis=None, kind="stable")[: round(share * u.size)]
@@ -111,6 +111,12 @@ def routed_arms(study: Study) -> dict[str, dict[int, end_to_end.Trained]]:
             beta = end_to_end.chosen(study, arm)
             found[arm] = {seed: end_to_end.trained(study, arm, beta, seed) for seed in plan.SEEDS}
     return found
+
+
+def price_name(arm: str, point: Point, seed: int, share: float) -> str:
+    """What the price of a router at a share was chosen as."""
+    name = f"{arm} {seed}" if arm.startswith("local") else f"end to end {arm} {point.beta:g} {seed}"
+    return f"{name}@{share}"
 
 
 def gains_of(study: Study, known: Mapping[int, end_to_end.Trained], count: int) -> list[dict[str, Any]]:
@@ -150,8 +156,7 @@ def caution_jobs(study: Study, arms: Mapping[str, Mapping[int, end_to_end.Traine
     for arm, known in arms.items():
         seed = window.number % len(known)
         point, params = known[seed]
-        name = f"{arm} {seed}@0.2" if arm.startswith("local") else f"end to end {arm} {point.beta:g} {seed}@0.2"
-        price = study.record.choices.get(f"threshold {name}")
+        price = study.record.choices.get(f"threshold {price_name(arm, point, seed, 0.2)}")
         if price is None:
             continue
         hypers = point.hypers(plan.COSTS, price=price)

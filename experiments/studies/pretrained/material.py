@@ -65,7 +65,9 @@ class Material:
     """Windows of T tokens. Window i of a kind and a split is a function of these alone: documents take turns in an
     order that is drawn once, and a window begins anywhere in its document."""
 
-    def __init__(self, tokenizer: Tokenizer, *, length: int, window: int, corpora: Optional[Mapping[str, str]] = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, length: int, window: int, corpora: Optional[Mapping[str, str]] = None
+    ) -> None:
         self.length, self.window = length, window
         self._tokenizer = tokenizer
         self._own = dict(corpora or {})  # Another corpus in the place of one, for small trials.

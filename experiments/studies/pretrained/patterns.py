@@ -11,8 +11,8 @@ from meta_attention_jax.console import say
 
 
 def read_all(study: Study, count: int) -> None:
-    """Every k-th layer, the best layers (an order for each task, and one for all), the best KV heads, tables by token id
-    and by position."""
+    """Every k-th layer, the best layers (an order for each task, and one for all), the best KV heads, tables by token
+    id and by position."""
     reader, layers = study.reader, study.reader.layers
     config = reader.model.config
 

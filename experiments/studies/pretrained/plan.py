@@ -15,9 +15,9 @@ the model's weights, at the speed of these), a training step through the whole m
 | T 1,024 and 4,096 | the three best, 50 and 20 windows | | 1.5 |
 | a second model | | | 1.5 |
 
-Cut to fit, in the order asked for: shares of 10 and 50 % but for the fixed patterns (50 % is what they are compared at),
-16 needles, code and 4 needles but for the arms that matter there. The seeds of routers trained by the local ELBO take
-turns over the windows (every window is read by one seed of each); those trained end to end read them all.
+Cut to fit, in the order asked for: shares of 10 and 50 % but for the fixed patterns (50 % is what they are compared
+at), 16 needles, code and 4 needles but for the arms that matter there. The seeds of routers trained by the local ELBO
+take turns over the windows (every window is read by one seed of each); those trained end to end read them all.
 """
 
 from __future__ import annotations
@@ -52,10 +52,14 @@ ARMS = ("softmax", "cost_penalty", "bayesian_mean", "bayesian_beta0", "bayesian"
 ROUTER = {"bayesian_beta0": "bayesian"}  # The controller of an arm, where it has another name.
 
 
-def config(backbone: str) -> ConfigDict:
-    """What is routed, and how: T 512, a window of 64, 4 sinks."""
+LENGTH, WINDOW = 512, 64
+
+
+def config(backbone: str, length: int = LENGTH, window: int = WINDOW) -> ConfigDict:
+    """What is routed, and how; 4 sinks."""
     made = retrofit_smollm2.get_config()
     made.retrofit.backbone = backbone
+    made.data.sequence_length, made.model.window = length, window
     made.prior.costs = ",".join(f"{cost:g}" for cost in COSTS)
     return made
 

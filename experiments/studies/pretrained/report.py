@@ -64,11 +64,14 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
                        (np.array([row["seed"] == seed for row in own]) for seed in seeds)]
             line = {
                 "task": kind, "arm": arm, "windows": len({row["window"] for row in own}),
-                "documents": len(set(documents)), "seeds": len(seeds), "share": float(np.mean([r["share"] for r in own])),
+                "documents": len(set(documents)), "seeds": len(seeds),
+                "share": float(np.mean([row["share"] for row in own])),
                 "nll": float(np.average([row["nll"] for row in own], weights=tokens)),
                 "above": middle, "above_low": low, "above_high": high,
                 "seed_pm": interval(of_seed)[1] if len(seeds) > 1 else None,
             }
+            if "flops" in own[0]:
+                line["flops"] = float(np.mean([row["flops"] for row in own]))
             if own[0]["exact"] is not None:
                 right = np.array([row["exact"] for row in own], float)
                 line["exact"], line["exact_low"], line["exact_high"] = bootstrap(
@@ -141,6 +144,7 @@ COLUMNS = [
     analysis.Column("above", "above full", "+.4f"), analysis.Column("interval", "95 %, documents"),
     analysis.Column("seed_pm", "± 95 %, 3 seeds", ".4f"), analysis.Column("exact", "exact", ".0%"),
 ]
+FLOPS = analysis.Column("flops", "attention FLOPs executed", ".1%")
 DIFFERENCES = [
     analysis.Column("task", "text"), analysis.Column("arm", "arm"), analysis.Column("other", "less that of"),
     analysis.Column("windows", "windows", "d"), analysis.Column("share", "on full", ".1%"),
@@ -263,7 +267,8 @@ def further(choices: Mapping[str, Any]) -> list[str]:
     """Sections of the parts that have been run."""
     sections = (
         ("Uncertainty", "Gain: how much of the way from random order to the order by harm itself a measure goes, at "
-         "lambda 0; harm against full attention everywhere, and against the same router soft. Bootstrap over documents.",
+         "lambda 0; harm against full attention everywhere, and against the same router soft. Bootstrap over "
+         "documents.",
          gain_lines(choices), GAINS),
         ("Calibration", "E pi_full of every token and layer in full attention's stream against the oracle's label "
          "(a window would change the layer's output by 8 % of the stream's norm).",
@@ -292,7 +297,8 @@ def page(rows: Rows, choices: Mapping[str, Any]) -> str:
     )
     parts = [
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
-        "## Arms", analysis.markdown_table(lines(rows), COLUMNS), "## Differences",
+        "## Arms", analysis.markdown_table(lines(rows), [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
+        "## Differences",
         "In pairs of windows; below 0 the first is better. `at its share`: between the numbers of layers next to it.",
         analysis.markdown_table(differences, DIFFERENCES),
         "## Settings", "Of the harm of a window everywhere (the change of every layer's output), what is left on "

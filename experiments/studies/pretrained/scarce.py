@@ -1,9 +1,9 @@
-"""Does the prior do what it says? Its strength and preference against share, harm and uncertainty, with the controllers'
-data reduced to a few windows; and controllers that were trained on prose, read on code.
+"""Does the prior do what it says? Its strength and preference against share, harm and uncertainty, with the
+controllers' data reduced to a few windows; and controllers that were trained on prose, read on code.
 
-A prior should help most where data is scarce. Trained by the local ELBO on n windows of the mixture (drawn anew for each
-seed) for as many steps as ever, every point is judged by the harm that it leaves on 20 validation windows at a share of
-20 and 30 %, by its own share at lambda 0, and by its uncertainty; the two arms and a prior-free one of each n also by
+A prior should help most where data is scarce. Trained by the local ELBO on n windows of the mixture (drawn anew for
+each seed) for as many steps as ever, every point is judged by the harm that it leaves on 20 validation windows at a
+share of 20 and 30 %, by its own share at lambda 0, and by its uncertainty; the two arms and a prior-free one of each n also by
 nats on held-out windows.
 """
 
@@ -99,9 +99,8 @@ def read_all(study: Study, count: int) -> None:
 
     def jobs(window: Window) -> list[Job]:
         return [
-            (f"{arm} of {data.split()[0]} windows@0.3", seed, 0.3, end_to_end.reading(study, known[arm, data, seed], price))
-            for (arm, data, seed), price in prices.items()
-            if window.kind in plan.MAIN or data == PROSE
+            (f"{key[0]} of {key[1].split()[0]} windows@0.3", key[2], 0.3, end_to_end.reading(study, known[key], price))
+            for key, price in prices.items() if window.kind in plan.MAIN or key[1] == PROSE
         ]
 
     study.read((*plan.MAIN, "code"), min(count, READ_WINDOWS), jobs)

@@ -39,7 +39,8 @@ class Record:
         if self._choices.is_file():
             self.choices = json.loads(self._choices.read_text(encoding="utf-8"))
             expect(self.choices["about"] == about, "out", f"a record of {about}", self.choices["about"])
-        out.mkdir(parents=True, exist_ok=True)
+        else:
+            write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
 
     def choose(self, name: str, found: Callable[[], Any]) -> Any:
         """What was chosen under a name, or is now."""
@@ -88,8 +89,10 @@ class Study:
 
     def __init__(
         self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
-        corpora: Optional[Mapping[str, str]] = None,
+        corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None,
     ) -> None:
+        """`base`: the study at the length that controllers were trained at; None: this one."""
+        self.base = base or self
         build.check(config)
         params, tokenizer = backbone.load(config), backbone.described(config)[1]
         expect(tokenizer is not None, "backbone", "a model with its tokenizer.json", config.retrofit.backbone)
@@ -140,9 +143,12 @@ class Study:
         """Gives their gigabytes back."""
         self._pools.clear()
 
-    def read(self, kinds: Sequence[str], count: int, jobs: Callable[[Window], list[Job]]) -> None:
+    def read(
+        self, kinds: Sequence[str], count: int, jobs: Callable[[Window], list[Job]],
+        besides: Callable[[Read], dict[str, Any]] = lambda read: {},
+    ) -> None:
         """Reads windows by all jobs that the plan wants and that are not done, the kinds in turn, window by window: of
-        whatever time there is, every kind and arm has its part."""
+        whatever time there is, every kind and arm has its part. `besides`: what else a row says of a reading."""
         began = time.monotonic()
         for number in range(count):
             for kind in kinds:
@@ -150,7 +156,8 @@ class Study:
                 for arm, seed, asked, read in jobs(window):
                     if plan.wanted(kind, arm) and (kind, number, arm, seed) not in self.record.done:
                         self.check_time()
-                        self.record.add(row_of(window, arm, seed, asked, read(window)))
+                        seen = read(window)
+                        self.record.add(row_of(window, arm, seed, asked, seen) | besides(seen))
             if number % 5 == 4:
                 say(f"windows {number + 1}/{count} of each kind, {(time.monotonic() - began) / 60:.0f} min, "
                     f"{len(self.record.rows):,} rows")
