@@ -3,8 +3,8 @@ controllers' data reduced to a few windows; and controllers that were trained on
 
 A prior should help most where data is scarce. Trained by the local ELBO on n windows of the mixture (drawn anew for
 each seed) for as many steps as ever, every point is judged by the harm that it leaves on 20 validation windows at a
-share of 20 and 30 %, by its own share at lambda 0, and by its uncertainty; the two arms and a prior-free one of each n also by
-nats on held-out windows.
+share of 20 and 30 %, by its own share at lambda 0, and by its uncertainty; the Bayesian and the cost-penalty arm of
+each n also by nats on held-out windows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,371 @@
+"""The packed kernel of TPUs: a list of tiles, one step of a dynamic grid each, by Pallas with scalar prefetch.
+
+As `portable`, an online softmax (Dao et al., arXiv 2205.14135) meets the tiles of keys that the work list names, and no
+others, in both directions. Forward and for dQ the list has the tiles of every block of queries, one after the other; for
+dK and dV the blocks that meet every tile of keys. What a step needs is fetched while the one before it computes, and
+what it shares with that one stays. Queries are packed before and outputs put at their tokens behind, by XLA, for a TPU
+cannot read scattered rows. No sum depends on timing: results are the same every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Int
+
+from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels.portable import LogSumExp
+from meta_attention_jax.kernels.worklist import Sizes, WorkList
+from meta_attention_jax.mechanisms.blocks import MASKED, capped, capped_slope
+from meta_attention_jax.types import Keys, Queries, Values
+
+LANES = 128
+_TILE_BITS, _FLAG_BITS = 13, 3
+WHOLE, FIRST, LAST = 1, 2, 4
+"""Flags of a step: every query sees every key; the first and the last step of what it adds to."""
+
+
+def sizes_for(dim: int, time: int) -> Sizes:
+    """Queries of a block and keys of a tile, by head width: large, for a step has its price, and small enough that the
+    squares of the backward pass fit the memory of the core. Not timed on a TPU."""
+    most = 512 if dim <= 128 else 256
+    size = min(most, max(LANES, 1 << (time - 1).bit_length()))
+    return Sizes(size, size)
+
+
+class Steps(NamedTuple):
+    """What the grid goes through."""
+
+    count: Int[Array, ""]
+    # A number each: the block, the tile (of its sequence), and the flags.
+    packed: Int[Array, "steps"]
+    row: Int[Array, "blocks"]  # Sequence of every block.
+    slot: Int[Array, "blocks"]  # Its place among the blocks of its sequence.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend(
+    q: Queries, k: Keys, v: Values, work: WorkList, softcap: Optional[float] = None, interpret: bool = False
+) -> tuple[Queries, LogSumExp]:
+    """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, 0 elsewhere; and the log-sum-exp of their
+    logits, float32, 0 elsewhere. The list's sizes are one for all mechanisms. Softmax and sums in float32; products of
+    float32 as `jax.default_matmul_precision` says."""
+    return _attend_forward(q, k, v, work, softcap, interpret)[0]
+
+
+def _attend_forward(q, k, v, work, softcap, interpret):
+    out, lse = _forward(_state(q, k, v, work), work, softcap, interpret)
+    result = _at_tokens(out, work).astype(q.dtype), _at_tokens(lse[..., None], work)[..., 0].transpose(0, 2, 1)
+    return result, (q, k, v, work, *result)
+
+
+def _attend_backward(softcap, interpret, saved, cotangents):
+    """With P = softmax, L = log-sum-exp: dV = P^T dO, dS = P (dO V^T - sum_d dO O + dL), dQ = dS K, dK = dS^T Q."""
+    q, k, v, work, out, lse = saved
+    d_out, d_lse = cotangents
+    mean = jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
+    state = _state(q, k, v, work)
+    # An infinite log-sum-exp makes every weight of a slot that fills a block 0.
+    top = jnp.where(_valid(work)[:, None], _packed(lse.transpose(0, 2, 1)[..., None], work)[..., 0], jnp.inf)
+    given = (_packed(d_out.astype(q.dtype), work), top, _packed(mean.transpose(0, 2, 1)[..., None], work)[..., 0])
+    dq = _backward_q(state, given, work, softcap, interpret)
+    dk, dv = _backward_kv(state, given, work, softcap, interpret)
+    back = lambda x, like: x[:, :, : like.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)  # noqa: E731
+    return _at_tokens(dq, work).astype(q.dtype), back(dk, k), back(dv, v), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+class _State(NamedTuple):
+    """Everything that the kernels read but for cotangents; slots and keys filled up to whole blocks and tiles."""
+
+    q: Array  # [batch head slot dim]
+    k: Array  # [batch kv_head key dim]
+    v: Array
+    bounds: Int[Array, "batch 8 slot"]  # First and last key of the window of a slot, and of its sinks, the last excluded.
+
+
+def _state(q, k, v, work):
+    expect(len(set(work.sizes)) == 1, "work", "a list of one size for all mechanisms", work.sizes)
+    fill = -q.shape[1] % work.sizes[0].tile
+    keys, values = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (k, v))
+    sinks = (work.sink_first, work.sink_last) if work.sink_first is not None else ()
+    rows = [_filled(x, work) for x in (work.first, work.last, *sinks)]
+    nothing = jnp.zeros_like(rows[0])
+    bounds = jnp.stack(rows + [nothing] * (8 - len(rows)), axis=1)
+    return _State(_packed(q, work), keys, values, bounds)
+
+
+def _slots(work: WorkList) -> int:
+    block = work.sizes[0].block
+    return -(-work.order.shape[1] // block) * block
+
+
+def _filled(x, work):
+    return jnp.pad(x, ((0, 0), (0, _slots(work) - x.shape[1])))
+
+
+def _valid(work: WorkList) -> Bool[Array, "batch slot"]:
+    """Slots that do not only fill a block."""
+    return _filled((work.order < work.slot.shape[1]).astype(jnp.int32), work) > 0
+
+
+def _packed(x, work):
+    """[batch time head dim] -> [batch head slot dim]."""
+    time = x.shape[1]
+    at = _filled(jnp.where(work.order < time, work.order, work.order - time), work)
+    return jax.vmap(lambda x, at: x[at])(x, at).transpose(0, 2, 1, 3)
+
+
+def _at_tokens(x, work):
+    """[batch head slot dim] -> [batch time head dim], 0 at tokens of no packed mechanism."""
+    slots = work.order.shape[1]
+    taken = jax.vmap(lambda x, at: x[:, at])(x, jnp.minimum(work.slot, slots - 1)).transpose(0, 2, 1, 3)
+    return jnp.where((work.slot < slots)[..., None, None], taken, 0)
+
+
+def _meetings(work: WorkList) -> tuple[Array, Array, Array, Array]:
+    """Of every block and tile: whether they meet, and whether all of it is seen; sequence and place of every block."""
+    block, tile = work.sizes[0]
+    tiles = jnp.arange(-(-work.slot.shape[1] // tile), dtype=jnp.int32)[None]
+    meets, whole = [], []
+    for blocks in work.blocks:
+        exists = (jnp.arange(blocks.row.shape[0], dtype=jnp.int32) < blocks.count)[:, None]
+        between = lambda low, high: (low[:, None] <= tiles) & (tiles < high[:, None])  # noqa: E731
+        near, sinks = between(blocks.low, blocks.high), between(blocks.sink_low, blocks.sink_high)
+        meets.append(exists & (near | sinks))
+        whole.append(between(blocks.whole, blocks.whole_end))
+    row, slot = (jnp.concatenate([getattr(b, name) for b in work.blocks]) for name in ("row", "slot"))
+    return jnp.concatenate(meets), jnp.concatenate(whole), row, slot // block
+
+
+def _steps(meets: Bool[Array, "outer inner"], whole: Array, pack: Callable[..., Array], row, slot) -> Steps:
+    """The meetings in order, those of one outer index together; `pack` makes a number of both indices."""
+    outer, inner = jnp.nonzero(meets, size=meets.size, fill_value=0)
+    count = meets.sum(dtype=jnp.int32)
+    outer, inner, index = outer.astype(jnp.int32), inner.astype(jnp.int32), jnp.arange(meets.size, dtype=jnp.int32)
+    new = jnp.concatenate([jnp.ones(1, bool), outer[1:] != outer[:-1]]) | (index == 0)
+    ends = jnp.concatenate([outer[1:] != outer[:-1], jnp.ones(1, bool)]) | (index == count - 1)
+    flags = WHOLE * whole[outer, inner] + FIRST * new + LAST * ends
+    return Steps(count, (pack(outer, inner) << _FLAG_BITS) | flags.astype(jnp.int32), row, slot)
+
+
+def _check(blocks: int, tiles: int) -> None:
+    most = 1 << (31 - _TILE_BITS - _FLAG_BITS)
+    expect(tiles <= 1 << _TILE_BITS, "time", f"at most {1 << _TILE_BITS} tiles of keys", tiles)
+    expect(blocks <= most, "batch", f"at most {most} blocks of queries", blocks)
+
+
+def _by_block(work: WorkList) -> Steps:
+    meets, whole, row, slot = _meetings(work)
+    _check(*meets.shape)
+    return _steps(meets, whole, lambda n, j: (n << _TILE_BITS) | j, row, slot)
+
+
+def _by_tile(work: WorkList) -> Steps:
+    """The blocks of every tile of every sequence; a tile that nobody sees has one step, of no block, that writes 0."""
+    meets, whole, row, slot = _meetings(work)
+    _check(meets.shape[0] + 1, meets.shape[1])
+    batch, tiles = work.slot.shape[0], meets.shape[1]
+    mine = row[None, None] == jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    seen = (mine & meets.T[None]).reshape(batch * tiles, -1)
+    alone = ~seen.any(axis=1, keepdims=True)
+    whole = jnp.broadcast_to(whole.T[None], (batch, *whole.T.shape)).reshape(seen.shape)
+    none = jnp.zeros_like(alone)
+
+    def pack(outer, inner):
+        return (inner << _TILE_BITS) | (outer % tiles)
+
+    # The sequence of a step of no block is its tile's: such blocks come behind the others, one a sequence.
+    empty = alone.reshape(batch, tiles)
+    columns = [jnp.where(jnp.arange(batch)[:, None] == b, empty, False).reshape(-1, 1) for b in range(batch)]
+    seen, whole = jnp.concatenate([seen, *columns], 1), jnp.concatenate([whole, *[none] * batch], 1)
+    row = jnp.concatenate([row, jnp.arange(batch, dtype=jnp.int32)])
+    return _steps(seen, whole, pack, row, jnp.concatenate([slot, jnp.zeros(batch, jnp.int32)]))
+
+
+def _of(packed):
+    """(block, tile, flags) of a step."""
+    mask = np.int32((1 << _TILE_BITS) - 1)
+    return packed >> (_TILE_BITS + _FLAG_BITS), (packed >> _FLAG_BITS) & mask, packed & np.int32((1 << _FLAG_BITS) - 1)
+
+
+def _flag(flags, which: int):
+    return (flags & np.int32(which)) != 0
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _allowed(bounds, tile, keys: int):
+    """Keys of a tile within reach of each query: [queries keys]."""
+    key = tile * keys + jax.lax.broadcasted_iota(jnp.int32, (bounds.shape[2], keys), 1)
+    first, last, sink_first, sink_last = (bounds[0, i, :][:, None] for i in range(4))
+    return ((first <= key) & (key <= last)) | ((sink_first <= key) & (key < sink_last))
+
+
+def _masked(logits, allowed, flags, otherwise):
+    """Only what is not seen whole has to be masked."""
+    return jax.lax.cond(_flag(flags, WHOLE), lambda: logits, lambda: jnp.where(allowed(), logits, otherwise))
+
+
+def _call(
+    kernel: Callable[..., None], steps: Steps, grid: Sequence[Any], inputs: Sequence[tuple[Array, pl.BlockSpec]],
+    outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: Sequence[tuple[int, ...]], interpret: bool,
+) -> list[Array]:
+    # Inside `shard_map` outputs vary over the mesh as what they are made of does.
+    varying = jax.typeof(inputs[0][0]).manual_axis_type
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3, grid=tuple(grid), in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    )
+    made = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x, _ in outputs]
+    call = pl.pallas_call(kernel, grid_spec=spec, out_shape=made, interpret=interpret)
+    return call(steps.packed, steps.row, steps.slot, *(array for array, _ in inputs))
+
+
+def _forward(state: _State, work: WorkList, softcap, interpret):
+    (batch, heads, slots, dim), (block, tile) = state.q.shape, work.sizes[0]
+    group, scale, steps = heads // state.k.shape[1], dim**-0.5, _by_block(work)
+
+    def kernel(packed, row, slot, q, k, v, bounds, out, lse, top, total, acc):
+        del row, slot
+        _, j, flags = _of(packed[pl.program_id(1)])
+
+        @pl.when(_flag(flags, FIRST))
+        def _():
+            # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
+            top[...] = jnp.full_like(top, MASKED / 2)
+            total[...] = jnp.zeros_like(total)
+            acc[...] = jnp.zeros_like(acc)
+
+        logits = capped(_dot(q[0, 0], k[0, 0], 1, 1) * scale, softcap)
+        logits = _masked(logits, lambda: _allowed(bounds, j, tile), flags, MASKED)
+        before = top[...]
+        new = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+        weights, decay = jnp.exp(logits - new[:, :1]), jnp.exp(before - new)
+        total[...] = total[...] * decay + weights.sum(axis=1, keepdims=True)
+        acc[...] = acc[...] * decay[:, :1] + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
+        top[...] = new
+
+        @pl.when(_flag(flags, LAST))
+        def _():
+            out[0, 0] = (acc[...] / total[:, :1]).astype(out.dtype)
+            lse[0, 0] = (top[...] + jnp.log(total[...]))[:, :8].T
+
+    of_block = pl.BlockSpec((1, 1, block, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, s[_of(p[i])[0]], 0))
+    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h // group, _of(p[i])[1], 0))
+    of_bounds = pl.BlockSpec((1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
+    of_lse = pl.BlockSpec((1, 1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, 0, s[_of(p[i])[0]]))
+    out, lse = _call(
+        kernel, steps, (heads, steps.count),
+        ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds)),
+        ((jax.ShapeDtypeStruct(state.q.shape, state.q.dtype), of_block),
+         (jax.ShapeDtypeStruct((batch, heads, 8, slots), jnp.float32), of_lse)),
+        ((block, LANES), (block, LANES), (block, dim)), interpret,
+    )
+    return out, lse[:, :, 0]
+
+
+def _weights(q, k, bounds, lse, j, flags, tile: int, scale: float, softcap):
+    """(P, d logits / d products) of a block and a tile: [queries keys]."""
+    logits = capped(_dot(q, k, 1, 1) * scale, softcap)
+    weights = jnp.exp(logits - lse[0, 0, 0, :][:, None])
+    weights = _masked(weights, lambda: _allowed(bounds, j, tile), flags, 0.0)
+    return weights, capped_slope(logits, softcap) * scale
+
+
+def _rows(x: Array) -> Array:
+    """[batch head slot] with eight rows, the least that a step can fetch."""
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], 8, x.shape[2]))
+
+
+def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
+    d_out, lse, mean = given
+    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
+    group, scale, steps = heads // state.k.shape[1], dim**-0.5, _by_block(work)
+
+    def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dq, acc):
+        del row, slot
+        _, j, flags = _of(packed[pl.program_id(1)])
+
+        @pl.when(_flag(flags, FIRST))
+        def _():
+            acc[...] = jnp.zeros_like(acc)
+
+        weights, slope = _weights(q[0, 0], k[0, 0], bounds, lse, j, flags, tile, scale, softcap)
+        d_logits = weights * (_dot(d_out[0, 0], v[0, 0], 1, 1) - mean[0, 0, 0, :][:, None]) * slope
+        acc[...] += _dot(d_logits.astype(k.dtype), k[0, 0], 1, 0)
+
+        @pl.when(_flag(flags, LAST))
+        def _():
+            dq[0, 0] = acc[...].astype(dq.dtype)
+
+    of_block = pl.BlockSpec((1, 1, block, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, s[_of(p[i])[0]], 0))
+    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h // group, _of(p[i])[1], 0))
+    of_bounds = pl.BlockSpec((1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
+    of_row = pl.BlockSpec((1, 1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, 0, s[_of(p[i])[0]]))
+    (dq,) = _call(
+        kernel, steps, (heads, steps.count),
+        ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
+         (_rows(lse), of_row), (_rows(mean), of_row)),
+        ((jax.ShapeDtypeStruct(state.q.shape, state.q.dtype), of_block),), ((block, dim),), interpret,
+    )
+    return dq
+
+
+def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
+    d_out, lse, mean = given
+    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
+    kv_heads = state.k.shape[1]
+    group, scale, steps = heads // kv_heads, dim**-0.5, _by_tile(work)
+    blocks = steps.row.shape[0] - work.slot.shape[0]  # From there on they are of no block.
+
+    def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dk, dv, acc_k, acc_v):
+        del row, slot
+        n, j, flags = _of(packed[pl.program_id(1)])
+        member = pl.program_id(2)
+
+        @pl.when(_flag(flags, FIRST) & (member == 0))
+        def _():
+            acc_k[...] = jnp.zeros_like(acc_k)
+            acc_v[...] = jnp.zeros_like(acc_v)
+
+        @pl.when(n < blocks)
+        def _():
+            weights, slope = _weights(q[0, 0], k[0, 0], bounds, lse, j, flags, tile, scale, softcap)
+            d_logits = weights * (_dot(d_out[0, 0], v[0, 0], 1, 1) - mean[0, 0, 0, :][:, None]) * slope
+            acc_v[...] += _dot(weights.astype(d_out.dtype), d_out[0, 0], 0, 0)
+            acc_k[...] += _dot(d_logits.astype(q.dtype), q[0, 0], 0, 0)
+
+        @pl.when(_flag(flags, LAST) & (member == group - 1))
+        def _():
+            dk[0, 0] = acc_k[...].astype(dk.dtype)
+            dv[0, 0] = acc_v[...].astype(dv.dtype)
+
+    head = lambda g, m: g * group + m  # noqa: E731
+    of_block = pl.BlockSpec((1, 1, block, dim), lambda g, i, m, p, r, s: (
+        r[_of(p[i])[0]], head(g, m), s[_of(p[i])[0]], 0
+    ))
+    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda g, i, m, p, r, s: (r[_of(p[i])[0]], g, _of(p[i])[1], 0))
+    of_bounds = pl.BlockSpec((1, 8, block), lambda g, i, m, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
+    of_row = pl.BlockSpec((1, 1, 8, block), lambda g, i, m, p, r, s: (
+        r[_of(p[i])[0]], head(g, m), 0, s[_of(p[i])[0]]
+    ))
+    made = jax.ShapeDtypeStruct(state.k.shape, state.k.dtype)
+    return _call(
+        kernel, steps, (kv_heads, steps.count, group),
+        ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
+         (_rows(lse), of_row), (_rows(mean), of_row)),
+        ((made, of_tile), (made, of_tile)), ((tile, dim), (tile, dim)), interpret,
+    )
