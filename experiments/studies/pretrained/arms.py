@@ -26,6 +26,7 @@ from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.types import RoutingHypers
 
 FULL, LOCAL = 0, 1
+SHRUNK = 4
 Full = Bool[np.ndarray, "layer time"]
 Scores = Float[np.ndarray, "layer time"]
 
@@ -164,10 +165,10 @@ def spread(layers: int, share: float) -> list[int]:
 
 
 def token_table(pool: Pool, tokens: Int[np.ndarray, "token"], vocabulary: int) -> Float[np.ndarray, "layer vocab"]:
-    """Mean harm of every token id and layer over training text; the layer's own mean for those never seen."""
+    """Mean harm of every token id and layer over training text, with the layer's own mean as four more of each."""
     counts = np.bincount(tokens, minlength=vocabulary)
     table = np.stack([np.bincount(tokens, harm, minlength=vocabulary) for harm in pool.harm])
-    return np.where(counts > 0, table / np.maximum(counts, 1), pool.harm.mean(1, keepdims=True))
+    return (table + SHRUNK * pool.harm.mean(1, keepdims=True)) / (counts + SHRUNK)
 
 
 def place_table(pool: Pool) -> Float[np.ndarray, "layer time"]:
@@ -176,15 +177,19 @@ def place_table(pool: Pool) -> Float[np.ndarray, "layer time"]:
     return np.stack([np.bincount(pool.position, harm) for harm in pool.harm]) / counts
 
 
-def disordered(full: Full, rng: np.random.Generator, how: str) -> Full:
-    """The routes shuffled over the tokens of every layer, or drawn anew at the rate of every layer."""
+def disordered(full: Full, rng: np.random.Generator, how: str, begin: int = 0) -> Full:
+    """The routes shuffled over the tokens of every layer from `begin` on (before, window and sinks are the whole past),
+    or drawn anew there at the rate of every layer."""
+    early, late = full[:, :begin], full[:, begin:]
     if how == "shuffled":
-        return np.stack([rng.permuted(row) for row in full])
-    return rng.random(full.shape) < full.mean(axis=-1, keepdims=True)
+        late = np.stack([rng.permuted(row) for row in late])
+    else:
+        late = rng.random(late.shape) < late.mean(axis=-1, keepdims=True)
+    return np.concatenate([early, late], axis=1)
 
 
 def threshold_at(
-    share: float, windows: Sequence[Window], read: Callable[[Window, float], Read], start: float, rounds: int = 3
+    share: float, windows: Sequence[Window], read: Callable[[Window, float], Read], start: float, rounds: int = 2
 ) -> tuple[float, float]:
     """(the threshold on z at which `share` of the token-layers are on full attention, the share of the last reading),
     mean over kinds of windows. Routes change the streams, so it is read again at what the last reading asked for."""

@@ -5,10 +5,10 @@ python -m experiments.studies.pretrained.compare --out=experiments/results/pretr
     [--windows=100] [--minutes=45]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
-goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation
-before any held-out window was read: settings, orders of layers and heads, thresholds. Trained controllers lie in the
-workdir; where they are gone, they are trained again, the same to rounding. Each time it ends it writes the tables,
-pictures and page.
+goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation:
+settings, orders of layers and heads, thresholds; `found.json` what was found and is no row. Trained controllers lie in
+the workdir; where they are gone, they are trained again, the same to rounding, and their thresholds found again. Each
+time it ends it writes the tables, pictures and page.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def main() -> None:
             longer = plan.config(BACKBONE.value, LENGTH.value, WINDOW.value)
             out = out / f"T{LENGTH.value}"
             study = Study(longer, out, workdir, MINUTES.value, base=study)
+    study.record.began(CHOSEN.value)
     try:
         for part in CHOSEN.value:
             PARTS[part](study, WINDOWS.value)

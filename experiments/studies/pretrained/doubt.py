@@ -4,13 +4,13 @@ Harm of a token: its nats, hard, less those of full attention everywhere ("full"
 soft ("soft"). A measure of a token is its mean over layers. `gain`: how much of the way from random order to the order
 by harm itself a measure goes (`statistics.risk_coverage`). Calibration: E pi_full of every token and layer, in full
 attention's stream, against the oracle's label d >= 0.08^2. Caution: tokens of high uncertainty go to full attention;
-what that buys against what a price buys at the same share. With two mechanisms the entropy of E pi falls as E pi_full
-leaves 1/2, so caution by entropy is a price; mutual information, vacuity and the Dirichlet's entropy need not be.
+from the routes of 20 % to 30, what that buys against what a price buys at the same share. With two mechanisms the
+entropy of E pi falls as E pi_full leaves 1/2, so caution by entropy is a price; mutual information and vacuity need not
+be.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,15 +20,15 @@ import numpy as np
 
 from experiments.studies.pretrained import end_to_end, local, plan, routers
 from experiments.studies.pretrained.arms import Read
-from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import Window
+from experiments.studies.pretrained.routers import Trained
 from experiments.studies.pretrained.study import Job, Study
 from meta_attention_jax.analysis.statistics import calibration, risk_coverage
 from meta_attention_jax.console import say
 from meta_attention_jax.controller.uncertainty import MEASURES
 
 KINDS = ("prose", "repeat", "code")
-CAUTIOUS = (0.05, 0.1)  # Shares of the token-layers that are sent to full attention besides.
+CAUTIOUS, CAUTIOUS_SHARES = ("mutual_information", "vacuity"), (0.3,)  # From the price of 20 %.
 
 
 def measures(read: Read) -> dict[str, np.ndarray]:
@@ -70,103 +70,110 @@ def gains(parts: Sequence[Any], documents: Sequence[int], draws: int = 200) -> l
     return rows
 
 
-def calibrated(
-    study: Study, point: Point, params: Any, controller: Any, windows: Sequence[Window]
-) -> dict[str, Any]:
-    """E pi_full in full attention's stream against the oracle's label."""
-    pool = local.collect(study.reader.model.config, study.reader.params, windows, (False,), lambda words: None)
-    _, mean = local.scores(controller, params, pool, point, plan.COSTS)
-    label = pool.harm >= local.TOLERANCE**2
-    return {**calibration(mean.ravel(), label.ravel()), "labelled": float(label.mean()), "mean": float(mean.mean())}
-
-
-def cautious(read: Read, measure: str, share: float) -> np.ndarray:
-    """The hard routes, and a share more: of the tokens and layers of the window those most in doubt."""
-    u = measures(read)[measure] if measure != "random" else np.random.default_rng(0).random(read.full.shape)
-    u = np.where(read.full, -np.inf, u)
-    most = np.argsort(-u, axis=None, kind="stable")[: round(share * u.size)]
-    added = np.zeros(u.size, bool)
-    added[most] = True
-    return read.full | (added.reshape(u.shape) & ~read.full)
+def caution(read: Read, measure: str, price: float) -> Read:
+    """The same reading, its score one that a threshold on doubt is found by: what is on full attention by the price is
+    so at any threshold."""
+    return read._replace(z=np.where(read.z > price, np.inf, measures(read)[measure]))
 
 
 def read_all(study: Study, count: int) -> None:
     """Gains, calibration and caution of the arms that are there, on a third of the windows."""
     own = max(count // 3, 1)
-    for arm, known in routed_arms(study).items():
-        study.record.choose(f"doubt {arm}", lambda: gains_of(study, known, own))  # noqa: B023
-        study.record.choose(f"calibration {arm}", lambda: calibration_of(study, known))  # noqa: B023
-    arms = {arm: known for arm, known in routed_arms(study).items() if arm.endswith("bayesian")}
-    study.read(plan.MAIN, own, lambda window: caution_jobs(study, arms, window))
+    known = {(arm, seed, share): one for (arm, seed, share), one in routed_arms(study).items()}
+    for arm in dict.fromkeys(arm for arm, _, share in known if share == 0.3):
+        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS}
+        study.record.find(f"doubt {arm}", lambda: gains_of(study, arm, mine, own))  # noqa: B023
+    study.record.find("calibration", lambda: calibration_of(study, known))
+    bayesian = [arm for arm in dict.fromkeys(arm for arm, *_ in known) if arm.endswith("bayesian")]
+    thetas = {
+        (arm, seed, measure, share): threshold_of(study, arm, seed, known[arm, seed, 0.2], measure, share)
+        for arm in bayesian for seed in plan.SEEDS for measure in CAUTIOUS for share in CAUTIOUS_SHARES
+    }
+
+    def jobs(window: Window) -> list[Job]:
+        turn = window.turn(len(plan.SEEDS))
+        return [
+            (f"{arm} cautious by {measure}@{share}", seed, share,
+             cautious(study, known[arm, seed, 0.2], price(study, arm, seed, known[arm, seed, 0.2], 0.2), measure, theta))
+            for (arm, seed, measure, share), theta in thetas.items() if seed == turn
+        ]
+
+    study.read(plan.MAIN, own, jobs)
 
 
-def routed_arms(study: Study) -> dict[str, dict[int, end_to_end.Trained]]:
-    """arm -> seed -> point and controllers: those of the local ELBO, and those trained end to end where they are."""
-    found: dict[str, dict[int, Any]] = {}
-    for (arm, seed), one in routers.routers(study).items():
-        if arm in plan.END_TO_END:
-            found.setdefault(f"local {arm}", {})[seed] = one
-    if "digests end to end" in study.record.choices:
-        for arm in plan.END_TO_END:
-            beta = end_to_end.chosen(study, arm)
-            found[arm] = {seed: end_to_end.trained(study, arm, beta, seed) for seed in plan.SEEDS}
+def price(study: Study, arm: str, seed: int, one: Trained, share: float) -> float:
+    """lambda of a router at a share, found before."""
+    name = f"{arm} {seed}" if arm.startswith("local ") else f"end to end {arm} {one.point.beta:g} {seed}"
+    return routers.price_at(study, name, one, share, 0.0)
+
+
+def cautious(study: Study, one: Trained, at: float, measure: str, theta: float) -> Callable[[Window], Read]:
+    """The package's gated mode: hard where u <= theta, else on full attention. A decision of the token alone."""
+    hypers = one.point.hypers(plan.COSTS, theta=theta, price=at)
+    return lambda window: study.reader.routed(
+        window, one.point.controller, one.params, hypers, mode="gated", uncertainty=measure, fallback="full"
+    )
+
+
+def threshold_of(study: Study, arm: str, seed: int, one: Trained, measure: str, share: float) -> float:
+    """theta at which the cautious router has a share on full attention, found on validation."""
+    at = price(study, arm, seed, one, 0.2)
+
+    def read(window: Window, threshold: float) -> Read:
+        theta = float(np.exp(threshold)) if MEASURES[measure].log else threshold
+        # At a theta of 0 nothing is hard.
+        theta = float(np.clip(theta, 1e-9, 1.0))
+        return caution(cautious(study, one, at, measure, theta)(window), measure, at)
+
+    found = study.threshold(f"caution {arm} {seed} {one.digest} {measure}@{share}", share, read,
+                            0.0 if MEASURES[measure].log else 1.0)
+    return float(np.clip(np.exp(found) if MEASURES[measure].log else found, 1e-9, 1.0))
+
+
+def routed_arms(study: Study) -> dict[tuple[str, int, float], Trained]:
+    """(arm, seed, share) -> the router: those of the local ELBO, and those trained end to end where they have read."""
+    local_ones = routers.routers(study, tuple(plan.END_TO_END))
+    found = {(f"local {arm}", seed, share): one for (arm, seed, share), one in local_ones.items()}
+    if any(row["arm"] == "bayesian@0.3" for row in study.record.rows):
+        for (arm, seed), one in end_to_end.known(study).items():
+            found |= {(arm, seed, share): one for share in plan.ROUTER_SHARES}
     return found
 
 
-def price_name(arm: str, point: Point, seed: int, share: float) -> str:
-    """What the price of a router at a share was chosen as."""
-    name = f"{arm} {seed}" if arm.startswith("local") else f"end to end {arm} {point.beta:g} {seed}"
-    return f"{name}@{share}"
-
-
-def gains_of(study: Study, known: Mapping[int, end_to_end.Trained], count: int) -> list[dict[str, Any]]:
-    """`gains` by kind of text, at lambda 0; the seeds in turn."""
+def gains_of(study: Study, arm: str, known: Mapping[int, Trained], count: int) -> list[dict[str, Any]]:
+    """`gains` by kind of text, at the price of 30 %; the seeds in turn."""
     rows = []
     for kind in KINDS:
-        windows = study.material.windows(kind, "test", count)
-        parts = []
+        windows, parts = study.material.windows(kind, "test", count), []
         for window in windows:
             study.check_time()
-            point, params = known[window.number % len(known)]
-            hard, soft = (functools.partial(
-                study.reader.routed, controller=point.controller, own=params, hypers=point.hypers(plan.COSTS), mode=mode
-            ) for mode in ("hard", "soft"))
+            seed = window.turn(len(known))
+            at = price(study, arm, seed, known[seed], 0.3)
+            hard, soft = (routers.reading(study, known[seed], at, mode=mode) for mode in ("hard", "soft"))
             parts.append(tokens_of(study, hard, soft, window))
         rows += [{"kind": kind, **row} for row in gains(parts, [window.document for window in windows])]
-        say(f"gains on {kind}: " + ", ".join(f"{r['measure']} {r['gain']:.2f}" for r in rows if r["kind"] == kind))
+        say(f"gains of {arm} on {kind}: "
+            + ", ".join(f"{row['measure']} {row['gain']:.2f}" for row in rows if row["kind"] == kind))
     return rows
 
 
-def calibration_of(study: Study, known: Mapping[int, end_to_end.Trained], count: int = 10) -> list[dict[str, Any]]:
-    """`calibrated` by kind and seed."""
-    rows = []
+def calibration_of(
+    study: Study, known: Mapping[tuple[str, int, float], Trained], count: int = 10
+) -> list[dict[str, Any]]:
+    """E pi_full in full attention's stream against the oracle's label, by kind, arm and seed, where window and sinks are
+    not the whole past."""
+    rows, begin = [], study.config.model.window + study.config.model.sinks
     for kind in KINDS:
         windows = study.material.windows(kind, "test", count)
-        for seed, (point, params) in known.items():
-            study.check_time()
-            controllers = params["layers"]["attention"]["controller"]
-            found = calibrated(study, point, controllers, routers.controller_of(study, point), windows)
-            rows.append({"kind": kind, "seed": seed, **found})
+        pool = local.collect(study.reader.model.config, study.reader.params, windows, (False,), lambda words: None)
+        pool = pool.at(np.flatnonzero(pool.position >= begin))
+        label = pool.harm >= local.TOLERANCE**2
+        for (arm, seed, share), one in known.items():
+            if share == 0.3:
+                study.check_time()
+                controllers = one.params["layers"]["attention"]["controller"]
+                _, mean = local.scores(routers.controller_of(study, one.point), controllers, pool, one.point, plan.COSTS)
+                found = calibration(mean.ravel(), label.ravel())
+                rows.append({"kind": kind, "arm": arm, "seed": seed, **found, "labelled": float(label.mean()),
+                             "mean": float(mean.mean())})
     return rows
-
-
-def caution_jobs(study: Study, arms: Mapping[str, Mapping[int, end_to_end.Trained]], window: Window) -> list[Job]:
-    """From the routes of 20 %: so many token-layers more, by each measure and at random."""
-    found: list[Job] = []
-    for arm, known in arms.items():
-        seed = window.number % len(known)
-        point, params = known[seed]
-        price = study.record.choices.get(f"threshold {price_name(arm, point, seed, 0.2)}")
-        if price is None:
-            continue
-        hypers = point.hypers(plan.COSTS, price=price)
-        base = functools.cache(lambda point=point, params=params, hypers=hypers: study.reader.routed(
-            window, point.controller, params, hypers
-        ))
-        for measure in (*(name for name, m in MEASURES.items() if m.of_posterior), "random"):
-            for share in CAUTIOUS:
-                def read(w, base=base, measure=measure, share=share):
-                    return study.reader.forced(w, cautious(base(), measure, share))
-
-                found.append((f"{arm} and {share:.0%} in doubt by {measure}@0.2", seed, 0.2 + share, read))
-    return found

@@ -9,14 +9,13 @@ Their goal: at least 30 % fewer executed at 4k tokens or more, at most 0.5 nats 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.pretrained import arms, doubt, plan
+from experiments.studies.pretrained import arms, doubt, plan, routers
 from experiments.studies.pretrained.arms import FULL, LOCAL, Read
 from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.study import Job, Study
@@ -30,6 +29,7 @@ SHARES = (0.3, 0.2)
 def executed(config: ModelConfig, read: Read) -> dict[str, Any]:
     """What a row says besides: attention FLOPs that packed dispatch executes for these routes, over those of full
     attention everywhere."""
+    expect(read.full.dtype == bool, "read", "whole layers, or tokens of them", "heads")
     flops = jax.device_get(_count(config, jnp.asarray(np.where(read.full, FULL, LOCAL)[:, None], jnp.int32)))
     return {"flops": round(float(flops.executed_packed / flops.full_only), 5)}
 
@@ -45,23 +45,21 @@ def read_all(study: Study, count: int) -> None:
     expect("layers" in choices, "parts", "patterns before long, for the order of layers", "none")
     reader, order = study.reader, choices["layers"]
 
-    def routed(arm: str, seed: int, share: float) -> Callable[[Window], Read]:
-        point, params = known[arm][seed]
-        hypers = point.hypers(plan.COSTS, price=choices[f"threshold {doubt.price_name(arm, point, seed, share)}"])
-        return lambda window: reader.routed(window, point.controller, params, hypers)
-
     def jobs(window: Window) -> list[Job]:
         time = len(window.tokens)
         every = np.ones((reader.layers, time), bool)
         found: list[Job] = [
-            ("full", 0, 1.0, lambda w: reader.forced(w, every)), ("local", 0, 0.0, lambda w: reader.forced(w, ~every)),
+            ("full", -1, 1.0, lambda w: reader.forced(w, every)),
+            ("local", -1, 0.0, lambda w: reader.forced(w, ~every)),
         ]
+        turn = window.turn(len(plan.SEEDS))
         for share in SHARES:
             best = arms.layer_mask(reader.layers, order[window.kind][: round(share * reader.layers)], time)
-            found.append((f"best layers@{share}", 0, share, lambda w, best=best: reader.forced(w, best)))
-            for arm in known:
-                seed = window.number % len(known[arm])
-                found.append((f"{arm}@{share}", seed, share, routed(arm, seed, share)))
+            found.append((f"best layers@{share}", -1, share, lambda w, best=best: reader.forced(w, best)))
+        for (arm, seed, share), one in known.items():
+            if seed == turn:
+                price = doubt.price(study.base, arm, seed, one, share)
+                found.append((f"{arm}@{share}", seed, share, routers.reading(study, one, price)))
         return found
 
     study.read(plan.MAIN, count, jobs, functools.partial(executed, reader.model.config))

@@ -49,6 +49,11 @@ class Window:
     tokens: Int[np.ndarray, "time"]
     targets: Int[np.ndarray, "time"]
     counted: Bool[np.ndarray, "time"]  # Prose and code behind the first window of attention, copies, answers.
+    lap: int = 0  # How often its document had been in turn before.
+
+    def turn(self, seeds: int) -> int:
+        """Which of so many seeds reads it, where they take turns: every document meets every seed in time."""
+        return (self.number + self.lap) % seeds
 
     def batch(self) -> Batch:
         """As the model takes it."""
@@ -110,7 +115,7 @@ class Material:
         counted = kinds == _COUNTED[made.task]
         if made.task == "prose":  # Before a window is full, it is full attention.
             counted &= np.arange(self.length) >= self.window
-        return Window(kind, number, document, tokens[:-1], tokens[1:], counted)
+        return Window(kind, number, document, tokens[:-1], tokens[1:], counted, number // len(order))
 
     def _written(self, config: TaskConfig) -> Writer:
         if self._writer is None:

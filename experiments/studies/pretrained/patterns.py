@@ -17,10 +17,12 @@ def read_all(study: Study, count: int) -> None:
     config = reader.model.config
 
     def ranked() -> dict[str, list[int]]:
-        lost = {
-            kind: arms.rank_layers(reader, study.material.windows(kind, "validation", 4)) for kind in plan.MAIN
-        }
-        lost["one"] = sum(values / values.sum() for values in list(lost.values()))
+        of = lambda kind, number: study.material.windows(kind, "validation", number)  # noqa: E731
+        ranked_by = {kind: of(kind, 6) for kind in plan.MAIN}
+        ranked_by["lookup1"] = of("lookup1", 4) + of("lookup4", 4)  # An answer is two tokens or three.
+        lost = {kind: arms.rank_layers(reader, windows) for kind, windows in ranked_by.items()}
+        positive = [np.maximum(values, 0) for values in lost.values()]
+        lost["one"] = sum(values / values.sum() for values in positive)
         return {kind: [int(i) for i in np.argsort(-values, kind="stable")] for kind, values in lost.items()}
 
     order = study.record.choose("layers", ranked)
@@ -55,11 +57,11 @@ def read_all(study: Study, count: int) -> None:
                       "best layers, one order": order["one"][:number]}
             for name, own in chosen.items():
                 mask = arms.layer_mask(layers, own, time)
-                found.append((f"{name}@{share}", 0, share, lambda w, mask=mask: reader.forced(w, mask)))
-            found.append((f"KV heads@{share}", 0, share, lambda w, share=share: reader.heads(w, head_mask(share))))
+                found.append((f"{name}@{share}", -1, share, lambda w, mask=mask: reader.forced(w, mask)))
+            found.append((f"KV heads@{share}", -1, share, lambda w, share=share: reader.heads(w, head_mask(share))))
         for (name, share), level in levels.items():
             full = tables[name](window) > level
-            found.append((f"{name}@{share}", 0, share, lambda w, full=full: reader.forced(w, full)))
+            found.append((f"{name}@{share}", -1, share, lambda w, full=full: reader.forced(w, full)))
         return found
 
     study.read(plan.KINDS, count, jobs)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.benchmarks.common import environment
 from experiments.studies.pretrained import arms, local, plan
 from experiments.studies.pretrained.arms import Read, Reader
 from experiments.studies.pretrained.local import Point
@@ -21,6 +21,21 @@ from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.study import Job, Record, Study
 from meta_attention_jax.console import say
 from meta_attention_jax.controller.baselines import make_controller
+
+
+class Trained(NamedTuple):
+    """A point and its controllers, as a part of the model's parameters."""
+
+    point: Point
+    params: Any
+
+    @property
+    def digest(self) -> str:
+        """The first eight digits of the sha256 of the controllers."""
+        whole = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.params):
+            whole.update(np.asarray(leaf).tobytes())
+        return whole.hexdigest()[:8]
 
 
 def controller_of(study: Study, point: Point) -> Any:
@@ -36,8 +51,8 @@ def train(study: Study, points: Sequence[Point]) -> list[Any]:
     )
 
 
-def choose_settings(study: Study) -> list[Any]:
-    """Trains the whole grid, notes what harm every point leaves on validation, and keeps the chosen of every arm."""
+def choose_settings(study: Study) -> None:
+    """Trains the whole grid, notes what harm every point leaves on validation, and keeps those that are chosen."""
     points = plan.grid()
     trained = train(study, points)
     held = study.pool("validation")
@@ -45,104 +60,140 @@ def choose_settings(study: Study) -> list[Any]:
     for point, params in zip(points, trained):
         z, mean = local.scores(controller_of(study, point), params, held, point, plan.COSTS)
         left = {f"left@{share}": local.left(z, held.harm, share) for share in plan.CHOSEN_AT}
-        rows.append({**dataclasses.asdict(point), **left, "share": float(np.mean(z > 0)), "full": float(mean.mean())})
+        rows.append({**dataclasses.asdict(point), **left, "share": float(np.mean(z > 0)), "full": float(mean.mean()),
+                     **{f"z@{share}": float(np.quantile(z, 1 - share)) for share in plan.CHOSEN_AT}})
     rows.append({"arm": "oracle", **{f"left@{s}": local.left(held.harm, held.harm, s) for s in plan.CHOSEN_AT}})
     study.record.choose("grid", lambda: rows)
-    study.record.choose("environment", environment)
+    wanted = set(points_of(study.record))
     for point, params in zip(points, trained):
-        if plan.setting(point) == chosen(study.record, point.arm):
+        if point in wanted:
             save(study.workdir, point, params)
-    return rows
 
 
-def chosen(record: Record, arm: str) -> dict[str, Any]:
-    """The setting of an arm that leaves the least harm on validation, mean over seeds and shares."""
-    totals: dict[str, list[float]] = {}
+def chosen(record: Record, arm: str, share: float) -> dict[str, Any]:
+    """The setting of an arm that leaves the least harm on validation at a share, mean over seeds."""
+    found: dict[str, list[float]] = {}
     for row in record.choices["grid"]:
         if row["arm"] == arm:
             key = json.dumps({key: row[key] for key in plan.setting(Point(arm, ""))})
-            totals.setdefault(key, []).append(sum(row[f"left@{share}"] for share in plan.CHOSEN_AT))
-    return json.loads(min(totals, key=lambda key: float(np.mean(totals[key]))))
+            found.setdefault(key, []).append(row[f"left@{share}"])
+    return json.loads(min(found, key=lambda key: float(np.mean(found[key]))))
+
+
+def points_of(record: Record) -> dict[Point, None]:
+    """The chosen points of all arms, shares and seeds."""
+    return dict.fromkeys(
+        Point(seed=seed, **chosen(record, arm, share))
+        for share in plan.ROUTER_SHARES for arm in plan.ARMS for seed in plan.SEEDS
+    )
+
+
+def place_of(workdir: pathlib.Path, point: Point) -> pathlib.Path:
+    """Where the controllers of a point lie."""
+    numbers = (point.strength, point.preference, point.beta, point.learning_rate, point.entropy_bonus, point.seed)
+    return workdir / "_".join([point.arm, point.data.replace(" ", "-"), *(f"{number:g}" for number in numbers)])
 
 
 def save(workdir: pathlib.Path, point: Point, params: Any) -> None:
-    """Controllers of one point into the workdir."""
+    """Controllers of one point, whole or not at all."""
     workdir.mkdir(parents=True, exist_ok=True)
-    np.savez(workdir / f"{point.arm}_{point.seed}.npz", **{"/".join(k): v for k, v in flatten_dict(params).items()})
+    place = place_of(workdir, point)
+    np.savez(f"{place}.tmp.npz", **{"/".join(key): leaf for key, leaf in flatten_dict(params).items()})
+    os.replace(f"{place}.tmp.npz", f"{place}.npz")
 
 
-def routers(study: Study) -> dict[tuple[str, int], tuple[Point, Any]]:
-    """(arm, seed) -> its point and parameters, trained where they are not there."""
-    if "grid" not in study.record.choices:
-        choose_settings(study)
-    points = [
-        Point(seed=seed, **chosen(study.record, arm)) for arm in plan.ARMS for seed in plan.SEEDS
-    ]
-    missing = [p for p in points if not (study.workdir / f"{p.arm}_{p.seed}.npz").is_file()]
+def load(workdir: pathlib.Path, point: Point) -> Trained:
+    """What `save` has written."""
+    with np.load(f"{place_of(workdir, point)}.npz") as file:
+        tree = unflatten_dict({tuple(key.split("/")): file[key] for key in file.files})
+    return Trained(point, {"layers": {"attention": {"controller": tree}}})
+
+
+def ready(study: Study, points: Sequence[Point]) -> dict[Point, Trained]:
+    """These points, trained where they are not there."""
+    missing = [point for point in points if not pathlib.Path(f"{place_of(study.workdir, point)}.npz").is_file()]
     if missing:
         for point, params in zip(missing, train(study, missing)):
             save(study.workdir, point, params)
-    found = {}
-    for point in points:
-        with np.load(study.workdir / f"{point.arm}_{point.seed}.npz") as file:
-            tree = unflatten_dict({tuple(key.split("/")): file[key] for key in file.files})
-        found[point.arm, point.seed] = point, {"layers": {"attention": {"controller": tree}}}
-    return found
+    return {point: load(study.workdir, point) for point in points}
 
 
-def digest(params: Any) -> str:
-    """The first eight digits of the sha256 of trained controllers."""
-    whole = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        whole.update(np.asarray(leaf).tobytes())
-    return whole.hexdigest()[:8]
+def routers(study: Study, wanted: Optional[Sequence[str]] = None) -> dict[tuple[str, int, float], Trained]:
+    """(arm, seed, share) -> the router of an arm (None: all) that is chosen for a share."""
+    if "grid" not in study.record.choices:
+        choose_settings(study)
+    keys = [(arm, seed, share) for share in plan.ROUTER_SHARES for arm in wanted or plan.ARMS for seed in plan.SEEDS]
+    points = {key: Point(seed=key[1], **chosen(study.record, key[0], key[2])) for key in keys}
+    found = ready(study, list(dict.fromkeys(points.values())))
+    return {key: found[point] for key, point in points.items()}
+
+
+def reading(study: Study, one: Trained, price: float, **router: Any) -> Callable[[Window], Read]:
+    """How trained controllers read a window at a price; other fields of the router and its mode by name."""
+    hypers = one.point.hypers(plan.COSTS, price=price)
+    return lambda window: study.reader.routed(window, one.point.controller, one.params, hypers, **router)
+
+
+def first_price(record: Record, point: Point, share: float) -> float:
+    """Where to look for lambda: at the share of validation streams, if the point is one of the grid."""
+    for row in record.choices["grid"]:
+        if row["arm"] != "oracle" and all(row[key] == value for key, value in dataclasses.asdict(point).items()):
+            return row[f"z@{share}"]
+    return 0.0
+
+
+def price_at(study: Study, name: str, one: Trained, share: float, start: float) -> float:
+    """lambda of these very controllers at a share, found on validation."""
+    name = f"{name} {one.digest}@{share}"
+    return study.threshold(name, share, lambda window, price: reading(study, one, price)(window), start)
 
 
 def read_all(study: Study, count: int) -> None:
     """Full attention, a window, the oracle, every router of the local ELBO, and the Bayesian one's routes in
     disorder."""
-    reader, trained = study.reader, routers(study)
+    reader, known = study.reader, routers(study)
     study.forget_pools()
-    study.record.choose("digests", lambda: {f"{arm} {seed}": digest(p) for (arm, seed), (_, p) in trained.items()})
-
-    def routed(arm: str, seed: int, price: float) -> Callable[[Window], Read]:
-        point, params = trained[arm, seed]
-        return lambda window: reader.routed(window, point.controller, params, point.hypers(plan.COSTS, price=price))
-
-    prices, levels = {}, {}
-    for arm, seed in trained:
-        start = 0.0
-        for share in plan.SHARES_OF.get(arm, (0.3,)):
-            start = prices[arm, seed, share] = study.threshold(
-                f"local {arm} {seed}@{share}", share, lambda w, price: routed(arm, seed, price)(w), start  # noqa: B023
-            )
-    for share in plan.SCORED_SHARES:
-        levels[share] = study.threshold(f"oracle@{share}", share, reader.oracle, 0.0064)
+    levels = {s: study.threshold(f"oracle@{s}", s, reader.oracle, 0.0064) for s in plan.SCORED_SHARES}
+    prices = {
+        key: price_at(study, f"local {key[0]} {key[1]}", one, key[2], first_price(study.record, one.point, key[2]))
+        for key, one in known.items()
+    }
 
     def jobs(window: Window) -> list[Job]:
         every = np.ones((reader.layers, len(window.tokens)), bool)
         found: list[Job] = [
-            ("full", 0, 1.0, lambda w: reader.forced(w, every)), ("local", 0, 0.0, lambda w: reader.forced(w, ~every)),
+            ("full", -1, 1.0, lambda w: reader.forced(w, every)),
+            ("local", -1, 0.0, lambda w: reader.forced(w, ~every)),
         ]
         for share, level in levels.items():
-            found.append((f"oracle@{share}", 0, share, lambda w, level=level: reader.oracle(w, level)))
-        turn = window.number % len(plan.SEEDS)
-        seen: dict[float, Read] = {}
+            found.append((f"oracle@{share}", -1, share, lambda w, level=level: reader.oracle(w, level)))
+        turn, seen = window.turn(len(plan.SEEDS)), {}
         for (arm, seed, share), price in prices.items():
             if seed == turn:
-                read = routed(arm, seed, price)
-                if arm == "bayesian":
-                    read = lambda w, read=read, share=share: seen.setdefault(share, read(w))  # noqa: E731
+                read = reading(study, known[arm, seed, share], price)
+                if (arm, share) == ("bayesian", 0.3):
+                    read = remembered(read, seen)
                 found.append((f"local {arm}@{share}", seed, share, read))
-        for how in ("shuffled", "random"):
-            found.append((f"local bayesian {how}@0.3", turn, 0.3, lambda w, how=how: disordered(
-                reader, w, how, seen.get(0.3) or routed("bayesian", turn, prices["bayesian", turn, 0.3])(w)
-            )))
-        return found
+        routes = remembered(reading(study, known["bayesian", turn, 0.3], prices["bayesian", turn, 0.3]), seen)
+        return found + in_disorder(study, "local bayesian", turn, routes)
 
     study.read(plan.KINDS, count, jobs)
 
 
-def disordered(reader: Reader, window: Window, how: str, read: Read) -> Read:
-    rng = np.random.default_rng([window.number, len(window.kind), len(how)])
-    return reader.forced(window, arms.disordered(read.full, rng, how))
+def remembered(read: Callable[[Window], Read], seen: dict[str, Read]) -> Callable[[Window], Read]:
+    """The same reading, made once."""
+    return lambda window: seen["read"] if "read" in seen else seen.setdefault("read", read(window))
+
+
+def in_disorder(study: Study, arm: str, seed: int, routes: Callable[[Window], Read]) -> list[Job]:
+    """The routes of an arm at 30 %, shuffled and drawn at random, where window and sinks are not the whole past."""
+    begin = study.config.model.window + study.config.model.sinks
+
+    def disordered(reader: Reader, window: Window, how: str) -> Read:
+        rng = np.random.default_rng([window.number, len(window.kind), len(how)])
+        return reader.forced(window, arms.disordered(routes(window).full, rng, how, begin))
+
+    return [
+        (f"{arm} {how}@0.3", seed, 0.3, lambda window, how=how: disordered(study.reader, window, how))
+        for how in ("shuffled", "random")
+    ]

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import numpy as np
 from ml_collections import ConfigDict
 
+from experiments.benchmarks.common import environment
 from experiments.studies.pretrained import arms, local, plan
 from experiments.studies.pretrained.arms import Read, Reader
 from experiments.studies.pretrained.local import Pool
@@ -32,7 +33,7 @@ class Record:
     """Rows of readings as they come, and what was chosen before them."""
 
     def __init__(self, out: pathlib.Path, about: dict[str, Any]) -> None:
-        self.path, self._choices = out / "rows.jsonl", out / "choices.json"
+        self.path, self._choices, self._found = out / "rows.jsonl", out / "choices.json", out / "found.json"
         self.rows = read_rows(self.path)
         self.done = {key_of(row) for row in self.rows}
         self.choices: dict[str, Any] = {"about": about}
@@ -41,6 +42,22 @@ class Record:
             expect(self.choices["about"] == about, "out", f"a record of {about}", self.choices["about"])
         else:
             write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
+        self.found: dict[str, Any] = {}
+        if self._found.is_file():
+            self.found = json.loads(self._found.read_text(encoding="utf-8"))
+
+    def find(self, name: str, found: Callable[[], Any]) -> Any:
+        """What was found under a name and is no row, or is now."""
+        if name not in self.found:
+            self.found[name] = found()
+            write_whole(self._found, json.dumps(self.found, indent=1) + "\n")
+        return self.found[name]
+
+    def began(self, parts: Sequence[str]) -> None:
+        """Which parts are gone on with, by which code."""
+        session = {"parts": list(parts), "rows": len(self.rows), **environment()}
+        self.choices.setdefault("sessions", []).append(session)
+        write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
 
     def choose(self, name: str, found: Callable[[], Any]) -> Any:
         """What was chosen under a name, or is now."""
@@ -74,13 +91,17 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def row_of(window: Window, arm: str, seed: int, asked: float, read: Read) -> dict[str, Any]:
-    """One reading of one window."""
+    """One reading of one window. "keys": of the keys that full attention reads everywhere, those that are read where it
+    is asked for (a late token has more); "layers": the share by layer, per cent."""
     right = bool((read.guess == window.targets)[window.counted].all())
+    reads = 1.0 + np.arange(len(window.tokens))
     return {
         "kind": window.kind, "window": window.number, "document": window.document, "arm": arm, "seed": seed,
-        "asked": asked, "share": round(float(np.mean(read.full)), 5), "tokens": int(window.counted.sum()),
+        "asked": asked, "share": round(float(np.mean(read.full)), 5),
+        "keys": round(float(np.mean(read.full * reads) / np.mean(reads)), 5), "tokens": int(window.counted.sum()),
         "nll": round(float(read.nll[window.counted].mean()), 6),
         "exact": right if window.kind.startswith("lookup") else None,
+        "layers": [round(100 * float(share)) for share in read.full.mean(axis=1)],
     }
 
 
@@ -102,7 +123,7 @@ class Study:
         length, window = config.data.sequence_length, config.model.window
         self.material = Material(tokenizer, length=length, window=window, corpora=corpora)
         about = {"backbone": backbone.identity(config), "length": length, "window": window,
-                 "sinks": config.model.sinks}
+                 "sinks": config.model.sinks, "hidden": config.controller.hidden, "protocol": plan.protocol()}
         self.record = Record(out, about)
         self._ends = time.monotonic() + 60 * minutes
         self._pools: dict[str, Pool] = {}
