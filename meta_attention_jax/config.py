@@ -68,7 +68,7 @@ SCHEMA: dict[str, Field] = {
         0, "First tokens of the segment that local attention sees besides its window.", NOT_NEGATIVE, since=0
     ),
     "model.implementation": Field("auto", "Of full attention.", choices=IMPLEMENTATIONS),
-    "model.kernel": Field("auto", "Of packed and linear attention; pallas is for GPUs.", choices=KERNELS, since="auto"),
+    "model.kernel": Field("auto", "Of packed and linear attention; pallas is for GPUs and TPUs.", choices=KERNELS, since="auto"),
     "model.dtype": Field("float32", "Of the computation.", choices=("float32", "bfloat16")),
     "model.scan_layers": Field(False, "Compile one layer and loop over all."),
     "model.remat": Field(False, "Recompute each layer in the backward pass."),

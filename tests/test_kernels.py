@@ -257,7 +257,7 @@ def test_linear_attention_equals_the_equation(name):
 
 def test_linear_attention_of_a_gpu_is_asked_for_and_never_silently_another(monkeypatch):
     q, k, v, *_ = drawn(LINEAR["grouped heads"][0], 0)
-    with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got cpu"):
+    with pytest.raises(ValueError, match="kernel: expected for 'pallas' a TPU, or an NVIDIA GPU .* got cpu"):
         linear.attend(q, k, v, spec=AttentionSpec(kernel="pallas"))
     monkeypatch.setattr(linear_gpu, "attend", lambda *_: "by the kernel")
     with compiling_for(*H100):
@@ -276,7 +276,7 @@ def test_the_kernel_is_chosen_by_what_is_asked_for():
         ((1, 512, 4, 512), jnp.bfloat16, H100), (shape, jnp.float64, H100), (shape, jnp.bfloat16, Target("gpu", 8.0)),
         (shape, jnp.bfloat16, None),
     ):
-        with pytest.raises(ValueError, match="kernel: expected for 'pallas' an NVIDIA GPU .* got "):
+        with pytest.raises(ValueError, match="kernel: expected for 'pallas' a TPU, or an NVIDIA GPU .* got "):
             select.packed("pallas", changed, dtype, target)
     with pytest.raises(ValueError, match="kernel: expected one of auto, portable, pallas, got 'triton'"):
         select.packed("triton", shape, jnp.bfloat16)
@@ -342,7 +342,7 @@ def test_a_run_of_a_gpu_opens_elsewhere_and_trains_there_alone():
     config = smoke.get_config()
     config.model.kernel = "pallas"
     assert build.build_attention(config).kernel == "auto"
-    with pytest.raises(ValueError, match="^model.kernel: expected for 'pallas' an NVIDIA GPU .* got cpu"):
+    with pytest.raises(ValueError, match="^model.kernel: expected for 'pallas' a TPU, or an NVIDIA GPU .* got cpu"):
         build.check(config)
     with compiling_for(*H100):
         assert build.build_attention(config).kernel == "pallas"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -355,8 +356,10 @@ def test_the_whole_study_of_a_small_model_goes_on_and_reads_nothing_twice(tmp_pa
         "END_TO_END_STEPS": 4, "EVERY": 4, "CHOOSING_WINDOWS": 1, "SEEDS": (0, 1),
     }.items():
         monkeypatch.setattr(plan, name, value)
+    for name, value in {"SIZES": (1, 5), "STRENGTHS": (2.0,), "READ_WINDOWS": 1, "READ": ("bayesian",)}.items():
+        monkeypatch.setattr(scarce, name, value)
     whole = plan.grid
-    monkeypatch.setattr(plan, "grid", lambda: [p for p in whole() if p.learning_rate == 3e-3 and p.strength == 2])
+    monkeypatch.setattr(plan, "grid", lambda: [p for p in whole() if p.strength == 2 and p.beta == 0.1])
     config = plan.config(str(tmp_path / "model"))
     config.data.corpus, config.data.tasks, config.data.shares = f"path:{folder}", ("prose", "repeat"), (0.5, 0.5)
     config.data.sequence_length, config.controller.hidden = 768, 8
@@ -367,29 +370,36 @@ def test_the_whole_study_of_a_small_model_goes_on_and_reads_nothing_twice(tmp_pa
         own = {"sotu": f"path:{folder}", "stdlib": f"path:{folder}"}
         return study.Study(config, tmp_path / "out", tmp_path / "runs", minutes, own)
 
+    parts = routers, patterns, end_to_end, doubt, scarce
     with pytest.raises(study.OutOfTime):
         end_to_end.read_all(begun(0.0), 2)
-    for part in (routers, patterns, end_to_end):
+    for part in parts:
         part.read_all(begun(60.0), 2)
     rows = study.read_rows(tmp_path / "out" / "rows.jsonl")
     by = {study.key_of(row): row for row in rows}
     assert len(by) == len(rows)
     for kind, number in (("prose", 0), ("repeat", 1)):
-        assert by[kind, number, "full", 0]["share"] == 1 and by[kind, number, "local", 0]["share"] == 0
-        assert {by[kind, number, "bayesian@0.3", seed]["arm"] for seed in (0, 1)} == {"bayesian@0.3"}
+        assert by[kind, number, "full", -1]["share"] == 1 and by[kind, number, "local", -1]["share"] == 0
+        for seed in plan.SEEDS:
+            assert abs(by[kind, number, "bayesian@0.3", seed]["share"] - 0.3) < 0.2
         routes, disorder = (by[kind, number, f"bayesian{how}@0.3", number] for how in ("", " shuffled"))
         assert routes["share"] == disorder["share"] and routes["nll"] != disorder["nll"]
-    assert {row["arm"] for row in rows if row["kind"] == "lookup4"} <= set(plan.AT_FURTHER)
+        assert routes["layers"] == disorder["layers"] and routes["keys"] != disorder["keys"]
+    assert {"full", "best layers@0.3", "bayesian@0.3"} <= {row["arm"] for row in rows if row["kind"] == "lookup4"}
+    assert not any(row["kind"] == "lookup4" and row["arm"] == "position@0.3" for row in rows)
+    found = json.loads((tmp_path / "out" / "found.json").read_text())
+    assert {"doubt local bayesian", "doubt bayesian", "calibration", "scarce 5 1", "scarce prose 0"} <= found.keys()
     report.write(tmp_path / "out")
     page = (tmp_path / "out" / "README.md").read_text()
-    for part in (routers, patterns, end_to_end):  # Nothing is read, nor trained, nor chosen again.
+    assert all(f"## {title}" in page for title in ("Arms", "Uncertainty", "Calibration", "Scarce data", "Steps"))
+    for part in parts:  # Nothing is read, nor trained, nor chosen again.
         part.read_all(begun(1.0), 2)
     assert study.read_rows(tmp_path / "out" / "rows.jsonl") == rows
-    before = routers.routers(begun(1.0))["bayesian", 1]
-    (tmp_path / "runs" / "bayesian_1.npz").unlink()
-    again = routers.routers(begun(1.0))["bayesian", 1]
-    assert again[0] == before[0] and "| full" in page
-    assert_close(again[1], before[1], 1e-4)
+    before = routers.routers(begun(1.0))["bayesian", 1, 0.3]
+    pathlib.Path(f"{routers.place_of(tmp_path / 'runs', before.point)}.npz").unlink()
+    again = routers.routers(begun(1.0))["bayesian", 1, 0.3]
+    assert again.point == before.point
+    assert_close(again.params, before.params, 1e-4)
 
 
 def test_what_finds_the_harm_gains_and_what_knows_nothing_does_not():

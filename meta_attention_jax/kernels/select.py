@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
+from meta_attention_jax import targets
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import gpu, portable
+from meta_attention_jax.kernels import gpu, portable, tpu
 from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms import triton
 from meta_attention_jax.mechanisms.mechanism import Reach
@@ -30,13 +31,17 @@ class Kernel(NamedTuple):
 
 
 def packed(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> Kernel:
-    """The kernel of that name for queries of this shape, [B, T, H, d], as `triton.serves` says; raises ValueError where
-    it cannot run.
+    """The kernel of that name for queries of this shape, [B, T, H, d], as `triton.serves` and `tpu.serves` say; raises
+    ValueError where it cannot run.
 
     "auto" is `portable`: on a GPU `pallas` has been timed, but no value of it has been compared there yet (`make
-    gpu-check` does).
+    gpu-check` does); on a TPU it has not been run.
     """
     expect(kernel in KERNELS, "kernel", f"one of {', '.join(KERNELS)}", kernel)
+    target = target or targets.current()
+    if kernel == "pallas" and target.platform == "tpu" and tpu.serves(shape, dtype):
+        sizes = tpu.sizes_for(shape[3], shape[1])
+        return Kernel("pallas", tpu.attend, lambda time, reaches: [sizes] * len(reaches))
     if not triton.serves(kernel, shape, dtype, target):
         return Kernel("portable", portable.attend, lambda time, reaches: [portable.sizes_for(time, r) for r in reaches])
     sizes = gpu.tuning_for(shape[3], dtype, shape[1]).sizes

@@ -26,7 +26,7 @@ from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms.blocks import MASKED, capped, capped_slope
 from meta_attention_jax.types import Keys, Queries, Values
 
-LANES = 128
+LANES, MOST_DIM, DTYPES = 128, 256, ("bfloat16", "float32")
 _TILE_BITS, _FLAG_BITS = 13, 3
 WHOLE, FIRST, LAST = 1, 2, 4
 """Flags of a step: every query sees every key; the first and the last step of what it adds to."""
@@ -38,6 +38,15 @@ def sizes_for(dim: int, time: int) -> Sizes:
     most = 512 if dim <= 128 else 256
     size = min(most, max(LANES, 1 << (time - 1).bit_length()))
     return Sizes(size, size)
+
+
+def serves(shape: Sequence[Any], dtype: Any) -> bool:
+    """Whether queries of this shape, [B, T, H, d], are served; those with symbols (`jax.export`) are left to the
+    portable form. Raises ValueError for what the units of a TPU do not take."""
+    name, dim = jnp.dtype(dtype).name, shape[-1]
+    expected = f"{' or '.join(DTYPES)} and a head dim of at most {MOST_DIM} for 'pallas' on a TPU"
+    expect(name in DTYPES and dim <= MOST_DIM, "kernel", expected, f"{name} and head dim {dim}")
+    return all(isinstance(size, int) for size in shape)
 
 
 class Steps(NamedTuple):
@@ -90,7 +99,8 @@ class _State(NamedTuple):
     q: Array  # [batch head slot dim]
     k: Array  # [batch kv_head key dim]
     v: Array
-    bounds: Int[Array, "batch 8 slot"]  # First and last key of the window of a slot, and of its sinks, the last excluded.
+    # First and last key of the window of every slot, then of its sinks, the last excluded; the rest is nothing.
+    bounds: Int[Array, "batch 8 slot"]
 
 
 def _state(q, k, v, work):

@@ -27,17 +27,20 @@ store = triton.store
 
 
 def serves(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> bool:
-    """Whether "pallas" is asked for, and serves queries of this shape, [B, T, H, d]: shorter ones than LEAST, and those
-    with symbols (`jax.export`), are left to portable forms. Raises ValueError where it is asked for and cannot.
+    """Whether "pallas" is asked for, and serves queries of this shape, [B, T, H, d], in this form: shorter ones than
+    LEAST, and those with symbols (`jax.export`), are left to portable forms, and a TPU to `kernels.tpu` or XLA. Raises
+    ValueError where it is asked for and cannot be had.
 
     `target` is what is compiled for; None is `targets.current()`.
     """
     if kernel != "pallas":
         return False
     (platform, capability), name, dim = target or targets.current(), jnp.dtype(dtype).name, shape[-1]
+    if platform == "tpu":
+        return False
     if platform != "gpu" or capability < CAPABILITY or name not in DTYPES or dim > MOST_DIM:
         raise ValueError(
-            f"kernel: expected for 'pallas' an NVIDIA GPU of compute capability {CAPABILITY} or more, "
+            f"kernel: expected for 'pallas' a TPU, or an NVIDIA GPU of compute capability {CAPABILITY} or more, "
             f"{', '.join(DTYPES)} and a head dim of at most {MOST_DIM}, got {platform}, {capability}, {name} and head "
             f"dim {dim}."
         )

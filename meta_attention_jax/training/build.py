@@ -192,7 +192,7 @@ def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     cannot serve the segments; so does a kernel for GPUs where a run that has one is opened elsewhere."""
     model = config.model
     chosen, kernel = model.implementation, model.kernel
-    if kernel == "pallas" and segments == "any" and targets.current().platform != "gpu":
+    if kernel == "pallas" and segments == "any" and targets.current().platform == "cpu":
         kernel = "auto"
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"

@@ -1,0 +1,158 @@
+"""The packed kernel of TPUs, interpreted: the equation in float64, values and gradients, whatever the routes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax.sharding import AbstractDevice
+
+from configs import smoke
+from meta_attention_jax.kernels import select, tpu, worklist
+from meta_attention_jax.kernels.worklist import Sizes
+from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.routing import dispatch
+from meta_attention_jax.targets import Target, compiling_for
+from meta_attention_jax.training import build
+from meta_attention_jax.types import AttentionSpec
+from tests import making
+from tests.close import assert_close
+from tests.test_kernels import SEEDS, SETTINGS, TOLERANCES, drawn, everything, flat, interpreted, oracle
+
+TPU = Target("tpu", 0.0)
+# Pallas asks which TPU it is.
+V5E = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("TPU v5 lite", 1, "tpu"))
+# float16 is nothing that a TPU multiplies.
+CASES = {name: Sizes(16, 32) for name in SETTINGS if name != "float16"} | {"both directions": Sizes(32, 16)}
+OFTEN, SELDOM = list(CASES)[:1], list(CASES)[1:]
+
+
+@functools.lru_cache(maxsize=None)
+def compiled(name):
+    """(q, k, v, cotangent of the outputs, of their log-sum-exp, route, ids) -> ((out, dq, dk, dv), log-sum-exp)."""
+    setting, size = SETTINGS[name], CASES[name]
+
+    @jax.jit
+    def run(q, k, v, cotangent, slope, route, ids):
+        reaches = [Reach(), Reach(setting.window, setting.sinks)]
+        work = worklist.build(route, ids, causal=setting.causal, reaches=reaches, sizes=[size] * 2)
+        (out, lse), pull = jax.vjp(lambda *x: tpu.attend(*x, work, setting.softcap, True), q, k, v)
+        return (out, *pull((cotangent, slope))), lse
+
+    return run
+
+
+@interpreted
+@pytest.mark.parametrize("name", [*OFTEN, *making.slow(*SELDOM)])
+def test_equals_the_equation(name):
+    setting = SETTINGS[name]
+    for seed in SEEDS:
+        case = drawn(setting, seed)
+        q, k, v, cotangent, route, ids = case
+        with jax.default_matmul_precision("highest"):
+            got, _ = compiled(name)(q, k, v, cotangent, flat(setting), route, ids)
+        got = [x.astype(jnp.float32) for x in got]
+        expected = oracle(setting, case)
+        assert_close(got, [np.float64(x) for x in expected], TOLERANCES[setting.dtype], f"seed {seed}: ")
+
+
+@interpreted
+def test_the_log_sum_exp_has_a_gradient_and_is_the_portable_one():
+    from meta_attention_jax.kernels import portable
+
+    name = OFTEN[0]
+    setting = SETTINGS[name]
+    q, k, v, cotangent, route, ids = drawn(setting, 7)
+    slope = jnp.asarray(np.random.default_rng(0).normal(size=flat(setting).shape), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        got = compiled(name)(q, k, v, cotangent, slope, route, ids)
+        reaches = [Reach(), Reach(setting.window, setting.sinks)]
+        work = worklist.build(route, ids, causal=True, reaches=reaches, sizes=[Sizes(16, 16)] * 2)
+        (out, lse), pull = jax.vjp(lambda *x: portable.attend(*x, work, None), q, k, v)
+        expected = (out, *pull((cotangent, slope))), lse
+    assert_close(got, expected, 2e-5)
+
+
+def test_the_kernel_of_a_tpu_is_asked_for():
+    shape = (1, 512, 4, 64)
+    assert select.packed("auto", shape, jnp.bfloat16, TPU).name == "portable"
+    chosen = select.packed("pallas", shape, jnp.bfloat16, TPU)
+    assert chosen.name == "pallas" and chosen.attend is tpu.attend
+    assert chosen.sizes(512, [Reach(), Reach(8)]) == [Sizes(512, 512)] * 2
+    for changed, dtype in (((1, 512, 4, 512), jnp.bfloat16), (shape, jnp.float16)):
+        with pytest.raises(ValueError, match="kernel: expected bfloat16 or float32 and a head dim of at most 256 .* got "):
+            select.packed("pallas", changed, dtype, TPU)
+    config = smoke.get_config()
+    config.model.kernel = "pallas"
+    with compiling_for(*TPU):
+        assert build.build_attention(config).kernel == "pallas"
+
+
+@pytest.mark.parametrize("dim", [16, 128, 256])
+def test_sizes_are_whole_lanes_and_no_more_than_there_is(dim):
+    for time in (3, 128, 300, 5000, 2**17):
+        block, tile = tpu.sizes_for(dim, time)
+        assert block == tile and block % tpu.LANES == 0 and block <= max(tpu.LANES, 2 * time)
+
+
+def test_more_tiles_than_a_step_can_name_are_refused():
+    route = jax.ShapeDtypeStruct((1, 2**17), jnp.int32)
+    with pytest.raises(ValueError, match="^time: expected at most 8192 tiles of keys, got 16384"):
+        jax.eval_shape(lambda route: tpu._by_block(worklist.build(
+            route, None, causal=True, reaches=[Reach()], sizes=[Sizes(1024, 8)]
+        )), route)
+
+
+@pytest.mark.parametrize("dim, dtype", [(64, "bfloat16"), *making.slow((128, "float32"))])
+def test_lowers_for_a_tpu_under_remat_and_scan(dim, dtype):
+    q = jax.ShapeDtypeStruct((1, 300, 6, dim), dtype)
+    k = jax.ShapeDtypeStruct((1, 300, 2, dim), dtype)
+    route = jax.ShapeDtypeStruct((1, 300), jnp.int32)
+    with compiling_for(*TPU):
+        spec = AttentionSpec(window=40, sinks=3, kernel="pallas")
+        run = functools.partial(everything, spec=spec)
+        with jax.sharding.use_abstract_mesh(V5E):
+            text = jax.jit(run).trace(q, k, k, route, route).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call(") == 2 + 2  # Forward, twice for remat, dQ, dK with dV; linear is XLA's.
+
+
+@interpreted
+def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
+    """Linear tokens between, sizes as on a TPU."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 16)), jnp.float32) for n in (2, 1, 1))
+    route = jnp.asarray(rng.integers(0, 3, size=(1, 70)), jnp.int32)
+    expected = making.hard(q, k, v, route, window=9, sinks=2)
+    chosen, asked = select.packed("pallas", q.shape, jnp.float32, TPU), []
+
+    def attend(*arguments):
+        asked.append(arguments)
+        return tpu.attend(*arguments, True)
+
+    monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: chosen._replace(attend=attend))
+    jax.clear_caches()
+    with jax.default_matmul_precision("highest"):
+        got = making.hard(q, k, v, route, window=9, sinks=2)
+    jax.clear_caches()
+    assert asked
+    assert_close(got, expected, 2e-5)
+
+
+def test_runs_inside_shard_map_with_its_checks():
+    spec = jax.sharding.PartitionSpec("data")
+    setting = SETTINGS[OFTEN[0]]
+    q, k, v, _, route, ids = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in drawn(setting, 3))
+
+    def whole(q, k, v, route, ids):
+        reaches, sizes = [Reach(), Reach(setting.window, setting.sinks)], [Sizes(128, 128)] * 2
+        work = worklist.build(route, ids, causal=True, reaches=reaches, sizes=sizes)
+        return jax.grad(lambda q: tpu.attend(q, k, v, work)[0].sum())(q)
+
+    parts = jax.shard_map(whole, mesh=V5E, in_specs=spec, out_specs=spec)
+    with jax.sharding.use_abstract_mesh(V5E):
+        text = jax.jit(parts).trace(q, k, v, route, ids).lower(lowering_platforms=("tpu",)).as_text()
+    assert "@tpu_custom_call(" in text
