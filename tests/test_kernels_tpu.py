@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import AbstractDevice
 
 from configs import smoke
@@ -84,7 +83,8 @@ def test_the_kernel_of_a_tpu_is_asked_for():
     assert chosen.name == "pallas" and chosen.attend is tpu.attend
     assert chosen.sizes(512, [Reach(), Reach(8)]) == [Sizes(512, 512)] * 2
     for changed, dtype in (((1, 512, 4, 512), jnp.bfloat16), (shape, jnp.float16)):
-        with pytest.raises(ValueError, match="kernel: expected bfloat16 or float32 and a head dim of at most 256 .* got "):
+        expected = "kernel: expected bfloat16 or float32 and a head dim of at most 256 .* got "
+        with pytest.raises(ValueError, match=expected):
             select.packed("pallas", changed, dtype, TPU)
     config = smoke.get_config()
     config.model.kernel = "pallas"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import jax
 from jax.experimental import topologies
@@ -18,6 +19,15 @@ H100 = """gpu_device_info {
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """What the CUDA compiler asks of a device, in its own text form; figures of NVIDIA's data sheet."""
+
+
+def alone() -> None:
+    """Has JAX stay on the CPU, and compilers not ask the machine about its chips; before JAX starts them."""
+    for name, value in {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CUDA_VISIBLE_DEVICES": "-1",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def devices_of(topology: str) -> list[jax.Device]:

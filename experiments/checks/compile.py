@@ -12,7 +12,6 @@ program does not fit into a chip's memory, or devices wait for each other where 
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -22,18 +21,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
+from experiments.checks import chips
 
-# The compiler asks the machine about its TPU unless it is told; before JAX starts.
-for _name, _value in {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
+chips.alone()  # Before JAX starts.
 
 import jax  # noqa: E402
 
 from experiments.benchmarks import common as benchmarks  # noqa: E402
-from experiments.checks.chips import devices_of  # noqa: E402
 from meta_attention_jax.analysis.hlo import Collective, collectives  # noqa: E402
 from meta_attention_jax.fields import expect  # noqa: E402
 from meta_attention_jax.targets import compiling_for  # noqa: E402
@@ -178,7 +172,7 @@ def report(config: ConfigDict, topology: str, programs: list[str]) -> dict[str, 
     """Compiles, prints as it goes, and returns everything that was printed; raises `DoesNotFit`."""
     for program in programs:
         expect(program in PROGRAMS, "programs", f"some of {tuple(PROGRAMS)}", program)
-    devices = devices_of(topology)
+    devices = chips.devices_of(topology)
     backbone.complete(config)
     build.validate_without_devices(config)
     target = ("gpu", 9.0) if topology == "h100" else ("tpu", 0.0)

@@ -1,14 +1,16 @@
-"""What do the GPU's kernels need of an H100? Compiled by its compiler, without one; nothing is run.
+"""What do the kernels need of an H100 or a TPU v5e? Compiled by its compiler, without one; nothing is run.
 
-JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES=-1 python -m experiments.checks.kernels [--json=FILE] [--times=2048,32768]
+python -m experiments.checks.kernels --target=h100|v5e [--json=FILE] [--times=2048,32768]
 
-needs the CUDA compiler (pip install "jax[cuda13]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A row per
-program (packed attention, and linear; forward and backward), length, head width and dtype: of its kernels the most
-registers of a thread, all bytes that spill out of them, warps; and temporary memory.
+needs the compiler (pip install "jax[cuda13]" or "jax[tpu]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A row
+per program (packed attention, and on the GPU linear; forward and backward), length, head width and dtype: temporary
+memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, and warps. A TPU's
+compiler refuses what does not fit the memory of a core.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 import shutil
@@ -16,31 +18,39 @@ import site
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import flags
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from experiments.checks import chips
 
-from experiments import common as commands
-from experiments.benchmarks import common
-from experiments.benchmarks.kernels import program
-from experiments.checks.chips import devices_of
-from meta_attention_jax import targets
-from meta_attention_jax.kernels import select, worklist
-from meta_attention_jax.mechanisms import linear_gpu
-from meta_attention_jax.mechanisms.mechanism import Reach
-from meta_attention_jax.targets import Target
+chips.alone()  # Before JAX starts.
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import flags  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from experiments import common as commands  # noqa: E402
+from experiments.benchmarks import common  # noqa: E402
+from experiments.benchmarks.kernels import program  # noqa: E402
+from meta_attention_jax import targets  # noqa: E402
+from meta_attention_jax.kernels import select, worklist  # noqa: E402
+from meta_attention_jax.mechanisms import linear_gpu  # noqa: E402
+from meta_attention_jax.mechanisms.mechanism import Reach  # noqa: E402
+from meta_attention_jax.targets import Target  # noqa: E402
 
 HEADS, KV_HEADS, WINDOW, SINKS = 16, 4, 1024, 4
-KINDS = ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float16"), (64, "float32"), (128, "float32"))
+KINDS = {
+    "h100": ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float16"), (64, "float32"), (128, "float32")),
+    "v5e": ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32")),
+}
 """(head width, dtype)."""
+TARGETS = {"h100": (Target("gpu", 9.0), "h100"), "v5e": (Target("tpu", 0.0), "v5e:2x2")}
+"""What is compiled for, and its topology, of which one chip is used."""
 
 
 def packed(q, k, v, route):
-    kernel = select.packed("pallas", q.shape, q.dtype, Target("gpu", 9.0))
+    kernel = select.packed("pallas", q.shape, q.dtype)
     reaches = [Reach(), Reach(WINDOW, SINKS)]
     sizes = kernel.sizes(q.shape[1], reaches)
     work = worklist.build(route, None, causal=True, reaches=reaches, sizes=sizes)
@@ -80,50 +90,68 @@ def needs(code: pathlib.Path, assemble: str) -> dict[str, int]:
     }
 
 
-def row_of(name: str, time: int, dim: int, dtype: str, sharding: NamedSharding, assemble: str) -> common.Row:
-    """Of one program."""
+def row_of(
+    name: str, time: int, dim: int, dtype: str, sharding: NamedSharding, assemble: Optional[str]
+) -> common.Row:
+    """Of one program; `assemble`: the assembler of a GPU, None for a TPU."""
     def abstract(*shape: int, kind: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
     q, k = abstract(1, time, HEADS, dim), abstract(1, time, KV_HEADS, dim)
     route = abstract(1, time, kind=jnp.int32)
+    lowered = jax.jit(PROGRAMS[name]).lower(q, k, k, route)
+    row = {"program": name, "T": time, "d": dim, "dtype": dtype}
+    if assemble is None:
+        compiled = lowered.compile()
+        memory = compiled.memory_analysis()
+        return row | {
+            "kernels": lowered.as_text().count("@tpu_custom_call("),
+            "code MiB": memory.generated_code_size_in_bytes / 2**20, "temporary MiB": memory.temp_size_in_bytes / 2**20,
+        }
     with tempfile.TemporaryDirectory() as folder:
-        lowered = jax.jit(PROGRAMS[name]).lower(q, k, k, route)
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         # Kernels of Pallas alone use the matrix units here.
         codes = [path for path in pathlib.Path(folder).glob("*.ptx") if "mma" in path.read_text()]
         found = [needs(path, assemble) for path in sorted(codes)]
-    return {
-        "program": name, "T": time, "d": dim, "dtype": dtype, "kernels": len(found),
-        "registers": max(one["registers"] for one in found), "spilled bytes": sum(one["spilled"] for one in found),
+    return row | {
+        "kernels": len(found), "registers": max(one["registers"] for one in found),
+        "spilled bytes": sum(one["spilled"] for one in found),
         "warps": ", ".join(str(one["warps"]) for one in found),
         "temporary MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
 
 
-def rows(times: list[int]) -> Iterator[list[common.Row]]:
-    sharding = NamedSharding(Mesh(np.array(devices_of("h100")), ("x",)), PartitionSpec())
-    assemble = assembler()
-    with targets.compiling_for("gpu", 9.0):
-        for dim, dtype in KINDS:
+def rows(target: str, times: list[int]) -> Iterator[list[common.Row]]:
+    """A row per program, length and kind."""
+    compiled_for, topology = TARGETS[target]
+    mesh = Mesh(np.array(chips.devices_of(topology)[:1]), ("x",))
+    sharding, assemble = NamedSharding(mesh, PartitionSpec()), assembler() if target == "h100" else None
+    names = [name for name in PROGRAMS if target == "h100" or name.startswith("packed")]  # A TPU's linear is XLA's.
+    with targets.compiling_for(*compiled_for), contextlib.ExitStack() as stack:
+        if target == "v5e":  # Pallas asks which TPU it is.
+            stack.enter_context(jax.set_mesh(mesh))
+        for dim, dtype in KINDS[target]:
             for time in times:
-                for name in PROGRAMS:
+                for name in names:
                     yield [row_of(name, time, dim, dtype, sharding, assemble)]
 
 
 def line(part: list[common.Row]) -> str:
     (row,) = part
-    return (f"{row['program']:24} T {row['T']:<7} d {row['d']:<4} {row['dtype']:9} {row['registers']} registers, "
-            f"{row['spilled bytes']} bytes spilled, warps {row['warps']}; {row['temporary MiB']:.1f} MiB")
+    said = f"{row['program']:24} T {row['T']:<7} d {row['d']:<4} {row['dtype']:9}"
+    if "registers" in row:
+        said += f" {row['registers']} registers, {row['spilled bytes']} bytes spilled, warps {row['warps']};"
+    return f"{said} {row['kernels']} kernels, {row['temporary MiB']:.1f} MiB"
 
 
 def main() -> None:
     with commands.user_mistakes():
         times = common.numbers("times", TIMES.value, "at least 128", lambda x: x >= 128)
-        common.tell(rows(times), JSON.value, line)
+        common.tell(rows(TARGET.value, times), JSON.value, line)
 
 
 if __name__ == "__main__":
     JSON = commands.define_path("json", None, "Where the rows go.")
+    TARGET = flags.DEFINE_enum("target", "h100", list(TARGETS), "Which chip.")
     TIMES = flags.DEFINE_list("times", ["2048", "8192", "32768", "131072"], "Lengths.")
     commands.run(main, prints=True)

@@ -4,8 +4,8 @@
 
 In hard dispatch, mechanisms with a reach (full, local) serve their own queries alone, by one packed kernel and one work
 list, so a batch pays for the sum of its rows: `kernels/worklist.py` says which queries meet which keys,
-`kernels/portable.py` or `gpu.py` computes them. The others run on all tokens of the batch, if any token but padding asks
-for them: linear attention's state needs every key whoever reads it.
+`kernels/portable.py`, `gpu.py` or `tpu.py` computes them. The others run on all tokens of the batch, if any token but
+padding asks for them: linear attention's state needs every key whoever reads it.
 
 No token is dropped whatever the routes are, all shapes are static, and trip counts follow the data: under `vmap` every
 example would wait for the longest, so map over the batch axis instead. Inside `shard_map`, as in the training step, and
