@@ -60,6 +60,7 @@ def test_equals_the_equation(name):
 
 
 @interpreted
+@pytest.mark.slow
 def test_the_log_sum_exp_has_a_gradient_and_is_the_portable_one():
     from meta_attention_jax.kernels import portable
 
