@@ -316,10 +316,11 @@ def test_tables_say_what_the_rows_do(tmp_path):
     record = study.Record(tmp_path, ABOUT)
     for name, found in {
         "doubt bayesian": [
-            dict(kind="prose", harm="full", measure="vacuity", gain=0.25, low=0.2, high=0.3, mean_harm=0.1)
+            dict(kind="prose", harm="full", measure="vacuity", gain=0.25, low=0.2, high=0.3, mean_harm=0.1,
+                 coverage=[0, 0.5, 1], risk=[0.0, 0.05, 0.1])
         ],
-        "calibration": [dict(kind="prose", arm="bayesian", seed=s, ece=0.1 * s, brier=0.2, mean=0.3, labelled=0.1)
-                        for s in range(3)],
+        "calibration": [dict(kind="prose", arm="bayesian", seed=s, ece=0.1 * s, brier=0.2, mean=0.3, labelled=0.1,
+                             predicted=[0.1, 0.9], rate=[0.2, 0.7], count=[90, 10]) for s in range(3)],
         **{f"scarce 1 {s}": [dict(arm="bayesian", data=f"1 {s}", windows=1, strength=2.0, preference=0.1, beta=0.1,
                                   share=0.2, entropy=0.5, vacuity=0.4) | {"left@0.2": 0.2, "left@0.3": 0.1}]
            for s in range(3)},
@@ -332,7 +333,7 @@ def test_tables_say_what_the_rows_do(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert (tmp_path / "share.png").stat().st_size > 10_000
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("share", "risk", "reliability"))
     assert "| kappa 2, beta 0.3, rate 0.001, rho 0 |" in page and page.count("| 20%, 30%") == 1
     assert "+0.0" in page and "nan" not in page
     for cell in ("25.0% | 20.0% to 30.0%", "|     3 | 0.100 |", "20.0% ± 0.0%", "|   50 | prose | 3.5000 |"):

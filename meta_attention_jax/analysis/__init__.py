@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401
 from meta_attention_jax.analysis.canvas import save
+from meta_attention_jax.analysis.curve_figures import frontier_figure, reliability_figure, risk_coverage_figure
 from meta_attention_jax.analysis.figures import loss_curves, routing_by_layer
 from meta_attention_jax.analysis.page import Section, figure_html, figure_png_base64, html_page, table_html
 from meta_attention_jax.analysis.palette import Style, arm_styles, mechanism_styles
@@ -15,10 +16,8 @@ from meta_attention_jax.analysis.posterior_figures import (
 from meta_attention_jax.analysis.share_figure import comparison_figure, share_figure
 from meta_attention_jax.analysis.sweep_figures import (
     against_figure,
-    frontier_figure,
     pareto_figure,
     prices_figure,
-    risk_coverage_figure,
 )
 from meta_attention_jax.analysis.tables import (
     Column,

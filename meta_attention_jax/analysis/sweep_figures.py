@@ -1,4 +1,4 @@
-"""Lines over a number as pictures: sweeps, prices of a decision, and what uncertainty finds and buys."""
+"""Lines over a number as pictures: sweeps, and prices of a decision."""
 
 from __future__ import annotations
 
@@ -246,53 +246,4 @@ def prices_figure(
             told.append(row["cost"])
     tidy(axes, xlabel="projected cost of the hard routes", ylabel="hard nats per token", percent="x")
     legend(figure, axes.get_legend_handles_labels()[0], 5)
-    return figure
-
-
-def _curves(
-    curves: Mapping[str, Any], title: str, caption: str
-) -> tuple[Figure, Axes, list[tuple[str, Any, str, str]]]:
-    """One panel, and (name, curve, colour, marker) of all that it is to show."""
-    if not curves:
-        raise ValueError("curves: expected at least one, got none.")
-    figure, [[axes]] = frame(1, 7.2, [3.6], title, caption)
-    styles = palette.arm_styles(list(curves))
-    return figure, axes, [(name, curve, *styles[name]) for name, curve in curves.items()]
-
-
-def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
-    """Mean harm of the tokens hardened so far, over their share; one `statistics.risk_coverage` per measure."""
-    figure, axes, lines = _curves(
-        curves, title or "Does uncertainty find the tokens that hardening hurts?",
-        "Tokens are hardened in order of rising uncertainty. A measure that knows where it hurts "
-        "keeps its line low until the end; one that knows nothing lies on its dotted line, the mean over "
-        "all tokens, from the start. In brackets: the share of the possible gain over random order.",
-    )
-    for name, curve, colour, marker in lines:
-        axes.plot(
-            curve["coverage"][1:], curve["risk"][1:], color=colour, marker=marker, markevery=20, ms=5, lw=1.8,
-            label=f"{name} ({curve['gain']:.0%})",
-        )
-        axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
-    axes.legend(frameon=False, fontsize=FONT, loc="best")
-    axes.set_xlim(0, 1)
-    tidy(axes, title="hard - soft, nats per hardened token", xlabel="share of tokens hardened")
-    return figure
-
-
-def frontier_figure(curves: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> Figure:
-    """Nats against cost in gated mode as theta rises, one line per measure or arm: points with `cost` and `nll`, in
-    order of theta."""
-    figure, axes, lines = _curves(
-        curves, title or "What does it cost to leave the uncertain tokens soft?",
-        "Gated mode, theta from 0 (right end, all soft: every mechanism is paid for) to 1 (left end, "
-        "all hard, ringed). Down and to the left is better; a line that falls to the left means "
-        "that soft tokens only cost.",
-    )
-    for name, points, colour, marker in lines:
-        cost, nll = (np.array([p[key] for p in points]) for key in ("cost", "nll"))
-        axes.plot(cost, nll, color=colour, marker=marker, ms=5, lw=1.6, label=name)
-        axes.plot(cost[-1], nll[-1], marker="o", ms=11, mfc="none", mec=GREY, lw=0)
-    axes.legend(frameon=False, fontsize=FONT, loc="best")
-    tidy(axes, title="nats per token", xlabel="cost of the mechanisms that run, full attention = 1")
     return figure

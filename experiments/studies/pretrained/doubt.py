@@ -66,7 +66,8 @@ def gains(parts: Sequence[Any], documents: Sequence[int], draws: int = 200) -> l
             ]
             low, high = np.nanquantile(drawn, [0.025, 0.975])
             rows.append({"harm": harm, "measure": measure, "gain": whole["gain"], "low": float(low),
-                         "high": float(high), "mean_harm": whole["random"], "curve": whole["risk"][::5]})
+                         "high": float(high), "mean_harm": whole["random"], "coverage": whole["coverage"],
+                         "risk": [round(value, 6) for value in whole["risk"]]})
     return rows
 
 

@@ -20,14 +20,16 @@ Rows = Sequence[Mapping[str, Any]]
 
 FAMILIES = {
     "fixed and in disorder": (
-        "every k-th", "best layers, one order", "best layers", "KV heads", "token table", "position",
-        "bayesian shuffled", "bayesian",
+        "bayesian", "local bayesian", "local bayesian shuffled", "best layers", "every k-th", "KV heads", "token table",
+        "position",
     ),
     "routers": (
-        "local softmax", "local cost_penalty", "local bayesian_mean", "local bayesian_beta0", "local bayesian",
-        "cost_penalty", "bayesian", "oracle",
+        "bayesian", "local bayesian", "local bayesian_mean", "local bayesian_beta0", "local softmax",
+        "local cost_penalty", "cost_penalty", "oracle",
     ),
 }
+"""Rows of the picture; the same arm has the same place, and so the same colour, in both."""
+
 CONTRASTS = (
     ("bayesian@0.3", "best layers"), ("bayesian@0.2", "best layers"), ("bayesian@0.3", "KV heads"),
     ("bayesian@0.3", "best layers@0.5"), ("bayesian@0.3", "KV heads@0.5"), ("bayesian@0.3", "every k-th@0.5"),
@@ -283,16 +285,19 @@ def further(found: Mapping[str, Any]) -> list[str]:
         ("Uncertainty", "Gain: how much of the way from random order to the order by harm itself a measure goes, at "
          "lambda 0; harm against full attention everywhere, and against the same router soft. Bootstrap over "
          "documents.",
-         gain_lines(found), GAINS),
+         gain_lines(found), GAINS, "risk"),
         ("Calibration", "E pi_full of every token and layer in full attention's stream against the oracle's label "
          "(a window would change the layer's output by 8 % of the stream's norm).",
-         calibration_lines(found), CALIBRATION),
+         calibration_lines(found), CALIBRATION, "reliability"),
         ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three seeds "
-         "with the half-width of its 95 % interval.", scarce_lines(found), SCARCE),
-        ("Steps", progress_lines.__doc__, progress_lines(found), PROGRESS),
+         "with the half-width of its 95 % interval.", scarce_lines(found), SCARCE, ""),
+        ("Steps", progress_lines.__doc__, progress_lines(found), PROGRESS, ""),
     )
-    return [f"## {title}\n\n{words}\n\n{analysis.markdown_table(shown, columns)}"
-            for title, words, shown, columns in sections if shown]
+    return [
+        f"## {title}\n\n{words}\n\n" + (f"![{picture}]({picture}.png)\n\n" if picture else "")
+        + analysis.markdown_table(shown, columns)
+        for title, words, shown, columns, picture in sections if shown
+    ]
 
 
 def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -340,3 +345,17 @@ def write(out: pathlib.Path) -> None:
             "local x: trained layer by layer; without local: end to end.",
         )
         analysis.save(figure, out / "share.png")
+        curves = {
+            f"{row['arm']}, {row['measure']}": {**row, "random": row["mean_harm"]} for row in gain_lines(found)
+            if row["kind"] == plan.MAIN[0] and row["harm"] == "full" and row["arm"].endswith("bayesian")
+        }
+        if curves:
+            analysis.save(analysis.risk_coverage_figure(
+                curves, "Does uncertainty find the tokens of prose that routing hurts?"
+            ), out / "risk.png")
+        calibrated = {row["arm"]: row for row in found.get("calibration", ())
+                      if row["kind"] == plan.MAIN[0] and row["seed"] == 0}
+        if calibrated:
+            analysis.save(analysis.reliability_figure(
+                calibrated, "Does E pi_full say where a window would change prose?"
+            ), out / "reliability.png")
