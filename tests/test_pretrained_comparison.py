@@ -137,7 +137,7 @@ def test_a_score_above_the_price_is_the_hard_decision(smol):
         clear = np.abs(read.z - price) > 1e-5
         np.testing.assert_array_equal((read.z > price)[clear], read.full[clear])
         assert_close(read.nll, smol.forced(one, read.full).nll, 1e-5)
-    z, mean = local.scores(made, params, pool.of([0]), point, COSTS)
+    z, mean = local.scores(made, params, local.chunks(pool.of([0])), point, COSTS)
     assert z.shape == mean.shape == (smol.layers, 2 * TIME)  # Two streams.
     read = smol.routed(one, "bayesian", own, point.hypers(COSTS, price=-9.0))  # Full attention's stream.
     assert_close(mean[:, :TIME], read.mean[..., 0], 1e-3)
@@ -154,7 +154,7 @@ def test_training_points_together_is_training_each_and_leaves_less_harm(smol, co
     pools = {"mixture": pool}
     together = local.train(points, pools, **quiet)
     assert_close(local.train(points[1:], pools, **quiet)[0], together[1], 1e-3)
-    z, _ = local.scores(small(controller), together[0], pool, points[0], COSTS)
+    z, _ = local.scores(small(controller), together[0], local.chunks(pool, 8), points[0], COSTS)
     rng = np.random.default_rng(0)
     assert local.left(z, pool.harm, 0.3) < local.left(rng.random(z.shape), pool.harm, 0.3)
     assert local.left(pool.harm, pool.harm, 0.3) < local.left(z, pool.harm, 0.3) < 1

@@ -168,12 +168,12 @@ def calibration_of(
         windows = study.material.windows(kind, "test", count)
         pool = local.collect(study.reader.model.config, study.reader.params, windows, (False,), lambda words: None)
         pool = pool.at(np.flatnonzero(pool.position >= begin))
-        label = pool.harm >= local.TOLERANCE**2
+        label, tokens = pool.harm >= local.TOLERANCE**2, local.chunks(pool)
         for (arm, seed, share), one in known.items():
             if share == 0.3:
                 study.check_time()
                 controllers = one.params["layers"]["attention"]["controller"]
-                _, mean = local.scores(routers.controller_of(study, one.point), controllers, pool, one.point, plan.COSTS)
+                _, mean = local.scores(routers.controller_of(study, one.point), controllers, tokens, one.point, plan.COSTS)
                 found = calibration(mean.ravel(), label.ravel())
                 rows.append({"kind": kind, "arm": arm, "seed": seed, **found, "labelled": float(label.mean()),
                              "mean": float(mean.mean())})

@@ -241,16 +241,17 @@ def _program(controller: nn.Module, steps: int) -> tuple[Any, Any]:
     return jax.vmap(optimizer.init), step
 
 
+def chunks(pool: Pool, size: int = 2048) -> list[Tokens]:
+    """All tokens of a pool, on the device."""
+    return [taken(pool, np.s_[begin : begin + size]) for begin in range(0, len(pool.position), size)]
+
+
 def scores(
-    controller: nn.Module, params: Any, pool: Pool, point: Point, costs: Sequence[float], size: int = 2048
+    controller: nn.Module, params: Any, held: Sequence[Tokens], point: Point, costs: Sequence[float]
 ) -> tuple[Float[np.ndarray, "layer token"], Float[np.ndarray, "layer token"]]:
-    """(z, E pi_full) of all tokens of a pool: a token goes to full attention iff z > lambda."""
-    hypers = point.hypers(costs)
-    run = _scorer(controller)
-    parts = []
-    for begin in range(0, len(pool.position), size):
-        parts.append(np.asarray(run(params, taken(pool, np.s_[begin : begin + size]), hypers)))
-    mean = np.concatenate(parts, axis=1)
+    """(z, E pi_full) of the tokens of a pool: a token goes to full attention iff z > lambda."""
+    run, hypers = _scorer(controller), point.hypers(costs)
+    mean = np.concatenate([np.asarray(run(params, tokens, hypers)) for tokens in held], axis=1)
     return decision(mean, costs), mean[..., 0]
 
 

@@ -55,10 +55,10 @@ def choose_settings(study: Study) -> None:
     """Trains the whole grid, notes what harm every point leaves on validation, and keeps those that are chosen."""
     points = plan.grid()
     trained = train(study, points)
-    held = study.pool("validation")
-    rows = []
+    held, rows = study.pool("validation"), []
+    tokens = local.chunks(held)
     for point, params in zip(points, trained):
-        z, mean = local.scores(controller_of(study, point), params, held, point, plan.COSTS)
+        z, mean = local.scores(controller_of(study, point), params, tokens, point, plan.COSTS)
         left = {f"left@{share}": local.left(z, held.harm, share) for share in plan.CHOSEN_AT}
         rows.append({**dataclasses.asdict(point), **left, "share": float(np.mean(z > 0)), "full": float(mean.mean()),
                      **{f"z@{share}": float(np.quantile(z, 1 - share)) for share in plan.CHOSEN_AT}})

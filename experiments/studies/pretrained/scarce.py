@@ -54,7 +54,7 @@ def windows_of(data: str) -> np.ndarray:
 def row_of(study: Study, point: Point, params: Any) -> dict[str, Any]:
     """What a point leaves on validation, and what it is unsure of."""
     held, controller = study.pool("validation"), routers.controller_of(study, point)
-    z, _ = local.scores(controller, params, held, point, plan.COSTS)
+    z, _ = local.scores(controller, params, local.chunks(held), point, plan.COSTS)
     some = local.taken(held, np.arange(0, len(held.position), 16))
     found = local.routing(controller, params, some, point.hypers(plan.COSTS), None)
     doubt = {"entropy": float(MEASURES["entropy"].function(found.mean).mean())}
