@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from tests import gpu_checks as checks
-from tests import gpu_training
+from tests import gpu_decode, gpu_training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -91,6 +91,13 @@ def test_the_kernel_is_the_portable_one(hold, case):
     if jax.default_backend() != "gpu":
         pytest.skip("not run: the kernel is one for GPUs")
     hold(checks.kernel_rows(case))
+
+
+@pytest.mark.parametrize("case", gpu_decode.CASES)
+def test_decoding_by_the_kernel_is_the_portable_one(hold, case):
+    if jax.default_backend() != "gpu":
+        pytest.skip("not run: the kernel is one for GPUs")
+    hold(gpu_decode.rows(case))
 
 
 @pytest.mark.parametrize("kernel", ["pallas", "portable"])
