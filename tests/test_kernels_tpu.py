@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice
 
 from configs import smoke
-from meta_attention_jax.kernels import select, tpu, worklist
+from meta_attention_jax.kernels import portable, select, tpu, worklist
 from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.routing import dispatch
@@ -62,8 +62,6 @@ def test_equals_the_equation(name):
 @interpreted
 @pytest.mark.slow
 def test_the_log_sum_exp_has_a_gradient_and_is_the_portable_one():
-    from meta_attention_jax.kernels import portable
-
     name = OFTEN[0]
     setting = SETTINGS[name]
     q, k, v, cotangent, route, ids = drawn(setting, 7)
@@ -82,7 +80,8 @@ def test_the_kernel_of_a_tpu_is_asked_for():
     assert select.packed("auto", shape, jnp.bfloat16, TPU).name == "portable"
     chosen = select.packed("pallas", shape, jnp.bfloat16, TPU)
     assert chosen.name == "pallas" and chosen.attend is tpu.attend
-    assert chosen.sizes(512, [Reach(), Reach(8)]) == [Sizes(512, 512)] * 2
+    assert chosen.sizes(512, [Reach(), Reach(8)]) == [Sizes(256, 256)] * 2
+    assert chosen.sizes(8192, [Reach(), Reach(1024)]) == [Sizes(512, 512)] * 2
     for changed, dtype in (((1, 512, 4, 512), jnp.bfloat16), (shape, jnp.float16)):
         expected = "kernel: expected bfloat16 or float32 and a head dim of at most 256 .* got "
         with pytest.raises(ValueError, match=expected):
@@ -96,8 +95,22 @@ def test_the_kernel_of_a_tpu_is_asked_for():
 @pytest.mark.parametrize("dim", [16, 128, 256])
 def test_sizes_are_whole_lanes_and_no_more_than_there_is(dim):
     for time in (3, 128, 300, 5000, 2**17):
-        block, tile = tpu.sizes_for(dim, time)
-        assert block == tile and block % tpu.LANES == 0 and block <= max(tpu.LANES, 2 * time)
+        for reaches in ((), (Reach(), Reach(50)), (Reach(4096),)):
+            block, tile = tpu.sizes_for(dim, time, reaches)
+            assert tile <= block and block % tpu.LANES == tile % tpu.LANES == 0 and block <= max(tpu.LANES, 2 * time)
+
+
+def test_lists_that_the_memory_of_scalars_does_not_hold_are_refused():
+    def steps(batch, time):
+        route = jax.ShapeDtypeStruct((batch, time), jnp.int32)
+        sizes = [tpu.sizes_for(128, time)] * 2
+        jax.eval_shape(lambda route: tpu._by_tile(worklist.build(
+            route, None, causal=True, reaches=[Reach(), Reach(9)], sizes=sizes
+        )), route)
+
+    steps(8, 2**15)
+    with pytest.raises(ValueError, match="^kernel: expected lists of at most 1,000,000 bytes for 'pallas' on a TPU.* got "):
+        steps(8, 2**17)
 
 
 def test_more_tiles_than_a_step_can_name_are_refused():
@@ -151,9 +164,46 @@ def test_runs_inside_shard_map_with_its_checks():
     def whole(q, k, v, route, ids):
         reaches, sizes = [Reach(), Reach(setting.window, setting.sinks)], [Sizes(128, 128)] * 2
         work = worklist.build(route, ids, causal=True, reaches=reaches, sizes=sizes)
-        return jax.grad(lambda q: tpu.attend(q, k, v, work)[0].sum())(q)
+        return jax.grad(lambda qkv: tpu.attend(*qkv, work)[0].sum())((q, k, v))
 
     parts = jax.shard_map(whole, mesh=V5E, in_specs=spec, out_specs=spec)
     with jax.sharding.use_abstract_mesh(V5E):
         text = jax.jit(parts).trace(q, k, v, route, ids).lower(lowering_platforms=("tpu",)).as_text()
-    assert "@tpu_custom_call(" in text
+    assert text.count("@tpu_custom_call(") == 3
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("route", [0, 2])  # All on full attention; none is packed.
+def test_at_sizes_of_a_tpu_and_where_there_is_nothing_to_do(route):
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 700, n, 16)), jnp.float32) for n in (2, 1, 1, 2))
+    routes = jnp.full((2, 700), route, jnp.int32)
+    found = []
+    for module, sizes in ((tpu, tpu.sizes_for(16, 700, [Reach(40)])), (portable, Sizes(64, 64))):
+        work = worklist.build(routes, None, causal=True, reaches=[Reach(), Reach(40)], sizes=[sizes] * 2)
+        with jax.default_matmul_precision("highest"):
+            extra = (None, True) if module is tpu else (None,)
+            out, pull = jax.vjp(lambda *x: module.attend(*x, work, *extra)[0], q, k, v)  # noqa: B023
+            found.append((out, *pull(cotangent)))
+    assert sizes.block < 700
+    if route == 2:
+        assert not any(np.asarray(x).any() for x in found[0])
+    else:
+        assert_close(found[0], found[1], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *making.slow("float32")])
+def test_a_precision_that_is_asked_for_is_one_that_the_units_know(dtype):
+    q = jax.ShapeDtypeStruct((1, 300, 2, 64), dtype)
+    route = jax.ShapeDtypeStruct((1, 300), jnp.int32)
+
+    def run(q, route):
+        sizes = [tpu.sizes_for(64, 300)] * 2
+        work = worklist.build(route, None, causal=True, reaches=[Reach(), Reach(9)], sizes=sizes)
+        return tpu.attend(q, q, q, work)[0]
+
+    for precision in ("highest", "high"):
+        with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(V5E):
+            text = jax.jit(run).trace(q, route).lower(lowering_platforms=("tpu",)).as_text()
+        assert "@tpu_custom_call(" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -40,8 +41,8 @@ def packed(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Targe
     expect(kernel in KERNELS, "kernel", f"one of {', '.join(KERNELS)}", kernel)
     target = target or targets.current()
     if kernel == "pallas" and target.platform == "tpu" and tpu.serves(shape, dtype):
-        sizes = tpu.sizes_for(shape[3], shape[1])
-        return Kernel("pallas", tpu.attend, lambda time, reaches: [sizes] * len(reaches))
+        sizes_for = functools.partial(tpu.sizes_for, shape[3])
+        return Kernel("pallas", tpu.attend, lambda time, reaches: [sizes_for(time, reaches)] * len(reaches))
     if not triton.serves(kernel, shape, dtype, target):
         return Kernel("portable", portable.attend, lambda time, reaches: [portable.sizes_for(time, r) for r in reaches])
     sizes = gpu.tuning_for(shape[3], dtype, shape[1]).sizes

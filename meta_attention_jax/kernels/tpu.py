@@ -24,20 +24,30 @@ from meta_attention_jax.fields import expect
 from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms.blocks import MASKED, capped, capped_slope
+from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.types import Keys, Queries, Values
 
 LANES, MOST_DIM, DTYPES = 128, 256, ("bfloat16", "float32")
+SCALARS = 1_000_000
+"""Bytes of the memory of scalars that the lists may take; a v5e has 1 MiB."""
 _TILE_BITS, _FLAG_BITS = 13, 3
 WHOLE, FIRST, LAST = 1, 2, 4
 """Flags of a step: every query sees every key; the first and the last step of what it adds to."""
 
 
-def sizes_for(dim: int, time: int) -> Sizes:
-    """Queries of a block and keys of a tile, by head width: large, for a step has its price, and small enough that the
-    squares of the backward pass fit the memory of the core. Not timed on a TPU."""
+def sizes_for(dim: int, time: int, reaches: Sequence[Reach] = ()) -> Sizes:
+    """Queries of a block and keys of a tile, by head width and the narrowest window: large, for a step has its price,
+    and small enough that the squares of the backward pass fit the memory of the core and a window is no small part of a
+    tile. Not timed on a TPU."""
     most = 512 if dim <= 128 else 256
-    size = min(most, max(LANES, 1 << (time - 1).bit_length()))
-    return Sizes(size, size)
+    window = min((reach.window for reach in reaches if reach.window is not None), default=most)
+    tile = min(most, max(256, _power(window)), max(LANES, _power(time)))
+    # Of few tokens few are packed.
+    return Sizes(tile if time < 4096 else min(most, _power(time)), tile)
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def serves(shape: Sequence[Any], dtype: Any) -> bool:
@@ -65,7 +75,7 @@ def attend(
 ) -> tuple[Queries, LogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, 0 elsewhere; and the log-sum-exp of their
     logits, float32, 0 elsewhere. The list's sizes are one for all mechanisms. Softmax and sums in float32; products of
-    float32 as `jax.default_matmul_precision` says."""
+    float32 as `_dot` says."""
     return _attend_forward(q, k, v, work, softcap, interpret)[0]
 
 
@@ -157,11 +167,17 @@ def _meetings(work: WorkList) -> tuple[Array, Array, Array, Array]:
     return jnp.concatenate(meets), jnp.concatenate(whole), row, slot // block
 
 
-def _steps(meets: Bool[Array, "outer inner"], whole: Array, pack: Callable[..., Array], row, slot) -> Steps:
-    """The meetings in order, those of one outer index together; `pack` makes a number of both indices."""
-    outer, inner = jnp.nonzero(meets, size=meets.size, fill_value=0)
-    count = meets.sum(dtype=jnp.int32)
-    outer, inner, index = outer.astype(jnp.int32), inner.astype(jnp.int32), jnp.arange(meets.size, dtype=jnp.int32)
+def _steps(
+    meets: Bool[Array, "outer inner"], whole: Array, pack: Callable[..., Array], row, slot, most: int
+) -> Steps:
+    """The meetings in order, at most so many, those of one outer index together; `pack` makes a number of both indices.
+    Where there are none, the first block makes one step that nobody reads."""
+    held = 4 * (most + 2 * row.shape[0])
+    expect(held <= SCALARS, "kernel", f"lists of at most {SCALARS:,} bytes for 'pallas' on a TPU, so fewer tokens of "
+           "a device (another kernel, or more devices)", f"{held:,}")
+    outer, inner = jnp.nonzero(meets, size=most, fill_value=0)
+    count = jnp.maximum(meets.sum(dtype=jnp.int32), 1)
+    outer, inner, index = outer.astype(jnp.int32), inner.astype(jnp.int32), jnp.arange(most, dtype=jnp.int32)
     new = jnp.concatenate([jnp.ones(1, bool), outer[1:] != outer[:-1]]) | (index == 0)
     ends = jnp.concatenate([outer[1:] != outer[:-1], jnp.ones(1, bool)]) | (index == count - 1)
     flags = WHOLE * whole[outer, inner] + FIRST * new + LAST * ends
@@ -177,29 +193,29 @@ def _check(blocks: int, tiles: int) -> None:
 def _by_block(work: WorkList) -> Steps:
     meets, whole, row, slot = _meetings(work)
     _check(*meets.shape)
-    return _steps(meets, whole, lambda n, j: (n << _TILE_BITS) | j, row, slot)
+    return _steps(meets, whole, lambda n, j: (n << _TILE_BITS) | j, row, slot, meets.size)
 
 
 def _by_tile(work: WorkList) -> Steps:
     """The blocks of every tile of every sequence; a tile that nobody sees has one step, of no block, that writes 0."""
     meets, whole, row, slot = _meetings(work)
-    _check(meets.shape[0] + 1, meets.shape[1])
+    _check(meets.shape[0] + work.slot.shape[0], meets.shape[1])
     batch, tiles = work.slot.shape[0], meets.shape[1]
     mine = row[None, None] == jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     seen = (mine & meets.T[None]).reshape(batch * tiles, -1)
     alone = ~seen.any(axis=1, keepdims=True)
     whole = jnp.broadcast_to(whole.T[None], (batch, *whole.T.shape)).reshape(seen.shape)
-    none = jnp.zeros_like(alone)
 
     def pack(outer, inner):
         return (inner << _TILE_BITS) | (outer % tiles)
 
     # The sequence of a step of no block is its tile's: such blocks come behind the others, one a sequence.
-    empty = alone.reshape(batch, tiles)
-    columns = [jnp.where(jnp.arange(batch)[:, None] == b, empty, False).reshape(-1, 1) for b in range(batch)]
-    seen, whole = jnp.concatenate([seen, *columns], 1), jnp.concatenate([whole, *[none] * batch], 1)
+    empty = alone.reshape(batch, tiles, 1) & jnp.eye(batch, dtype=bool)[:, None]
+    empty = empty.reshape(batch * tiles, batch)
+    seen, whole = jnp.concatenate([seen, empty], 1), jnp.concatenate([whole, jnp.zeros_like(empty)], 1)
     row = jnp.concatenate([row, jnp.arange(batch, dtype=jnp.int32)])
-    return _steps(seen, whole, pack, row, jnp.concatenate([slot, jnp.zeros(batch, jnp.int32)]))
+    slot = jnp.concatenate([slot, jnp.zeros(batch, jnp.int32)])
+    return _steps(seen, whole, pack, row, slot, meets.size + batch * tiles)  # A block is of one sequence.
 
 
 def _of(packed):
@@ -213,7 +229,13 @@ def _flag(flags, which: int):
 
 
 def _dot(x, y, x_axis: int, y_axis: int):
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    """Of float32 in full precision where `jax.default_matmul_precision` asks for any, else as the units do; they know
+    no other."""
+    asked = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest")
+    return jax.lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if asked else jax.lax.Precision.DEFAULT,
+    )
 
 
 def _allowed(bounds, tile, keys: int):
@@ -240,7 +262,9 @@ def _call(
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
     made = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x, _ in outputs]
-    call = pl.pallas_call(kernel, grid_spec=spec, out_shape=made, interpret=interpret)
+    # Heads are apart; the steps of one go on from each other.
+    order = pltpu.CompilerParams(dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)))
+    call = pl.pallas_call(kernel, grid_spec=spec, out_shape=made, interpret=interpret, compiler_params=order)
     return call(steps.packed, steps.row, steps.slot, *(array for array, _ in inputs))
 
 

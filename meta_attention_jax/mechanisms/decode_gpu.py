@@ -1,8 +1,8 @@
 """Softmax attention of one new token a row on NVIDIA GPUs, by Pallas in its Triton form: reads what a row's route needs.
 
-A program serves one row, one key head with the queries that share it, and one stretch of the cache; a stretch without a
-key that the row needs is left at once, so a row in the window reads its window and its sinks, whatever the others do.
-The parts of a row are merged by their log-sum-exps.
+A program serves one row, one key head with the queries that share it, and one stretch of the keys that the row needs,
+so a row in the window reads its window and its sinks, whatever the others do; a stretch without any is left at once. The
+parts of a row are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from meta_attention_jax.mechanisms.blocks import MASKED, capped
 from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery
 from meta_attention_jax.targets import Target
 
-KEYS, LEAST_STRETCH, MOST_STRETCHES = 64, 512, 16
-"""Keys that meet the queries at a time; keys of a stretch at least, and stretches of a row at most. Not timed."""
+KEYS, LEAST_STRETCH, MOST_STRETCHES, TILE_BYTES = 64, 512, 16, 32768
+"""Keys that meet the queries at a time, half as many where their tile has more bytes; keys of a stretch at least where a
+row needs all of its cache, and stretches of a row at most. Not timed."""
 
 
 def serves(kernel: str, q: StepQuery, stack: Stack, target: Optional[Target] = None) -> bool:
@@ -42,16 +43,19 @@ def attend(
     group = heads // kv_heads
     rows = max(triton.LEAST, 1 << (group - 1).bit_length())
     stretches = min(MOST_STRETCHES, -(-capacity // LEAST_STRETCH))
-    stretch = -(-capacity // (stretches * KEYS)) * KEYS
+    size, stages = (KEYS, 3) if KEYS * dim * k.dtype.itemsize <= TILE_BYTES else (KEYS // 2, 2)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
 
     def kernel(layer, first, last, sinks, q, k, v, acc, top, total):
         n, part = triton.divide(pl.program_id(0), stretches)
         row, g = triton.divide(n, kv_heads)
-        begin = part * stretch
+        # What a row needs, in as many stretches of whole tiles; the sinks before it are the first one's.
+        base = triton.divide(first[row], size)[0] * size
+        stretch = triton.divide(last[row] - base + stretches * size - 1, stretches * size)[0] * size
+        begin = base + part * stretch
         low, high = jnp.maximum(first[row], begin), jnp.minimum(last[row], begin + stretch)
-        early = jnp.minimum(jnp.minimum(sinks[row], first[row]), begin + stretch)
-        some = (low < high) | (begin < early)
+        early = jnp.where(part == 0, jnp.minimum(sinks[row], first[row]), 0)
+        some = (low < high) | (early > 0)
         total[row, g, part, :] = jnp.zeros((rows,), jnp.float32)
         top[row, g, part, :] = jnp.full((rows,), MASKED, jnp.float32)
 
@@ -62,11 +66,11 @@ def attend(
 
             def meet(j, carry):
                 before, mass, out = carry
-                start = jnp.minimum(j * KEYS, capacity - KEYS)  # The last tile is moved inwards.
-                key, value = (_numbers(x[at, row, g, pl.ds(start, KEYS), :]) for x in (k, v))
-                place = start + jnp.arange(KEYS, dtype=jnp.int32)
-                seen = ((low <= place) & (place < high)) | ((begin <= place) & (place < early))
-                seen &= place >= j * KEYS
+                start = jnp.minimum(j * size, capacity - size)  # The last tile is moved inwards.
+                key, value = (_numbers(x[at, row, g, pl.ds(start, size), :]) for x in (k, v))
+                place = start + jnp.arange(size, dtype=jnp.int32)
+                seen = ((low <= place) & (place < high)) | (place < early)
+                seen &= place >= j * size
                 logits = capped(triton.dot(query.astype(key.dtype), key, 1, 1) * dim**-0.5, softcap)
                 logits = jnp.where(seen[None], logits, MASKED)
                 new = jnp.maximum(before, logits.max(1))
@@ -76,11 +80,11 @@ def attend(
 
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
             carry = jnp.full((rows,), MASKED / 2), jnp.zeros((rows,)), jnp.zeros((rows, dim), jnp.float32)
-            ends, early_ends = ((x + KEYS - 1) // KEYS for x in (high, early))
-            tile = jnp.where(low < high, low // KEYS, jnp.maximum(ends, early_ends))
+            ends, early_ends = ((x + size - 1) // size for x in (high, early))
+            tile = jnp.where(low < high, low // size, jnp.maximum(ends, early_ends))
             carry = jax.lax.fori_loop(tile, ends, meet, carry)
             # A tile of both is met once.
-            carry = jax.lax.fori_loop(begin // KEYS, jnp.minimum(early_ends, tile), meet, carry)
+            carry = jax.lax.fori_loop(0, jnp.minimum(early_ends, tile), meet, carry)
             acc[row, g, part, :, :], total[row, g, part, :] = carry[2], carry[1]
             top[row, g, part, :] = carry[0]
 
@@ -88,7 +92,7 @@ def attend(
     made = [jax.ShapeDtypeStruct((*shape, dim), jnp.float32), *[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2]
     arguments = (layer, first, last, sinks, q, k, v)
     acc, top, total = triton.call(
-        kernel, arguments, made, batch * kv_heads * stretches, warps=4, stages=3, interpret=interpret
+        kernel, arguments, made, batch * kv_heads * stretches, warps=4, stages=stages, interpret=interpret
     )
     weight = jnp.where(total > 0, jnp.exp(top - top.max(2, keepdims=True)), 0.0)
     whole = jnp.maximum((weight * total).sum(2), jnp.finfo(jnp.float32).tiny)

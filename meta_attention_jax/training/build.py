@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from meta_attention_jax import targets
 from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.controller.baselines import CONTROLLERS
 from meta_attention_jax.controller.prior import validate_prior
@@ -189,11 +188,14 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[
 
 def build_attention(config: ConfigDict, segments: str = "any") -> AttentionSpec:
     """Who may attend to whom. An implementation that was chosen for the run's own batches gives way to "auto" where it
-    cannot serve the segments; so does a kernel for GPUs where a run that has one is opened elsewhere."""
+    cannot serve the segments; so does a kernel where a run that has one is opened on what cannot run it."""
     model = config.model
     chosen, kernel = model.implementation, model.kernel
-    if kernel == "pallas" and segments == "any" and targets.current().platform == "cpu":
-        kernel = "auto"
+    if kernel == "pallas" and segments == "any":
+        try:
+            packed_kernel(config)
+        except ValueError:
+            kernel = "auto"
     if chosen == "cudnn" and segments == "any":
         chosen = "auto"
     return dataclasses.replace(
