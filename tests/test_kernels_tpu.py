@@ -109,7 +109,8 @@ def test_lists_that_the_memory_of_scalars_does_not_hold_are_refused():
         )), route)
 
     steps(8, 2**15)
-    with pytest.raises(ValueError, match="^kernel: expected lists of at most 1,000,000 bytes for 'pallas' on a TPU.* got "):
+    expected = "^kernel: expected lists of at most 1,000,000 bytes for 'pallas' on a TPU.* got "
+    with pytest.raises(ValueError, match=expected):
         steps(8, 2**17)
 
 

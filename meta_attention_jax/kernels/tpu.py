@@ -1,7 +1,7 @@
 """The packed kernel of TPUs: a list of tiles, one step of a dynamic grid each, by Pallas with scalar prefetch.
 
 As `portable`, an online softmax (Dao et al., arXiv 2205.14135) meets the tiles of keys that the work list names, and no
-others, in both directions. Forward and for dQ the list has the tiles of every block of queries, one after the other; for
+others, in both directions. Forward and for dQ the list has the tiles of every block of queries, one after another; for
 dK and dV the blocks that meet every tile of keys. What a step needs is fetched while the one before it computes, and
 what it shares with that one stays. Queries are packed before and outputs put at their tokens behind, by XLA, for a TPU
 cannot read scattered rows. No sum depends on timing: results are the same every time.
