@@ -267,7 +267,7 @@ ABOUT = {"backbone": {"path": "package:x"}, "length": 512, "window": 64, "sinks"
 
 
 def made_rows():
-    """Rows whose truth is known: a router that is 0.1 above full attention, a pattern that falls by what it is given."""
+    """Rows whose truth is known: a router that is 0.1 above full attention, a pattern that falls by what it gets."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(40):

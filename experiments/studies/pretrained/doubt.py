@@ -93,11 +93,13 @@ def read_all(study: Study, count: int) -> None:
 
     def jobs(window: Window) -> list[Job]:
         turn = window.turn(len(plan.SEEDS))
-        return [
-            (f"{arm} cautious by {measure}@{share}", seed, share,
-             cautious(study, known[arm, seed, 0.2], price(study, arm, seed, known[arm, seed, 0.2], 0.2), measure, theta))
-            for (arm, seed, measure, share), theta in thetas.items() if seed == turn
-        ]
+        found: list[Job] = []
+        for (arm, seed, measure, share), theta in thetas.items():
+            if seed == turn:
+                one = known[arm, seed, 0.2]
+                read = cautious(study, one, price(study, arm, seed, one, 0.2), measure, theta)
+                found.append((f"{arm} cautious by {measure}@{share}", seed, share, read))
+        return found
 
     study.read(plan.MAIN, own, jobs)
 
@@ -161,8 +163,8 @@ def gains_of(study: Study, arm: str, known: Mapping[int, Trained], count: int) -
 def calibration_of(
     study: Study, known: Mapping[tuple[str, int, float], Trained], count: int = 10
 ) -> list[dict[str, Any]]:
-    """E pi_full in full attention's stream against the oracle's label, by kind, arm and seed, where window and sinks are
-    not the whole past."""
+    """E pi_full in full attention's stream against the oracle's label, by kind, arm and seed, where window and sinks
+    are not the whole past."""
     rows, begin = [], study.config.model.window + study.config.model.sinks
     for kind in KINDS:
         windows = study.material.windows(kind, "test", count)
@@ -173,7 +175,8 @@ def calibration_of(
             if share == 0.3:
                 study.check_time()
                 controllers = one.params["layers"]["attention"]["controller"]
-                _, mean = local.scores(routers.controller_of(study, one.point), controllers, tokens, one.point, plan.COSTS)
+                controller = routers.controller_of(study, one.point)
+                _, mean = local.scores(controller, controllers, tokens, one.point, plan.COSTS)
                 found = calibration(mean.ravel(), label.ravel())
                 rows.append({"kind": kind, "arm": arm, "seed": seed, **found, "labelled": float(label.mean()),
                              "mean": float(mean.mean())})

@@ -16,7 +16,8 @@ the model's weights, at the speed of these), a training step through the whole m
 | a second model, without tuning | a third of the windows | | 1.0 |
 
 Cut to fit, in the order asked for: shares of 10 and 50 % but for the fixed patterns (50 % is what they are compared
-at), 16 needles in the readings, code and 4 needles but for the arms that matter there; routes in disorder at 30 % alone.
+at), 16 needles in the readings, code and 4 needles but for the arms that matter there; routes in disorder are read at
+30 % alone.
 The seeds of routers trained by the local ELBO take turns over the windows (every window is read by one seed of each,
 every document by all in time); those trained end to end read them all. Seeds differ in initial weights, in the tokens
 that are drawn and in samples, not in the 100 training windows.

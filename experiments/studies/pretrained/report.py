@@ -103,8 +103,8 @@ def by_window(rows: Rows, kind: str, arm: str) -> dict[int, dict[int, Mapping[st
 
 
 def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, Any]]:
-    """Nats of one arm less those of another, in pairs of windows and of seeds where both have some, with the interval of
-    a bootstrap over documents, and over seeds where both have read everything with several."""
+    """Nats of one arm less those of another, in pairs of windows and of seeds where both have some, with the interval
+    of a bootstrap over documents, and over seeds where both have read everything with several."""
     mine = by_window(rows, kind, arm)
     if "@" in other:
         families = [by_window(rows, kind, other)]
@@ -319,8 +319,8 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
         "## Arms", analysis.markdown_table(lines(rows), [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
         "## Differences",
-        "In pairs of windows, and of seeds; below 0 the first is better. An arm without `@` is taken at the first one's "
-        "share in every window, between the shares that it was read at (and none and all).",
+        "In pairs of windows, and of seeds; below 0 the first is better. An arm without `@` is taken at the first "
+        "one's share in every window, between the shares that it was read at (and none and all).",
         analysis.markdown_table(differences, DIFFERENCES),
         "## Settings", "Of the harm of a window everywhere (the change of every layer's output), what is left on "
         "validation streams when the tokens of highest score go to full attention; mean over three seeds.",
