@@ -303,6 +303,9 @@ def test_tables_say_what_the_rows_do(tmp_path):
     row = differences["bayesian@0.3", "best layers"]
     assert row["difference"] == pytest.approx(0.1 - 0.45, abs=0.01) and row["other_share"] == pytest.approx(0.35)
     assert 0.01 < row["seed_pm"] < 0.05 and row["windows"] == 40
+    # Below 20 % the pattern was not read.
+    few = [{**row, "share": 0.1} if row["arm"] == "bayesian@0.3" and row["window"] < 30 else row for row in rows]
+    assert report.contrast(few, "prose", "bayesian@0.3", "best layers")["windows"] == 10
     row = differences["bayesian@0.3", "bayesian shuffled@0.3"]  # Of one seed a window, as is what it is held against.
     assert row["low"] < -0.3 < row["high"] < -0.2 and row["windows"] == 40
     assert by["local bayesian@0.3"]["seed_pm"] is None

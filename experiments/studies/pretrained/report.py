@@ -102,6 +102,10 @@ def by_window(rows: Rows, kind: str, arm: str) -> dict[int, dict[int, Mapping[st
     return found
 
 
+BEYOND = 0.02
+"""Of share, that a window may lie outside of what it is compared with: a curve is not known there."""
+
+
 def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, Any]]:
     """Nats of one arm less those of another, in pairs of windows and of seeds where both have some, with the interval
     of a bootstrap over documents, and over seeds where both have read everything with several."""
@@ -111,7 +115,6 @@ def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, 
     else:
         shares = sorted({row["arm"] for row in rows if row["kind"] == kind and row["arm"].split("@")[0] == other})
         families = [by_window(rows, kind, name) for name in shares]
-        families += [by_window(rows, kind, name) for name in ("local", "full")] if shares else []
     pairs = []
     for window, seeds in mine.items():
         for seed, row in seeds.items():
@@ -119,9 +122,9 @@ def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, 
             if knots and len(knots) == len(families):
                 knots.sort(key=lambda knot: knot[0])
                 share, nats = (list(part) for part in zip(*knots))
-                theirs = float(np.interp(row["share"], share, nats))
-                at = row["share"] if len(knots) > 1 else share[0]
-                pairs.append((seed, row, row["nll"] - theirs, at))
+                at = float(np.clip(row["share"], share[0], share[-1]))
+                if "@" in other or abs(at - row["share"]) <= BEYOND:
+                    pairs.append((seed, row, row["nll"] - float(np.interp(at, share, nats)), at))
     if not pairs:
         return None
     tokens = np.array([row["tokens"] for _, row, _, _ in pairs], float)
@@ -320,7 +323,8 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "## Arms", analysis.markdown_table(lines(rows), [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
         "## Differences",
         "In pairs of windows, and of seeds; below 0 the first is better. An arm without `@` is taken at the first "
-        "one's share in every window, between the shares that it was read at (and none and all).",
+        "one's share in every window, between the shares that it was read at; windows that lie outside of these by "
+        "more than two points are left out.",
         analysis.markdown_table(differences, DIFFERENCES),
         "## Settings", "Of the harm of a window everywhere (the change of every layer's output), what is left on "
         "validation streams when the tokens of highest score go to full attention; mean over three seeds.",
