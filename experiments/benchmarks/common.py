@@ -153,7 +153,7 @@ def environment() -> Row:
 
 
 def commit() -> Optional[str]:
-    """Short hash of the checkout, with "-dirty" appended if it has changes; None outside git."""
+    """Short hash of the checkout, with "-dirty" appended if it has changes, but for records; None outside git."""
 
     def git(*arguments: str) -> str:
         asked = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
@@ -161,7 +161,8 @@ def commit() -> Optional[str]:
 
     try:
         short = git("rev-parse", "--short", "HEAD")
-        return short + ("-dirty" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)experiments/results")
+        return short + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
