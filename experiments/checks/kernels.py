@@ -99,8 +99,11 @@ def row_of(
 
     q, k = abstract(1, time, HEADS, dim), abstract(1, time, KV_HEADS, dim)
     route = abstract(1, time, kind=jnp.int32)
-    lowered = jax.jit(PROGRAMS[name]).lower(q, k, k, route)
     row = {"program": name, "T": time, "d": dim, "dtype": dtype}
+    try:
+        lowered = jax.jit(PROGRAMS[name]).lower(q, k, k, route)
+    except ValueError as error:  # What the kernel says it cannot do.
+        return row | {"note": str(error)}
     if assemble is None:
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
@@ -139,6 +142,8 @@ def rows(target: str, times: list[int]) -> Iterator[list[common.Row]]:
 def line(part: list[common.Row]) -> str:
     (row,) = part
     said = f"{row['program']:24} T {row['T']:<7} d {row['d']:<4} {row['dtype']:9}"
+    if "note" in row:
+        return f"{said} {row['note']}"
     if "registers" in row:
         said += f" {row['registers']} registers, {row['spilled bytes']} bytes spilled, warps {row['warps']};"
     return f"{said} {row['kernels']} kernels, {row['temporary MiB']:.1f} MiB"
