@@ -27,7 +27,7 @@ from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.step import gradient_sums, init_state, train_step
 from tests import making
-from tests.close import assert_close
+from tests.close import assert_close, distance
 from tests.making import published
 
 UNROUTED = RoutingHypers(
@@ -114,7 +114,9 @@ def test_with_every_token_full_it_is_the_published_model(root):
     logits = apply(params)[0]
     full = run.at(price=-10.0)
     assert (full.routes(text, mode="hard").route == 0).all()
-    assert_close(full.logits(text, mode="hard"), logits, 1e-6)
+    found = full.logits(text, mode="hard")
+    assert distance(found, logits) <= 1e-6  # By norm; a single entry may be off by more on some CPUs.
+    assert_close(found, logits, 1e-5)
     assert np.linalg.norm(run.at(price=10.0).logits(text, mode="hard") - logits) > 0.01 * np.linalg.norm(logits)
 
 

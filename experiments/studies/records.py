@@ -17,6 +17,8 @@ from typing import Any, Optional
 from experiments import common
 from experiments.studies import arms, comparison, long, outcome, paper_report, residual_linear, routed
 from experiments.studies.comparison import UNCERTAINTY_COLUMNS
+from experiments.studies.pretrained import report
+from experiments.studies.pretrained.study import read_rows
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
 
@@ -106,6 +108,16 @@ def routed_table(folder: pathlib.Path) -> str:
     stored = _read(folder / "rows.json")
     said = ", ".join(f"{name} {value}" for name, value in {**stored["setting"], **stored["environment"]}.items())
     return f"{said}\n\n{analysis.markdown_table(routed.lines(stored['rows']), routed.COLUMNS)}{_pictures(folder)}"
+
+
+def comparison_table(folder: pathlib.Path) -> str:
+    """Arms on a published model; differences, settings and more are on its own page."""
+    choices = _read(folder / "choices.json")
+    rows = read_rows(folder / "rows.jsonl")
+    commits = ", ".join(dict.fromkeys(session["commit"] for session in choices["sessions"]))
+    said = f"{len(rows):,} readings, gone on with on {commits}"
+    table = analysis.markdown_table(report.lines(rows), report.COLUMNS)
+    return f"{said}; differences and settings: [its page]({folder.name}/README.md)\n\n{table}{_pictures(folder)}"
 
 
 def linear_table(folder: pathlib.Path) -> str:
@@ -231,6 +243,9 @@ RECORDS = (
            "--config.prior.strength=8 --config.objective.beta=0.001 --config.retrofit.local_beta=0.03 && python -m "
            "experiments.studies.routed --workdir=runs/kl/end_to_end --out=runs/routed_kl --windows=51 --rank=4",
            routed_table, "trained at 5929196, read at d78efc4"),
+    Record("Arms on a published model at equal shares (begun: of 100 windows of each kind)", "pretrained_comparison",
+           "studies.pretrained.compare --parts=routers,patterns --minutes=71", comparison_table,
+           "5770366 (rows of its own alone changed)"),
     Record("A window and residual linear attention by learned features, no router", "residual_linear",
            "studies.residual_linear --steps=100 --windows=30", linear_table, "d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
