@@ -180,8 +180,10 @@ def _steps(
     outer, inner, index = outer.astype(jnp.int32), inner.astype(jnp.int32), jnp.arange(most, dtype=jnp.int32)
     new = jnp.concatenate([jnp.ones(1, bool), outer[1:] != outer[:-1]]) | (index == 0)
     ends = jnp.concatenate([outer[1:] != outer[:-1], jnp.ones(1, bool)]) | (index == count - 1)
-    flags = WHOLE * whole[outer, inner] + FIRST * new + LAST * ends
-    return Steps(count, (pack(outer, inner) << _FLAG_BITS) | flags.astype(jnp.int32), row, slot)
+    flags = sum(jnp.where(is_so, np.int32(flag), np.int32(0)) for is_so, flag in (
+        (whole[outer, inner], WHOLE), (new, FIRST), (ends, LAST)
+    ))
+    return Steps(count, (pack(outer, inner) << _FLAG_BITS) | flags, row, slot)
 
 
 def _check(blocks: int, tiles: int) -> None:

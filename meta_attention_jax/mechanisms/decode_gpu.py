@@ -79,7 +79,8 @@ def attend(
                 return new, mass * decay + weights.sum(1), out
 
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
-            carry = jnp.full((rows,), MASKED / 2), jnp.zeros((rows,)), jnp.zeros((rows, dim), jnp.float32)
+            carry = jnp.full((rows,), MASKED / 2, jnp.float32), jnp.zeros((rows,), jnp.float32)
+            carry = *carry, jnp.zeros((rows, dim), jnp.float32)
             ends, early_ends = ((x + size - 1) // size for x in (high, early))
             tile = jnp.where(low < high, low // size, jnp.maximum(ends, early_ends))
             carry = jax.lax.fori_loop(tile, ends, meet, carry)

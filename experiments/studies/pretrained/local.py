@@ -226,14 +226,16 @@ def _program(controller: nn.Module, steps: int) -> tuple[Any, Any]:
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens, number, hypers, betas, rates, keys):
-        theta = jnp.clip((number - start) / (end - start), 0.0, 1.0)
+        theta = jnp.clip((number.astype(jnp.float32) - start) / (end - start), 0.0, 1.0)
 
         def one(params, state, hypers, beta, rate, key):
             hypers = hypers.replace(threshold=theta)
             key = jax.random.fold_in(key, number)
             value, slope = jax.value_and_grad(lambda p: loss(controller, p, tokens, hypers, beta, key))(params)
-            updates, state = optimizer.update(slope, state, params)
-            moved = jax.tree.map(lambda p, u: p - rate * schedule(number) * u, params, updates)
+            with jax.numpy_dtype_promotion("standard"):  # optax divides counts by floats.
+                updates, state = optimizer.update(slope, state, params)
+                now = rate * schedule(number).astype(jnp.float32)
+            moved = jax.tree.map(lambda p, u: p - now * u, params, updates)
             return moved, state, value
 
         return jax.vmap(one)(params, state, hypers, betas, rates, keys)
