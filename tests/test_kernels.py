@@ -192,27 +192,30 @@ def test_nothing_flows_from_later_tokens():
     assert seen  # The probe sees what it should.
 
 
-@interpreted
-def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
-    """Linear tokens between, a tile larger than the sequence, sizes as on a GPU."""
+def hard_routing_by(kernel, attend, monkeypatch):
+    """Linear tokens between, a tile larger than the sequence, sizes as on the device: hard routing all the same."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 16)), jnp.float32) for n in (2, 1, 1))
     route = jnp.asarray(rng.integers(0, 3, size=(1, 70)), jnp.int32)
-    expected = making.hard(q, k, v, route, window=9, sinks=2)
-    chosen, asked = select.packed("pallas", q.shape, jnp.float32, H100), []
+    expected, asked = making.hard(q, k, v, route, window=9, sinks=2), []
 
-    def attend(*arguments):
+    def interpreted(*arguments):
         asked.append(arguments)
-        return gpu.attend(*arguments, None, True)
+        return attend(*arguments)
 
-    forced = chosen._replace(attend=attend)
-    monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: forced)
+    monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: kernel._replace(attend=interpreted))
     jax.clear_caches()
     with jax.default_matmul_precision("highest"):
         got = making.hard(q, k, v, route, window=9, sinks=2)
     jax.clear_caches()
     assert asked
     assert_close(got, expected, 2e-5)
+
+
+@interpreted
+def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
+    chosen = select.packed("pallas", (1, 70, 2, 16), jnp.float32, H100)
+    hard_routing_by(chosen, lambda *arguments: gpu.attend(*arguments, None, True), monkeypatch)
 
 
 CUT = linear_gpu.Shape(16, 16, 16, 4, 2)

@@ -14,13 +14,22 @@ from configs import smoke
 from meta_attention_jax.kernels import portable, select, tpu, worklist
 from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms.mechanism import Reach
-from meta_attention_jax.routing import dispatch
 from meta_attention_jax.targets import Target, compiling_for
 from meta_attention_jax.training import build
 from meta_attention_jax.types import AttentionSpec
 from tests import making
 from tests.close import assert_close
-from tests.test_kernels import SEEDS, SETTINGS, TOLERANCES, drawn, everything, flat, interpreted, oracle
+from tests.test_kernels import (
+    SEEDS,
+    SETTINGS,
+    TOLERANCES,
+    drawn,
+    everything,
+    flat,
+    hard_routing_by,
+    interpreted,
+    oracle,
+)
 
 TPU = Target("tpu", 0.0)
 # Pallas asks which TPU it is.
@@ -137,24 +146,8 @@ def test_lowers_for_a_tpu_under_remat_and_scan(dim, dtype):
 
 @interpreted
 def test_hard_routing_by_this_kernel_is_hard_routing(monkeypatch):
-    """Linear tokens between, sizes as on a TPU."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 70, n, 16)), jnp.float32) for n in (2, 1, 1))
-    route = jnp.asarray(rng.integers(0, 3, size=(1, 70)), jnp.int32)
-    expected = making.hard(q, k, v, route, window=9, sinks=2)
-    chosen, asked = select.packed("pallas", q.shape, jnp.float32, TPU), []
-
-    def attend(*arguments):
-        asked.append(arguments)
-        return tpu.attend(*arguments, True)
-
-    monkeypatch.setattr(dispatch.select, "packed", lambda *_, **__: chosen._replace(attend=attend))
-    jax.clear_caches()
-    with jax.default_matmul_precision("highest"):
-        got = making.hard(q, k, v, route, window=9, sinks=2)
-    jax.clear_caches()
-    assert asked
-    assert_close(got, expected, 2e-5)
+    chosen = select.packed("pallas", (1, 70, 2, 16), jnp.float32, TPU)
+    hard_routing_by(chosen, lambda *arguments: tpu.attend(*arguments, True), monkeypatch)
 
 
 def test_runs_inside_shard_map_with_its_checks():

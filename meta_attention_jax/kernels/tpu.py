@@ -270,6 +270,28 @@ def _call(
     return call(steps.packed, steps.row, steps.slot, *(array for array, _ in inputs))
 
 
+def _fetched(sizes: Sizes, dim: int, at: Callable[..., tuple[Any, Any, Any]]) -> tuple[pl.BlockSpec, ...]:
+    """What a step fetches: a block of queries, a tile of keys, the block's bounds, and a number of each of its queries
+    in eight rows. `at`: place in the grid -> head of the queries, of the keys, and step."""
+
+    def spec(shape: tuple[int, ...], place: Callable[..., tuple[Any, ...]]) -> pl.BlockSpec:
+        def index(*given):
+            *grid, packed, row, slot = given
+            head, kv_head, step = at(*grid)
+            block, tile, _ = _of(packed[step])
+            return place(row[block], head, kv_head, slot[block], tile)
+
+        return pl.BlockSpec(shape, index)
+
+    block, tile = sizes
+    return (
+        spec((1, 1, block, dim), lambda row, head, kv_head, slot, tile: (row, head, slot, 0)),
+        spec((1, 1, tile, dim), lambda row, head, kv_head, slot, tile: (row, kv_head, tile, 0)),
+        spec((1, 8, block), lambda row, head, kv_head, slot, tile: (row, 0, slot)),
+        spec((1, 1, 8, block), lambda row, head, kv_head, slot, tile: (row, head, 0, slot)),
+    )
+
+
 def _forward(state: _State, work: WorkList, softcap, interpret):
     (batch, heads, slots, dim), (block, tile) = state.q.shape, work.sizes[0]
     group, scale, steps = heads // state.k.shape[1], dim**-0.5, _by_block(work)
@@ -299,10 +321,7 @@ def _forward(state: _State, work: WorkList, softcap, interpret):
             out[0, 0] = (acc[...] / total[:, :1]).astype(out.dtype)
             lse[0, 0] = (top[...] + jnp.log(total[...]))[:, :8].T
 
-    of_block = pl.BlockSpec((1, 1, block, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, s[_of(p[i])[0]], 0))
-    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h // group, _of(p[i])[1], 0))
-    of_bounds = pl.BlockSpec((1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
-    of_lse = pl.BlockSpec((1, 1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, 0, s[_of(p[i])[0]]))
+    of_block, of_tile, of_bounds, of_lse = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
     out, lse = _call(
         kernel, steps, (heads, steps.count),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds)),
@@ -347,10 +366,7 @@ def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
         def _():
             dq[0, 0] = acc[...].astype(dq.dtype)
 
-    of_block = pl.BlockSpec((1, 1, block, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, s[_of(p[i])[0]], 0))
-    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda h, i, p, r, s: (r[_of(p[i])[0]], h // group, _of(p[i])[1], 0))
-    of_bounds = pl.BlockSpec((1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
-    of_row = pl.BlockSpec((1, 1, 8, block), lambda h, i, p, r, s: (r[_of(p[i])[0]], h, 0, s[_of(p[i])[0]]))
+    of_block, of_tile, of_bounds, of_row = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
     (dq,) = _call(
         kernel, steps, (heads, steps.count),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
@@ -389,15 +405,9 @@ def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
             dk[0, 0] = acc_k[...].astype(dk.dtype)
             dv[0, 0] = acc_v[...].astype(dv.dtype)
 
-    head = lambda g, m: g * group + m  # noqa: E731
-    of_block = pl.BlockSpec((1, 1, block, dim), lambda g, i, m, p, r, s: (
-        r[_of(p[i])[0]], head(g, m), s[_of(p[i])[0]], 0
-    ))
-    of_tile = pl.BlockSpec((1, 1, tile, dim), lambda g, i, m, p, r, s: (r[_of(p[i])[0]], g, _of(p[i])[1], 0))
-    of_bounds = pl.BlockSpec((1, 8, block), lambda g, i, m, p, r, s: (r[_of(p[i])[0]], 0, s[_of(p[i])[0]]))
-    of_row = pl.BlockSpec((1, 1, 8, block), lambda g, i, m, p, r, s: (
-        r[_of(p[i])[0]], head(g, m), 0, s[_of(p[i])[0]]
-    ))
+    of_block, of_tile, of_bounds, of_row = _fetched(
+        work.sizes[0], dim, lambda g, i, member: (g * group + member, g, i)
+    )
     made = jax.ShapeDtypeStruct(state.k.shape, state.k.dtype)
     return _call(
         kernel, steps, (kv_heads, steps.count, group),

@@ -34,7 +34,7 @@ PARTS: dict[str, Callable[[Study, int], None]] = {
 def main() -> None:
     with common.user_mistakes():
         unknown = [part for part in CHOSEN.value if part not in PARTS]
-        expect(not unknown, "parts", f"some of {', '.join(PARTS)}", ", ".join(unknown))
+        expect(CHOSEN.value and not unknown, "parts", f"some of {', '.join(PARTS)}", ", ".join(unknown))
         out = pathlib.Path(OUT.value)
         workdir = pathlib.Path(WORKDIR.value)
         study = Study(plan.config(BACKBONE.value), out, workdir, MINUTES.value)
@@ -42,6 +42,8 @@ def main() -> None:
             longer = plan.config(BACKBONE.value, LENGTH.value, WINDOW.value)
             out = out / f"T{LENGTH.value}"
             study = Study(longer, out, workdir, MINUTES.value, base=study)
+        if "long" in CHOSEN.value and not {"routers", "patterns"} & set(CHOSEN.value):
+            long.check(study)
     study.record.began(CHOSEN.value)
     try:
         for part in CHOSEN.value:

@@ -39,10 +39,17 @@ def _count(config: ModelConfig, routes: Any) -> Any:
     return count_layers(routes, config).flops
 
 
+def check(study: Study) -> None:
+    """Raises ValueError where there is nothing to go by yet."""
+    there = {"grid", "layers"} <= study.base.record.choices.keys()
+    expect(there, "parts", "routers and patterns before long", "long alone")
+
+
 def read_all(study: Study, count: int) -> None:
     """Full attention, the window, the best layers and every router that is there, its seeds in turn."""
-    known, choices = doubt.routed_arms(study.base), study.base.record.choices
-    expect("layers" in choices, "parts", "patterns before long, for the order of layers", "none")
+    check(study)
+    choices = study.base.record.choices
+    known = doubt.routed_arms(study.base)
     reader, order = study.reader, choices["layers"]
 
     def jobs(window: Window) -> list[Job]:

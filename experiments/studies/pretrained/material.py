@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 import jax.numpy as jnp
@@ -79,6 +79,17 @@ class Material:
         self._splits: dict[tuple[str, str], Split] = {}
         self._writer: Optional[Writer] = None
 
+    def check(self, kinds: Sequence[str]) -> None:
+        """Raises ValueError unless T tokens have room for these kinds."""
+        for kind in kinds:
+            self._room(KINDS[kind])
+
+    def _room(self, made: Kind) -> tuple[TaskConfig, Optional[Writer]]:
+        config = TaskConfig((made.task,), (1.0,), made.needles, self.window)
+        writer = self._written(config) if made.task == "lookup" else None
+        tasks.check_length(config, self.length, writer)
+        return config, writer
+
     def windows(self, kind: str, split: str, count: int, skip: int = 0) -> list[Window]:
         """Windows number skip to skip + count - 1."""
         if kind not in KINDS:
@@ -98,9 +109,7 @@ class Material:
 
     def _window(self, kind: str, split: str, number: int) -> Window:
         made = KINDS[kind]
-        config = TaskConfig((made.task,), (1.0,), made.needles, self.window)
-        writer = self._written(config) if made.task == "lookup" else None
-        tasks.check_length(config, self.length, writer)
+        config, writer = self._room(made)
         held = self._split(made.corpus, split)
         stretch = tasks.stretch(made.task, self.length)
         long = np.flatnonzero(np.diff(held.offsets) >= stretch)

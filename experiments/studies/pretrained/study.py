@@ -122,6 +122,7 @@ class Study:
         self.reader = Reader(model, params, plan.COSTS)
         length, window = config.data.sequence_length, config.model.window
         self.material = Material(tokenizer, length=length, window=window, corpora=corpora)
+        self.material.check(plan.KINDS)
         about = {"backbone": backbone.identity(config), "length": length, "window": window,
                  "sinks": config.model.sinks, "hidden": config.controller.hidden, "protocol": plan.protocol()}
         self.record = Record(out, about)
@@ -136,6 +137,7 @@ class Study:
     def pool(self, split: str) -> Pool:
         """Streams of the training mixture (two each), or of validation (full attention's)."""
         if split not in self._pools:
+            self.check_time()
             counts = {"train": plan.TRAINING_WINDOWS, "validation": plan.VALIDATION_WINDOWS}
             oracle = (False, True) if split == "train" else (False,)
             windows = self.material.mixture(split, counts[split])
