@@ -378,7 +378,7 @@ def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
 
 def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
     d_out, lse, mean = given
-    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
+    (_, heads, _, dim), (_, tile) = state.q.shape, work.sizes[0]
     kv_heads = state.k.shape[1]
     group, scale, steps = heads // kv_heads, dim**-0.5, _by_tile(work)
     blocks = steps.row.shape[0] - work.slot.shape[0]  # From there on they are of no block.
