@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -394,11 +394,14 @@ def test_the_whole_study_of_a_small_model_goes_on_and_reads_nothing_twice(tmp_pa
     report.write(tmp_path / "out")
     page = (tmp_path / "out" / "README.md").read_text()
     assert all(f"## {title}" in page for title in ("Arms", "Uncertainty", "Calibration", "Scarce data", "Steps"))
-    for part in parts:  # Nothing is read, nor trained, nor chosen again.
+    assert len(list((tmp_path / "out" / "routers").iterdir())) == len(plan.SEEDS)
+    runs = tmp_path / "runs" / "end_to_end"
+    shutil.rmtree(runs)
+    for part in parts:  # Nothing is read, nor trained, nor chosen again; runs of hours not even where they are gone.
         part.read_all(begun(1.0), 2)
-    assert study.read_rows(tmp_path / "out" / "rows.jsonl") == rows
+    assert study.read_rows(tmp_path / "out" / "rows.jsonl") == rows and not runs.exists()
     before = routers.routers(begun(1.0))["bayesian", 1, 0.3]
-    pathlib.Path(f"{routers.place_of(tmp_path / 'runs', before.point)}.npz").unlink()
+    routers.file_of(tmp_path / "runs", before.point).unlink()
     again = routers.routers(begun(1.0))["bayesian", 1, 0.3]
     assert again.point == before.point
     assert_close(again.params, before.params, 1e-4)

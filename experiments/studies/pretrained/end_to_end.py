@@ -1,4 +1,8 @@
-"""Routers that are trained through the whole model, from the local solution, by the package's own training loop."""
+"""Routers that are trained through the whole model, from the local solution, by the package's own training loop.
+
+A run takes a quarter of an hour. Those that read lie beside the rows, in `routers/`, 16 bits a number, and it is from
+there that they read: a record is gone on with, or checked, without training them again.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import jax
 import numpy as np
 
 from experiments.studies.pretrained import plan, routers
+from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.routers import Trained
 from experiments.studies.pretrained.study import Job, Study
@@ -43,6 +48,16 @@ def trained(study: Study, arm: str, beta: float, seed: int) -> Trained:
         first = jax.device_get(start.params)
         train(dataclasses.replace(job, initial=first), label=f"{arm}, beta {beta:g}, seed {seed}")
     return Trained(point, read_run(path, plan.END_TO_END_STEPS)[3])
+
+
+def kept(study: Study, arm: str, beta: float, seed: int) -> Trained:
+    """A router as it lies beside the rows, trained where it does not."""
+    place = study.record.path.parent / "routers"
+    point = dataclasses.replace(Point(seed=seed, **routers.chosen(study.record, arm, 0.3)), beta=beta)
+    if not routers.file_of(place, point).is_file():
+        own = trained(study, arm, beta, seed).params["layers"]["attention"]["controller"]
+        routers.save(place, point, jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), own))
+    return routers.load(place, point)
 
 
 def progress(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -86,9 +101,9 @@ def chosen(study: Study, arm: str) -> float:
 
 
 def known(study: Study) -> dict[tuple[str, int], Trained]:
-    """(arm, seed) -> the router, trained where it is not there."""
+    """(arm, seed) -> the router at its chosen weight."""
     return {
-        (arm, seed): trained(study, arm, beta, seed)
+        (arm, seed): kept(study, arm, beta, seed)
         for arm, beta in ((arm, chosen(study, arm)) for arm in plan.END_TO_END) for seed in plan.SEEDS
     }
 

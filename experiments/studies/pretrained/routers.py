@@ -88,30 +88,32 @@ def points_of(record: Record) -> dict[Point, None]:
     )
 
 
-def place_of(workdir: pathlib.Path, point: Point) -> pathlib.Path:
+def file_of(folder: pathlib.Path, point: Point) -> pathlib.Path:
     """Where the controllers of a point lie."""
     numbers = (point.strength, point.preference, point.beta, point.learning_rate, point.entropy_bonus, point.seed)
-    return workdir / "_".join([point.arm, point.data.replace(" ", "-"), *(f"{number:g}" for number in numbers)])
+    name = "_".join([point.arm, point.data.replace(" ", "-"), *(f"{number:g}" for number in numbers)])
+    return folder / f"{name}.npz"
 
 
-def save(workdir: pathlib.Path, point: Point, params: Any) -> None:
+def save(folder: pathlib.Path, point: Point, params: Any) -> None:
     """Controllers of one point, whole or not at all."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    place = place_of(workdir, point)
-    np.savez(f"{place}.tmp.npz", **{"/".join(key): leaf for key, leaf in flatten_dict(params).items()})
-    os.replace(f"{place}.tmp.npz", f"{place}.npz")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = file_of(folder, point)
+    half = file.with_suffix(".tmp.npz")
+    np.savez(half, **{"/".join(key): leaf for key, leaf in flatten_dict(params).items()})
+    os.replace(half, file)
 
 
-def load(workdir: pathlib.Path, point: Point) -> Trained:
+def load(folder: pathlib.Path, point: Point) -> Trained:
     """What `save` has written."""
-    with np.load(f"{place_of(workdir, point)}.npz") as file:
-        tree = unflatten_dict({tuple(key.split("/")): file[key] for key in file.files})
+    with np.load(file_of(folder, point)) as file:
+        tree = unflatten_dict({tuple(key.split("/")): file[key].astype(np.float32) for key in file.files})
     return Trained(point, {"layers": {"attention": {"controller": tree}}})
 
 
 def ready(study: Study, points: Sequence[Point]) -> dict[Point, Trained]:
     """These points, trained where they are not there."""
-    missing = [point for point in points if not pathlib.Path(f"{place_of(study.workdir, point)}.npz").is_file()]
+    missing = [point for point in points if not file_of(study.workdir, point).is_file()]
     if missing:
         for point, params in zip(missing, train(study, missing)):
             save(study.workdir, point, params)

@@ -10,7 +10,6 @@ each n also by nats on held-out windows.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,7 +73,7 @@ def trained(study: Study) -> dict[tuple[str, str], Trained]:
     for data in [f"{size} {seed}" for size in (*SIZES, PROSE) for seed in plan.SEEDS]:
         own = points(study.record, data)
         reads = [point for point in own if point.arm in READ]
-        there = all(pathlib.Path(f"{routers.place_of(study.workdir, point)}.npz").is_file() for point in reads)
+        there = all(routers.file_of(study.workdir, point).is_file() for point in reads)
         if not there or f"scarce {data}" not in study.record.found:
             study.check_time()
             pool = study.pool("train").of(windows_of(data))
