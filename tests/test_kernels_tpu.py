@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractDevice
 
 from configs import smoke
-from meta_attention_jax.kernels import portable, select, tpu, worklist
+from meta_attention_jax.kernels import portable, select, tpu, tpu_steps, worklist
 from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.targets import Target, compiling_for
@@ -90,7 +90,8 @@ def test_the_kernel_of_a_tpu_is_asked_for():
     chosen = select.packed("pallas", shape, jnp.bfloat16, TPU)
     assert chosen.name == "pallas" and chosen.attend is tpu.attend
     assert chosen.sizes(512, [Reach(), Reach(8)]) == [Sizes(256, 256)] * 2
-    assert chosen.sizes(8192, [Reach(), Reach(1024)]) == [Sizes(512, 512)] * 2
+    assert chosen.sizes(8192, [Reach(), Reach(1024)]) == [Sizes(512, 1024)] * 2
+    assert chosen.sizes(8192, [Reach(), Reach(300)]) == [Sizes(512, 512)] * 2
     for changed, dtype in (((1, 512, 4, 512), jnp.bfloat16), (shape, jnp.float16)):
         expected = "kernel: expected bfloat16 or float32 and a head dim of at most 256 .* got "
         with pytest.raises(ValueError, match=expected):
@@ -106,14 +107,15 @@ def test_sizes_are_whole_lanes_and_no_more_than_there_is(dim):
     for time in (3, 128, 300, 5000, 2**17):
         for reaches in ((), (Reach(), Reach(50)), (Reach(4096),)):
             block, tile = tpu.sizes_for(dim, time, reaches)
-            assert tile <= block and block % tpu.LANES == tile % tpu.LANES == 0 and block <= max(tpu.LANES, 2 * time)
+            assert block % tpu.LANES == tile % tpu.LANES == 0 and max(block, tile) <= max(tpu.LANES, 2 * time)
+            assert tile <= tpu.KEYS and block <= 512
 
 
 def test_lists_that_the_memory_of_scalars_does_not_hold_are_refused():
     def steps(batch, time):
         route = jax.ShapeDtypeStruct((batch, time), jnp.int32)
         sizes = [tpu.sizes_for(128, time)] * 2
-        jax.eval_shape(lambda route: tpu._by_tile(worklist.build(
+        jax.eval_shape(lambda route: tpu_steps.by_tile(worklist.build(
             route, None, causal=True, reaches=[Reach(), Reach(9)], sizes=sizes
         )), route)
 
@@ -126,7 +128,7 @@ def test_lists_that_the_memory_of_scalars_does_not_hold_are_refused():
 def test_more_tiles_than_a_step_can_name_are_refused():
     route = jax.ShapeDtypeStruct((1, 2**17), jnp.int32)
     with pytest.raises(ValueError, match="^time: expected at most 8192 tiles of keys, got 16384"):
-        jax.eval_shape(lambda route: tpu._by_block(worklist.build(
+        jax.eval_shape(lambda route: tpu_steps.by_block(worklist.build(
             route, None, causal=True, reaches=[Reach()], sizes=[Sizes(1024, 8)]
         )), route)
 
@@ -168,13 +170,14 @@ def test_runs_inside_shard_map_with_its_checks():
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("route", [0, 2])  # All on full attention; none is packed.
-def test_at_sizes_of_a_tpu_and_where_there_is_nothing_to_do(route):
+# All on full attention, at the sizes of a narrow window and at the largest; none is packed.
+@pytest.mark.parametrize("route, reaches", [(0, [Reach(40)]), (0, []), (2, [Reach(40)])])
+def test_at_sizes_of_a_tpu_and_where_there_is_nothing_to_do(route, reaches):
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 700, n, 16)), jnp.float32) for n in (2, 1, 1, 2))
     routes = jnp.full((2, 700), route, jnp.int32)
     found = []
-    for module, sizes in ((tpu, tpu.sizes_for(16, 700, [Reach(40)])), (portable, Sizes(64, 64))):
+    for module, sizes in ((tpu, tpu.sizes_for(16, 700, reaches)), (portable, Sizes(64, 64))):
         work = worklist.build(routes, None, causal=True, reaches=[Reach(), Reach(40)], sizes=[sizes] * 2)
         with jax.default_matmul_precision("highest"):
             extra = (None, True) if module is tpu else (None,)

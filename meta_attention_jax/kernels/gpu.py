@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import gpu_rows
+from meta_attention_jax.kernels import base2, gpu_rows
 from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms import triton
@@ -118,7 +118,7 @@ def _forward(q, k, v, work, softcap, tuning, interpret):
                 top, total, acc = carry
                 start = gpu_rows.start(j, keys, time)
                 key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
-                logits = gpu_rows.logits(triton.dot(query, key, 1, 1), scale, softcap)
+                logits = base2.logits(triton.dot(query, key, 1, 1), scale, softcap)
                 if not whole:
                     logits = jnp.where(gpu_rows.allowed(rows, j, start, keys), logits, MASKED)
                 new = jnp.maximum(top, logits.max(1))
@@ -132,7 +132,7 @@ def _forward(q, k, v, work, softcap, tuning, interpret):
             top, total, acc = gpu_rows.walk(rows, shape.keys, meet, carry)
             # What fills the part writes the same numbers to the same place.
             out[row, rows.position, h, :] = (acc / total[:, None]).astype(out.dtype)
-            lse[row, h, rows.position] = (top + jnp.log2(total)) / gpu_rows.LOG2E
+            lse[row, h, rows.position] = (top + jnp.log2(total)) / base2.LOG2E
 
     places = jnp.zeros_like(q), jnp.zeros((batch, heads, time), jnp.float32)
     arguments = (*programs, *lists, q, k, v, *places)
@@ -146,7 +146,7 @@ def _backward(q, k, v, work, out, lse, d_out, d_lse, softcap, tuning, interpret)
     dim = q.shape[-1]
     mean = jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
     q, k, v, d_out = _padded(q, k, v, d_out.astype(q.dtype))
-    state = q, k, v, d_out, lse * gpu_rows.LOG2E, mean
+    state = q, k, v, d_out, lse * base2.LOG2E, mean
     dq = _backward_q(state, work, softcap, tuning, dim**-0.5, interpret)
     dk, dv = _backward_kv(state, work, softcap, tuning, dim**-0.5, interpret)
     return dq[..., :dim], dk[..., :dim], dv[..., :dim]
@@ -168,11 +168,11 @@ def _backward_q(state, work, softcap, tuning, scale, interpret):
             def meet(j, keys, whole, acc):
                 start = gpu_rows.start(j, keys, time)
                 key, value = (x[row, pl.ds(start, keys), h // group, :] for x in (k, v))
-                logits = gpu_rows.logits(triton.dot(query, key, 1, 1), scale, softcap)
+                logits = base2.logits(triton.dot(query, key, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[:, None])
                 if not whole:
                     weights = jnp.where(gpu_rows.allowed(rows, j, start, keys), weights, 0.0)
-                d_logits = weights * (triton.dot(g, value, 1, 1) - shift[:, None]) * gpu_rows.slope(logits, softcap)
+                d_logits = weights * (triton.dot(g, value, 1, 1) - shift[:, None]) * base2.slope(logits, softcap)
                 return acc + triton.dot(d_logits.astype(key.dtype), key, 1, 0)
 
             acc = gpu_rows.walk(rows, shape.keys, meet, jnp.zeros((shape.queries, q.shape[3]), jnp.float32))
@@ -218,12 +218,12 @@ def _backward_kv(state, work, softcap, tuning, scale, interpret):
                 h, slots = g * group + member, pl.ds(step * queries, queries)
                 query, d = q[row, slots, h, :], d_out[row, slots, h, :]
                 top, shift = lse[row, h, slots], mean[row, h, slots]
-                logits = gpu_rows.logits(triton.dot(key, query, 1, 1), scale, softcap)
+                logits = base2.logits(triton.dot(key, query, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - top[None])
                 if not whole:
                     rows = gpu_rows.rows(lists, row, step * queries, queries, time)
                     weights = jnp.where(gpu_rows.allowed(rows, j, start, keys, transposed=True), weights, 0.0)
-                d_logits = weights * (triton.dot(value, d, 1, 1) - shift[None]) * gpu_rows.slope(logits, softcap)
+                d_logits = weights * (triton.dot(value, d, 1, 1) - shift[None]) * base2.slope(logits, softcap)
                 dv = dv + triton.dot(weights.astype(d.dtype), d, 1, 0)
                 return dk + triton.dot(d_logits.astype(query.dtype), query, 1, 0), dv
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,6 @@ from jaxtyping import Array, Int
 
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms.triton import LEAST, divide
-
-LOG2E = math.log2(math.e)
 
 
 class Programs(NamedTuple):
@@ -155,21 +152,3 @@ def allowed(rows: Rows, j, start, keys: int, transposed: bool = False):
         allowed |= (across(first) <= key) & (key < across(last))
     allowed &= key >= j * keys
     return allowed & across(rows.valid) if transposed else allowed
-
-
-def logits(products, scale: float, softcap: Optional[float]):
-    """In units of log 2, for exp2."""
-    if softcap is None:
-        return products * (scale * LOG2E)
-    return softcap * LOG2E * _tanh(products * (scale / softcap))
-
-
-def _tanh(x):
-    """By exp, in float32; the matrix units' own is too coarse."""
-    return 1.0 - 2.0 / (jnp.exp2(2.0 * LOG2E * x) + 1.0)
-
-
-def slope(logits, softcap: Optional[float]):
-    if softcap is None:
-        return 1.0
-    return 1.0 - (logits / (softcap * LOG2E)) ** 2

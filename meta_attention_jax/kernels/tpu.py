@@ -15,35 +15,31 @@ from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from meta_attention_jax.fields import expect
+from meta_attention_jax.kernels import base2, tpu_steps
 from meta_attention_jax.kernels.portable import LogSumExp
+from meta_attention_jax.kernels.tpu_steps import FIRST, LAST, WHOLE, Steps, flag
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
-from meta_attention_jax.mechanisms.blocks import MASKED, capped, capped_slope
+from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.types import Keys, Queries, Values
 
-LANES, MOST_DIM, DTYPES = 128, 256, ("bfloat16", "float32")
-SCALARS = 1_000_000
-"""Bytes of the memory of scalars that the lists may take; a v5e has 1 MiB."""
-_TILE_BITS, _FLAG_BITS = 13, 3
-WHOLE, FIRST, LAST = 1, 2, 4
-"""Flags of a step: every query sees every key; the first and the last step of what it adds to."""
+LANES, KEYS, ROWS, MOST_DIM, DTYPES = 128, 1024, 256, 256, ("bfloat16", "float32")
 
 
 def sizes_for(dim: int, time: int, reaches: Sequence[Reach] = ()) -> Sizes:
-    """Queries of a block and keys of a tile, by head width and the narrowest window: large, for a step has its price,
-    and small enough that the squares of the backward pass fit the memory of the core and a window is no small part of a
-    tile. Not timed on a TPU."""
-    most = 512 if dim <= 128 else 256
-    window = min((reach.window for reach in reaches if reach.window is not None), default=most)
-    tile = min(most, max(256, _power(window)), max(LANES, _power(time)))
+    """Queries of a block and keys of a tile, by head width and the narrowest window: large, for the sums of a row have
+    their price in every tile, and small enough that all fits the memory of the core and a window is no small part of a
+    tile. By the cycles of compiled programs (experiments/results/compile_kernels_v5e.json); not timed on a TPU."""
+    block = 512 if dim <= LANES else 256
+    window = min((reach.window for reach in reaches if reach.window is not None), default=KEYS)
+    tile = min(KEYS, max(256, _power(window)), max(LANES, _power(time)))
     # Of few tokens few are packed.
-    return Sizes(tile if time < 4096 else min(most, _power(time)), tile)
+    return Sizes(min(block, tile if time < 4096 else _power(time)), tile)
 
 
 def _power(size: int) -> int:
@@ -57,16 +53,6 @@ def serves(shape: Sequence[Any], dtype: Any) -> bool:
     expected = f"{' or '.join(DTYPES)} and a head dim of at most {MOST_DIM} for 'pallas' on a TPU"
     expect(name in DTYPES and dim <= MOST_DIM, "kernel", expected, f"{name} and head dim {dim}")
     return all(isinstance(size, int) for size in shape)
-
-
-class Steps(NamedTuple):
-    """What the grid goes through."""
-
-    count: Int[Array, ""]
-    # A number each: the block, the tile (of its sequence), and the flags.
-    packed: Int[Array, "steps"]
-    row: Int[Array, "blocks"]  # Sequence of every block.
-    slot: Int[Array, "blocks"]  # Its place among the blocks of its sequence.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -92,7 +78,8 @@ def _attend_backward(softcap, interpret, saved, cotangents):
     mean = jnp.einsum("bthd,bthd->bht", d_out.astype(jnp.float32), out.astype(jnp.float32)) - d_lse
     state = _state(q, k, v, work)
     # An infinite log-sum-exp makes every weight of a slot that fills a block 0.
-    top = jnp.where(_valid(work)[:, None], _packed(lse.transpose(0, 2, 1)[..., None], work)[..., 0], jnp.inf)
+    top = _packed(lse.transpose(0, 2, 1)[..., None] * base2.LOG2E, work)[..., 0]
+    top = jnp.where(_valid(work)[:, None], top, jnp.inf)
     given = (_packed(d_out.astype(q.dtype), work), top, _packed(mean.transpose(0, 2, 1)[..., None], work)[..., 0])
     dq = _backward_q(state, given, work, softcap, interpret)
     dk, dv = _backward_kv(state, given, work, softcap, interpret)
@@ -152,84 +139,6 @@ def _at_tokens(x, work):
     return jnp.where((work.slot < slots)[..., None, None], taken, 0)
 
 
-def _meetings(work: WorkList) -> tuple[Array, Array, Array, Array]:
-    """Of every block and tile: whether they meet, and whether all of it is seen; sequence and place of every block."""
-    block, tile = work.sizes[0]
-    tiles = jnp.arange(-(-work.slot.shape[1] // tile), dtype=jnp.int32)[None]
-    meets, whole = [], []
-    for blocks in work.blocks:
-        exists = (jnp.arange(blocks.row.shape[0], dtype=jnp.int32) < blocks.count)[:, None]
-        between = lambda low, high: (low[:, None] <= tiles) & (tiles < high[:, None])  # noqa: E731
-        near, sinks = between(blocks.low, blocks.high), between(blocks.sink_low, blocks.sink_high)
-        meets.append(exists & (near | sinks))
-        whole.append(between(blocks.whole, blocks.whole_end))
-    row, slot = (jnp.concatenate([getattr(b, name) for b in work.blocks]) for name in ("row", "slot"))
-    return jnp.concatenate(meets), jnp.concatenate(whole), row, slot // block
-
-
-def _steps(
-    meets: Bool[Array, "outer inner"], whole: Array, pack: Callable[..., Array], row, slot, most: int
-) -> Steps:
-    """The meetings in order, at most so many, those of one outer index together; `pack` makes a number of both indices.
-    Where there are none, the first block makes one step that nobody reads."""
-    held = 4 * (most + 2 * row.shape[0])
-    expect(held <= SCALARS, "kernel", f"lists of at most {SCALARS:,} bytes for 'pallas' on a TPU, so fewer tokens of "
-           "a device (another kernel, or more devices)", f"{held:,}")
-    outer, inner = jnp.nonzero(meets, size=most, fill_value=0)
-    count = jnp.maximum(meets.sum(dtype=jnp.int32), 1)
-    outer, inner, index = outer.astype(jnp.int32), inner.astype(jnp.int32), jnp.arange(most, dtype=jnp.int32)
-    new = jnp.concatenate([jnp.ones(1, bool), outer[1:] != outer[:-1]]) | (index == 0)
-    ends = jnp.concatenate([outer[1:] != outer[:-1], jnp.ones(1, bool)]) | (index == count - 1)
-    flags = sum(jnp.where(is_so, np.int32(flag), np.int32(0)) for is_so, flag in (
-        (whole[outer, inner], WHOLE), (new, FIRST), (ends, LAST)
-    ))
-    return Steps(count, (pack(outer, inner) << _FLAG_BITS) | flags, row, slot)
-
-
-def _check(blocks: int, tiles: int) -> None:
-    most = 1 << (31 - _TILE_BITS - _FLAG_BITS)
-    expect(tiles <= 1 << _TILE_BITS, "time", f"at most {1 << _TILE_BITS} tiles of keys", tiles)
-    expect(blocks <= most, "batch", f"at most {most} blocks of queries", blocks)
-
-
-def _by_block(work: WorkList) -> Steps:
-    meets, whole, row, slot = _meetings(work)
-    _check(*meets.shape)
-    return _steps(meets, whole, lambda n, j: (n << _TILE_BITS) | j, row, slot, meets.size)
-
-
-def _by_tile(work: WorkList) -> Steps:
-    """The blocks of every tile of every sequence; a tile that nobody sees has one step, of no block, that writes 0."""
-    meets, whole, row, slot = _meetings(work)
-    _check(meets.shape[0] + work.slot.shape[0], meets.shape[1])
-    batch, tiles = work.slot.shape[0], meets.shape[1]
-    mine = row[None, None] == jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    seen = (mine & meets.T[None]).reshape(batch * tiles, -1)
-    alone = ~seen.any(axis=1, keepdims=True)
-    whole = jnp.broadcast_to(whole.T[None], (batch, *whole.T.shape)).reshape(seen.shape)
-
-    def pack(outer, inner):
-        return (inner << _TILE_BITS) | (outer % tiles)
-
-    # The sequence of a step of no block is its tile's: such blocks come behind the others, one a sequence.
-    empty = alone.reshape(batch, tiles, 1) & jnp.eye(batch, dtype=bool)[:, None]
-    empty = empty.reshape(batch * tiles, batch)
-    seen, whole = jnp.concatenate([seen, empty], 1), jnp.concatenate([whole, jnp.zeros_like(empty)], 1)
-    row = jnp.concatenate([row, jnp.arange(batch, dtype=jnp.int32)])
-    slot = jnp.concatenate([slot, jnp.zeros(batch, jnp.int32)])
-    return _steps(seen, whole, pack, row, slot, meets.size + batch * tiles)  # A block is of one sequence.
-
-
-def _of(packed):
-    """(block, tile, flags) of a step."""
-    mask = np.int32((1 << _TILE_BITS) - 1)
-    return packed >> (_TILE_BITS + _FLAG_BITS), (packed >> _FLAG_BITS) & mask, packed & np.int32((1 << _FLAG_BITS) - 1)
-
-
-def _flag(flags, which: int):
-    return (flags & np.int32(which)) != 0
-
-
 def _dot(x, y, x_axis: int, y_axis: int):
     """Of float32 in full precision where `jax.default_matmul_precision` asks for any, else as the units do; they know
     no other."""
@@ -240,16 +149,32 @@ def _dot(x, y, x_axis: int, y_axis: int):
     )
 
 
-def _allowed(bounds, tile, keys: int):
-    """Keys of a tile within reach of each query: [queries keys]."""
-    key = tile * keys + jax.lax.broadcasted_iota(jnp.int32, (bounds.shape[2], keys), 1)
-    first, last, sink_first, sink_last = (bounds[0, i, :][:, None] for i in range(4))
-    return ((first <= key) & (key <= last)) | ((sink_first <= key) & (key < sink_last))
+def _allowed(bounds, tile, keys: int, sinks: bool, transposed: bool = False):
+    """Keys of a tile within reach of each query: [queries keys], or transposed. `bounds` [rows queries]."""
+    across = (lambda x: x[None, :]) if transposed else (lambda x: x[:, None])
+    shape = (keys, bounds.shape[1]) if transposed else (bounds.shape[1], keys)
+    key = tile * keys + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if transposed else 1)
+    first, last, sink_first, sink_last = (across(bounds[i]) for i in range(4))
+    allowed = (first <= key) & (key <= last)
+    return allowed | ((sink_first <= key) & (key < sink_last)) if sinks else allowed
 
 
-def _masked(logits, allowed, flags, otherwise):
-    """Only what is not seen whole has to be masked."""
-    return jax.lax.cond(_flag(flags, WHOLE), lambda: logits, lambda: jnp.where(allowed(), logits, otherwise))
+def _either(flags, body: Callable[[bool], None], more: Any = True) -> None:
+    """body(masked), where `more`: a program for tiles that are seen whole and one for the others, so that squares need
+    not wait in memory for a mask that few of them have."""
+    whole = flag(flags, WHOLE)
+    pl.when(whole & more)(lambda: body(False))
+    pl.when(~whole & more)(lambda: body(True))
+
+
+def _lanes(x, width: int):
+    """Numbers that are in all lanes, as wide as asked for: from one lane to the others they would have to be sent."""
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def _parts(block: int) -> list[pl.Slice]:
+    """Queries that are at work at a time: their squares come near to fitting the registers."""
+    return [pl.ds(start, min(block, ROWS)) for start in range(0, block, ROWS)]
 
 
 def _call(
@@ -278,7 +203,7 @@ def _fetched(sizes: Sizes, dim: int, at: Callable[..., tuple[Any, Any, Any]]) ->
         def index(*given):
             *grid, packed, row, slot = given
             head, kv_head, step = at(*grid)
-            block, tile, _ = _of(packed[step])
+            block, tile, _ = tpu_steps.of(packed[step])
             return place(row[block], head, kv_head, slot[block], tile)
 
         return pl.BlockSpec(shape, index)
@@ -294,32 +219,38 @@ def _fetched(sizes: Sizes, dim: int, at: Callable[..., tuple[Any, Any, Any]]) ->
 
 def _forward(state: _State, work: WorkList, softcap, interpret):
     (batch, heads, slots, dim), (block, tile) = state.q.shape, work.sizes[0]
-    group, scale, steps = heads // state.k.shape[1], dim**-0.5, _by_block(work)
+    group, scale, steps = heads // state.k.shape[1], dim**-0.5, tpu_steps.by_block(work)
+    sinks = work.sink_first is not None
 
     def kernel(packed, row, slot, q, k, v, bounds, out, lse, top, total, acc):
         del row, slot
-        _, j, flags = _of(packed[pl.program_id(1)])
+        _, j, flags = tpu_steps.of(packed[pl.program_id(1)])
 
-        @pl.when(_flag(flags, FIRST))
+        @pl.when(flag(flags, FIRST))
         def _():
             # Far above MASKED: a masked key's weight is exactly 0 before a row meets its first key.
             top[...] = jnp.full_like(top, MASKED / 2)
             total[...] = jnp.zeros_like(total)
             acc[...] = jnp.zeros_like(acc)
 
-        logits = capped(_dot(q[0, 0], k[0, 0], 1, 1) * scale, softcap)
-        logits = _masked(logits, lambda: _allowed(bounds, j, tile), flags, MASKED)
-        before = top[...]
-        new = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-        weights, decay = jnp.exp(logits - new[:, :1]), jnp.exp(before - new)
-        total[...] = total[...] * decay + weights.sum(axis=1, keepdims=True)
-        acc[...] = acc[...] * decay[:, :1] + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
-        top[...] = new
+        def meet(masked):
+            for rows in _parts(block):
+                logits = base2.logits(_dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
+                if masked:
+                    logits = jnp.where(_allowed(bounds[0, :, rows], j, tile, sinks), logits, MASKED)
+                before = top[rows]
+                new = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+                weights, decay = jnp.exp2(logits - _lanes(new, tile)), jnp.exp2(before - new)
+                total[rows] = total[rows] * decay + weights.sum(axis=1, keepdims=True)
+                acc[rows] = acc[rows] * _lanes(decay, dim) + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
+                top[rows] = new
 
-        @pl.when(_flag(flags, LAST))
+        _either(flags, meet)
+
+        @pl.when(flag(flags, LAST))
         def _():
-            out[0, 0] = (acc[...] / total[:, :1]).astype(out.dtype)
-            lse[0, 0] = (top[...] + jnp.log(total[...]))[:, :8].T
+            out[0, 0] = (acc[...] / _lanes(total[...], dim)).astype(out.dtype)
+            lse[0, 0] = ((top[...] + jnp.log2(total[...])) / base2.LOG2E)[:, :8].T
 
     of_block, of_tile, of_bounds, of_lse = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
     out, lse = _call(
@@ -332,14 +263,6 @@ def _forward(state: _State, work: WorkList, softcap, interpret):
     return out, lse[:, :, 0]
 
 
-def _weights(q, k, bounds, lse, j, flags, tile: int, scale: float, softcap):
-    """(P, d logits / d products) of a block and a tile: [queries keys]."""
-    logits = capped(_dot(q, k, 1, 1) * scale, softcap)
-    weights = jnp.exp(logits - lse[0, 0, 0, :][:, None])
-    weights = _masked(weights, lambda: _allowed(bounds, j, tile), flags, 0.0)
-    return weights, capped_slope(logits, softcap) * scale
-
-
 def _rows(x: Array) -> Array:
     """[batch head slot] with eight rows, the least that a step can fetch."""
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], 8, x.shape[2]))
@@ -348,61 +271,78 @@ def _rows(x: Array) -> Array:
 def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
     d_out, lse, mean = given
     (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
-    group, scale, steps = heads // state.k.shape[1], dim**-0.5, _by_block(work)
+    group, scale, steps = heads // state.k.shape[1], dim**-0.5, tpu_steps.by_block(work)
+    sinks = work.sink_first is not None
 
     def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dq, acc):
         del row, slot
-        _, j, flags = _of(packed[pl.program_id(1)])
+        _, j, flags = tpu_steps.of(packed[pl.program_id(1)])
 
-        @pl.when(_flag(flags, FIRST))
+        @pl.when(flag(flags, FIRST))
         def _():
             acc[...] = jnp.zeros_like(acc)
 
-        weights, slope = _weights(q[0, 0], k[0, 0], bounds, lse, j, flags, tile, scale, softcap)
-        d_logits = weights * (_dot(d_out[0, 0], v[0, 0], 1, 1) - mean[0, 0, 0, :][:, None]) * slope
-        acc[...] += _dot(d_logits.astype(k.dtype), k[0, 0], 1, 0)
+        def meet(masked):
+            for rows in _parts(block):
+                logits = base2.logits(_dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
+                weights = jnp.exp2(logits - lse[0, 0, 0, rows][:, None])
+                if masked:
+                    weights = jnp.where(_allowed(bounds[0, :, rows], j, tile, sinks), weights, 0.0)
+                d_weights = _dot(d_out[0, 0, rows], v[0, 0], 1, 1) - mean[0, 0, 0, rows][:, None]
+                d_logits = weights * d_weights * base2.slope(logits, softcap)
+                acc[rows] += _dot(d_logits.astype(k.dtype), k[0, 0], 1, 0)
 
-        @pl.when(_flag(flags, LAST))
+        _either(flags, meet)
+
+        @pl.when(flag(flags, LAST))
         def _():
-            dq[0, 0] = acc[...].astype(dq.dtype)
+            dq[0, 0] = (acc[...] * scale).astype(dq.dtype)
 
     of_block, of_tile, of_bounds, of_row = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
     (dq,) = _call(
         kernel, steps, (heads, steps.count),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
          (_rows(lse), of_row), (_rows(mean), of_row)),
-        ((jax.ShapeDtypeStruct(state.q.shape, state.q.dtype), of_block),), ((block, dim),), interpret,
+        ((jax.ShapeDtypeStruct(state.q.shape, state.q.dtype), of_block),), [(block, dim)], interpret,
     )
     return dq
 
 
 def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
     d_out, lse, mean = given
-    (_, heads, _, dim), (_, tile) = state.q.shape, work.sizes[0]
+    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
     kv_heads = state.k.shape[1]
-    group, scale, steps = heads // kv_heads, dim**-0.5, _by_tile(work)
+    group, scale, steps = heads // kv_heads, dim**-0.5, tpu_steps.by_tile(work)
+    sinks = work.sink_first is not None
     blocks = steps.row.shape[0] - work.slot.shape[0]  # From there on they are of no block.
 
     def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dk, dv, acc_k, acc_v):
         del row, slot
-        n, j, flags = _of(packed[pl.program_id(1)])
+        n, j, flags = tpu_steps.of(packed[pl.program_id(1)])
         member = pl.program_id(2)
 
-        @pl.when(_flag(flags, FIRST) & (member == 0))
+        @pl.when(flag(flags, FIRST) & (member == 0))
         def _():
             acc_k[...] = jnp.zeros_like(acc_k)
             acc_v[...] = jnp.zeros_like(acc_v)
 
-        @pl.when(n < blocks)
-        def _():
-            weights, slope = _weights(q[0, 0], k[0, 0], bounds, lse, j, flags, tile, scale, softcap)
-            d_logits = weights * (_dot(d_out[0, 0], v[0, 0], 1, 1) - mean[0, 0, 0, :][:, None]) * slope
-            acc_v[...] += _dot(weights.astype(d_out.dtype), d_out[0, 0], 0, 0)
-            acc_k[...] += _dot(d_logits.astype(q.dtype), q[0, 0], 0, 0)
+        def meet(masked):
+            for rows in _parts(block):
+                query, d = q[0, 0, rows], d_out[0, 0, rows]
+                logits = base2.logits(_dot(k[0, 0], query, 1, 1), scale, softcap)
+                weights = jnp.exp2(logits - lse[0, 0, :1, rows])
+                if masked:
+                    allowed = _allowed(bounds[0, :, rows], j, tile, sinks, transposed=True)
+                    weights = jnp.where(allowed, weights, 0.0)
+                d_logits = weights * (_dot(v[0, 0], d, 1, 1) - mean[0, 0, :1, rows]) * base2.slope(logits, softcap)
+                acc_v[...] += _dot(weights.astype(d.dtype), d, 1, 0)
+                acc_k[...] += _dot(d_logits.astype(query.dtype), query, 1, 0)
 
-        @pl.when(_flag(flags, LAST) & (member == group - 1))
+        _either(flags, meet, n < blocks)
+
+        @pl.when(flag(flags, LAST) & (member == group - 1))
         def _():
-            dk[0, 0] = acc_k[...].astype(dk.dtype)
+            dk[0, 0] = (acc_k[...] * scale).astype(dk.dtype)
             dv[0, 0] = acc_v[...].astype(dv.dtype)
 
     of_block, of_tile, of_bounds, of_row = _fetched(
@@ -413,5 +353,5 @@ def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
         kernel, steps, (kv_heads, steps.count, group),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
          (_rows(lse), of_row), (_rows(mean), of_row)),
-        ((made, of_tile), (made, of_tile)), ((tile, dim), (tile, dim)), interpret,
+        ((made, of_tile), (made, of_tile)), [(tile, dim)] * 2, interpret,
     )
