@@ -66,7 +66,8 @@ def attend(
 
 
 def _attend_forward(q, k, v, work, softcap, interpret):
-    out, lse = _forward(_state(q, k, v, work), work, softcap, interpret)
+    cut = _cut(work, softcap, interpret)
+    out, lse = _forward(_state(q, k, v, work), tpu_steps.by_block(work), cut)
     result = _at_tokens(out, work).astype(q.dtype), _at_tokens(lse[..., None], work)[..., 0].transpose(0, 2, 1)
     return result, (q, k, v, work, *result)
 
@@ -81,8 +82,9 @@ def _attend_backward(softcap, interpret, saved, cotangents):
     top = _packed(lse.transpose(0, 2, 1)[..., None] * base2.LOG2E, work)[..., 0]
     top = jnp.where(_valid(work)[:, None], top, jnp.inf)
     given = (_packed(d_out.astype(q.dtype), work), top, _packed(mean.transpose(0, 2, 1)[..., None], work)[..., 0])
-    dq = _backward_q(state, given, work, softcap, interpret)
-    dk, dv = _backward_kv(state, given, work, softcap, interpret)
+    cut = _cut(work, softcap, interpret)
+    dq = _backward_q(state, given, tpu_steps.by_block(work), cut)
+    dk, dv = _backward_kv(state, given, tpu_steps.by_tile(work), cut)
     back = lambda x, like: x[:, :, : like.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)  # noqa: E731
     return _at_tokens(dq, work).astype(q.dtype), back(dk, k), back(dv, v), None
 
@@ -100,8 +102,21 @@ class _State(NamedTuple):
     bounds: Int[Array, "batch 8 slot"]
 
 
-def _state(q, k, v, work):
+class _Cut(NamedTuple):
+    """What is fixed when a program is made."""
+
+    sizes: Sizes
+    sinks: bool  # Whether a mechanism has any.
+    softcap: Optional[float]
+    interpret: bool
+
+
+def _cut(work: WorkList, softcap: Optional[float], interpret: bool) -> _Cut:
     expect(len(set(work.sizes)) == 1, "work", "a list of one size for all mechanisms", work.sizes)
+    return _Cut(work.sizes[0], work.sink_first is not None, softcap, interpret)
+
+
+def _state(q, k, v, work):
     fill = -q.shape[1] % work.sizes[0].tile
     keys, values = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (k, v))
     sinks = (work.sink_first, work.sink_last) if work.sink_first is not None else ()
@@ -217,10 +232,9 @@ def _fetched(sizes: Sizes, dim: int, at: Callable[..., tuple[Any, Any, Any]]) ->
     )
 
 
-def _forward(state: _State, work: WorkList, softcap, interpret):
-    (batch, heads, slots, dim), (block, tile) = state.q.shape, work.sizes[0]
-    group, scale, steps = heads // state.k.shape[1], dim**-0.5, tpu_steps.by_block(work)
-    sinks = work.sink_first is not None
+def _forward(state: _State, steps: Steps, cut: _Cut):
+    (batch, heads, slots, dim), ((block, tile), sinks, softcap, interpret) = state.q.shape, cut
+    group, scale = heads // state.k.shape[1], dim**-0.5
 
     def kernel(packed, row, slot, q, k, v, bounds, out, lse, top, total, acc):
         del row, slot
@@ -252,7 +266,7 @@ def _forward(state: _State, work: WorkList, softcap, interpret):
             out[0, 0] = (acc[...] / _lanes(total[...], dim)).astype(out.dtype)
             lse[0, 0] = ((top[...] + jnp.log2(total[...])) / base2.LOG2E)[:, :8].T
 
-    of_block, of_tile, of_bounds, of_lse = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
+    of_block, of_tile, of_bounds, of_lse = _fetched(cut.sizes, dim, lambda h, i: (h, h // group, i))
     out, lse = _call(
         kernel, steps, (heads, steps.count),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds)),
@@ -268,11 +282,10 @@ def _rows(x: Array) -> Array:
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], 8, x.shape[2]))
 
 
-def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
+def _backward_q(state: _State, given, steps: Steps, cut: _Cut):
     d_out, lse, mean = given
-    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
-    group, scale, steps = heads // state.k.shape[1], dim**-0.5, tpu_steps.by_block(work)
-    sinks = work.sink_first is not None
+    (_, heads, _, dim), ((block, tile), sinks, softcap, interpret) = state.q.shape, cut
+    group, scale = heads // state.k.shape[1], dim**-0.5
 
     def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dq, acc):
         del row, slot
@@ -298,7 +311,7 @@ def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
         def _():
             dq[0, 0] = (acc[...] * scale).astype(dq.dtype)
 
-    of_block, of_tile, of_bounds, of_row = _fetched(work.sizes[0], dim, lambda h, i: (h, h // group, i))
+    of_block, of_tile, of_bounds, of_row = _fetched(cut.sizes, dim, lambda h, i: (h, h // group, i))
     (dq,) = _call(
         kernel, steps, (heads, steps.count),
         ((state.q, of_block), (state.k, of_tile), (state.v, of_tile), (state.bounds, of_bounds), (d_out, of_block),
@@ -308,13 +321,12 @@ def _backward_q(state: _State, given, work: WorkList, softcap, interpret):
     return dq
 
 
-def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
+def _backward_kv(state: _State, given, steps: Steps, cut: _Cut):
     d_out, lse, mean = given
-    (_, heads, _, dim), (block, tile) = state.q.shape, work.sizes[0]
+    (batch, heads, _, dim), ((block, tile), sinks, softcap, interpret) = state.q.shape, cut
     kv_heads = state.k.shape[1]
-    group, scale, steps = heads // kv_heads, dim**-0.5, tpu_steps.by_tile(work)
-    sinks = work.sink_first is not None
-    blocks = steps.row.shape[0] - work.slot.shape[0]  # From there on they are of no block.
+    group, scale = heads // kv_heads, dim**-0.5
+    blocks = steps.row.shape[0] - batch  # From there on they are of no block.
 
     def kernel(packed, row, slot, q, k, v, bounds, d_out, lse, mean, dk, dv, acc_k, acc_v):
         del row, slot
@@ -346,7 +358,7 @@ def _backward_kv(state: _State, given, work: WorkList, softcap, interpret):
             dv[0, 0] = acc_v[...].astype(dv.dtype)
 
     of_block, of_tile, of_bounds, of_row = _fetched(
-        work.sizes[0], dim, lambda g, i, member: (g * group + member, g, i)
+        cut.sizes, dim, lambda g, i, member: (g * group + member, g, i)
     )
     made = jax.ShapeDtypeStruct(state.k.shape, state.k.dtype)
     return _call(
