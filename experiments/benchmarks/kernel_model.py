@@ -36,7 +36,7 @@ from jaxtyping import Float
 from experiments import common as commands
 from experiments.benchmarks import common, kernels
 from experiments.benchmarks.kernel_shapes import PRODUCTS, SHARES, SIZES, work_of
-from experiments.benchmarks.kernels import FULL, HEADS, LOCAL, Case
+from experiments.benchmarks.kernels import FULL, HEADS, LOCAL, SINKS, WINDOW, Case
 from meta_attention_jax.kernels import gpu, gpu_rows, tpu, tpu_steps, worklist
 from meta_attention_jax.kernels.worklist import WorkList
 from meta_attention_jax.mechanisms import linear_gpu, triton
