@@ -182,6 +182,13 @@ def gpu_table(folder: pathlib.Path) -> str:
     return "\n\n".join([f"{said}; 13 tests ended in an error first ([why]({folder.name}/README.md)).", *tables])
 
 
+def model_table(stored: Mapping[str, Any]) -> str:
+    """What a model of kernels was checked on, and what it predicts; nothing of the second was measured."""
+    of = lambda part: [row for row in stored["rows"] if row["part"] == part]  # noqa: E731
+    checks, predictions = (rows_table({"rows": of(part)}) for part in ("check", "prediction"))
+    return f"Checked on\n\n{checks}\n\nPredicted, not measured\n\n{predictions}"
+
+
 def _pictures(folder: pathlib.Path) -> str:
     names = sorted(path.name for path in folder.glob("*.png"))
     return "".join(f"\n![{name[:-4]}]({folder.name}/{name})\n" for name in names)
@@ -256,6 +263,10 @@ RECORDS = (
            "--config.model.window=256 --programs=soft,decode", compiled_table),
     Record("The first run on a GPU: kernels of that commit, T 16,384, 16 heads, bfloat16", "gpu",
            "benchmarks.kernel_shapes", gpu_table, "f20b483"),
+    Record("Cycles of the kernels on a TPU v5e, from the compiler's schedules; not run", "schedule_v5e.json",
+           "checks.schedule"),
+    Record("What kernels should take, by a model of their tiles", "kernel_model.json", "benchmarks.kernel_model",
+           model_table),
     Record("What a run survives", "faults.json", "checks.faults"),
     Record("A TPU pod, compiled without one", "compile_pod_v5e_256.json",
            "checks.compile --config=configs/pod_v5e_256.py --topology=v5e:16x16", compiled_table),
