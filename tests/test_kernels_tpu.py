@@ -14,6 +14,7 @@ from configs import smoke
 from meta_attention_jax.kernels import portable, select, tpu, tpu_steps, worklist
 from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.mechanisms.mosaic import LANES
 from meta_attention_jax.targets import Target, compiling_for
 from meta_attention_jax.training import build
 from meta_attention_jax.types import AttentionSpec
@@ -107,7 +108,7 @@ def test_sizes_are_whole_lanes_and_no_more_than_there_is(dim):
     for time in (3, 128, 300, 5000, 2**17):
         for reaches in ((), (Reach(), Reach(50)), (Reach(4096),)):
             block, tile = tpu.sizes_for(dim, time, reaches)
-            assert block % tpu.LANES == tile % tpu.LANES == 0 and max(block, tile) <= max(tpu.LANES, 2 * time)
+            assert block % LANES == tile % LANES == 0 and max(block, tile) <= max(LANES, 2 * time)
             assert tile <= tpu.KEYS and block <= 512
 
 

@@ -26,9 +26,10 @@ from meta_attention_jax.kernels.tpu_steps import FIRST, LAST, WHOLE, Steps, flag
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
 from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.mechanisms.mechanism import Reach
+from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, lanes
 from meta_attention_jax.types import Keys, Queries, Values
 
-LANES, KEYS, ROWS, MOST_DIM, DTYPES = 128, 1024, 256, 256, ("bfloat16", "float32")
+KEYS, ROWS = 1024, 256
 
 
 def sizes_for(dim: int, time: int, reaches: Sequence[Reach] = ()) -> Sizes:
@@ -61,7 +62,7 @@ def attend(
 ) -> tuple[Queries, LogSumExp]:
     """softmax(q . k / sqrt(d)) v of the packed queries at their tokens, 0 elsewhere; and the log-sum-exp of their
     logits, float32, 0 elsewhere. The list's sizes are one for all mechanisms. Softmax and sums in float32; products of
-    float32 as `_dot` says."""
+    float32 as `mosaic.dot` says."""
     return _attend_forward(q, k, v, work, softcap, interpret)[0]
 
 
@@ -154,16 +155,6 @@ def _at_tokens(x, work):
     return jnp.where((work.slot < slots)[..., None, None], taken, 0)
 
 
-def _dot(x, y, x_axis: int, y_axis: int):
-    """Of float32 in full precision where `jax.default_matmul_precision` asks for any, else as the units do; they know
-    no other."""
-    asked = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest")
-    return jax.lax.dot_general(
-        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if asked else jax.lax.Precision.DEFAULT,
-    )
-
-
 def _allowed(bounds, tile, keys: int, sinks: bool, transposed: bool = False):
     """Keys of a tile within reach of each query: [queries keys], or transposed. `bounds` [rows queries]."""
     across = (lambda x: x[None, :]) if transposed else (lambda x: x[:, None])
@@ -180,11 +171,6 @@ def _either(flags, body: Callable[[bool], None], more: Any = True) -> None:
     whole = flag(flags, WHOLE)
     pl.when(whole & more)(lambda: body(False))
     pl.when(~whole & more)(lambda: body(True))
-
-
-def _lanes(x, width: int):
-    """Numbers that are in all lanes, as wide as asked for: from one lane to the others they would have to be sent."""
-    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
 
 
 def _parts(block: int) -> list[pl.Slice]:
@@ -249,21 +235,21 @@ def _forward(state: _State, steps: Steps, cut: _Cut):
 
         def meet(masked):
             for rows in _parts(block):
-                logits = base2.logits(_dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
+                logits = base2.logits(dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
                 if masked:
                     logits = jnp.where(_allowed(bounds[0, :, rows], j, tile, sinks), logits, MASKED)
                 before = top[rows]
                 new = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-                weights, decay = jnp.exp2(logits - _lanes(new, tile)), jnp.exp2(before - new)
+                weights, decay = jnp.exp2(logits - lanes(new, tile)), jnp.exp2(before - new)
                 total[rows] = total[rows] * decay + weights.sum(axis=1, keepdims=True)
-                acc[rows] = acc[rows] * _lanes(decay, dim) + _dot(weights.astype(v.dtype), v[0, 0], 1, 0)
+                acc[rows] = acc[rows] * lanes(decay, dim) + dot(weights.astype(v.dtype), v[0, 0], 1, 0)
                 top[rows] = new
 
         _either(flags, meet)
 
         @pl.when(flag(flags, LAST))
         def _():
-            out[0, 0] = (acc[...] / _lanes(total[...], dim)).astype(out.dtype)
+            out[0, 0] = (acc[...] / lanes(total[...], dim)).astype(out.dtype)
             lse[0, 0] = ((top[...] + jnp.log2(total[...])) / base2.LOG2E)[:, :8].T
 
     of_block, of_tile, of_bounds, of_lse = _fetched(cut.sizes, dim, lambda h, i: (h, h // group, i))
@@ -297,13 +283,13 @@ def _backward_q(state: _State, given, steps: Steps, cut: _Cut):
 
         def meet(masked):
             for rows in _parts(block):
-                logits = base2.logits(_dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
+                logits = base2.logits(dot(q[0, 0, rows], k[0, 0], 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - lse[0, 0, 0, rows][:, None])
                 if masked:
                     weights = jnp.where(_allowed(bounds[0, :, rows], j, tile, sinks), weights, 0.0)
-                d_weights = _dot(d_out[0, 0, rows], v[0, 0], 1, 1) - mean[0, 0, 0, rows][:, None]
+                d_weights = dot(d_out[0, 0, rows], v[0, 0], 1, 1) - mean[0, 0, 0, rows][:, None]
                 d_logits = weights * d_weights * base2.slope(logits, softcap)
-                acc[rows] += _dot(d_logits.astype(k.dtype), k[0, 0], 1, 0)
+                acc[rows] += dot(d_logits.astype(k.dtype), k[0, 0], 1, 0)
 
         _either(flags, meet)
 
@@ -341,14 +327,14 @@ def _backward_kv(state: _State, given, steps: Steps, cut: _Cut):
         def meet(masked):
             for rows in _parts(block):
                 query, d = q[0, 0, rows], d_out[0, 0, rows]
-                logits = base2.logits(_dot(k[0, 0], query, 1, 1), scale, softcap)
+                logits = base2.logits(dot(k[0, 0], query, 1, 1), scale, softcap)
                 weights = jnp.exp2(logits - lse[0, 0, :1, rows])
                 if masked:
                     allowed = _allowed(bounds[0, :, rows], j, tile, sinks, transposed=True)
                     weights = jnp.where(allowed, weights, 0.0)
-                d_logits = weights * (_dot(v[0, 0], d, 1, 1) - mean[0, 0, :1, rows]) * base2.slope(logits, softcap)
-                acc_v[...] += _dot(weights.astype(d.dtype), d, 1, 0)
-                acc_k[...] += _dot(d_logits.astype(query.dtype), query, 1, 0)
+                d_logits = weights * (dot(v[0, 0], d, 1, 1) - mean[0, 0, :1, rows]) * base2.slope(logits, softcap)
+                acc_v[...] += dot(weights.astype(d.dtype), d, 1, 0)
+                acc_k[...] += dot(d_logits.astype(query.dtype), query, 1, 0)
 
         _either(flags, meet, n < blocks)
 

@@ -1,4 +1,4 @@
-"""What the grid of the TPU's kernels goes through: a block of queries and a tile of keys a step, as lists of numbers."""
+"""What the grid of the TPU's kernels goes through: a block of queries and a tile of keys a step, in lists."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from meta_attention_jax import targets
-from meta_attention_jax.mechanisms import blocks, cache, decode_gpu, flash, spent
+from meta_attention_jax.mechanisms import blocks, cache, decode, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.mechanism import Mechanism, Reach
 from meta_attention_jax.targets import Target
@@ -73,13 +73,13 @@ def step(
     """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
 
     Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
-    softmax over blocks, row by row; on a GPU, with the kernel "pallas", all rows at once. Softmax in float32.
+    softmax over blocks, row by row; on a GPU or a TPU, with the kernel "pallas", by that. Softmax in float32.
     """
     length = held.length[layer]
-    if decode_gpu.serves(spec.kernel, q, held.v):
+    if kernel := decode.kernel_for(spec.kernel, q, held.v):
         nothing = jnp.zeros_like(length)
         last = jnp.where(needed, length, nothing)
-        return decode_gpu.attend(q, held.k, held.v, layer, nothing, last, nothing, spec.softcap)
+        return kernel.attend(q, held.k, held.v, layer, nothing, last, nothing, spec.softcap)
     block = min(cache.BLOCK, held.capacity)
     index = jnp.arange(block, dtype=jnp.int32)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, decode_gpu, flash, spent
+from meta_attention_jax.mechanisms import blocks, cache, decode, flash, spent
 from meta_attention_jax.mechanisms.blocks import dot
 from meta_attention_jax.mechanisms.mechanism import Mechanism, Reach
 from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values, positions_in_segment
@@ -70,10 +70,10 @@ def step(
     """`full.step` over the last min(window, length) keys of a row and its first `sinks`; reads as many."""
     length, capacity = held.length[layer], held.capacity
     width, sinks = min(spec.width, capacity), min(spec.sinks, capacity)
-    if decode_gpu.serves(spec.kernel, q, held.v):
+    if kernel := decode.kernel_for(spec.kernel, q, held.v):
         last = jnp.where(needed, length, 0)
         first = jnp.maximum(last - width, 0)
-        return decode_gpu.attend(q, held.k, held.v, layer, first, last, jnp.minimum(first, sinks), spec.softcap)
+        return kernel.attend(q, held.k, held.v, layer, first, last, jnp.minimum(first, sinks), spec.softcap)
     offset = jnp.arange(width, dtype=jnp.int32)
 
     def attend(query, row):

@@ -1,6 +1,9 @@
-"""One new token a row by the GPU's kernel, interpreted: the portable form, whatever lengths and routes are."""
+"""One new token a row by the kernels of GPUs and TPUs, interpreted: the portable form, whatever lengths and routes."""
 
 from __future__ import annotations
+
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +11,13 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.mechanisms import cache as caches
-from meta_attention_jax.mechanisms import decode_gpu, full, local
+from meta_attention_jax.mechanisms import decode, decode_gpu, decode_tpu, full, local
 from meta_attention_jax.targets import compiling_for
 from meta_attention_jax.types import AttentionSpec
 from tests import making
 from tests.close import assert_close
 from tests.test_kernels import H100, interpreted, lowered
+from tests.test_kernels_tpu import TPU, V5E
 
 CASES = {
     "two stretches, grouped heads": dict(capacity=1024, heads=6, kv_heads=2, dim=32, window=100, sinks=3),
@@ -30,13 +34,16 @@ def held(capacity, kv_heads, dim, dtype, lengths, seed=0):
     return empty.replace(k=k, v=v, length=jnp.asarray([lengths, lengths], jnp.int32))
 
 
+KERNELS = {"gpu": decode_gpu, "tpu": decode_tpu}
+
+
 @interpreted
+@pytest.mark.parametrize("platform", list(KERNELS))
 @pytest.mark.parametrize("name", [*list(CASES)[:1], *making.slow(*list(CASES)[1:])])
-def test_is_the_portable_step(name, monkeypatch):
+def test_is_the_portable_step(name, platform, monkeypatch):
     case = {"dtype": jnp.float32, "sinks": 0, "softcap": None} | CASES[name]
     spec = AttentionSpec(window=case["window"], sinks=case["sinks"], softcap=case["softcap"])
-    kernel = decode_gpu.attend
-    monkeypatch.setattr(decode_gpu, "attend", lambda *arguments: kernel(*arguments, True))
+    interpreted = types.SimpleNamespace(attend=functools.partial(KERNELS[platform].attend, interpret=True))
     steps = {
         (form, module): jax.jit(lambda q, cache, needed, module=module: module.step(
             q, cache, 1, needed=needed, spec=spec
@@ -48,11 +55,12 @@ def test_is_the_portable_step(name, monkeypatch):
         lengths[:2] = [case["capacity"], 1] if seed % 2 else [case["window"], case["window"] + 1]
         cache = held(case["capacity"], case["kv_heads"], case["dim"], jnp.dtype(case["dtype"]), lengths, seed)
         q = jnp.asarray(rng.normal(size=(5, case["heads"], case["dim"])), case["dtype"])
-        needed = jnp.asarray(rng.random(5) < 0.7)
+        needed = jnp.asarray(rng.random(5) < (0.7 if seed else 0.0))
         for module in (full, local):
             found = []
             for form in ("portable", "kernel"):
-                monkeypatch.setattr(decode_gpu, "serves", lambda *_: form == "kernel")  # noqa: B023
+                kernel = interpreted if form == "kernel" else None
+                monkeypatch.setattr(decode, "kernel_for", lambda *_: kernel)  # noqa: B023
                 with jax.default_matmul_precision("highest"):
                     found.append(steps[form, module](q, cache, needed).astype(jnp.float32))
             tolerance = 2e-2 if case["dtype"] == "bfloat16" else 1e-5
@@ -78,3 +86,21 @@ def test_lowers_to_triton_and_is_asked_for(dtype):
         assert "triton" not in lowered(lambda q, cache: step(q, cache, "pallas"), q, small)
     with pytest.raises(ValueError, match="^kernel: expected for 'pallas' a TPU, or an NVIDIA GPU"):
         step(q, cache, "pallas")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *making.slow("float32")])
+def test_lowers_to_mosaic_and_is_asked_for(dtype):
+    cache = held(4096, 2, 128, jnp.dtype(dtype), [9, 4096])
+    q = jnp.zeros((2, 8, 128), dtype)
+
+    def text_of(cache, kernel):
+        def step(q, cache):
+            spec = AttentionSpec(window=128, sinks=4, kernel=kernel)
+            return sum(module.step(q, cache, 0, needed=jnp.ones(2, bool), spec=spec) for module in (full, local))
+
+        with compiling_for(*TPU), jax.sharding.use_abstract_mesh(V5E):
+            return jax.jit(step).trace(q, cache).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert text_of(cache, "pallas").count("@tpu_custom_call(") == 2
+    assert "tpu_custom_call" not in text_of(cache, "auto")
+    assert "tpu_custom_call" not in text_of(held(32, 2, 128, jnp.dtype(dtype), [9, 32]), "pallas")

@@ -1,0 +1,24 @@
+"""What kernels for TPUs share: Pallas in its Mosaic form."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LANES, MOST_DIM = 128, 256
+DTYPES = ("bfloat16", "float32")
+
+
+def dot(x, y, x_axis: int, y_axis: int):
+    """Product over one axis of each, accumulated in float32; of float32 in full precision where
+    `jax.default_matmul_precision` asks for any, else as the units do; they know no other."""
+    asked = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest")
+    return jax.lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if asked else jax.lax.Precision.DEFAULT,
+    )
+
+
+def lanes(x, width: int):
+    """Numbers that are in all lanes, as wide as asked for: from one lane to the others they would have to be sent."""
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
