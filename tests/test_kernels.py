@@ -17,7 +17,7 @@ from experiments.benchmarks import kernels as benchmark
 from meta_attention_jax.kernels import gpu, portable, select, worklist
 from meta_attention_jax.kernels.gpu import Shape, Tuning
 from meta_attention_jax.kernels.worklist import Sizes
-from meta_attention_jax.mechanisms import linear, linear_gpu
+from meta_attention_jax.mechanisms import linear, linear_gpu, linear_tpu
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.routing import dispatch
 from meta_attention_jax.targets import Target, compiling_for
@@ -228,21 +228,22 @@ LINEAR = {
 
 
 @functools.lru_cache(maxsize=None)
-def compiled_linear(setting: Setting, chunk: int, ids_given: bool):
+def compiled_linear(module, setting: Setting, chunk: int, ids_given: bool):
     """(q, k, v, cotangent, ids) -> (out, dq, dk, dv)."""
 
     @jax.jit
     def run(q, k, v, cotangent, ids):
-        shapes = linear_gpu.Shapes(chunk, *[CUT] * 6)
-        out, pull = jax.vjp(lambda *x: linear_gpu.attend(*x, ids if ids_given else None, shapes, True), q, k, v)
+        cut = linear_gpu.Shapes(chunk, *[CUT] * 6) if module is linear_gpu else chunk
+        out, pull = jax.vjp(lambda *x: module.attend(*x, ids if ids_given else None, cut, True), q, k, v)
         return out, *pull(cotangent)
 
     return run
 
 
 @interpreted
+@pytest.mark.parametrize("module", [linear_gpu, linear_tpu], ids=["gpu", "tpu"])
 @pytest.mark.parametrize("name", [*list(LINEAR)[:1], *making.slow(*list(LINEAR)[1:])])
-def test_linear_attention_equals_the_equation(name):
+def test_linear_attention_equals_the_equation(name, module):
     setting, chunk = LINEAR[name]
     for seed in SEEDS:
         q, k, v, cotangent, _, ids = drawn(setting, seed)
@@ -250,7 +251,7 @@ def test_linear_attention_equals_the_equation(name):
         ids = jnp.ones_like(ids) if name == "one segment" else ids
         real = (ids != 0)[..., None, None]
         with jax.default_matmul_precision("highest"):
-            got = compiled_linear(setting, chunk, name != "one segment")(q, k, v, cotangent, ids)
+            got = compiled_linear(module, setting, chunk, name != "one segment")(q, k, v, cotangent, ids)
         q, k, v, cotangent = (np.asarray(x.astype(jnp.float32)) for x in (q, k, v, cotangent * real))
         out, *gradients = oracles.linear_attention(q, k, v, cotangent, np.asarray(ids))
         expected = [out * np.asarray(real), *gradients]

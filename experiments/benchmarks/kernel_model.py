@@ -14,8 +14,8 @@ bandwidth. Cycles are those of the compiled schedules (experiments/results/sched
 public timings of jax's flash attention say, at lengths of 512 to 4,096 (jax-ml/jax#24633), which the model has to reproduce. The peer
 is splash attention by the same model.
 
-**Both**: linear attention has not been timed by its kernels, nor by XLA on a TPU: it counts as twice the time of its
-bytes, and so do packing and choosing among outputs. Decoding: bytes alone. B 1, H = G = 16, d 128, w 1,024, 4 sinks,
+**Both**: what has neither been timed nor scheduled counts as twice the time of its bytes: the GPU's linear attention,
+packing on a TPU, choosing among outputs. Decoding: bytes alone. B 1, H = G = 16, d 128, w 1,024, 4 sinks,
 bfloat16.
 """
 
@@ -190,32 +190,33 @@ def gpu_seconds(case: Case) -> dict[str, float]:
     shapes = {"forward": tuning.forward, "dq": tuning.dq, "dkv": tuning.dkv}
     for kernel in directions(case):
         parts[kernel] = busiest(programs_of(work, kernel, shapes[kernel]), costs(case.dim)[kernel], H100.units)
-    chunk = linear_gpu.shapes_for(case.dim, "bfloat16").chunk
-    return parts | moved(case, H100, linear_bytes(case, chunk, passes=4 if case.direction == "forward" else 12))
+    parts["choosing"] = choosing(case, H100)
+    if case.shares[1]:
+        parts["linear"] = UNTIMED * linear_bytes(case) / H100.bandwidth
+    return parts
 
 
 def directions(case: Case) -> tuple[str, ...]:
     return tuple(PRODUCTS) if case.direction != "forward" else ("forward",)
 
 
-def linear_bytes(case: Case, chunk: int, passes: int) -> float:
-    """States (float32, of every chunk) written, carried and read, and as many arrays as `passes` of the size of q; of
+def linear_bytes(case: Case) -> float:
+    """Of the GPU's kernels: states (float32, of every chunk) written, carried and read, and arrays of the size of q; of
     all tokens, whatever their routes."""
+    chunk = linear_gpu.shapes_for(case.dim, "bfloat16").chunk
     states = -(-case.time // chunk) * HEADS * (case.dim + 1) * case.dim * 4
-    times = 4 if case.direction == "forward" else 11  # Backward: those of gradients too, read by dK and dV each.
-    return passes * array_bytes(case) + times * states
+    # Backward: states of gradients too, read by dK and dV each.
+    arrays, times = (4, 4) if case.direction == "forward" else (12, 11)
+    return arrays * array_bytes(case) + times * states
 
 
 def array_bytes(case: Case) -> float:
     return case.time * HEADS * case.dim * BYTES
 
 
-def moved(case: Case, chip: Chip, linear: float) -> dict[str, float]:
-    """Of linear attention, where a token asks for it, and of choosing among the outputs."""
-    parts = {"choosing": UNTIMED * 4 * array_bytes(case) / chip.bandwidth}
-    if case.shares[1]:
-        parts["linear"] = UNTIMED * linear / chip.bandwidth
-    return parts
+def choosing(case: Case, chip: Chip) -> float:
+    """Each token's output among those of the mechanisms."""
+    return UNTIMED * 4 * array_bytes(case) / chip.bandwidth
 
 
 def gpu_peer(case: Case) -> float:
@@ -280,7 +281,19 @@ def tpu_seconds(case: Case) -> dict[str, float]:
         parts[kernel] = tpu_kernel(kernel, case.dim, flags)
     both = case.direction != "forward"
     parts["packing"] = UNTIMED * (8 if both else 3) * 2 * array_bytes(case) / V5E.bandwidth
-    return parts | moved(case, V5E, linear_bytes(case, 128, passes=12 if both else 4))
+    parts["choosing"] = choosing(case, V5E)
+    if case.shares[1]:
+        parts["linear"] = sum(tpu_linear(kernel, case) for kernel in directions(case))
+    return parts
+
+
+def tpu_linear(kernel: str, case: Case) -> float:
+    """A chunk of every head a step: of q, k, v, and of cotangents and gradients."""
+    row = schedule()[f"linear, {kernel}", case.dim]
+    arrays = {"forward": 3, "dq": 4, "dkv": 4}[kernel]
+    fetched = arrays * row["block"] * case.dim * BYTES
+    seconds = step_seconds(row["whole"], row["products"], fetched, latency())
+    return HEADS * -(-case.time // row["block"]) * seconds
 
 
 def tpu_peer(case: Case) -> float:

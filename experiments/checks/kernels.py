@@ -3,7 +3,7 @@
 python -m experiments.checks.kernels --target=h100|v5e [--json=FILE] [--times=2048,32768]
 
 needs the compiler (pip install "jax[cuda13]" or "jax[tpu]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A row
-per program (packed attention, and on the GPU linear; forward and backward), length, head width and dtype: temporary
+per program (packed and linear attention; forward and backward), length, head width and dtype: temporary
 memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, and warps. A TPU's
 compiler refuses what does not fit the memory of a core.
 """
@@ -35,9 +35,10 @@ from experiments.benchmarks import common  # noqa: E402
 from experiments.benchmarks.kernels import program  # noqa: E402
 from meta_attention_jax import targets  # noqa: E402
 from meta_attention_jax.kernels import select, worklist  # noqa: E402
-from meta_attention_jax.mechanisms import linear_gpu  # noqa: E402
+from meta_attention_jax.mechanisms import linear as linear_attention  # noqa: E402
 from meta_attention_jax.mechanisms.mechanism import Reach  # noqa: E402
 from meta_attention_jax.targets import Target  # noqa: E402
+from meta_attention_jax.types import AttentionSpec  # noqa: E402
 
 HEADS, KV_HEADS, WINDOW, SINKS = 16, 4, 1024, 4
 KINDS = {
@@ -59,7 +60,7 @@ def packed(q, k, v, route):
 
 def linear(q, k, v, route):
     del route
-    return linear_gpu.attend(q, k, v)
+    return linear_attention.attend(q, k, v, spec=AttentionSpec(kernel="pallas"))
 
 
 PROGRAMS = {
@@ -129,13 +130,12 @@ def rows(target: str, times: list[int]) -> Iterator[list[common.Row]]:
     compiled_for, topology = TARGETS[target]
     mesh = Mesh(np.array(chips.devices_of(topology)[:1]), ("x",))
     sharding, assemble = NamedSharding(mesh, PartitionSpec()), assembler() if target == "h100" else None
-    names = [name for name in PROGRAMS if target == "h100" or name.startswith("packed")]  # A TPU's linear is XLA's.
     with targets.compiling_for(*compiled_for), contextlib.ExitStack() as stack:
         if target == "v5e":  # Pallas asks which TPU it is.
             stack.enter_context(jax.set_mesh(mesh))
         for dim, dtype in KINDS[target]:
             for time in times:
-                for name in names:
+                for name in PROGRAMS:
                     yield [row_of(name, time, dim, dtype, sharding, assemble)]
 
 

@@ -7,7 +7,7 @@ its cycles but for what it waits for: memory, which `experiments.benchmarks.kern
 dQ, dK with dV), head width and dtype, for a v5e: cycles of a step of the grid where every query sees every key of the
 tile, where they are masked, what the first and the last step of a block take more, and what the products alone take at
 the chip's peak (a step that has fewer bundles than that waits for them).
-For comparison two kernels of jax: flash attention, whose tiles are 128 x 128 unless it is told otherwise and of which
+Linear attention's step is a chunk of one head. For comparison two kernels of jax: flash attention, whose tiles are 128 x 128 unless it is told otherwise and of which
 timings are public (jax-ml/jax#24633), and splash attention.
 """
 
@@ -45,6 +45,7 @@ from experiments.benchmarks import common  # noqa: E402
 from experiments.benchmarks.kernel_shapes import PRODUCTS  # noqa: E402
 from meta_attention_jax.kernels import tpu, tpu_steps  # noqa: E402
 from meta_attention_jax.kernels.worklist import Sizes  # noqa: E402
+from meta_attention_jax.mechanisms import linear_tpu  # noqa: E402
 
 TIME, HEADS = 32768, 16
 KINDS = ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32"))
@@ -125,6 +126,16 @@ def ours(name: str, dim: int, dtype: str) -> tuple[Callable[..., Any], list[tupl
     return run, [heads, keys, keys, ((1, 8, slots), ids), *lists, heads, rows, rows], sizes
 
 
+def linear(name: str, dim: int, dtype: str) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """A kernel of linear attention alone, and what it is given."""
+    chunk = linear_tpu.CHUNK
+    q, k, places = ((1, HEADS, 1, TIME, dim), dtype), ((1, HEADS, TIME, dim), dtype), ((1, 8, TIME), "int32")
+    row = (1, HEADS, 1, 8, TIME), "float32"
+    more = {"forward": [], "dq": [q], "dkv": [q, row, row]}[name]
+    function = linear_tpu._in_reverse if name == "dkv" else linear_tpu._in_order
+    return lambda places, *arrays: function(arrays, places, chunk, False), [places, q, k, k, *more]
+
+
 def row_of(kernel: str, dim: int, dtype: str, sizes: Sizes, products: int, step: Step, ours: bool) -> common.Row:
     """Ours go through (the first step, a tile that is seen whole, one that is masked, the last step); splash attention
     through (the first, a tile, the last); flash attention through (the first, the last)."""
@@ -157,6 +168,13 @@ def rows() -> Iterator[list[common.Row]]:
             run, given, sizes = ours(name, dim, dtype)
             (step,) = compiled(run, given)
             yield [row_of(name, dim, dtype, sizes, products, step, ours=True)]
+        for name in PRODUCTS:
+            (step,) = compiled(*linear(name, dim, dtype))
+            size, products = linear_tpu.CHUNK, {"forward": (2, 2), "dq": (4, 3), "dkv": (4, 3)}[name]
+            least = 2 * size * dim * (products[0] * size + products[1] * dim) // FLOPS
+            yield [{"kernel": f"linear, {name}", "d": dim, "dtype": dtype, "block": size, "tile": size,
+                    "whole": step.always, "masked": step.always, "first": sum(step.parts), "last": 0,
+                    "products": least}]
     given, dim = [((1, HEADS, TIME, 128), "bfloat16")] * 3, 128
     (step,) = compiled(flash_attention, given)
     yield [row_of("flash attention of jax, forward", dim, "bfloat16", Sizes(128, 128), 2, step, ours=False)]

@@ -24,6 +24,7 @@ from meta_attention_jax.kernels import base2, tpu_steps
 from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.tpu_steps import FIRST, LAST, WHOLE, Steps, flag
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
+from meta_attention_jax.mechanisms import mosaic
 from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, lanes
@@ -182,14 +183,12 @@ def _call(
     kernel: Callable[..., None], steps: Steps, grid: Sequence[Any], inputs: Sequence[tuple[Array, pl.BlockSpec]],
     outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]], scratch: Sequence[tuple[int, ...]], interpret: bool,
 ) -> list[Array]:
-    # Inside `shard_map` outputs vary over the mesh as what they are made of does.
-    varying = jax.typeof(inputs[0][0]).manual_axis_type
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3, grid=tuple(grid), in_specs=[spec for _, spec in inputs],
         out_specs=[spec for _, spec in outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
-    made = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x, _ in outputs]
+    made = [mosaic.result(x.shape, x.dtype, inputs[0][0]) for x, _ in outputs]
     # Heads are apart; the steps of one go on from each other.
     order = pltpu.CompilerParams(dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)))
     call = pl.pallas_call(kernel, grid_spec=spec, out_shape=made, interpret=interpret, compiler_params=order)

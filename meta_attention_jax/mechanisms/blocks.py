@@ -120,6 +120,13 @@ def feature_map(x: Array) -> Array:
     return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.minimum(x, 0.0)))
 
 
+def centred(s: Float[Array, "dim value"], z: Float[Array, "dim"]) -> tuple[Array, Array]:
+    """S - z c^T and c, a mean value: what it adds to the sums of linear attention is large, and is kept out of what is
+    rounded."""
+    centre = s.sum(0) / (z.sum() + EPSILON)
+    return s - z[:, None] * centre[None], centre
+
+
 def rotate(x: Float[Array, "batch time heads dim"], positions: Positions, rope: Rope = Rope()) -> Queries:
     """Queries or keys turned by their positions, as `Rope` says. Angles are float32; the result has the dtype of x."""
     batch, time, _, dim = x.shape

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from meta_attention_jax import targets
+from meta_attention_jax.mechanisms import mosaic
 from meta_attention_jax.mechanisms.blocks import MASKED, capped
 from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery
 from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, lanes
@@ -29,9 +30,8 @@ FIRST, LAST, _FLAG_BITS, _TILE_BITS = 1, 2, 2, 14
 
 
 def serves(kernel: str, q: StepQuery, stack: Stack, target: Optional[Target] = None) -> bool:
-    """Whether "pallas" is asked for on a TPU and has a form for this cache; others are left to the portable one: those of
-    fewer keys than there are lanes, and of heads that do not fill them, for which the compiler may lay out the whole
-    cache anew."""
+    """Whether "pallas" is asked for on a TPU and has a form for this cache. Left to the portable one are those of fewer
+    keys than there are lanes, and of heads that do not fill them, for which the compiler may lay out all of it anew."""
     if kernel != "pallas" or (target or targets.current()).platform != "tpu":
         return False
     dtype = "bfloat16" if stack.dtype == jnp.uint16 else jnp.dtype(stack.dtype).name
@@ -130,7 +130,7 @@ def attend(
         in_specs=[some_row, some_tile, some_tile], out_specs=some_row,
         scratch_shapes=[pltpu.VMEM((kv_heads, rows, width), jnp.float32) for width in (LANES, LANES, dim)],
     )
-    made = jax.ShapeDtypeStruct((batch, kv_heads, rows, dim), jnp.float32)
+    made = mosaic.result((batch, kv_heads, rows, dim), jnp.float32, q)
     call = pl.pallas_call(kernel, grid_spec=spec, out_shape=made, interpret=interpret)
     out = call(steps.packed, jnp.asarray(layer, jnp.int32).reshape(1), first, last, sinks, query, k, v)
     some = (first < last) | (jnp.minimum(sinks, first) > 0)

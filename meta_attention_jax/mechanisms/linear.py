@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from meta_attention_jax.mechanisms import blocks, cache, linear_gpu, spent, triton
+from meta_attention_jax.mechanisms import blocks, cache, linear_gpu, linear_tpu, spent, triton
 from meta_attention_jax.mechanisms.blocks import EPSILON, feature_map
 from meta_attention_jax.mechanisms.mechanism import Mechanism
 from meta_attention_jax.types import Abstract, AttentionSpec, Keys, Queries, SegmentIds, Values
@@ -33,6 +33,8 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
         return jnp.zeros_like(q)
     if spec.causal and triton.serves(spec.kernel, q.shape, q.dtype):
         return linear_gpu.attend(q, k, v, segment_ids)
+    if spec.causal and linear_tpu.serves(spec.kernel, q.shape, q.dtype):
+        return linear_tpu.attend(q, k, v, segment_ids)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)
     if not spec.causal:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from meta_attention_jax.mechanisms import chunked, triton
-from meta_attention_jax.mechanisms.blocks import EPSILON, feature_map
+from meta_attention_jax.mechanisms.blocks import EPSILON, centred, feature_map
 from meta_attention_jax.mechanisms.chunked import Shape
 from meta_attention_jax.mechanisms.triton import divide, dot
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
@@ -215,7 +215,7 @@ def _outputs(q, k, v, states, segments, save: bool, chunk: int, shape: Shape, in
         query = chunked.phi(q, b, rows, h)
         s, z = states[b, at.c, g, pl.ds(0, width), columns], states[b, at.c, g, width, :]
         total = (query.astype(jnp.float32) * z[None]).sum(1)
-        s, centre = _centred(s, z)
+        s, centre = centred(s, z)
         acc = at.of_state(dot(query, s.astype(query.dtype), 1, 0) + total[:, None] * centre[None])
 
         def meet(met: chunked.Tokens, allowed, member, carry):
@@ -244,7 +244,7 @@ def _d_query(q, k, v, d_out, inverse, mean, states, segments, chunk: int, shape:
         b, here, h, g, columns = at.b, at.rows.here, at.h, at.h // group, at.columns
         d, shift = d_out[b, here, h, :].astype(chunked.factor(q)), mean[b, h, here][:, None]
         s, z = states[b, at.c, g, columns, :], states[b, at.c, g, width, columns]
-        s, centre = _centred(s, z)
+        s, centre = centred(s, z)
         shifted = shift + (d.astype(jnp.float32) * centre[None]).sum(1)[:, None]
         acc = dot(d, s.astype(d.dtype), 1, 1) + shifted * z[None]
 
@@ -300,9 +300,3 @@ def _d_value(q, k, v, d_out, inverse, d_states, segments, chunk: int, shape: Sha
 
     arrays = q, k, d_out, inverse, d_states
     return chunked.by_block(body, arrays, (v,), segments, chunk, shape, interpret, members=group)[0]
-
-
-def _centred(s, z):
-    """S - z c^T and c, a mean value: what it adds to S is large, and is kept out of what is rounded."""
-    centre = s.sum(0) / (z.sum() + EPSILON)
-    return s - z[:, None] * centre[None], centre

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +20,11 @@ def dot(x, y, x_axis: int, y_axis: int):
         x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if asked else jax.lax.Precision.DEFAULT,
     )
+
+
+def result(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """An output of a kernel, which inside `shard_map` varies over the mesh as an input does."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def lanes(x, width: int):
