@@ -10,9 +10,10 @@ off. Making a list takes what it took there at any length, for it is many small 
 kernels have been changed since (fewer masks, queries read ahead), so what is predicted is of those of that day.
 
 **TPU.** One core goes through all steps; a step takes as long as its cycles, or as what it fetches: latency + bytes /
-bandwidth. Cycles are those of the compiled schedules (experiments/results/schedule_v5e.json). The latency is the one constant that is not the compiler's or the data sheet's: it is what four
-public timings of jax's flash attention say, at lengths of 512 to 4,096 (jax-ml/jax#24633), which the model has to reproduce. The peer
-is splash attention by the same model.
+bandwidth. Cycles are those of the compiled schedules (experiments/results/schedule_v5e.json). The latency is the one
+constant that is not the compiler's or the data sheet's: it is what four public timings of jax's flash attention say, at
+lengths of 512 to 4,096 (jax-ml/jax#24633), which the model has to reproduce. The peer is splash attention by the same
+model.
 
 **Both**: what has neither been timed nor scheduled counts as twice the time of its bytes: the GPU's linear attention,
 packing on a TPU, choosing among outputs. Decoding: bytes alone. B 1, H = G = 16, d 128, w 1,024, 4 sinks,
@@ -343,8 +344,8 @@ def decoding(time: int = 32768, share: float = 0.1) -> common.Row:
     past, window, state = 2 * time * number, 2 * (WINDOW + SINKS) * number, 2 * HEADS * 129 * 128 * 4
     full, local, linear = kernels.mixed(share)
     read = full * past + local * window + state
-    return {"part": "prediction", "chip": "H100", "what": f"decode, {share:.0%} full", "T": time, "speedup": past / read,
-            "goal": 5.0, "MiB a row": read / 2**20, "peer MiB a row": past / 2**20}
+    return {"part": "prediction", "chip": "H100", "what": f"decode, {share:.0%} full", "T": time,
+            "speedup": past / read, "goal": 5.0, "MiB a row": read / 2**20, "peer MiB a row": past / 2**20}
 
 
 def rows() -> Iterator[list[common.Row]]:

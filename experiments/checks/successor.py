@@ -37,8 +37,8 @@ SLOTS, TIME, HEADS, DIM = 4096, 32768, 16, 128
 
 
 def forward(tiles: jax.Array, last: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q . k / sqrt(d)) v of packed queries [slot head dim] over the keys up to `last` of each; `tiles` of keys a
-    block."""
+    """softmax(q . k / sqrt(d)) v of packed queries [slot head dim] over the keys up to `last` of each; `tiles` of keys
+    a block."""
     row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
     def kernel(tiles, last, q, k, v, out, queries, keys, values, results, barrier):
