@@ -5,10 +5,10 @@ python -m experiments.checks.schedule [--json=FILE]            needs the compile
 A TPU core runs one bundle of instructions a cycle, in the order that the compiler has fixed, so a kernel's bundles are
 its cycles but for what it waits for: memory, which `experiments.benchmarks.kernel_model` adds. A row per kernel
 (forward, dQ, dK with dV), head width and dtype, for a v5e: cycles of a step of the grid where every query sees every
-key of the tile, where they are masked, what the first and the last step of a block take more, and what the products alone
-take at the chip's peak (a step that has fewer bundles than that waits for them). Linear attention's step is a chunk of
-one head. For comparison two kernels of jax: flash attention, whose tiles are 128 x 128 unless it is told otherwise and
-of which timings are public (jax-ml/jax#24633), and splash attention.
+key of the tile, where they are masked, what the first and the last step of a block take more, and what the products
+alone take at the chip's peak (a step that has fewer bundles than that waits for them). Linear attention's step is a
+chunk of one head. For comparison two kernels of jax: flash attention, whose tiles are 128 x 128 unless it is told
+otherwise and of which timings are public (jax-ml/jax#24633), and splash attention.
 """
 
 from __future__ import annotations
