@@ -9,7 +9,7 @@ import pytest
 
 from experiments.benchmarks import kernel_model
 from experiments.benchmarks.kernels import Case
-from experiments.checks import schedule
+from experiments.checks import bundles
 from meta_attention_jax.kernels import worklist
 from meta_attention_jax.kernels.worklist import Sizes
 
@@ -65,4 +65,4 @@ second_minor_factor: 1 */ }
 
 
 def test_cycles_of_a_step_are_the_bundles_of_the_loop_and_parts_are_what_is_jumped_over():
-    assert schedule.step_of(SCHEDULE) == schedule.Step(always=3, parts=(3,))
+    assert bundles.step_of(SCHEDULE) == bundles.Step(always=3, parts=(3,))
