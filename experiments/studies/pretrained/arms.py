@@ -20,7 +20,7 @@ from experiments.studies.pretrained import stream
 from experiments.studies.pretrained.local import Pool, decision
 from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.stream import Layer, change
-from meta_attention_jax.model import LanguageModel
+from meta_attention_jax.model import LanguageModel, ModelConfig
 from meta_attention_jax.objective import forward, token_nll
 from meta_attention_jax.training.backbone import merge
 from meta_attention_jax.types import RoutingHypers
@@ -63,9 +63,9 @@ class Reader:
     def routed(
         self, window: Window, controller: str, own: Any, hypers: RoutingHypers, mode: str = "hard", **router: Any
     ) -> Read:
-        """By trained controllers, `own` their parameters within those of the model."""
+        """By trained controllers, `own` their parameters [layer ...]."""
         model = self.model.routed_by(controller=controller, **router).clone(mode=mode, dispatch="packed")
-        params = merge(self.params, own)
+        params = merge(self.params, placed(self.model.config, own))
         nll, guess, routing = jax.device_get(_model(model, params, window.batch(), hypers, None))
         mean, full = routing.mean[:, 0], routing.route[:, 0] == FULL
         alpha = None if routing.concentration is None else routing.concentration[:, 0]
@@ -87,6 +87,24 @@ class Reader:
     def _hypers(self) -> RoutingHypers:
         one = jnp.float32(1)
         return RoutingHypers(strength=one, preference=one, costs=jnp.asarray(self.costs, jnp.float32), threshold=one)
+
+
+def placed(config: ModelConfig, own: Any) -> Any:
+    """Parameters of controllers, [layer ...] of the routed layers, where a model has them."""
+    if config.scan_layers:
+        return {"layers": {"attention": {"controller": own}}}
+    return {
+        f"layer_{i}": {"attention": {"controller": jax.tree.map(lambda leaf: leaf[n], own)}}  # noqa: B023
+        for n, i in enumerate(config.routed)
+    }
+
+
+def gathered(config: ModelConfig, params: Any) -> Any:
+    """Inverse of `placed`."""
+    if config.scan_layers:
+        return params["layers"]["attention"]["controller"]
+    apart = [params[f"layer_{i}"]["attention"]["controller"] for i in config.routed]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *apart)
 
 
 @functools.partial(jax.jit, static_argnums=0)

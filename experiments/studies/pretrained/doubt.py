@@ -114,7 +114,7 @@ def cautious(study: Study, one: Trained, at: float, measure: str, theta: float) 
     """The package's gated mode: hard where u <= theta, else on full attention. A decision of the token alone."""
     hypers = one.point.hypers(plan.COSTS, theta=theta, price=at)
     return lambda window: study.reader.routed(
-        window, one.point.controller, one.params, hypers, mode="gated", uncertainty=measure, fallback="full"
+        window, one.point.controller, one.tree, hypers, mode="gated", uncertainty=measure, fallback="full"
     )
 
 
@@ -174,9 +174,8 @@ def calibration_of(
         for (arm, seed, share), one in known.items():
             if share == 0.3:
                 study.check_time()
-                controllers = one.params["layers"]["attention"]["controller"]
                 controller = routers.controller_of(study, one.point)
-                _, mean = local.scores(controller, controllers, tokens, one.point, plan.COSTS)
+                _, mean = local.scores(controller, one.tree, tokens, one.point, plan.COSTS)
                 found = calibration(mean.ravel(), label.ravel())
                 rows.append({"kind": kind, "arm": arm, "seed": seed, **found, "labelled": float(label.mean()),
                              "mean": float(mean.mean())})

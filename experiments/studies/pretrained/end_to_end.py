@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.studies.pretrained import plan, routers
+from experiments.studies.pretrained import arms, plan, routers
 from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.routers import Trained
@@ -45,9 +45,10 @@ def trained(study: Study, arm: str, beta: float, seed: int) -> Trained:
     if not (path / "checkpoints" / str(plan.END_TO_END_STEPS)).is_dir():
         study.check_time()
         job = prepare(config, path)
-        first = jax.device_get(start.params)
+        first = arms.placed(study.reader.model.config, start.tree)
         train(dataclasses.replace(job, initial=first), label=f"{arm}, beta {beta:g}, seed {seed}")
-    return Trained(point, read_run(path, plan.END_TO_END_STEPS)[3])
+    params = jax.device_get(read_run(path, plan.END_TO_END_STEPS)[3])
+    return Trained(point, arms.gathered(study.reader.model.config, params))
 
 
 def kept(study: Study, arm: str, beta: float, seed: int) -> Trained:
@@ -55,7 +56,7 @@ def kept(study: Study, arm: str, beta: float, seed: int) -> Trained:
     place = study.record.path.parent / "routers"
     point = dataclasses.replace(Point(seed=seed, **routers.chosen(study.record, arm, 0.3)), beta=beta)
     if not routers.file_of(place, point).is_file():
-        own = trained(study, arm, beta, seed).params["layers"]["attention"]["controller"]
+        own = trained(study, arm, beta, seed).tree
         routers.save(place, point, jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), own))
     return routers.load(place, point)
 

@@ -31,6 +31,8 @@ from ml_collections import ConfigDict
 
 from configs import retrofit_smollm2
 from experiments.studies.pretrained.local import Point
+from meta_attention_jax.pretrained import read
+from meta_attention_jax.training.backbone import locate
 
 COSTS = (1.0, 0.15)  # Of full attention and of a window, the paper's.
 SEEDS = (0, 1, 2)
@@ -62,6 +64,7 @@ def config(backbone: str, length: int = LENGTH, window: int = WINDOW) -> ConfigD
     """What is routed, and how; 4 sinks."""
     made = retrofit_smollm2.get_config()
     made.retrofit.backbone = backbone
+    made.model.scan_layers = not read.describe(locate(backbone))[0].windows  # Some of which are windows by nature.
     made.data.sequence_length, made.model.window = length, window
     made.prior.costs = ",".join(f"{cost:g}" for cost in COSTS)
     return made

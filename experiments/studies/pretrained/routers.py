@@ -24,16 +24,16 @@ from meta_attention_jax.controller.baselines import make_controller
 
 
 class Trained(NamedTuple):
-    """A point and its controllers, as a part of the model's parameters."""
+    """A point and the parameters of its controllers, [layer ...]."""
 
     point: Point
-    params: Any
+    tree: Any
 
     @property
     def digest(self) -> str:
         """The first eight digits of the sha256 of the controllers."""
         whole = hashlib.sha256()
-        for leaf in jax.tree.leaves(self.params):
+        for leaf in jax.tree.leaves(self.tree):
             whole.update(np.asarray(leaf).tobytes())
         return whole.hexdigest()[:8]
 
@@ -108,7 +108,7 @@ def load(folder: pathlib.Path, point: Point) -> Trained:
     """What `save` has written."""
     with np.load(file_of(folder, point)) as file:
         tree = unflatten_dict({tuple(key.split("/")): file[key].astype(np.float32) for key in file.files})
-    return Trained(point, {"layers": {"attention": {"controller": tree}}})
+    return Trained(point, tree)
 
 
 def ready(study: Study, points: Sequence[Point]) -> dict[Point, Trained]:
@@ -133,7 +133,7 @@ def routers(study: Study, wanted: Optional[Sequence[str]] = None) -> dict[tuple[
 def reading(study: Study, one: Trained, price: float, **router: Any) -> Callable[[Window], Read]:
     """How trained controllers read a window at a price; other fields of the router and its mode by name."""
     hypers = one.point.hypers(plan.COSTS, price=price)
-    return lambda window: study.reader.routed(window, one.point.controller, one.params, hypers, **router)
+    return lambda window: study.reader.routed(window, one.point.controller, one.tree, hypers, **router)
 
 
 def first_price(record: Record, point: Point, share: float) -> float:
