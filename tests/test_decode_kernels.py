@@ -22,6 +22,7 @@ from tests.test_kernels_tpu import TPU, V5E
 CASES = {
     "two stretches, grouped heads": dict(capacity=1024, heads=6, kv_heads=2, dim=32, window=100, sinks=3),
     "odd capacity, softcap": dict(capacity=300, heads=2, kv_heads=2, dim=16, window=37, sinks=70, softcap=3.0),
+    "many tiles": dict(capacity=1000, heads=2, kv_heads=1, dim=128, window=100, sinks=3, dtype="bfloat16", most=128),
     "bfloat16, many to a key": dict(capacity=2048, heads=24, kv_heads=1, dim=64, window=700, dtype="bfloat16"),
 }
 
@@ -39,10 +40,13 @@ KERNELS = {"gpu": decode_gpu, "tpu": decode_tpu}
 
 @interpreted
 @pytest.mark.parametrize("platform", list(KERNELS))
-@pytest.mark.parametrize("name", [*list(CASES)[:1], *making.slow(*list(CASES)[1:])])
+@pytest.mark.parametrize("name", ["two stretches, grouped heads", "many tiles", *making.slow(*(set(CASES) - {
+    "two stretches, grouped heads", "many tiles"
+}))])
 def test_is_the_portable_step(name, platform, monkeypatch):
     case = {"dtype": jnp.float32, "sinks": 0, "softcap": None} | CASES[name]
     spec = AttentionSpec(window=case["window"], sinks=case["sinks"], softcap=case["softcap"])
+    monkeypatch.setattr(decode_tpu, "MOST_KEYS", case.get("most", decode_tpu.MOST_KEYS))
     interpreted = types.SimpleNamespace(attend=functools.partial(KERNELS[platform].attend, interpret=True))
     steps = {
         (form, module): jax.jit(lambda q, cache, needed, module=module: module.step(

@@ -35,15 +35,18 @@ def test_the_busiest_unit_is_waited_for():
 
 
 def test_a_step_takes_what_it_computes_or_what_it_waits_for():
-    seconds = kernel_model.step_seconds(1000, 2000, fetched=0, latency=0.0)
-    assert seconds == pytest.approx(2000 / 1.5e9, rel=0.01)
-    assert kernel_model.step_seconds(1, 1, fetched=819e3, latency=1e-6) == pytest.approx(2e-6)
+    behind, added = (kernel_model.Waits(1e-6, added) for added in (False, True))
+    seconds = kernel_model.step_seconds(3000, 6000, moved=0, waits=behind)
+    assert seconds == pytest.approx(4e-6, rel=0.01)
+    assert kernel_model.step_seconds(3000, 6000, moved=819e3, waits=added) == pytest.approx(6e-6, rel=0.01)
+    assert kernel_model.step_seconds(1, 1, moved=819e3, waits=behind) == pytest.approx(2e-6)
 
 
 def test_what_is_recorded_was_reproduced_before_it_predicted():
     rows = json.loads((kernel_model.RESULTS / "kernel_model.json").read_text())["rows"]
-    checks = [row["model / timed"] for row in rows if row["part"] == "check"]
-    assert len(checks) == 16 and all(0.75 < ratio < 1.25 for ratio in checks)
+    worst = {128: 0.075, 64: 0.22}  # What FINDINGS says of them.
+    checks = [row for row in rows if row["part"] == "check"]
+    assert len(checks) == 16 and all(abs(row["model / timed"] - 1) < worst[row["d"]] for row in checks)
     assert all("timed ms" not in row for row in rows if row["part"] == "prediction")
 
 

@@ -116,12 +116,14 @@ def test_sizes_are_whole_lanes_and_no_more_than_there_is(dim):
 def test_lists_that_the_memory_of_scalars_does_not_hold_are_refused():
     def steps(batch, time):
         route = jax.ShapeDtypeStruct((batch, time), jnp.int32)
-        sizes = [tpu.sizes_for(128, time)] * 2
+        reaches = [Reach(), Reach(9)]
+        sizes = [tpu.sizes_for(128, time, reaches)] * 2
         jax.eval_shape(lambda route: tpu_steps.by_tile(worklist.build(
-            route, None, causal=True, reaches=[Reach(), Reach(9)], sizes=sizes
+            route, None, causal=True, reaches=reaches, sizes=sizes
         )), route)
 
     steps(8, 2**15)
+    steps(1, 2**17)
     expected = "^kernel: expected lists of at most 1,000,000 bytes for 'pallas' on a TPU.* got "
     with pytest.raises(ValueError, match=expected):
         steps(8, 2**17)
@@ -210,3 +212,14 @@ def test_a_precision_that_is_asked_for_is_one_that_the_units_know(dtype):
         with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(V5E):
             text = jax.jit(run).trace(q, route).lower(lowering_platforms=("tpu",)).as_text()
         assert "@tpu_custom_call(" in text
+
+
+@pytest.mark.parametrize("group, dim, dtype", [(1, 64, "bfloat16"), (4, 256, "bfloat16"), (16, 128, "float32")])
+def test_chunks_of_linear_attention_are_whole_lanes_and_fit(group, dim, dtype):
+    chunk = linear_tpu.chunk_for(group, dim, dtype)
+    assert LANES <= chunk <= linear_tpu.CHUNK and chunk & (chunk - 1) == 0
+    assert chunk == LANES or chunk * group * dim * jnp.dtype(dtype).itemsize <= linear_tpu.STEP
+    shape = (1, 4096, group, dim)
+    assert linear_tpu.serves("pallas", shape, 1, dtype, TPU) and not linear_tpu.serves("auto", shape, 1, dtype, TPU)
+    many = (1, 4096, 71, dim)
+    assert not linear_tpu.serves("pallas", many, 1, dtype, TPU) and linear_tpu.serves("pallas", many, 71, dtype, TPU)

@@ -2,10 +2,10 @@
 
 python -m experiments.checks.kernels --target=h100|v5e [--json=FILE] [--times=2048,32768]
 
-needs the compiler (pip install "jax[cuda13]" or "jax[tpu]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A row
-per program (packed and linear attention; forward and backward), length, head width and dtype: temporary
-memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, and warps. A TPU's
-compiler refuses what does not fit the memory of a core.
+needs the compiler (pip install "jax[cuda13]" or "jax[tpu]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A
+row per program (packed and linear attention, forward and backward; one new token of 8 rows), length, head width and
+dtype: temporary memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, and
+warps. A TPU's compiler refuses what does not fit the memory of a core.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from experiments.benchmarks import common  # noqa: E402
 from experiments.benchmarks.kernels import program  # noqa: E402
 from meta_attention_jax import targets  # noqa: E402
 from meta_attention_jax.kernels import select, worklist  # noqa: E402
+from meta_attention_jax.mechanisms import decode  # noqa: E402
 from meta_attention_jax.mechanisms import linear as linear_attention  # noqa: E402
 from meta_attention_jax.mechanisms.mechanism import Reach  # noqa: E402
 from meta_attention_jax.targets import Target  # noqa: E402
 from meta_attention_jax.types import AttentionSpec  # noqa: E402
 
-HEADS, KV_HEADS, WINDOW, SINKS = 16, 4, 1024, 4
+HEADS, KV_HEADS, WINDOW, SINKS, ROWS = 16, 4, 1024, 4, 8
 KINDS = {
-    "h100": ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float16"), (64, "float32"), (128, "float32")),
+    "h100": (
+        (64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (64, "float16"), (64, "float32"), (128, "float32"),
+    ),
     "v5e": ((64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32")),
 }
 """(head width, dtype)."""
@@ -63,10 +66,17 @@ def linear(q, k, v, route):
     return linear_attention.attend(q, k, v, spec=AttentionSpec(kernel="pallas"))
 
 
+def one_token(q, k, v, length):
+    kernel = decode.kernel_for("pallas", q, k)
+    if kernel is None:
+        raise ValueError("kernel: expected a form for this cache, got none: left to the portable one.")
+    return kernel.attend(q, k, v, 0, jnp.zeros_like(length), length, jnp.zeros_like(length))
+
+
 PROGRAMS = {
     f"{name} {direction}": program(function, direction)
     for name, function in (("packed", packed), ("linear", linear)) for direction in common.DIRECTIONS
-}
+} | {"decode": one_token}
 
 
 def assembler() -> str:
@@ -99,14 +109,20 @@ def row_of(
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
     q, k = abstract(1, time, HEADS, dim), abstract(1, time, KV_HEADS, dim)
-    route = abstract(1, time, kind=jnp.int32)
+    arguments = q, k, k, abstract(1, time, kind=jnp.int32)
+    if name == "decode":
+        stack = abstract(1, ROWS, KV_HEADS, time, dim, kind="uint16" if dtype == "bfloat16" else dtype)
+        arguments = abstract(ROWS, HEADS, dim), stack, stack, abstract(ROWS, kind=jnp.int32)
     row = {"program": name, "T": time, "d": dim, "dtype": dtype}
     try:
-        lowered = jax.jit(PROGRAMS[name]).lower(q, k, k, route)
+        lowered = jax.jit(PROGRAMS[name]).lower(*arguments)
     except ValueError as error:  # What the kernel says it cannot do.
         return row | {"note": str(error)}
     if assemble is None:
-        compiled = lowered.compile()
+        try:
+            compiled = lowered.compile()
+        except Exception as error:  # Of a compiler: they have no common class.
+            return row | {"note": common.sentence(error)}
         memory = compiled.memory_analysis()
         return row | {
             "kernels": lowered.as_text().count("@tpu_custom_call("),

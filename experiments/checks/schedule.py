@@ -8,7 +8,7 @@ its cycles but for what it waits for: memory, which `experiments.benchmarks.kern
 key of the tile, where they are masked, what the first and the last step of a block take more, and what the products
 alone take at the chip's peak (a step that has fewer bundles than that waits for them). Linear attention's step is a
 chunk of one head. For comparison two kernels of jax: flash attention, whose tiles are 128 x 128 unless it is told
-otherwise and of which timings are public (jax-ml/jax#24633), and splash attention.
+otherwise and of which timings are public (jax-ml/jax#24633), and splash attention, its backward pass by two kernels.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def ours(name: str, dim: int, dtype: str) -> tuple[Callable[..., Any], list[tupl
 
 def linear(name: str, dim: int, dtype: str) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
     """A kernel of linear attention alone, and what it is given."""
-    chunk = linear_tpu.CHUNK
+    chunk = linear_tpu.chunk_for(1, dim, dtype)
     q, k, places = ((1, HEADS, 1, TIME, dim), dtype), ((1, HEADS, TIME, dim), dtype), ((1, 8, TIME), "int32")
     row = (1, HEADS, 1, 8, TIME), "float32"
     more = {"forward": [], "dq": [q], "dkv": [q, row, row]}[name]
@@ -81,7 +81,7 @@ def row_of(kernel: str, dim: int, dtype: str, sizes: Sizes, products: int, step:
     through (the first, a tile, the last); flash attention through (the first, the last)."""
     parts = step.parts
     if ours:
-        (first, whole, masked, last), tile = parts[-4:], {}
+        first, whole, masked, last = parts[-4:]
         tile = {"whole": step.always + whole, "masked": step.always + masked}
     else:
         first, *rest, last = parts[-3:] if len(parts) > 2 else parts
@@ -89,7 +89,7 @@ def row_of(kernel: str, dim: int, dtype: str, sizes: Sizes, products: int, step:
     least = products * 2 * sizes.block * sizes.tile * dim // FLOPS
     return {
         "kernel": kernel, "d": dim, "dtype": dtype, "block": sizes.block, "tile": sizes.tile, **tile,
-        "first": first, "last": last, "products": least,
+        "first": first, "last": last, "products": least, "always": step.always, "parts": ", ".join(map(str, parts)),
     }
 
 
@@ -110,7 +110,7 @@ def rows() -> Iterator[list[common.Row]]:
             yield [row_of(name, dim, dtype, sizes, products, step, ours=True)]
         for name in PRODUCTS:
             (step,) = compiled(*linear(name, dim, dtype))
-            size, products = linear_tpu.CHUNK, {"forward": (2, 2), "dq": (4, 3), "dkv": (4, 3)}[name]
+            size, products = linear_tpu.chunk_for(1, dim, dtype), {"forward": (2, 2), "dq": (4, 3), "dkv": (4, 3)}[name]
             least = 2 * size * dim * (products[0] * size + products[1] * dim) // FLOPS
             yield [{"kernel": f"linear, {name}", "d": dim, "dtype": dtype, "block": size, "tile": size,
                     "whole": step.always, "masked": step.always, "first": sum(step.parts), "last": 0,
@@ -118,9 +118,9 @@ def rows() -> Iterator[list[common.Row]]:
     given, dim = [((1, HEADS, TIME, 128), "bfloat16")] * 3, 128
     (step,) = compiled(flash_attention, given)
     yield [row_of("flash attention of jax, forward", dim, "bfloat16", Sizes(128, 128), 2, step, ours=False)]
-    sizes = Sizes(512, 1024)
-    for step, (name, products) in zip(compiled(functools.partial(splash, sizes), given), PRODUCTS.items()):
-        yield [row_of(f"splash attention of jax, {name}", dim, "bfloat16", sizes, products, step, ours=False)]
+    for sizes in (Sizes(512, 1024), Sizes(1024, 1024)):
+        for step, (name, products) in zip(compiled(functools.partial(splash, sizes), given), PRODUCTS.items()):
+            yield [row_of(f"splash attention of jax, {name}", dim, "bfloat16", sizes, products, step, ours=False)]
 
 
 def flash_attention(q, k, v):

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from experiments import common as commands  # noqa: E402
 from experiments.benchmarks import common  # noqa: E402
-from meta_attention_jax.kernels.base2 import LOG2E  # noqa: E402
+from meta_attention_jax.mechanisms.base2 import LOG2E  # noqa: E402
 
 QUERIES, KEYS = 64, 64
 SLOTS, TIME, HEADS, DIM = 4096, 32768, 16, 128
@@ -108,9 +108,8 @@ def row() -> common.Row:
             compiled = jax.jit(forward).lower(*arguments).compile()
     except Exception as error:  # Of a compiler: they have no common class.
         return said | {"note": f"{type(error).__name__}: {common.sentence(error)}"}
-    (registers,) = re.findall(r"Used (\d+) registers", words[0])
     return said | {
-        "note": "compiled", "registers": int(registers), "spilled bytes": sum(
+        "note": "compiled", "registers": ", ".join(re.findall(r"Used (\d+) registers", words[0])), "spilled bytes": sum(
             map(int, re.findall(r"(\d+) bytes spill stores", words[0]))
         ), "temporary MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }

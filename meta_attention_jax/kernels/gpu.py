@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import base2, gpu_rows
+from meta_attention_jax.kernels import gpu_rows
 from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
-from meta_attention_jax.mechanisms import triton
+from meta_attention_jax.mechanisms import base2, triton
 from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.types import Keys, Queries, Values
 

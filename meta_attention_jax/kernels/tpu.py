@@ -20,11 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 from meta_attention_jax.fields import expect
-from meta_attention_jax.kernels import base2, tpu_steps
+from meta_attention_jax.kernels import tpu_steps
 from meta_attention_jax.kernels.portable import LogSumExp
 from meta_attention_jax.kernels.tpu_steps import FIRST, LAST, WHOLE, Steps, flag
 from meta_attention_jax.kernels.worklist import Sizes, WorkList
-from meta_attention_jax.mechanisms import mosaic
+from meta_attention_jax.mechanisms import base2, mosaic
 from meta_attention_jax.mechanisms.blocks import MASKED
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, lanes
@@ -36,12 +36,16 @@ KEYS, ROWS = 1024, 256
 def sizes_for(dim: int, time: int, reaches: Sequence[Reach] = ()) -> Sizes:
     """Queries of a block and keys of a tile, by head width and the narrowest window: large, for the sums of a row have
     their price in every tile, and small enough that all fits the memory of the core and a window is no small part of a
-    tile. By the cycles of compiled programs (experiments/results/compile_kernels_v5e.json); not timed on a TPU."""
+    tile. By the cycles of compiled programs (experiments/results/schedule_v5e.json); not timed on a TPU."""
     block = 512 if dim <= LANES else 256
     window = min((reach.window for reach in reaches if reach.window is not None), default=KEYS)
     tile = min(KEYS, max(256, _power(window)), max(LANES, _power(time)))
     # Of few tokens few are packed.
-    return Sizes(min(block, tile if time < 4096 else _power(time)), tile)
+    block = min(block, tile if time < 4096 else _power(time))
+    blocks = max(len(reaches), 1) * -(-time // block)
+    while tile < KEYS and 5 * blocks * -(-time // tile) > tpu_steps.SCALARS:
+        tile *= 2  # Or the list of one sequence is too long.
+    return Sizes(block, tile)
 
 
 def _power(size: int) -> int:

@@ -1,27 +1,27 @@
-"""Softmax attention of one new token a row on NVIDIA GPUs, by Pallas in its Triton form: reads what a row's route needs.
+"""Softmax attention of one new token a row on NVIDIA GPUs, by Pallas in its Triton form: reads what a route needs.
 
 A program serves one row, one key head with the queries that share it, and one stretch of the keys that the row needs,
-so a row in the window reads its window and its sinks, whatever the others do; a stretch without any is left at once. The
-parts of a row are merged by their log-sum-exps.
+so a row in the window reads its window and its sinks, whatever the others do; a stretch without any is left at once.
+The parts of a row are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
-from meta_attention_jax.mechanisms import triton
-from meta_attention_jax.mechanisms.blocks import MASKED, capped
-from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery
+from meta_attention_jax.mechanisms import base2, triton
+from meta_attention_jax.mechanisms.blocks import MASKED
+from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery, loaded
 from meta_attention_jax.targets import Target
 
 KEYS, LEAST_STRETCH, MOST_STRETCHES, TILE_BYTES = 64, 512, 16, 32768
-"""Keys that meet the queries at a time, half as many where their tile has more bytes; keys of a stretch at least where a
-row needs all of its cache, and stretches of a row at most. Not timed."""
+"""Keys that meet the queries at a time, half as many where their tile has more bytes; keys of a stretch at least where
+a row needs all of its cache, and stretches of a row at most. Not timed."""
 
 
 def serves(kernel: str, q: StepQuery, stack: Stack, target: Optional[Target] = None) -> bool:
@@ -37,8 +37,8 @@ def attend(
     q: StepQuery, k: Stack, v: Stack, layer: Layer, first: Int[Array, "batch"], last: Int[Array, "batch"],
     sinks: Int[Array, "batch"], softcap: Optional[float] = None, interpret: bool = False,
 ) -> StepQuery:
-    """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys [first, last) of a row and [0, sinks) before them; 0 for rows
-    without any. Softmax in float32."""
+    """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys [first, last) of a row and [0, sinks) before them; 0 for
+    rows without any. Softmax in float32."""
     (batch, heads, dim), (_, _, kv_heads, capacity, _) = q.shape, k.shape
     group = heads // kv_heads
     rows = max(triton.LEAST, 1 << (group - 1).bit_length())
@@ -67,14 +67,14 @@ def attend(
             def meet(j, carry):
                 before, mass, out = carry
                 start = jnp.minimum(j * size, capacity - size)  # The last tile is moved inwards.
-                key, value = (_numbers(x[at, row, g, pl.ds(start, size), :]) for x in (k, v))
+                key, value = (loaded(x[at, row, g, pl.ds(start, size), :]) for x in (k, v))
                 place = start + jnp.arange(size, dtype=jnp.int32)
                 seen = ((low <= place) & (place < high)) | (place < early)
                 seen &= place >= j * size
-                logits = capped(triton.dot(query.astype(key.dtype), key, 1, 1) * dim**-0.5, softcap)
+                logits = base2.logits(triton.dot(query.astype(key.dtype), key, 1, 1), dim**-0.5, softcap)
                 logits = jnp.where(seen[None], logits, MASKED)
                 new = jnp.maximum(before, logits.max(1))
-                weights, decay = jnp.exp(logits - new[:, None]), jnp.exp(before - new)
+                weights, decay = jnp.exp2(logits - new[:, None]), jnp.exp2(before - new)
                 out = out * decay[:, None] + triton.dot(weights.astype(value.dtype), value, 1, 0)
                 return new, mass * decay + weights.sum(1), out
 
@@ -95,13 +95,8 @@ def attend(
     acc, top, total = triton.call(
         kernel, arguments, made, batch * kv_heads * stretches, warps=4, stages=stages, interpret=interpret
     )
-    weight = jnp.where(total > 0, jnp.exp(top - top.max(2, keepdims=True)), 0.0)
+    weight = jnp.where(total > 0, jnp.exp2(top - top.max(2, keepdims=True)), 0.0)
     whole = jnp.maximum((weight * total).sum(2), jnp.finfo(jnp.float32).tiny)
     # What a part that was left has is nothing that was written.
     out = jnp.where(weight[..., None] > 0, weight[..., None] * acc, 0.0).sum(2) / whole[..., None]
     return out[:, :, :group].reshape(q.shape).astype(q.dtype)
-
-
-def _numbers(x: Array) -> Any:
-    """bfloat16 from the bits that a cache keeps."""
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -7,7 +7,7 @@ nothing. The next tile is fetched while one is at work.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from meta_attention_jax import targets
-from meta_attention_jax.mechanisms import mosaic
-from meta_attention_jax.mechanisms.blocks import MASKED, capped
-from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery
+from meta_attention_jax.fields import expect
+from meta_attention_jax.mechanisms import base2, mosaic
+from meta_attention_jax.mechanisms.blocks import MASKED
+from meta_attention_jax.mechanisms.cache import Layer, Stack, StepQuery, loaded
 from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, lanes
 from meta_attention_jax.targets import Target
 
@@ -47,6 +48,9 @@ class _Steps(NamedTuple):
 
 def _steps(first, last, sinks, tiles: int, size: int) -> _Steps:
     """The tiles of every row that hold [first, last) or [0, sinks), in order."""
+    rows = 1 << (31 - _TILE_BITS - _FLAG_BITS)
+    expect(first.shape[0] < rows, "batch", f"fewer than {rows:,} rows for 'pallas' on a TPU", first.shape[0])
+    expect(tiles <= 1 << _TILE_BITS, "capacity", f"at most {1 << _TILE_BITS:,} tiles of {size} keys", tiles)
     tile = jnp.arange(tiles, dtype=jnp.int32)[None]
     first, last, sinks = (x[:, None] for x in (first, last, sinks))
     meets = (tile * size < last) & ((tile + 1) * size > first) & (first < last)
@@ -101,14 +105,14 @@ def attend(
             return ((first[row] <= place) & (place < last[row])) | (place < jnp.minimum(sinks[row], first[row]))
 
         for g in range(kv_heads):
-            key, value = (_numbers(x[0, 0, g]) for x in (k, v))
+            key, value = (loaded(x[0, 0, g]) for x in (k, v))
             # Behind the capacity stands anything, which times 0 need not be 0.
             value = jnp.where(seen((size, 1), 0), value, jnp.zeros_like(value))
-            logits = capped(dot(q[0, g].astype(key.dtype), key, 1, 1) * dim**-0.5, softcap)
+            logits = base2.logits(dot(q[0, g].astype(key.dtype), key, 1, 1), dim**-0.5, softcap)
             logits = jnp.where(seen((rows, size), 1), logits, MASKED)
             before = top[g]
             new = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-            weights, decay = jnp.exp(logits - lanes(new, size)), jnp.exp(before - new)
+            weights, decay = jnp.exp2(logits - lanes(new, size)), jnp.exp2(before - new)
             total[g] = total[g] * decay + weights.sum(axis=1, keepdims=True)
             acc[g] = acc[g] * lanes(decay, dim) + dot(weights.astype(value.dtype), value, 1, 0)
             top[g] = new
@@ -142,8 +146,3 @@ def _size(kv_heads: int, capacity: int, dim: int, bytes_each: int) -> int:
     """Keys of a tile: a power of two, LANES at least."""
     most = min(MOST_KEYS, capacity, STEP_BYTES // (kv_heads * dim * bytes_each))
     return max(LANES, 1 << (max(most, 1).bit_length() - 1))
-
-
-def _numbers(x: Array) -> Any:
-    """bfloat16 from the bits that a cache keeps."""
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

@@ -33,7 +33,7 @@ def attend(q: Queries, k: Keys, v: Values, *, spec: AttentionSpec, segment_ids: 
         return jnp.zeros_like(q)
     if spec.causal and triton.serves(spec.kernel, q.shape, q.dtype):
         return linear_gpu.attend(q, k, v, segment_ids)
-    if spec.causal and linear_tpu.serves(spec.kernel, q.shape, q.dtype):
+    if spec.causal and linear_tpu.serves(spec.kernel, q.shape, k.shape[2], q.dtype):
         return linear_tpu.attend(q, k, v, segment_ids)
     segments = blocks.default_segments(q, segment_ids)
     numerator, denominator = _sums(q, k, v, segments, True)

@@ -24,30 +24,40 @@ from meta_attention_jax.mechanisms.mosaic import DTYPES, MOST_DIM, dot
 from meta_attention_jax.targets import Target
 from meta_attention_jax.types import Keys, Queries, SegmentIds, Values
 
-CHUNK = 512
-"""Tokens: few enough that a square of them is small, as many as make up for the time that a fetch takes to begin. Not
-timed."""
+CHUNK, STEP, MOST = 512, 1 << 19, 1 << 20
+"""Tokens of a chunk, and bytes of its queries, at most: as many as make up for the time that a fetch takes to begin,
+and as few as fit the memory of a core, twice; and bytes that those of LANES tokens may have. Not timed."""
 
 IDS, READS, WRITES, KEEP = range(4)
 """Rows of `_places`."""
 
 
-def serves(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> bool:
-    """Whether "pallas" is asked for on a TPU and has a form for queries of this shape, [B, T, H, d]; others are left to
-    the portable one."""
-    known = all(isinstance(size, int) for size in shape) and shape[-1] <= MOST_DIM
-    on_tpu = kernel == "pallas" and (target or targets.current()).platform == "tpu"
-    return on_tpu and known and jnp.dtype(dtype).name in DTYPES
+def serves(kernel: str, shape: Sequence[Any], kv_heads: int, dtype: Any, target: Optional[Target] = None) -> bool:
+    """Whether "pallas" is asked for on a TPU and has a form for queries of this shape, [B, T, H, d]; others, and more
+    heads to a key than the memory of a core holds, are left to the portable one."""
+    if kernel != "pallas" or (target or targets.current()).platform != "tpu":
+        return False
+    if not all(isinstance(size, int) for size in shape) or jnp.dtype(dtype).name not in DTYPES:
+        return False
+    _, _, heads, dim = shape
+    least = heads // kv_heads * max(dim, mosaic.LANES) * mosaic.LANES * jnp.dtype(dtype).itemsize
+    return dim <= MOST_DIM and least <= MOST
+
+
+def chunk_for(group: int, dim: int, dtype: Any) -> int:
+    """Tokens of a chunk, by the queries that share a key."""
+    most = max(mosaic.LANES, STEP // (group * max(dim, mosaic.LANES) * jnp.dtype(dtype).itemsize))
+    return min(CHUNK, 1 << (most.bit_length() - 1))
 
 
 def attend(
-    q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds] = None, chunk: int = CHUNK,
+    q: Queries, k: Keys, v: Values, segment_ids: Optional[SegmentIds] = None, chunk: Optional[int] = None,
     interpret: bool = False,
 ) -> Queries:
     """phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6) over s <= t of the segment of t; 0 in padding. Sums in float32; factors
     of products are bfloat16 if q is."""
     batch, time, heads, dim = q.shape
-    chunk = min(chunk, -(-time // mosaic.LANES) * mosaic.LANES)
+    chunk = min(chunk or chunk_for(heads // k.shape[2], dim, q.dtype), -(-time // mosaic.LANES) * mosaic.LANES)
     ids = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
     fill = -time % chunk
     q, k, v = (jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, fill), (0, 0))) for x in (q, k, v))
@@ -122,10 +132,11 @@ def _in_order(arrays, places, chunk, interpret):
             refs[1][0, 0, member] = (d_query * jnp.minimum(query, 1.0)).astype(dtype)
             for ref, x in zip(refs[2:], (inverse, d_bottom)):
                 ref[0, 0, member] = jnp.broadcast_to(x, (chunk, mosaic.LANES))[:, :8].T
-        writing = key * write
+        writing = (key * write).astype(dtype)
         keep = places[0, KEEP : KEEP + 1, :1].astype(jnp.float32)
-        s[...] = s[...] * keep + dot(writing.astype(dtype), value, 0, 0)
-        z[...] = z[...] * keep + writing.sum(0, keepdims=True)
+        s[...] = s[...] * keep + dot(writing, value, 0, 0)
+        # Of the same rounded numbers: S and z err together.
+        z[...] = z[...] * keep + writing.astype(jnp.float32).sum(0, keepdims=True)
 
     made = [((*q.shape[:3], 8, time), jnp.float32)] * 2 if backward else []
     return _call(kernel, arrays, places, [(q.shape, dtype), *made], chunk, interpret)
@@ -153,9 +164,9 @@ def _in_reverse(arrays, places, chunk, interpret):
             d_scores = jnp.where(allowed, dot(value, g, 1, 1) * i + slope, 0.0)
             d_key += dot(d_scores.astype(dtype), query.astype(dtype), 1, 0)
             i, slope = (ref[0, 0, member, 0][:, None] for ref in (inverse, d_bottom))
-            reading = query * read
-            ds[...] += dot(reading.astype(dtype), (g.astype(jnp.float32) * i).astype(dtype), 0, 0)
-            dz[...] += (reading * slope).sum(0, keepdims=True)
+            reading = (query * read).astype(dtype)
+            ds[...] += dot(reading, (g.astype(jnp.float32) * i).astype(dtype), 0, 0)
+            dz[...] += (reading.astype(jnp.float32) * slope).sum(0, keepdims=True)
         dk[0, 0] = (d_key * jnp.minimum(key, 1.0)).astype(dk.dtype)
         dv[0, 0] = d_value.astype(dv.dtype)
 

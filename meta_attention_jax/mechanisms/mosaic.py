@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 LANES, MOST_DIM = 128, 256
 DTYPES = ("bfloat16", "float32")
+PRECISE = ("high", "highest", "tensorfloat32", "float32")
+"""Of `jax.default_matmul_precision`: what asks for more than the units do on their own."""
 
 
 def dot(x, y, x_axis: int, y_axis: int):
-    """Product over one axis of each, accumulated in float32; of float32 in full precision where
-    `jax.default_matmul_precision` asks for any, else as the units do; they know no other."""
-    asked = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (None, "default", "fastest")
+    """Product over one axis of each, accumulated in float32; of float32 in full precision where PRECISE is asked for,
+    else as the units do; they know no other."""
+    asked = x.dtype == jnp.float32 and jax.config.jax_default_matmul_precision in PRECISE
     return jax.lax.dot_general(
         x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if asked else jax.lax.Precision.DEFAULT,
