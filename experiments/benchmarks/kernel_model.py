@@ -357,8 +357,8 @@ def predicted(chip: str, case: Case) -> common.Row:
     if chip == "H100":
         parts, peer = gpu_seconds(case), gpu_peer(case)
     else:
-        (parts, peer), (slower, slower_peer) = ((tpu_seconds(case, w), tpu_peer(case, w)) for w in map(waits, (False, True)))
-        more = {"waits added": slower_peer / sum(slower.values())}
+        parts, peer = tpu_seconds(case, waits(False)), tpu_peer(case, waits(False))
+        more = {"waits added": tpu_peer(case, waits(True)) / sum(tpu_seconds(case, waits(True)).values())}
     whole = sum(parts.values())
     return {
         "part": "prediction", "chip": chip, "what": case.name, "T": case.time, "direction": case.direction,

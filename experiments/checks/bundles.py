@@ -1,4 +1,4 @@
-"""The schedules that a TPU's compiler writes when it is asked to: bundles of instructions, one of which runs a cycle."""
+"""The schedules that a TPU's compiler writes when it is asked to: bundles of instructions, one a cycle."""
 
 from __future__ import annotations
 
