@@ -35,7 +35,6 @@ from experiments.studies.pretrained.stream import Layer, Stream, change, read
 from experiments.studies.pretrained.stream import logits as predicted
 from meta_attention_jax import analysis
 from meta_attention_jax.console import say
-from meta_attention_jax.data.tasks import KINDS, LOOKUP, PROSE
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import write_whole
 from meta_attention_jax.model import ModelConfig
@@ -136,14 +135,7 @@ def fit(run: Any, form: str, steps: int) -> tuple[Maps, list[float]]:
 def measured(run: Any, batch: Batch, maps: Maps | None, form: str) -> dict[str, Any]:
     """`routed.measured` of a form that all tokens of all layers use."""
     nll, guess, harm = (np.asarray(x) for x in jax.device_get(_read(run.model.config, run.params, maps, batch, form)))
-    mask, kind = np.asarray(batch.loss_mask), np.asarray(batch.kind)
-    task = int(kind[mask].min())
-    own = mask & (kind == task) & ((np.asarray(batch.positions) >= run.config.model.window) | (task != PROSE))
-    right = bool((guess == np.asarray(batch.targets))[own].all())
-    return {
-        "task": KINDS[task], "tokens": int(own.sum()), "nll": float(nll[own].mean()), "share": 0.0,
-        "exact": right if task == LOOKUP else None, "distance": float(harm.mean()),
-    }
+    return {**routed.of_task(run, batch, nll, guess), "share": 0.0, "distance": float(harm.mean())}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

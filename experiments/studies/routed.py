@@ -60,6 +60,12 @@ def measured(run: Run, batch: Batch, price: float, route: Any) -> dict[str, Any]
     model, hypers = run.model.clone(mode="hard", dispatch="dense"), run.hypers.routing
     out = _apply(model, run.params, batch, hypers.replace(price=jnp.float32(price)), route)
     nll, guess, routes = (np.asarray(x) for x in jax.device_get(out))
+    full = (routes == run.mechanisms.index("full"))[:, np.asarray(batch.loss_mask)]
+    return {**of_task(run, batch, nll, guess), "share": float(full.mean()), "routes": routes}
+
+
+def of_task(run: Run, batch: Batch, nll: Any, guess: Any) -> dict[str, Any]:
+    """What a window says of the tokens of its kind."""
     mask, kind = np.asarray(batch.loss_mask), np.asarray(batch.kind)
     task = int(kind[mask].min())
     # Before a window is full, it is full attention.
@@ -68,7 +74,6 @@ def measured(run: Run, batch: Batch, price: float, route: Any) -> dict[str, Any]
     return {
         "task": KINDS[task], "tokens": int(own.sum()), "nll": float(nll[own].mean()),
         "exact": right if task == LOOKUP else None,
-        "share": float((routes == run.mechanisms.index("full"))[:, mask].mean()), "routes": routes,
     }
 
 

@@ -40,8 +40,6 @@ class Record:
         if self._choices.is_file():
             self.choices = json.loads(self._choices.read_text(encoding="utf-8"))
             expect(self.choices["about"] == about, "out", f"a record of {about}", self.choices["about"])
-        else:
-            write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
         self.found: dict[str, Any] = {}
         if self._found.is_file():
             self.found = json.loads(self._found.read_text(encoding="utf-8"))
