@@ -261,14 +261,21 @@ RECORDS = (
            "checks.compile --config=configs/retrofit_smollm2.py --config.retrofit.backbone=FOLDER --topology=h100 "
            "--config.model.dtype=bfloat16 --config.model.remat=True --config.data.sequence_length=4096 "
            "--config.model.window=256 --programs=soft,decode", compiled_table),
+    Record("Routing a 1B model on an H100 by packed dispatch and our kernels, compiled without one and not run",
+           "compile_packed_h100.json",
+           "checks.compile --config=configs/retrofit_smollm2.py --config.retrofit.backbone=FOLDER --topology=h100 "
+           "--config.model.dtype=bfloat16 --config.model.remat=True --config.data.sequence_length=4096 "
+           "--config.model.window=256 --config.model.kernel=pallas --programs=soft,packed,decode", compiled_table),
     Record("The first run on a GPU: kernels of that commit, T 16,384, 16 heads, bfloat16", "gpu",
            "benchmarks.kernel_shapes", gpu_table, "f20b483"),
     Record("Cycles of the kernels on a TPU v5e, from the compiler's schedules; not run", "schedule_v5e.json",
            "checks.schedule"),
     Record("What kernels should take, by a model of their tiles", "kernel_model.json", "benchmarks.kernel_model",
            model_table),
-    Record("Kernels compiled for an H100, without one and not run", "kernels_h100.json", "checks.kernels --target=h100"),
-    Record("Kernels compiled for a TPU v5e, without one and not run", "kernels_v5e.json", "checks.kernels --target=v5e"),
+    Record("Kernels compiled for an H100, without one and not run", "kernels_h100.json",
+           "checks.kernels --target=h100"),
+    Record("Kernels compiled for a TPU v5e, without one and not run", "kernels_v5e.json",
+           "checks.kernels --target=v5e"),
     Record("Packed attention in the form that follows Triton in Pallas, compiled for an H100, not run",
            "kernels_successor.json", "checks.successor"),
     Record("What a run survives", "faults.json", "checks.faults"),
