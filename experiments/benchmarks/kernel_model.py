@@ -19,8 +19,7 @@ its backward pass by two kernels, by the same model, in the better of two tile s
 
 **Both**: what has neither been timed nor scheduled counts as twice the time of its bytes: the GPU's linear attention,
 transposing and packing on a TPU, choosing among outputs. A list is charged to a TPU as it was timed on the GPU.
-Decoding: bytes alone. B 1, H = G = 16, d 128, w 1,024, 4 sinks,
-bfloat16.
+Decoding: bytes alone. B 1, H = G = 16, d 128, w 1,024, 4 sinks, bfloat16.
 """
 
 from __future__ import annotations
@@ -287,7 +286,8 @@ def tpu_kernel(kernel: str, dim: int, flags: Float[np.ndarray, "steps"], wait: W
     # Forward and dQ: another tile of keys every step; dK and dV: another block of queries and of cotangents.
     moved = 2 * (block if kernel == "dkv" else tile) * dim * BYTES
     seconds = functools.partial(step_seconds, products=row["products"], moved=moved, waits=wait)
-    whole, first, last = ((flags & flag > 0).sum() for flag in (tpu_steps.WHOLE, tpu_steps.FIRST, tpu_steps.LAST))
+    kinds = tpu_steps.WHOLE, tpu_steps.FIRST, tpu_steps.LAST
+    whole, first, last = (tpu_steps.flag(flags, kind).sum() for kind in kinds)
     steps = whole * seconds(row["whole"]) + (len(flags) - whole) * seconds(row["masked"])
     return HEADS * (steps + (first * row["first"] + last * row["last"]) / CLOCK)
 
@@ -372,7 +372,7 @@ def decoding(time: int = 32768, share: float = 0.1) -> common.Row:
     row's state is written too. Reading the past of all rows is the peer."""
     number = HEADS * 128 * BYTES
     past, window, state = 2 * time * number, 2 * (WINDOW + SINKS) * number, 2 * HEADS * 129 * 128 * 4
-    full, local, linear = kernels.mixed(share)
+    full, _, local = kernels.mixed(share)
     read = full * past + local * window + state
     return {"part": "prediction", "chip": "H100", "what": f"decode, {share:.0%} full", "T": time,
             "speedup": past / read, "goal": 5.0, "MiB a row": read / 2**20, "peer MiB a row": past / 2**20}

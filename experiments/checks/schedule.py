@@ -25,7 +25,6 @@ from experiments.checks.bundles import Step
 
 SCHEDULES = pathlib.Path(tempfile.gettempdir()) / f"schedules_{os.getpid()}"
 
-
 chips.alone()  # Before JAX starts.
 bundles.ask(SCHEDULES)
 

@@ -31,6 +31,7 @@ from meta_attention_jax.mechanisms.mosaic import DTYPES, LANES, MOST_DIM, dot, l
 from meta_attention_jax.types import Keys, Queries, Values
 
 KEYS, ROWS = 1024, 256
+"""Keys of a tile at most, and queries of a block that are at work at a time."""
 
 
 def sizes_for(dim: int, time: int, reaches: Sequence[Reach] = ()) -> Sizes:

@@ -73,7 +73,7 @@ def step(
     """sum_s softmax_s(q . k_s / sqrt(d)) v_s over the keys of a row in the needed rows; 0 elsewhere.
 
     Work is proportional to the blocks in use by the needed rows, whatever the capacity and the other rows: an online
-    softmax over blocks, row by row; on a GPU or a TPU, with the kernel "pallas", by that. Softmax in float32.
+    softmax over blocks, row by row; with the kernel "pallas", all rows at once. Softmax in float32.
     """
     length = held.length[layer]
     if kernel := decode.kernel_for(spec.kernel, q, held.v):
