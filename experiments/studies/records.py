@@ -265,8 +265,8 @@ RECORDS = (
            "compile_packed_h100.json",
            "checks.compile --config=configs/retrofit_smollm2.py --config.retrofit.backbone=FOLDER --topology=h100 "
            "--config.model.dtype=bfloat16 --config.model.remat=True --config.data.sequence_length=4096 "
-           "--config.model.window=256 --config.model.kernel=pallas --config.name=llama_1b --programs=soft,packed,decode",
-           compiled_table),
+           "--config.model.window=256 --config.model.kernel=pallas --config.name=llama_1b "
+           "--programs=soft,packed,decode", compiled_table),
     Record("The first run on a GPU: kernels of that commit, T 16,384, 16 heads, bfloat16", "gpu",
            "benchmarks.kernel_shapes", gpu_table, "f20b483"),
     Record("Cycles of the kernels on a TPU v5e, from the compiler's schedules; not run", "schedule_v5e.json",
