@@ -28,8 +28,8 @@ store = triton.store
 
 def serves(kernel: str, shape: Sequence[Any], dtype: Any, target: Optional[Target] = None) -> bool:
     """Whether "pallas" is asked for, and serves queries of this shape, [B, T, H, d], in this form: shorter ones than
-    LEAST, and those with symbols (`jax.export`), are left to portable forms, and a TPU to its own kernels or XLA. Raises
-    ValueError where it is asked for and cannot be had.
+    LEAST, and those with symbols (`jax.export`), are left to portable forms, and a TPU to its own kernels or XLA.
+    Raises ValueError where it is asked for and cannot be had.
 
     `target` is what is compiled for; None is `targets.current()`.
     """
