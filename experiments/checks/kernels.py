@@ -4,8 +4,8 @@ python -m experiments.checks.kernels --target=h100|v5e [--json=FILE] [--times=20
 
 needs the compiler (pip install "jax[cuda13]" or "jax[tpu]"). B 1, 16 heads of queries, 4 of keys, w 1024, 4 sinks. A
 row per program (packed and linear attention, forward and backward; one new token of 8 rows), length, head width and
-dtype: temporary memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, and
-warps. A TPU's compiler refuses what does not fit the memory of a core.
+dtype: temporary memory, and of the GPU's kernels the most registers of a thread, all bytes that spill out of them, the
+most shared memory of a block (of 227 KiB) and warps. A TPU's compiler refuses what does not fit the memory of a core.
 """
 
 from __future__ import annotations
@@ -133,9 +133,11 @@ def row_of(
         # Kernels of Pallas alone use the matrix units here.
         codes = [path for path in pathlib.Path(folder).glob("*.ptx") if "mma" in path.read_text()]
         found = [needs(path, assemble) for path in sorted(codes)]
+        (thunks,) = pathlib.Path(folder).glob("*.thunk_sequence.txt")
+        shared = re.findall(r"kCustomKernel .* shared_memory: (\d+) bytes", thunks.read_text())
     return row | {
         "kernels": len(found), "registers": max(one["registers"] for one in found),
-        "spilled bytes": sum(one["spilled"] for one in found),
+        "spilled bytes": sum(one["spilled"] for one in found), "shared KiB": max(map(int, shared)) / 2**10,
         "warps": ", ".join(str(one["warps"]) for one in found),
         "temporary MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
@@ -161,7 +163,8 @@ def line(part: list[common.Row]) -> str:
     if "note" in row:
         return f"{said} {row['note']}"
     if "registers" in row:
-        said += f" {row['registers']} registers, {row['spilled bytes']} bytes spilled, warps {row['warps']};"
+        said += f" {row['registers']} registers, {row['spilled bytes']} bytes spilled,"
+        said += f" {row['shared KiB']:.0f} KiB shared, warps {row['warps']};"
     return f"{said} {row['kernels']} kernels, {row['temporary MiB']:.1f} MiB"
 
 
