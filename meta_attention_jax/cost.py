@@ -156,6 +156,7 @@ class CostSetting:
     implementation: str = "auto"  # Of full attention.
     segments: str = "any"  # What is known of them, as `AttentionSpec.segments`.
     sinks: int = 0  # Files from before the field hold for 0.
+    kernel: str = "auto"  # Likewise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,9 @@ def measure_costs(setting: CostSetting, *, batch: int = 1, rounds: int = ROUNDS)
     # The layer always gives ids, and what serves full attention may depend on that.
     ids = jax.device_put(jnp.ones((batch, s.time), jnp.int32), device)
 
-    spec = AttentionSpec(window=s.window, sinks=s.sinks, implementation=s.implementation, segments=s.segments)
+    spec = AttentionSpec(
+        window=s.window, sinks=s.sinks, implementation=s.implementation, segments=s.segments, kernel=s.kernel
+    )
 
     def call(name: str) -> Callable[[], Array]:
         @jax.jit

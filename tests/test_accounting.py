@@ -376,12 +376,16 @@ def test_costs_from_before_a_field_of_their_setting_are_those_of_the_run(timer, 
     setting = build.build_cost_setting(config())
     before = frozen.freeze_costs(tmp_path, setting, batch=8)
     stored = json.loads((tmp_path / "costs.json").read_text())
-    assert stored["setting"].pop("segments") == "padded" and stored["setting"].pop("sinks") == 0
+    known = stored["setting"]
+    assert (known.pop("segments"), known.pop("sinks"), known.pop("kernel")) == ("padded", 0, "auto")
     (tmp_path / "costs.json").write_text(json.dumps(stored))
     np.testing.assert_array_equal(frozen.read_costs(tmp_path, setting), before)
-    other = build.build_cost_setting(config(**{"model.sinks": 2}))
-    with pytest.raises(ValueError, match="^costs.json: expected costs for sinks 2, .* got 0.$"):
-        frozen.read_costs(tmp_path, other)
+    for field, value, message in (
+        ("sinks", 2, "costs for sinks 2, .* got 0"), ("kernel", "portable", "costs for kernel 'portable', .* got 'auto'"),
+    ):
+        other = build.build_cost_setting(config(**{f"model.{field}": value}))
+        with pytest.raises(ValueError, match=f"^costs.json: expected {message}.$"):
+            frozen.read_costs(tmp_path, other)
 
 
 def test_a_run_that_was_cut_off_before_its_costs_measures_them_later(timer, tmp_path):

@@ -118,6 +118,7 @@ def build_cost_setting(config: ConfigDict) -> CostSetting:
         mechanisms=tuple(model.mechanisms), time=config.data.sequence_length, window=model.window,
         num_heads=model.num_heads, num_kv_heads=model.num_kv_heads, head_dim=head_dim(config),
         dtype=model.dtype, implementation=model.implementation, segments=PADDED, sinks=model.sinks,
+        kernel=model.kernel,
     )
 
 
