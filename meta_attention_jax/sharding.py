@@ -154,7 +154,7 @@ def by_rows(
       in_axes: of every argument the axis of the rows; None where all rows share it.
       out_axes: of the results, as `vmap`'s; all have rows.
       split: for loops whose trip counts follow the data and which would communicate: on auto axes, whose types say
-        nothing, splits the rows over as many axes as their number allows.
+        nothing, splits the rows over as many axes as their number allows; the others do the same work again.
     """
 
     def mapped(*arguments: Any) -> Any:
@@ -167,9 +167,9 @@ def by_rows(
             mesh = jax.typeof(first).sharding.mesh
         if mesh.explicit_axes:
             names, over = mesh.explicit_axes, jax.typeof(first).sharding.spec[axis]
-        elif split:
+        elif split and any(mesh.shape[name] > 1 for name in mesh.auto_axes):
             names, over = mesh.auto_axes, _divisors(first.shape[axis], mesh)
-        if not (mesh.explicit_axes or split and over):
+        else:
             return function(*arguments)
 
         def spec(axis: Optional[int]) -> PartitionSpec:

@@ -16,6 +16,8 @@ from meta_attention_jax.kernels.worklist import Sizes
 from meta_attention_jax.mechanisms import linear_tpu
 from meta_attention_jax.mechanisms.mechanism import Reach
 from meta_attention_jax.mechanisms.mosaic import LANES
+from meta_attention_jax.mechanisms.registry import attend
+from meta_attention_jax.routing.dispatch import hard_attention
 from meta_attention_jax.targets import Target, compiling_for
 from meta_attention_jax.training import build
 from meta_attention_jax.types import AttentionSpec
@@ -149,6 +151,29 @@ def test_lowers_for_a_tpu_under_remat_and_scan(dim, dtype):
             text = jax.jit(run).trace(q, k, k, route, route).lower(lowering_platforms=("tpu",)).as_text()
     # Packed: forward, twice for remat, dQ, dK with dV. Linear: the same, once forward, since nothing of it is saved.
     assert text.count("@tpu_custom_call(") == 4 + 3
+
+
+@pytest.mark.parametrize("rows", [4, 3])
+def test_rows_on_a_mesh_are_split_or_whole_on_every_device(rows):
+    """A mesh whose axes are auto would have the compiler split kernels, which it cannot."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), auto, abstract_device=V5E.abstract_device)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def abstract(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct((rows, 300, *shape), dtype, sharding=whole)
+
+    q, k, route = abstract(6, 128), abstract(2, 128), abstract(dtype=jnp.int32)
+
+    def loss(q, k, v, route):
+        spec = AttentionSpec(window=40, kernel="pallas")
+        packed = hard_attention(q, k, v, route, mechanisms=("full", "local"), spec=spec)
+        return (packed + attend("linear", q, k, v, spec=spec)).astype(jnp.float32).sum()
+
+    with compiling_for(*TPU), jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).trace(q, k, k, route).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call(") == 3 + 2
+    assert (f"<{rows // 4}x300x6x128xbf16>" in text) == (rows % 4 == 0)
 
 
 @interpreted
