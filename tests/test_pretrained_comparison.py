@@ -14,6 +14,7 @@ import pytest
 
 from experiments.studies.pretrained import (
     arms,
+    differences,
     doubt,
     end_to_end,
     local,
@@ -296,23 +297,32 @@ def made_rows():
 
 def test_tables_say_what_the_rows_do(tmp_path):
     rows = made_rows()
-    by = {line["arm"]: line for line in report.summary(rows)}
+    by = {line["arm"]: line for line in differences.summary(rows)}
     assert by["full"]["above"] == 0 and by["local"]["above"] == pytest.approx(1.0)
     mine = by["bayesian@0.3"]
     assert mine["above_low"] < 0.1 < mine["above_high"] and mine["seeds"] == 3 and mine["windows"] == 40
     assert 0.01 < mine["seed_pm"] < 0.05  # t of two degrees of freedom, of seeds 0.01 apart.
-    differences = {(row["arm"], row["other"]): row for row in report.contrasts(rows)}
+    between = {(row["arm"], row["other"]): row for row in differences.contrasts(rows)}
     # At 35 %, half-way between 0.6 at 20 % and 0.3 at 50 %.
-    row = differences["bayesian@0.3", "best layers"]
+    row = between["bayesian@0.3", "best layers"]
     assert row["difference"] == pytest.approx(0.1 - 0.45, abs=0.01) and row["other_share"] == pytest.approx(0.35)
     assert 0.01 < row["seed_pm"] < 0.05 and row["windows"] == 40
     # Below 20 % the pattern was not read.
     few = [{**row, "share": 0.1} if row["arm"] == "bayesian@0.3" and row["window"] < 30 else row for row in rows]
-    assert report.contrast(few, "prose", "bayesian@0.3", "best layers")["windows"] == 10
-    row = differences["bayesian@0.3", "bayesian shuffled@0.3"]  # Of one seed a window, as is what it is held against.
+    assert differences.contrast(few, "prose", "bayesian@0.3", "best layers")["windows"] == 10
+    row = between["bayesian@0.3", "bayesian shuffled@0.3"]  # Of one seed a window, as is what it is held against.
     assert row["low"] < -0.3 < row["high"] < -0.2 and row["windows"] == 40
     assert by["local bayesian@0.3"]["seed_pm"] is None
-    assert differences["local bayesian@0.3", "best layers"]["windows"] == 40
+    assert between["local bayesian@0.3", "best layers"]["windows"] == 40
+    lines = [{**by[arm], "task": kind} for arm in ("bayesian@0.3", "best layers@0.5") for kind in plan.MAIN]
+    lines += [{**by["local"], "task": kind} for kind in plan.MAIN] + [{**by["bayesian shuffled@0.3"], "task": "prose"}]
+    assert [(line["arm"], line["met"]) for line in differences.goal(lines)] == [
+        ("bayesian@0.3", "no"), ("best layers@0.5", "no")
+    ]
+    for above, high, met in ((0.04, 0.049, "yes"), (0.04, 0.06, "open")):
+        near = [{**by["bayesian@0.3"], "task": kind, "above": above, "above_low": 0.03, "above_high": high}
+                for kind in plan.MAIN]
+        assert differences.goal(near)[0]["met"] == met
     study.Record(tmp_path, ABOUT).choose(
         "grid", lambda: [
             {"arm": "bayesian", "strength": 2.0, "beta": beta, "learning_rate": 1e-3, "entropy_bonus": 0.0,

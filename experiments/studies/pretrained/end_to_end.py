@@ -114,7 +114,7 @@ def prices_of(study: Study, routed: dict[tuple[str, int], Trained]) -> dict[tupl
     prices: dict[tuple[str, int, float], float] = {}
     for (arm, seed), one in routed.items():
         start = 0.0
-        for share in plan.ROUTER_SHARES:
+        for share in plan.ROUTER_SHARES + (plan.WIDER_SHARES if arm == "bayesian" else ()):
             name = f"end to end {arm} {one.point.beta:g} {seed}"
             start = prices[arm, seed, share] = routers.price_at(study, name, one, share, start)
     return prices
