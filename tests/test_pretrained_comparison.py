@@ -295,6 +295,26 @@ def made_rows():
     return rows
 
 
+def test_settings_of_another_record_are_taken_over_and_never_mixed(tmp_path):
+    first = study.Record(tmp_path / "first", {"backbone": {"path": "a"}})
+    second = study.Record(tmp_path / "second", {"backbone": {"path": "b"}})
+    with pytest.raises(ValueError, match="^settings: expected a folder with a choices.json, got "):
+        second.take_settings(tmp_path / "first")
+    first.choose("layers", lambda: [1])
+    with pytest.raises(ValueError, match="^settings: expected chosen ones in .*choices.json, got none yet"):
+        second.take_settings(tmp_path / "first")
+    first.choose("grid", lambda: [{"arm": "bayesian"}])
+    first.choose("end to end bayesian 0.001", lambda: {"left": 0.04})
+    second.take_settings(tmp_path / "first")
+    second.take_settings(tmp_path / "first")
+    assert "layers" not in second.choices and second.choices["settings of"] == "a"
+    assert all(second.choices[name] == first.choices[name] for name in ("grid", "end to end bayesian 0.001"))
+    third = study.Record(tmp_path / "third", {"backbone": {"path": "b"}})
+    third.choose("grid", lambda: [])
+    with pytest.raises(ValueError, match="^settings: expected 'grid' as this record has it already, got another in "):
+        third.take_settings(tmp_path / "first")
+
+
 def test_tables_say_what_the_rows_do(tmp_path):
     rows = made_rows()
     by = {line["arm"]: line for line in differences.summary(rows)}

