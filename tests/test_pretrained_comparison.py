@@ -301,7 +301,7 @@ def test_settings_of_another_record_are_taken_over_and_never_mixed(tmp_path):
     with pytest.raises(ValueError, match="^settings: expected a folder with a choices.json, got "):
         second.take_settings(tmp_path / "first")
     first.choose("layers", lambda: [1])
-    with pytest.raises(ValueError, match="^settings: expected chosen ones in .*choices.json, got none yet"):
+    with pytest.raises(ValueError, match="^settings: expected chosen ones in .*choices.json, got 'none yet'"):
         second.take_settings(tmp_path / "first")
     first.choose("grid", lambda: [{"arm": "bayesian"}])
     first.choose("end to end bayesian 0.001", lambda: {"left": 0.04})
@@ -311,7 +311,7 @@ def test_settings_of_another_record_are_taken_over_and_never_mixed(tmp_path):
     assert all(second.choices[name] == first.choices[name] for name in ("grid", "end to end bayesian 0.001"))
     third = study.Record(tmp_path / "third", {"backbone": {"path": "b"}})
     third.choose("grid", lambda: [])
-    with pytest.raises(ValueError, match="^settings: expected 'grid' as this record has it already, got another in "):
+    with pytest.raises(ValueError, match="^settings: expected 'grid' as this record has it already, got 'another in "):
         third.take_settings(tmp_path / "first")
 
 
