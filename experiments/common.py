@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging as python_logging
 import math
 import os
 import pathlib
+import platform
 import re
 import signal
 import sys
@@ -220,6 +222,25 @@ def check_printed() -> None:
         fail(f"stdout: expected room for what this command prints, got {words!r}.")
 
 
+def keep_compiled() -> None:
+    """Has JAX keep what took it a second or more to compile, for the next command: in the user's cache directory, by
+    kind of processor, since a home may be on several machines. Where JAX is told of a place, or told to keep nothing,
+    or there is no such directory to be had, that holds."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not jax.config.jax_enable_compilation_cache:
+        return
+    try:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        known = pathlib.Path("/proc/cpuinfo")
+        lines = known.read_text().splitlines() if known.is_file() else []
+        kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        place = home / "meta_attention_jax" / "compiled" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+        place.mkdir(parents=True, exist_ok=True)
+        if os.access(place, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(place))
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home.
+        return
+
+
 def run(main: Callable[[], None], *, prints: bool = False) -> None:
     """Parses the flags, then calls `main`.
 
@@ -251,6 +272,7 @@ def run(main: Callable[[], None], *, prints: bool = False) -> None:
         with user_mistakes():
             check_output("json", flags.FLAGS.json)
     quiet_threads()
+    keep_compiled()
     try:
         main()
     except Damaged as error:

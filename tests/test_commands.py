@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from experiments import common
 from meta_attention_jax.controller.uncertainty import MEASURES
 from meta_attention_jax.generation import generate
 from meta_attention_jax.runs import load_run
@@ -69,6 +71,35 @@ def test_flags_of_the_compiler_reach_the_commands(monkeypatch):
     assert environment()["XLA_FLAGS"].startswith("--xla_cpu_max_isa=SSE4_2 --xla_backend_opt")
     monkeypatch.delenv("XLA_FLAGS")
     assert environment()["XLA_FLAGS"].startswith("--xla_backend_opt")
+
+
+def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("place, keeps", [("new/home", True), ("file", False), (None, False)])
+def test_what_is_compiled_is_kept_where_there_is_a_place(place, keeps, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    if place is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(pathlib.Path, "home", nobody)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+    try:
+        common.keep_compiled()
+        found = jax.config.jax_compilation_cache_dir
+        assert (found != before) == keeps
+        if keeps:
+            assert pathlib.Path(found).is_dir()
+            assert pathlib.Path(found).parent == tmp_path / place / "meta_attention_jax/compiled"
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # Asked for none.
+            jax.config.update("jax_compilation_cache_dir", before)
+            common.keep_compiled()
+            assert jax.config.jax_compilation_cache_dir == before
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def check_success(result):

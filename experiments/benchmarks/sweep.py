@@ -5,7 +5,8 @@ python -m experiments.benchmarks.sweep [--json=FILE] [--rounds=5] [--widths=32,6
 
 `speedup_vs_processes`: whole commands by the wall clock. Eight `experiments.train`, one after another as a shell loop
 would run them, against one `experiments.sweep` of the same eight points (`configs/sweep_timing.py`: D 64, L 2, T 64,
-batch 8, 300 steps); start-up, compilation, evaluation and checkpoints included, no compilation cache.
+batch 8, 300 steps); start-up, compilation, evaluation and checkpoints included. "anew": nothing is kept of what is
+compiled; "again": both sides find it as their first round left it, as commands do from the second time on.
 
 `speedup_warm`: training steps alone, everything compiled: eight steps of one run each against one step
 of eight points, same process, interleaved, by model width (L 2, T 64, batch 8). Below 1 it does not pay.
@@ -19,6 +20,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +45,15 @@ STEPS = 10
 """Steps per timed call: long against the cost of a call."""
 
 
-def command(name: str, *arguments: str) -> None:
-    """A whole command, started anew."""
+def command(name: str, cache: Optional[str], *arguments: str) -> None:
+    """A whole command, started anew; None: without what was compiled before."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"} if cache is None else {"XDG_CACHE_HOME": cache}
     asked = [sys.executable, "-m", f"experiments.{name}", "--config=configs/sweep_timing.py", *arguments]
     subprocess.run(asked, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def processes(rounds: int) -> common.Row:
+def processes(rounds: int, cache: Optional[str]) -> common.Row:
     """Eight commands against one; the order changes from round to round."""
     points = sweep_timing.get_sweep()
 
@@ -58,16 +61,17 @@ def processes(rounds: int) -> common.Row:
         with tempfile.TemporaryDirectory() as folder:
             for i, point in enumerate(points):
                 changes = (f"--config.{field}={value}" for field, value in point.items())
-                command("train", f"--workdir={folder}/{i}", *changes)
+                command("train", cache, f"--workdir={folder}/{i}", *changes)
 
     def together():
         with tempfile.TemporaryDirectory() as folder:
             # No test split: the eight commands do not read it either.
-            command("sweep", f"--workdir={folder}/sweep", "--test_batches=0")
+            command("sweep", cache, f"--workdir={folder}/sweep", "--test_batches=0")
 
-    seconds = common.interleave({"processes": one_by_one, "together": together}, rounds, warmup=0)
-    size = sweep_timing.get_config().model.model_dim
-    row = common.ratio_row("whole commands", seconds, "processes", "together", points=len(points), size=size)
+    sides = {"processes": one_by_one, "together": together}
+    seconds = common.interleave(sides, rounds, warmup=0 if cache is None else 1)
+    size, name = sweep_timing.get_config().model.model_dim, f"whole commands, {'anew' if cache is None else 'again'}"
+    row = common.ratio_row(name, seconds, "processes", "together", points=len(points), size=size)
     return {**row, "speedup_vs_processes": row["ratio"]}
 
 
@@ -114,7 +118,9 @@ def main() -> None:
         widths = common.numbers("widths", WIDTHS.value, "multiples of 32", lambda n: n % 32 == 0 < n)
     rows = [warm(width, ROUNDS.value) for width in widths]
     if PROCESS_ROUNDS.value:
-        rows.append(processes(PROCESS_ROUNDS.value))
+        rows.append(processes(PROCESS_ROUNDS.value, None))
+        with tempfile.TemporaryDirectory() as cache:
+            rows.append(processes(PROCESS_ROUNDS.value, cache))
     common.tell([rows], JSON.value)
 
 

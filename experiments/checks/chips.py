@@ -26,6 +26,7 @@ def alone() -> None:
     for name, value in {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # What is read from there writes no dumps.
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # CUPTI 13.5 cannot tell its version where there is no driver.
     }.items():
         os.environ.setdefault(name, value)
