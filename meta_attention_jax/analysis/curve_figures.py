@@ -24,7 +24,9 @@ def _curves(
     return figure, axes, [(name, curve, *styles[name]) for name, curve in curves.items()]
 
 
-def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "") -> Figure:
+def risk_coverage_figure(
+    curves: Mapping[str, Mapping[str, Any]], title: str = "", harm: str = "hard - soft"
+) -> Figure:
     """Mean harm of the tokens hardened so far, over their share; one `statistics.risk_coverage` per measure."""
     figure, axes, lines = _curves(
         curves, title or "Does uncertainty find the tokens that hardening hurts?",
@@ -40,7 +42,7 @@ def risk_coverage_figure(curves: Mapping[str, Mapping[str, Any]], title: str = "
         axes.axhline(curve["random"], color=colour, ls=":", lw=1.2)
     axes.legend(frameon=False, fontsize=FONT, loc="best")
     axes.set_xlim(0, 1)
-    tidy(axes, title="hard - soft, nats per hardened token", xlabel="share of tokens hardened")
+    tidy(axes, title=f"{harm}, nats per hardened token", xlabel="share of tokens hardened")
     return figure
 
 

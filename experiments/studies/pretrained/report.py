@@ -19,7 +19,7 @@ from meta_attention_jax.data import tasks
 
 FAMILIES = {
     "fixed and in disorder": (
-        "bayesian", "local bayesian", "local bayesian shuffled", "best layers", "every k-th", "KV heads", "token table",
+        "bayesian", "local bayesian", "bayesian shuffled", "best layers", "every k-th", "KV heads", "token table",
         "position",
     ),
     "routers": (
@@ -237,13 +237,12 @@ def write(out: pathlib.Path) -> None:
             "local x: trained layer by layer; without local: end to end.",
         )
         analysis.save(figure, out / "share.png")
-        curves = {
-            f"{row['arm']}, {row['measure']}": {**row, "random": row["mean_harm"]} for row in gain_lines(found)
-            if row["kind"] == plan.MAIN[0] and row["harm"] == "full" and row["arm"].endswith("bayesian")
-        }
+        gains = [row for row in gain_lines(found) if row["kind"] == plan.MAIN[0] and row["harm"] == "full"]
+        arm = "bayesian" if any(row["arm"] == "bayesian" for row in gains) else "local bayesian"
+        curves = {row["measure"]: {**row, "random": row["mean_harm"]} for row in gains if row["arm"] == arm}
         if curves:
             analysis.save(analysis.risk_coverage_figure(
-                curves, "Does uncertainty find the tokens of prose that routing hurts?"
+                curves, "Does uncertainty find the tokens of prose that routing hurts?", f"{arm}, hard - full attention"
             ), out / "risk.png")
         calibrated = {row["arm"]: row for row in found.get("calibration", ())
                       if row["kind"] == plan.MAIN[0] and row["seed"] == 0}
