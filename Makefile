@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 READY_CUDA = $(VENV)/.ready-cuda
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow smoke gpu-check parity pretrained clean
+.PHONY: demo test slow smoke extras gpu-check parity pretrained clean
 
 demo: $(READY)
 	$(BIN)/python -m experiments.demo
@@ -21,6 +21,21 @@ slow: $(READY)
 
 smoke: $(READY)
 	$(BIN)/python -m pytest -n 2 -m smoke
+
+# One extra of pyproject.toml in an environment of its own, and the tests that carry its name as their marker, those that
+# are slow too: make extras EXTRA=wandb.
+extras: $(if $(EXTRA),.venv-$(EXTRA)/.ready)
+	@test -n "$(EXTRA)" || { echo "error: EXTRA: expected an extra of pyproject.toml, got none." >&2; exit 2; }
+	.venv-$(EXTRA)/bin/python -m pytest -m "$(EXTRA)"
+
+.venv-%/.ready: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: python: expected Python 3.11 or 3.12 on PATH (or make PYTHON=...), got neither." >&2; exit 2; }
+	needs=$$($(PYTHON) -c 'import sys, tomllib; extra = sys.argv[1]; \
+	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*extras[extra]) if extra in extras else sys.exit(f"error: EXTRA: expected one of {[*extras]}, got {extra!r}.")' $*) && \
+	  $(PYTHON) -m venv .venv-$* && \
+	  .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $$needs
+	@touch $@
 
 # Published families against `transformers` (extra `parity` of pyproject.toml), and the fixtures of tests/test_pretrained.py.
 parity: $(READY)
@@ -57,4 +72,4 @@ $(READY): requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-*

@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
-from experiments.studies import arms, comparison, pinned
+from experiments.studies import arms, comparison, final, pinned
 from experiments.studies.comparison import SAME, TOLERANCE, choose, parse_shard, write_tables
 from experiments.studies.scores import measure
 from meta_attention_jax import analysis
@@ -66,7 +66,7 @@ def run_one(config: ConfigDict, path: pathlib.Path) -> Optional[str]:
     with common.user_mistakes():
         job = prepare(config, path)
     try:
-        train(job, label=str(path.relative_to(WORKDIR.value)))
+        train(job, label=str(path.relative_to(WORKDIR.value)), final=final.of_run)
     except Busy as error:
         common.fail(error)
     except Diverged as error:

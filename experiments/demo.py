@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import common
-from experiments.studies import arms, comparison, long, samples
+from experiments.studies import arms, comparison, final, long, samples
 from meta_attention_jax import analysis
 from meta_attention_jax.data import recall
 from meta_attention_jax.data.recall import entropy_floor
@@ -170,7 +170,7 @@ def main() -> None:
     for number, ((corpus, arm), job) in enumerate(jobs.items(), 1):
         print(f"\n[{number}/{len(jobs)}] {corpus} {arm}")
         try:
-            train(job)
+            train(job, final=final.of_run)
         except Diverged as error:
             common.fail(error)
         run = load_run(job.path)
@@ -179,7 +179,7 @@ def main() -> None:
         asks = run.config.data.corpus == "recall"
         rows.append(table_row(corpus, arm, results, run.mechanisms, asks))
         runs.append(curves(corpus, arm, run))
-        routes.append(samples.layer_shares(run, corpus, arm, results))
+        routes.append(samples.layer_shares(run.mechanisms, corpus, arm, results))
         if arm == "bayesian":
             texts[corpus] = shown_text(run)
         if asks:

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import common
+from experiments.studies import final
 from meta_attention_jax import analysis
 from meta_attention_jax.data.tasks import KINDS
 from meta_attention_jax.fields import expect
@@ -59,7 +60,7 @@ def main() -> None:
         with common.user_mistakes():
             job = prepare(stage_of(config, stage, root), root / stage)
         try:
-            train(job, label=f"{config.name} {stage}")
+            train(job, label=f"{config.name} {stage}", final=final.of_run)
         except (Busy, Diverged) as error:
             common.fail(error)
         del job

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import common
+from experiments.studies import final
 from meta_attention_jax.training import processes
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import Diverged, train
@@ -44,7 +45,7 @@ def main() -> None:
             raise ValueError("multihost: expected --multihost with the address of a coordinator, got none.")
         job = prepare(CONFIG.value, WORKDIR.value)
     try:
-        evaluation = train(job)
+        evaluation = train(job, final=final.of_run)
     except (Busy, Diverged) as error:
         common.fail(error)
     if not processes.leads():

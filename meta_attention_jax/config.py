@@ -141,6 +141,10 @@ SCHEMA: dict[str, Field] = {
     "train.keep_latest": Field(2, "Newest checkpoints that stay.", POSITIVE, free_on_resume=True),
     "train.packed": Field(False, "Packed dispatch once every token is hard.", since=False),
     "train.packed_dense_rows": Field(0.0, "Share of the rows that then run all mechanisms.", SHARE, since=0.0),
+    "train.trackers": Field(
+        ("tensorboard",), "Where it is shown: some of tensorboard, wandb, mlflow (extras); () is nowhere.",
+        since=("tensorboard",), free_on_resume=True,
+    ),
     "train.profile_step": Field(-1, "First of 3 traced steps; -1 is off.", free_on_resume=True),
     # -- parallel
     "parallel.mode": Field("jit", "A mesh (jit) or pmap.", choices=("jit", "pmap"), free_on_resume=True),

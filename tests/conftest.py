@@ -3,8 +3,11 @@
 import atexit
 import importlib.metadata
 import os
+import pathlib
+import re
 import shutil
 import tempfile
+import tomllib
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -54,6 +57,30 @@ FIRST = (
     "commands", "retrofit", "training", "packed_training", "together", "faults", "old_run", "house", "moved", "sweep",
     "output",
 )
+
+
+# Every extra is a marker: of tests that need its packages, and that `make extras EXTRA=...` runs.
+EXTRAS = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = EXTRAS["project"]["optional-dependencies"]
+
+
+def pytest_configure(config):
+    for extra in EXTRAS:
+        config.addinivalue_line("markers", f"{extra}: needs the extra {extra}")
+
+
+def installed(package):
+    try:
+        return importlib.metadata.version(package) is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def pytest_runtest_setup(item):
+    for extra in EXTRAS.keys() & {mark.name for mark in item.iter_markers()}:
+        missing = [name for name in (re.match(r"[\w.-]+", one)[0] for one in EXTRAS[extra]) if not installed(name)]
+        if missing:
+            pytest.skip(f"the extra {extra} is not installed: {', '.join(missing)}")
 
 
 @pytest.hookimpl(trylast=True)

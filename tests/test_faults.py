@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import gc
-import io
-import os
 import random
 import shutil
 import signal
@@ -29,7 +27,7 @@ from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.drive import drive
 from meta_attention_jax.training.interrupt import Interrupted, interruptible
 from meta_attention_jax.training.job import prepare
-from meta_attention_jax.training.logs import MetricsLog, read_metrics
+from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import not_finite, train
 from meta_attention_jax.training.step import init_state, train_step
 from tests.test_commands import ROOT, environment
@@ -266,28 +264,6 @@ def test_kill_at_any_moment_changes_nothing(tmp_path, wanted):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     same(params(run, LONG), wanted)
-
-
-def test_a_log_meets_a_full_disk_where_it_is_written(tmp_path, monkeypatch):
-    """In this thread: one of its own would die of it, and leave the next write waiting for ever."""
-    class Disk(io.FileIO):
-        def write(self, data):
-            if self.tell() + len(data) > 5000:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    def open_on_it(path, *arguments, **named):
-        return Disk(path, "w") if "tfevents" in str(path) else opened(path, *arguments, **named)
-
-    before, opened = set(threading.enumerate()), open
-    monkeypatch.setattr("builtins.open", open_on_it)
-    log = MetricsLog(tmp_path)
-    assert set(threading.enumerate()) == before
-    with pytest.raises(OSError) as error:
-        for step in range(10_000):
-            log.write("train", step, {"nll": 1.0})
-    log.close()
-    assert common.no_room(error.value)
 
 
 def cut(path):

@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.common import spared
-from experiments.studies import arms, comparison, outcome
-from experiments.studies.samples import layer_shares, text_of
+from experiments.studies import arms, comparison, final, outcome
+from experiments.studies.samples import text_of
 from experiments.studies.scores import per_token
 from meta_attention_jax import analysis
-from meta_attention_jax.analysis import Column, Section
+from meta_attention_jax.analysis import Section
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import make_prior
@@ -77,19 +77,11 @@ def run_page(run: Run) -> str:
     """How training went, where tokens go, and what posteriors look like."""
     records = read_metrics(run.path)
     held_out = [r for r in records if r["event"] == "eval"]
-    columns = [Column("mode", "mode"), Column("nll", "nats", ".4f"),
-               Column("bits_per_byte", "bits/byte", ".4f"), Column("kl", "KL, nats", ".4f"),
-               Column("cost", "cost", ".1%"), Column("routing_entropy", "routing entropy", ".1%"),
-               Column("usage_entropy", "usage entropy", ".1%"),
-               *(Column(f"fraction/{name}", name, ".1%") for name in run.mechanisms)]
-    rows = [{"mode": mode, **held_out[-1][mode]} for mode in ("soft", "hard")]
+    rows, columns = final.table_of(held_out[-1], run.mechanisms)
     batch, routing = run.routed_batch()
     real = np.asarray(batch.segment_ids) > 0
     figures = [
-        ("Training", lambda: analysis.dynamics_figure(records, run.mechanisms)),
-        ("Layers", lambda: analysis.routing_by_layer(
-            [layer_shares(run, run.config.data.corpus, run.config.name, held_out[-1])]
-        )),
+        *final.figures_of(records, run.mechanisms, run.config.data.corpus, run.config.name).items(),
         ("Positions", lambda: analysis.routing_by_position(routing.route, real, run.mechanisms)),
     ]
     if routing.concentration is not None:

@@ -77,10 +77,12 @@ def text_of(
     return {"pieces": pieces, **shown, "mechanisms": run.mechanisms}
 
 
-def layer_shares(run: Run, corpus: str, arm: str, results: Mapping[str, Any]) -> dict[str, Any]:
+def layer_shares(
+    mechanisms: Sequence[str], corpus: str, arm: str, results: Mapping[str, Any]
+) -> dict[str, Any]:
     """For `analysis.routing_by_layer`: fractions of the hard run, mean weights of the soft one."""
     return {
-        "corpus": corpus, "arm": arm, "mechanisms": run.mechanisms,
+        "corpus": corpus, "arm": arm, "mechanisms": mechanisms,
         "fractions": results["hard"]["layers"]["fractions"], "mean_weights": results["soft"]["layers"]["mean"],
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.studies import final
 from experiments.studies.pinned import Data
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
@@ -147,7 +148,7 @@ def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_
             continue
         label = members[0]
         try:
-            train(jobs[label], label=label)
+            train(jobs[label], label=label, final=final.of_run)
         except Busy:
             print(_busy(label))
         except (Damaged, Diverged) as error:
@@ -179,5 +180,5 @@ def train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None
         if mine:
             train_together(
                 list(mine.values()), names=list(mine), start=start, label=f"{len(mine)} points",
-                failed=lambda label, sentence: analysis.write_text(failed(root, label), sentence),
+                failed=lambda label, sentence: analysis.write_text(failed(root, label), sentence), final=final.of_run,
             )

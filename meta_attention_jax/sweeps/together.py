@@ -8,6 +8,7 @@ selects, since packed dispatch has trip counts of its own for every point.
 from __future__ import annotations
 
 import contextlib
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -24,8 +25,9 @@ from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.logs import Progress
-from meta_attention_jax.training.loop import Book, describe, divergence, headline, live_line
+from meta_attention_jax.training.loop import Book, describe, divergence, headline, live_line, trackers_of
 from meta_attention_jax.training.step import TrainState
+from meta_attention_jax.training.trackers import Final, opened
 
 MEMORY_SHARE = 0.8  # Of a device's memory, what a program may need; the rest is for data and for what was not counted
 
@@ -53,6 +55,7 @@ def train_together(
     progress: bool = True,
     memory: Optional[int] = None,
     failed: Optional[Callable[[str, str], None]] = None,
+    final: Optional[Callable[[pathlib.Path], Final]] = None,
 ) -> list[Optional[str]]:
     """Trains all to `train.steps`, or to `stop_after`, with checkpoints; every job's directory is that of an ordinary
     run.
@@ -67,6 +70,7 @@ def train_together(
       memory: bytes per device that a program may need; None is a share of what the device has. Groups that need more
         are trained in parts.
       failed: called with a point's name and what went wrong, as soon as it is known.
+      final: as of `loop.train`, for each.
 
     Raises:
       Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
@@ -88,7 +92,7 @@ def train_together(
         most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
         parts = -(-len(jobs) // (most * len(devices)))
         size = -(-len(jobs) // (parts * len(devices))) * len(devices)
-        options = dict(start=start, stop_after=stop_after, progress=progress, failed=failed, memory=memory)
+        options = dict(start=start, stop_after=stop_after, progress=progress, failed=failed, memory=memory, final=final)
         return [
             failure
             for i in range(0, len(jobs), size)
@@ -96,7 +100,8 @@ def train_together(
         ]
     with contextlib.ExitStack() as stack_:
         asked = stack_.enter_context(interruptible())  # As in `loop.train`.
-        books = [Book(job, stack_, name) for job, name in zip(jobs, names, strict=True)]
+        trackers = stack_.enter_context(opened(trackers_of(jobs[0].config)))
+        books = [Book(job, stack_, trackers, name) for job, name in zip(jobs, names, strict=True)]
         if start:
             template = group.abstract_point()
             # Over the host: one device would not hold the states of all.
@@ -116,6 +121,8 @@ def train_together(
         many = _Many(group, books, states, line, failed or (lambda name, sentence: None))
         del states  # The step takes them over.
         drive(many, config.train, asked, start=start, stop=stop)
+        for index in many.alive:
+            books[index].finish(stop, final)
         return [book.failure for book in books]
 
 
@@ -163,7 +170,7 @@ class _Many:
         for index in self.alive:
             own = {name: float(values[index]) for name, values in scalars.items()}
             records.append({**self.group.report(index, sums, beta=own["beta"]), **own})
-            self.books[index].log.write("train", done, records[-1])
+            self.books[index].write("train", done, records[-1])
         if records:
             self.line.update(done, _status(records, len(self.books)))
         return bool(records)
@@ -171,7 +178,7 @@ class _Many:
     def evaluate(self, done: int) -> None:
         self.evaluations = self.group.evaluate(self.states)
         for index in self.alive:
-            self.books[index].log.write("eval", done, self.evaluations[index])
+            self.books[index].write("eval", done, self.evaluations[index])
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
         for index in self.alive:

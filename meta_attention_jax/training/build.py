@@ -25,7 +25,7 @@ from meta_attention_jax.mechanisms.full import resolve_implementation
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.sharding import FSDP
-from meta_attention_jax.training import backbone
+from meta_attention_jax.training import backbone, trackers
 from meta_attention_jax.training.costs import freeze_costs, read_costs
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.rules import final_threshold, validate
@@ -43,6 +43,7 @@ def check(config: ConfigDict) -> None:
         length = config.data.sequence_length
         expect(length <= most, "data.sequence_length", f"at most the model's context of {most}", length)
     validate_without_devices(config)
+    trackers.check(config.train.trackers)
     build_parallel(config)
     try:
         full_attention(config)

@@ -1,10 +1,9 @@
-"""What a run tells: a live line for people, JSONL and TensorBoard for programs."""
+"""What a run tells: a live line for people, JSONL for programs. `trackers` has the rest."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -13,12 +12,8 @@ from typing import Any
 
 import rich.console
 import rich.progress
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from meta_attention_jax.console import Tolerant, say
-from meta_attention_jax.objective import flatten_scalars
 
 PLAIN_SECONDS = 10.0  # Without a terminal: at most one progress line in so many seconds.
 
@@ -35,49 +30,25 @@ def _json_ready(value: Any) -> Any:
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard events; never rewrites what is there. A resumed run appends
+    """Appends records to `metrics.jsonl`; never rewrites what is there. A resumed run appends
     {"event": "resume", "step": s}; `read_metrics` then drops the records after step s that an interrupted run had
-    written before, and all that stood before a new "start"; TensorBoard drops what an interrupted run had logged after
-    step `start`."""
+    written before, and all that stood before a new "start"."""
 
-    def __init__(self, directory: str | pathlib.Path, *, start: int = 0):
-        directory = pathlib.Path(directory)
-        path = directory / "metrics.jsonl"
+    def __init__(self, directory: str | pathlib.Path):
+        path = pathlib.Path(directory) / "metrics.jsonl"
         cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "a", encoding="utf-8")
         if cut:  # A crash in the middle of a line must not swallow the next one.
             self._file.write("\n")
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        # Not SummaryWriter: its thread dies of a full disk, and whoever writes then waits for ever.
-        self._board = EventsWriter(str(directory / "tensorboard" / "events"), filename_suffix=f".{os.getpid()}")
-        self._event(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
         """One record; `event` is "start", "train", "eval", "packed" or "resume"."""
         record = {"event": event, "step": int(step), **metrics}
         self._file.write(json.dumps(_json_ready(record)) + "\n")
         self._file.flush()
-        for name, value in flatten_scalars(metrics, prefix=f"{event}/").items():
-            self._event(int(step), summary=scalar(name, value))
-        self._board.flush()
-
-    def _event(self, step: int, **content: Any) -> None:
-        self._board.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def close(self) -> None:
-        """Flushes both."""
         self._file.close()
-        self._board.close()
-
-
-class SilentLog:
-    """What all processes but the first have in the place of `MetricsLog`."""
-
-    def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:

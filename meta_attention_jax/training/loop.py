@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import jax
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.console import say
-from meta_attention_jax.objective import summarise
+from meta_attention_jax.objective import flatten_scalars, summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
 from meta_attention_jax.training.backbone import merge
@@ -24,10 +24,11 @@ from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.logs import MetricsLog, Progress, SilentLog, read_metrics, status_line
+from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.step import STACKED, Finite, TrainState, count_parameters, init_state, num_dense_rows
+from meta_attention_jax.training.trackers import Final, Trackers, opened
 
 PROFILED_STEPS = 3
 
@@ -138,11 +139,13 @@ def _words(finite: Finite) -> str:
 
 @without_mesh
 def train(
-    job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None
+    job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None,
+    final: Optional[Callable[[pathlib.Path], Final]] = None,
 ) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint if there is one, and returns the last evaluation on the
     validation split: {"soft": metrics, "hard": metrics}. Stops (with a checkpoint) after step `stop_after`, as an
-    interruption would. `label` is of the live line; the config's name when None.
+    interruption would. `label` is of the live line; the config's name when None. `final` makes of the directory of a
+    run that has come to its end what its trackers show.
 
     Raises:
       Diverged: NaN or infinity; names the step and the last good checkpoint.
@@ -161,7 +164,7 @@ def train(
         asked = stack.enter_context(interruptible())
         # The run's lock; one process has it for all.
         processes.together(lambda: stack.enter_context(hold(job.path)) if processes.leads() else None)
-        book = Book(job, stack)
+        book = Book(job, stack, stack.enter_context(opened(trackers_of(config))))
         start, restored = book.checkpoints.restore_newest(parallel.unreplicate(state))
         about = describe(job, merge(job.frozen, parallel.unreplicate(state).params))
         book.open_log(start, about)
@@ -177,6 +180,7 @@ def train(
             return _last_evaluation(job.path)
         run = _Run(book, state, live_line(label, config, stack, start=start, enabled=progress), start=start, stop=stop)
         drive(run, config.train, asked, start=start, stop=stop)
+        book.finish(stop, final)
         return run.evaluation
 
 
@@ -195,23 +199,41 @@ def live_line(
     return line
 
 
-class Book:
-    """The open files of one run, until the stack is left, and how it fares."""
+def trackers_of(config: ConfigDict) -> tuple[str, ...]:
+    """Those that this process tells."""
+    return tuple(config.train.trackers) if processes.leads() else ()
 
-    def __init__(self, job: Job, stack: contextlib.ExitStack, name: str = ""):
-        self.job, self._stack, self.name = job, stack, name
+
+class Book:
+    """The open files and the trackers of one run, until the stack is left, and how it fares."""
+
+    def __init__(self, job: Job, stack: contextlib.ExitStack, trackers: Trackers, name: str = ""):
+        self.job, self._stack, self._trackers, self.name = job, stack, trackers, name
         self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
         stack.callback(self.checkpoints.close)
-        self.log: MetricsLog | SilentLog = SilentLog()  # Until `open_log`.
+        self._log: Optional[MetricsLog] = None  # Of the first process, from `open_log` on.
         self.good: Optional[int] = None  # Step of the last checkpoint.
         self.failure: Optional[str] = None  # In words, of a run that has diverged.
 
     def open_log(self, start: int, about: Mapping[str, Any]) -> None:
         """Tells that the run goes on from step `start`, or begins and is about this."""
         self.good = start or None
-        self.log = MetricsLog(self.job.path, start=start) if processes.leads() else SilentLog()
-        self._stack.callback(self.log.close)
-        self.log.write("resume" if start else "start", start, {} if start else about)
+        if processes.leads():
+            self._log = self._stack.enter_context(contextlib.closing(MetricsLog(self.job.path)))
+        if start < self.job.config.train.steps:
+            self._trackers.open(self.job.path, config_to_dict(self.job.config), start)
+        self.write("resume" if start else "start", start, {} if start else about)
+
+    def write(self, event: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """One record, as `MetricsLog` has it."""
+        if self._log is not None:
+            self._log.write(event, step, metrics)
+        self._trackers.write(self.job.path, step, flatten_scalars(metrics, prefix=f"{event}/"))
+
+    def finish(self, done: int, final: Optional[Callable[[pathlib.Path], Final]]) -> None:
+        """Shows what `final` makes of the run, if `done` is its last step."""
+        if done == self.job.config.train.steps:
+            self._trackers.finish(self.job.path, done, final)
 
     def save(self, done: int, state: TrainState, evaluation: Optional[Mapping[str, Any]]) -> None:
         """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the run, of the
@@ -246,7 +268,7 @@ class _Run:
         job, profile = self.job, self.job.config.train.profile_step
         if number == max(self.packed_from, self.start) and self.packed_from < self.stop:
             self.compiled = build.compile_step(job.parallel, build.packed_spec(job.config, job.spec))
-            self.book.log.write("packed", number, {"controller_rows": self.dense_share})
+            self.book.write("packed", number, {"controller_rows": self.dense_share})
             self.line.say(_packed_note(number, build.packed_kernel(job.config), self.dense_share))
         if number == profile:
             jax.profiler.start_trace(str(job.path / "profile"))
@@ -268,7 +290,7 @@ class _Run:
         if done > self.packed_from and not self.dense_share:
             scalars["beta"] = 0.0  # Packed steps of a frozen controller have no KL to weigh.
         record = {**self.report(sums, beta=scalars["beta"]), **scalars}
-        self.book.log.write("train", done, record)
+        self.book.write("train", done, record)
         self.line.update(done, status_line(record, self.mechanisms))
         return True
 
@@ -282,7 +304,7 @@ class _Run:
             ))
 
         self.evaluation = in_both_modes(config.controller.name == "fixed", metrics_of)
-        self.book.log.write("eval", done, self.evaluation)
+        self.book.write("eval", done, self.evaluation)
 
     def save(self, done: int, *, evaluated: bool = True) -> None:
         self.book.save(done, self.job.parallel.unreplicate(self.state), self.evaluation if evaluated else None)
