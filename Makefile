@@ -30,7 +30,7 @@ extras: $(if $(EXTRA),.venv-$(EXTRA)/.ready)
 
 .venv-%/.ready: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: python: expected Python 3.11 or 3.12 on PATH (or make PYTHON=...), got neither." >&2; exit 2; }
-	needs=$$($(PYTHON) -c 'import sys, tomllib; extra = sys.argv[1]; \
+	@needs=$$($(PYTHON) -c 'import sys, tomllib; extra = sys.argv[1]; \
 	  extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	  print(*extras[extra]) if extra in extras else sys.exit(f"error: EXTRA: expected one of {[*extras]}, got {extra!r}.")' $*) && \
 	  $(PYTHON) -m venv .venv-$* && \

@@ -201,7 +201,7 @@ def missing_platform() -> Optional[str]:
 
 def quiet_threads() -> None:
     """From here on nothing is heard of what threads and coroutines of libraries say, at length, of an error that is
-    raised as well: TensorBoard's of a full disk, Orbax's that still read when another file turned out damaged."""
+    raised as well: of a full disk, and Orbax's that still read when another file turned out damaged."""
     of_threads, ignored = threading.excepthook, sys.unraisablehook
 
     def unraisable(args: Any) -> None:

@@ -243,7 +243,7 @@ def summarise(
 
 
 def flatten_scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics as `path/to/scalar`: what TensorBoard takes. Lists get an index."""
+    """Nested metrics as `path/to/scalar`: what trackers take. Lists get an index."""
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         path = f"{prefix}{name}"

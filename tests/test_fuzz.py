@@ -227,7 +227,7 @@ def test_a_point_that_cannot_be_read_is_named_and_stops_no_other(
     root, done = tmp_path / "sweep", []
     error = Damaged("step: expected a complete checkpoint in 'x', got a damaged one.")
 
-    def one(job, *, label):
+    def one(job, *, label, **_):
         if label == "seed=1":
             raise error
         done.append(label)

@@ -182,6 +182,7 @@ def test_two_processes_train_as_one(tmp_path):
         two_processes(tmp_path / "two", *STEPS, "--config.parallel.fsdp=8")
     )
     assert codes == [0, 0], outputs
+    assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1, "the first process alone tells trackers"
     one = subprocess.run(
         [sys.executable, "-m", "experiments.train", "--config=configs/smoke.py", "--workdir",
          str(tmp_path / "one"), "--config.data.batch_size=8", *STEPS],

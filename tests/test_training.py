@@ -352,7 +352,7 @@ def test_a_log_survives_a_crash_in_the_middle_of_a_line_and_a_new_start(tmp_path
     log.close()
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-4])  # Killed while writing step 10.
-    log = MetricsLog(tmp_path, start=5)
+    log = MetricsLog(tmp_path)
     log.write("resume", 5, {})
     log.write("train", 10, {"nll": 1.4})
     log.close()

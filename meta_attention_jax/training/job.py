@@ -1,7 +1,8 @@
 """A run that is ready to start: its config and data checked, its directory made.
 
-A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`, `tensorboard/`,
-`checkpoints/`, and `costs.json` when costs are measured.
+A run directory holds `config.json`, `data_manifest.json`, the tokenizer, `metrics.jsonl`, `checkpoints/`, `costs.json`
+when costs are measured, and what its trackers write: `tensorboard/`, `wandb/`, `mlflow/`, and by `wandb.id` and
+`mlflow.id` which run it is there.
 """
 
 from __future__ import annotations
