@@ -77,7 +77,7 @@ def nobody():
     raise RuntimeError("Could not determine home directory.")
 
 
-@pytest.mark.parametrize("place, keeps", [("new/home", True), ("file", False), (None, False)])
+@pytest.mark.parametrize("place, keeps", [("new/home", True), ("off", False), ("file", False), (None, False)])
 def test_what_is_compiled_is_kept_where_there_is_a_place(place, keeps, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     before = jax.config.jax_compilation_cache_dir
@@ -88,6 +88,7 @@ def test_what_is_compiled_is_kept_where_there_is_a_place(place, keeps, monkeypat
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
     try:
+        jax.config.update("jax_enable_compilation_cache", place != "off")
         common.keep_compiled()
         found = jax.config.jax_compilation_cache_dir
         assert (found != before) == keeps
@@ -100,6 +101,7 @@ def test_what_is_compiled_is_kept_where_there_is_a_place(place, keeps, monkeypat
             assert jax.config.jax_compilation_cache_dir == before
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def check_success(result):

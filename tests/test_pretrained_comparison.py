@@ -298,6 +298,8 @@ def made_rows():
 def test_settings_of_another_record_are_taken_over_and_never_mixed(tmp_path):
     first = study.Record(tmp_path / "first", {"backbone": {"path": "a"}})
     second = study.Record(tmp_path / "second", {"backbone": {"path": "b"}})
+    with pytest.raises(ValueError, match="^settings: expected another record than out, got "):
+        second.take_settings(tmp_path / "second")
     with pytest.raises(ValueError, match="^settings: expected a folder with a choices.json, got "):
         second.take_settings(tmp_path / "first")
     first.choose("layers", lambda: [1])

@@ -20,7 +20,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable, Sequence
@@ -223,11 +222,7 @@ def main() -> None:
     device = device_or_fail(PLATFORM.value)
     sizes = Sizes() if PLATFORM.value == "gpu" else TINY
     print(f"{len(jax.devices())} x {device.device_kind}, {environment()['commit'] or 'no commit'}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        if not jax.config.jax_compilation_cache_dir:  # Some programs are compiled twice.
-            jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
-        say = functools.partial(print, flush=True)
-        sections += run_tasks(tasks_of(sizes), 60 * BUDGET.value, began, say)
+    sections += run_tasks(tasks_of(sizes), 60 * BUDGET.value, began, functools.partial(print, flush=True))
     header = about(device, sections, began)
     path = write(pathlib.Path(OUT.value or RESULTS), header, sections)
     rows = [row for section in sections for row in section["rows"]]

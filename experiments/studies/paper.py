@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -101,8 +100,6 @@ def stored_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 def main() -> None:
     root = pathlib.Path(WORKDIR.value)
     out = pathlib.Path(OUT.value or WORKDIR.value)
-    # Runs of one arm and split are one program, compiled once.
-    jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     with common.user_mistakes():
         rows = stored_rows(out / "rows.json") if (out / "rows.json").exists() else []
     total = sum(len(module.get_sweep()) for module in CORPORA.values())

@@ -182,7 +182,7 @@ def further(found: Mapping[str, Any]) -> list[str]:
 
 def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
-    about = choices["about"]
+    about, shown = choices["about"], lines(rows)
     differences = [
         {**row, "interval": f"{row['low']:+.4f} to {row['high']:+.4f}"} for row in contrasts(rows)
     ]
@@ -197,10 +197,11 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
     )
     parts = [
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
-        "## Arms", analysis.markdown_table(lines(rows), [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
-        "## The goal", f"At most {plan.GOAL} nats above full attention on {', '.join(plan.MAIN)} at once; nats above it "
-        "(95 % over documents). Met: by all intervals; open: an interval lies on both sides.",
-        analysis.markdown_table(goal(summary(rows)), GOAL),
+        "## Arms", analysis.markdown_table(shown, [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
+        "## The goal",
+        f"At most {plan.GOAL} nats above full attention on {', '.join(plan.MAIN)} at once; nats above it (95 % over "
+        "documents). Met: by all intervals; open: an interval lies on both sides.",
+        analysis.markdown_table(goal(shown), GOAL),
         "## Differences",
         "In pairs of windows, and of seeds; below 0 the first is better. An arm without `@` is taken at the first "
         "one's share in every window, between the shares that it was read at; windows that lie outside of these by "

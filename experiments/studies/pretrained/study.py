@@ -67,6 +67,7 @@ class Record:
     def take_settings(self, out: pathlib.Path) -> None:
         """Those that another record chose, none of them tuned on this model."""
         path = out / "choices.json"
+        expect(path.resolve() != self._choices.resolve(), "settings", "another record than out", str(out))
         expect(path.is_file(), "settings", "a folder with a choices.json", str(out))
         known = json.loads(path.read_text(encoding="utf-8"))
         expect("grid" in known, "settings", f"chosen ones in {path}", "none yet")
