@@ -1,4 +1,4 @@
-"""The sweep command: points, shards, resuming, divergence, results."""
+"""The sweep command: points, groups, resuming, divergence, results."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_path):  # noqa: F811
+def test_groups_fill_one_directory_and_the_last_tells_all(command, config, tmp_path):  # noqa: F811
     root = tmp_path / "sweep"
     first = check_success(
-        command("sweep", config, f"--workdir={root}", "--shard=0/2", "--test_batches=1")
+        command("sweep", config, f"--workdir={root}", "--group=1", "--test_batches=1")
     )
     assert not list(root.glob("points/*/test.json"))  # The test split waits for the last point.
     out = check_success(
-        command("sweep", config, f"--workdir={root}", "--shard=1/2", "--test_batches=1")
+        command("sweep", config, f"--workdir={root}", "--group=0", "--test_batches=1")
     )
     names = [f"learning_rate={rate},seed={seed}" for rate in ("0.001", "0.003") for seed in (0, 1)]
     for name in [*names, "local"]:
@@ -72,7 +72,7 @@ def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_p
     assert table.count("chosen") == 1 and "local" in table
     for name in ("pareto.png", "against.png", "table.csv"):
         assert (root / name).stat().st_size > 0
-    assert "runs of" in first + out and "as one program" in first + out
+    assert "local: " in first and "6 runs of" in out and "as one program" in out
     # A point is an ordinary run.
     check_success(command(
         "evaluate", f"--workdir={root / 'points' / 'local'}", "--max_batches=1"
@@ -233,7 +233,8 @@ def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811
         "get_sweep",
     )
     check_mistake(
-        command("sweep", config, f"--workdir={tmp_path / 'b'}", "--shard=2/2"), "shard"
+        command("sweep", config, f"--workdir={tmp_path / 'b'}", "--group=2"),
+        "group: expected one of 2, from 0, got 2",
     )
     bad = tmp_path / "bad.py"
     bad.write_text(CONFIG.replace('"seed"', '"sede"'))
