@@ -6,17 +6,17 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from configs import smoke
 from experiments.studies import outcome, pinned, sweeps
 from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps.together import train_together
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.processes import hold
-from tests.close import assert_close
 from tests.test_commands import ROOT, check_mistake, check_success, command, environment  # noqa: F401
 
 CONFIG = '''
@@ -113,8 +113,8 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     sweeps.train_points(tmp_path / "whole", light(tmp_path / "whole"))
     root = tmp_path / "left"
     jobs = light(root)
-    train(jobs["seed=0"], stop_after=2, progress=False)
-    train(jobs["seed=1"], stop_after=4, progress=False)
+    for label, step in (("seed=0", 2), ("seed=1", 4)):  # As one that was killed while it saved.
+        train_together(list(jobs.values()), names=list(jobs), only=[label], stop_after=step, label="", progress=False)
     assert [sweeps.steps_done(job.path) for job in jobs.values()] == [2, 4, 0]
     with hold(jobs["seed=2"].path):  # By another process.
         sweeps.train_points(root, light(root))
@@ -125,7 +125,8 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     found = outcome.result(root, LIGHT_POINTS)
     assert found.pick is not None and found.title == ""
     for label in algebra.labels(LIGHT_POINTS):
-        assert_close(final(root, label), final(tmp_path / "whole", label))
+        jax.tree.map(np.testing.assert_array_equal, final(root, label), final(tmp_path / "whole", label))
+    assert [r["step"] for r in read_metrics(jobs["seed=0"].path) if r["event"] == "eval"] == [2, 4, 6]
 
 
 @pytest.mark.slow
