@@ -100,10 +100,10 @@ def light(root, points=LIGHT_POINTS):
     return sweeps.prepared(root, configs, sweeps.open_datasets(configs.values()))
 
 
-def final(root, label):
+def final(root, label, step=6):
     saved = Checkpoints(root / "points" / label / "checkpoints", read_only=True)
     try:
-        return saved.restore_params(6)
+        return saved.restore_params(step)
     finally:
         saved.close()
 
