@@ -1,18 +1,21 @@
 """Trains all points of a sweep: those that differ in array inputs alone as one vmapped program.
 
 python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep
-    [--shard=0/4] [--points_at_once=8] [--notogether] [--test_batches=32]
+    [--engine=ray [--address=auto] [--devices_per_group=1]] [--group=0]
+    [--points_at_once=8] [--notogether] [--test_batches=32]
 
 The config file says what is swept: besides `get_config()` it has a `get_sweep()`, made of `product`, `zipped`, `chain`,
 `sweep`, `point` and `log_spaced` (`meta_attention_jax.sweeps.space`). The order of the data is that of the config's own
 seed for all points; `seed` of a point is that of parameters and samples.
 
 Every point is an ordinary run directory, `points/<label>`. Interrupted, start it again; a point that diverges is
-reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the others go on. With
---shard=i/n this process takes every n-th point (an array job of any scheduler); whoever is last writes all results:
-`rows.json`, `table.csv`, `table.md`, `pareto.png`, `against.png`. The test split is read for the chosen setting alone,
-once no point is left. A sweep may gain points afterwards, but lose and change none; what it then chooses is chosen
-after the test split was read.
+reported (`points/<label>.diverged`), as is one whose checkpoints are all damaged, and the others go on. Points of one
+program, --points_at_once of them at most, are a group. With --engine=ray every group is a task of a Ray cluster (extra
+`ray`) whose machines see the directory and this code under the same paths, tried again where a worker dies; --group=i
+trains one alone, for an array job of any scheduler. A second command in the same directory leaves to the first what
+that one trains. Whoever is last writes all results: `rows.json`, `table.csv`, `table.md`, `pareto.png`, `against.png`.
+The test split is read for the chosen setting alone, once no point is left. A sweep may gain points afterwards, but lose
+and change none; what it then chooses is chosen after the test split was read.
 """
 
 from __future__ import annotations
@@ -24,17 +27,19 @@ from ml_collections import config_flags
 
 from experiments import common
 from experiments.studies import outcome, pinned, sweeps
-from experiments.studies.comparison import parse_shard
-from experiments.studies.scores import measure
 from meta_attention_jax.config import config_to_dict
+from meta_attention_jax.fields import expect
+from meta_attention_jax.sweeps import engine
 from meta_attention_jax.sweeps import space as algebra
-from meta_attention_jax.training import build
-from meta_attention_jax.training.checkpoint import Damaged
+from meta_attention_jax.training import backbone, build
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
 WORKDIR = common.define_path("workdir", None, "Where all points and the results go.")
-SHARD = flags.DEFINE_string("shard", "0/1", "i/n: this process takes every n-th point, from i on.")
-AT_ONCE = flags.DEFINE_integer("points_at_once", 0, "At most; 0 is as many as fit in memory.", 0)
+ENGINE = flags.DEFINE_enum("engine", "local", ("local", "ray"), "What trains the groups.")
+ADDRESS = flags.DEFINE_string("address", None, "Of the Ray cluster; absent, one on this machine is started.")
+DEVICES = flags.DEFINE_integer("devices_per_group", 1, "With Ray: accelerators, or cores without any.", 1)
+GROUP = flags.DEFINE_integer("group", None, "Train this one alone, from 0.")
+AT_ONCE = flags.DEFINE_integer("points_at_once", 0, "Of a group, at most; 0 is as many as fit in memory.", 0)
 TOGETHER = flags.DEFINE_bool("together", True, "False trains one point after the other.")
 TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Of the test split; 0 leaves it unread.", 0)
 flags.mark_flags_as_required(["config", "workdir"])
@@ -43,38 +48,55 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     root = pathlib.Path(WORKDIR.value)
     base = CONFIG.value
+    on_ray = ENGINE.value == "ray"
     with common.user_mistakes():
-        index, number = parse_shard(SHARD.value)
+        expect(on_ray or ADDRESS.value is None, "address", "--engine=ray with it", ADDRESS.value)
         points = sweeps.load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
         stored = sweeps.stored_points(root)
         points = dict(zip(algebra.kept_labels(points, stored, base), points))
         configs = {name: algebra.configured(base, point) for name, point in points.items()}
+        asks = engine.connect(ADDRESS.value, DEVICES.value) if on_ray else {}
         for config in configs.values():
             common.check_fields(config)
-            build.check(config)
+            if on_ray:  # Of their devices the workers know.
+                backbone.complete(config)
+                build.validate_without_devices(config)
+            else:
+                build.check(config)
+        groups = sweeps.groups(configs, together=TOGETHER.value, at_once=AT_ONCE.value)
+        if GROUP.value is not None:
+            expect(0 <= GROUP.value < len(groups), "group", f"one of {len(groups)}, from 0", GROUP.value)
+            groups = [groups[GROUP.value]]
         datasets = sweeps.open_datasets(configs.values())
-        sweeps.check_starts(root, configs, datasets)
+        if not on_ray:
+            sweeps.check_starts(root, configs, datasets)
         shared = {"config": config_to_dict(base), "points": {n: stored.get(n, p) for n, p in points.items()}}
         data = sweeps.data_of(root, configs, datasets)
         pinned.pin(root / "sweep.json", shared, "this sweep", grows="points", data=data)
-        # Points of one program lie side by side, so that every shard has some of each.
-        order = sorted(points, key=lambda n: repr(algebra.program(configs[n])))
-        mine = [name for name in points if name in order[index::number]]
-        jobs = sweeps.prepared(root, {name: configs[name] for name in mine}, datasets)
-    sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
+        mine = {members[0]: {name: configs[name] for name in members} for members in groups}
+        if not on_ray:
+            jobs = sweeps.prepared(root, {n: c for group in mine.values() for n, c in group.items()}, datasets)
+    errors = []
+    if on_ray:
+        errors = engine.on_ray(sweeps.train_configs, {name: (root, group) for name, group in mine.items()}, asks)
+    else:
+        sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
     found = outcome.rows(root, points)
     if len(found) == len(points) and TEST_BATCHES.value:
         pick = outcome.chosen(outcome.lines(found))
-        for row in found:
-            if row["setting"] == pick:
-                label, config = row["label"], configs[row["label"]]
-                try:
-                    path = root / "points" / label
-                    measure(path, config, step=config.train.steps, max_batches=TEST_BATCHES.value)
-                except Damaged as error:
-                    print(f"{label}: {error}")
+        calls = {
+            row["label"]: (root / "points" / row["label"], configs[row["label"]], TEST_BATCHES.value)
+            for row in found if row["setting"] == pick
+        }
+        if on_ray:
+            errors += engine.on_ray(sweeps.read_test, calls, asks)
+        else:
+            for call in calls.values():
+                sweeps.read_test(*call)
     print()
     outcome.write_results(root, points, base.name)
+    if errors:
+        common.fail(f"engine: expected all groups to come to their end, got {len(errors)} that did not: {errors[0]}")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,12 @@ def sweep_arguments(draw: random.Random) -> list[Case]:
         (root / "other" / "file").write_text("x")
 
     for argv in (
-        ["--shard=3/2"], ["--shard=a/b"], ["--shard="], ["--shard=2"], ["--shard=-1/2"],
-        ["--shard=0/0"], ["--shard=1/1"], ["--shard=0.5/2"], ["--shard=0/2/3"],
+        ["--group=1"], ["--group=a"], ["--group="], ["--group=-1"], ["--group=0.5"], ["--group"],
+        ["--engine=slurm"], ["--engine="], ["--address=auto"], ["--devices_per_group=0"],
         ["--points_at_once=-1"], ["--points_at_once=x"], ["--test_batches=-1"], ["--together=x"],
         ["--test_batches=1.5"], ["--config.seed=x"], ["--config.train.steps=-3"], ["more"],
         ["--workdir=file"], ["--workdir=other"], ["--workdir=file/below"], ["--workdir="],
-        ["--nothing"], ["--config.zzz=1"], ["--config.train.init_from=nowhere"], ["--shard"],
+        ["--nothing"], ["--config.zzz=1"], ["--config.train.init_from=nowhere"],
     ):
         line = ("--config=s.py", "--workdir=new", *argv)
         made.append(Case(f"sweep {argv}", "sweep", line, whole))

@@ -236,9 +236,11 @@ def comparison(kind, root, corpus, number, *more):
         "from tests.test_moved import config\n\n\ndef get_config():\n    return config('x')\n\n\n"
         "def get_sweep():\n    return [{'seed': 0}, {'seed': 1}]\n"
     )
-    own = ["--notogether"] if kind == "sweep" else ["--arms=local,full-only", "--views=tokens", "--notune"]
+    own = ["--notogether", f"--group={number}"]
+    if kind == "ablation":
+        own = ["--arms=local,full-only", "--views=tokens", "--notune", f"--shard={number}/2"]
     with nothing_works():
-        return call(kind, f"--config={root}/s.py", f"--workdir={root}/work", f"--shard={number}/2",
+        return call(kind, f"--config={root}/s.py", f"--workdir={root}/work",
                     f"--config.data.corpus=path:{corpus}", *own, *more)
 
 

@@ -1,4 +1,4 @@
-"""The sweep command: points, shards, resuming, divergence, results."""
+"""The sweep command: points, groups, resuming, divergence, results."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from configs import smoke
 from experiments.studies import outcome, pinned, sweeps
 from meta_attention_jax.sweeps import space as algebra
+from meta_attention_jax.sweeps.together import train_together
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.logs import read_metrics
-from meta_attention_jax.training.loop import train
 from meta_attention_jax.training.processes import hold
-from tests.close import assert_close
 from tests.test_commands import ROOT, check_mistake, check_success, command, environment  # noqa: F401
 
 CONFIG = '''
@@ -50,14 +50,14 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_path):  # noqa: F811
+def test_groups_fill_one_directory_and_the_last_tells_all(command, config, tmp_path):  # noqa: F811
     root = tmp_path / "sweep"
     first = check_success(
-        command("sweep", config, f"--workdir={root}", "--shard=0/2", "--test_batches=1")
+        command("sweep", config, f"--workdir={root}", "--group=1", "--test_batches=1")
     )
     assert not list(root.glob("points/*/test.json"))  # The test split waits for the last point.
     out = check_success(
-        command("sweep", config, f"--workdir={root}", "--shard=1/2", "--test_batches=1")
+        command("sweep", config, f"--workdir={root}", "--group=0", "--test_batches=1")
     )
     names = [f"learning_rate={rate},seed={seed}" for rate in ("0.001", "0.003") for seed in (0, 1)]
     for name in [*names, "local"]:
@@ -72,7 +72,7 @@ def test_shards_fill_one_directory_and_the_last_tells_all(command, config, tmp_p
     assert table.count("chosen") == 1 and "local" in table
     for name in ("pareto.png", "against.png", "table.csv"):
         assert (root / name).stat().st_size > 0
-    assert "runs of" in first + out and "as one program" in first + out
+    assert "local: " in first and "6 runs of" in out and "as one program" in out
     # A point is an ordinary run.
     check_success(command(
         "evaluate", f"--workdir={root / 'points' / 'local'}", "--max_batches=1"
@@ -100,10 +100,10 @@ def light(root, points=LIGHT_POINTS):
     return sweeps.prepared(root, configs, sweeps.open_datasets(configs.values()))
 
 
-def final(root, label):
+def final(root, label, step=6):
     saved = Checkpoints(root / "points" / label / "checkpoints", read_only=True)
     try:
-        return saved.restore_params(6)
+        return saved.restore_params(step)
     finally:
         saved.close()
 
@@ -113,8 +113,8 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     sweeps.train_points(tmp_path / "whole", light(tmp_path / "whole"))
     root = tmp_path / "left"
     jobs = light(root)
-    train(jobs["seed=0"], stop_after=2, progress=False)
-    train(jobs["seed=1"], stop_after=4, progress=False)
+    for label, step in (("seed=0", 2), ("seed=1", 4)):  # As one that was killed while it saved.
+        train_together(list(jobs.values()), names=list(jobs), only=[label], stop_after=step, label="", progress=False)
     assert [sweeps.steps_done(job.path) for job in jobs.values()] == [2, 4, 0]
     with hold(jobs["seed=2"].path):  # By another process.
         sweeps.train_points(root, light(root))
@@ -125,7 +125,8 @@ def test_points_that_were_left_at_different_steps_end_as_if_never_left(tmp_path,
     found = outcome.result(root, LIGHT_POINTS)
     assert found.pick is not None and found.title == ""
     for label in algebra.labels(LIGHT_POINTS):
-        assert_close(final(root, label), final(tmp_path / "whole", label))
+        jax.tree.map(np.testing.assert_array_equal, final(root, label), final(tmp_path / "whole", label))
+    assert [r["step"] for r in read_metrics(jobs["seed=0"].path) if r["event"] == "eval"] == [2, 4, 6]
 
 
 @pytest.mark.slow
@@ -233,7 +234,8 @@ def test_mistakes_come_before_any_work(command, config, tmp_path):  # noqa: F811
         "get_sweep",
     )
     check_mistake(
-        command("sweep", config, f"--workdir={tmp_path / 'b'}", "--shard=2/2"), "shard"
+        command("sweep", config, f"--workdir={tmp_path / 'b'}", "--group=2"),
+        "group: expected one of 2, from 0, got 2",
     )
     bad = tmp_path / "bad.py"
     bad.write_text(CONFIG.replace('"seed"', '"sede"'))

@@ -113,6 +113,7 @@ def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
     train(alone, progress=False)
     left, right = read_metrics(jobs[index].path), read_metrics(alone.path)
     assert [(r["event"], r["step"]) for r in left] == [(r["event"], r["step"]) for r in right]
+    assert left[0].pop("together") == ["a", "b"]
     for a, b in zip(left, right):
         assert a.keys() == b.keys()
         assert a.get("nll", 0) == pytest.approx(b.get("nll", 0), rel=1e-4)

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 # %% [markdown]
 # Points are dicts of dotted overrides; `product`, `zipped` and `chain` combine them. On the command line
-# `python -m experiments.sweep` does all of this, resumes, and takes a share of an array job.
+# `python -m experiments.sweep` does all of this, resumes, and trains groups of points on a Ray cluster, or one of them in
+# an array job.
 
 # %%
 from configs import quick

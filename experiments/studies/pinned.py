@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -100,11 +98,8 @@ def _create(path: pathlib.Path, text: str) -> None:
         os.link(written, path)
     except FileExistsError:
         pass
-    except OSError:  # A file system without hard links.
-        with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as lock:
-            with contextlib.suppress(OSError):  # Nor locks: two processes at the same moment may differ.
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                os.replace(written, path)
+    except OSError:  # A file system without hard links: two processes at the same moment may differ.
+        if not path.exists():
+            os.replace(written, path)
     finally:
         written.unlink(missing_ok=True)

@@ -13,15 +13,17 @@ from ml_collections import ConfigDict
 
 from experiments.studies import final
 from experiments.studies.pinned import Data
+from experiments.studies.scores import measure
 from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect, plain
 from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
-from meta_attention_jax.sweeps.together import Lost, Moved, train_together
+from meta_attention_jax.sweeps.together import TOGETHER, Lost, Moved, train_together
 from meta_attention_jax.training import backbone, build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
 from meta_attention_jax.training.job import Job, prepare
+from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.processes import Busy, hold
 from meta_attention_jax.training.restore import initial_params
@@ -88,11 +90,9 @@ def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets
 
 
 def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Job]:
-    """Jobs of the points by label, but for those that diverged."""
+    """Jobs of the points by label, of those that diverged too: they keep their places in a program."""
     return {
-        label: prepare(config, root / "points" / label, datasets[_data(config)])
-        for label, config in configs.items()
-        if not failed(root, label).exists()
+        label: prepare(config, root / "points" / label, datasets[_data(config)]) for label, config in configs.items()
     }
 
 
@@ -109,76 +109,119 @@ def steps_done(path: pathlib.Path) -> int:
         return checkpoints.latest or 0
 
 
+def groups(configs: Mapping[str, ConfigDict], *, together: bool = True, at_once: int = 0) -> list[list[str]]:
+    """Labels of the points of one program each, `at_once` of them at most (0: all), in the order of the points; each
+    alone unless `together`."""
+    found: dict[Any, list[str]] = {}
+    for label, config in configs.items():
+        same = program(config) if together else None
+        found.setdefault(same or label, []).append(label)
+    return [
+        members[i : i + (at_once or len(members))]
+        for members in found.values()
+        for i in range(0, len(members), at_once or len(members))
+    ]
+
+
 def train_points(root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0) -> None:
-    """Trains what is not finished: the same program from the same step on as one group, of `at_once` points
-    at most (0: as many as fit in memory), or one point after the other.
+    """Trains what is not finished, one of `groups` after the other.
 
     A point that diverges leaves `points/<label>.diverged`; one whose checkpoints are all damaged is named and
     stays as it is.
     """
-    left = dict(jobs)
-    while left:
-        # Groups that met a damaged checkpoint: their points are no longer at one step, or fewer.
-        left = _train_left(root, left, together, at_once)
+    parts = groups({label: job.config for label, job in jobs.items()}, together=together, at_once=at_once)
+    for count, members in enumerate(parts, 1):
+        group = {label: jobs[label] for label in members}
+        if _unfinished(root, group):
+            print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
+            train_group(root, group)
 
 
-def _train_left(root: pathlib.Path, jobs: Mapping[str, Job], together: bool, at_once: int) -> dict[str, Job]:
-    """Trains all but the groups that it returns."""
-    again: dict[str, Job] = {}
-    groups: dict[Any, list[str]] = {}
-    for label, job in jobs.items():
-        start = steps_done(job.path)
-        # Those that have diverged since may be here a second time.
-        if start < job.config.train.steps and not failed(root, label).exists():
-            same = program(job.config) if together else None
-            groups.setdefault((same or label, start), []).append(label)
-    parts = [(members[i : i + (at_once or len(members))], start) for (_, start), members in groups.items()
-             for i in range(0, len(members), at_once or len(members))]
-    for count, (members, start) in enumerate(parts, 1):
-        print(f"\n[{count}/{len(parts)}] {members[0]}" + (" ..." if len(members) > 1 else ""))
-        if len(members) > 1:
-            group = {label: jobs[label] for label in members}
+def train_configs(root: pathlib.Path, configs: Mapping[str, ConfigDict]) -> bool:
+    """`train_group` in a process that has nothing yet."""
+    return train_group(root, prepared(root, configs, open_datasets(configs.values())))
+
+
+def train_group(root: pathlib.Path, jobs: Mapping[str, Job]) -> bool:
+    """Trains to the end what is not finished of one of `groups`; whether another process has some of it, which is left
+    to it.
+
+    A process that was killed while it saved leaves points at several steps. Those behind catch up first, each in its
+    place in the program in which it began: whatever the interruptions, the bits in the end are the same.
+    """
+    if len(jobs) == 1:
+        return any(_left_alone(root, label, job) for label, job in jobs.items())
+    with contextlib.ExitStack() as stack:
+        mine, busy = {}, False
+        for label in _unfinished(root, jobs):
             try:
-                train_group(root, group, start)
-            except Moved:
-                again |= group
+                stack.enter_context(hold(jobs[label].path))
+                mine[label] = jobs[label]
+            except Busy:
+                print(_busy(label))
+                busy = True
+        while steps := _unfinished(root, mine):
+            start = min(steps.values())
+            places = _places(jobs)
+            begun = next(places.get(label) for label in steps if steps[label] == start)
+            ours = {label: step for label, step in steps.items() if places.get(label) == begun}
+            now = [label for label, step in ours.items() if step == start]
+            names = begun or now
+            try:
+                train_together(
+                    [jobs[label] for label in names], names=names, only=now, start=start, label=f"{len(now)} points",
+                    stop_after=min((step for step in ours.values() if step > start), default=None),
+                    failed=lambda label, sentence: analysis.write_text(failed(root, label), sentence),
+                    final=final.of_run,
+                )
+            except Moved:  # A damaged checkpoint is set aside: they are no longer at one step.
+                pass
             except Lost as error:
                 print(f"{error.name}: {error}")
-                again |= {label: job for label, job in group.items() if label != error.name}
-            continue
-        label = members[0]
-        try:
-            train(jobs[label], label=label, final=final.of_run)
-        except Busy:
-            print(_busy(label))
-        except (Damaged, Diverged) as error:
-            print(f"{label}: {error}")
-            if isinstance(error, Diverged):
-                analysis.write_text(failed(root, label), str(error))
-    return again
+                del mine[error.name]
+    return busy
+
+
+def _unfinished(root: pathlib.Path, jobs: Mapping[str, Job]) -> dict[str, int]:
+    """Steps done, of the points that have some to do."""
+    steps = {label: steps_done(job.path) for label, job in jobs.items() if not failed(root, label).exists()}
+    return {label: step for label, step in steps.items() if step < jobs[label].config.train.steps}
+
+
+def _places(jobs: Mapping[str, Job]) -> dict[str, list[str]]:
+    """By label the points with which one began as one program, if all of them are here."""
+    found: dict[str, list[str]] = {}
+    for job in jobs.values():
+        records = read_metrics(job.path) if (job.path / "metrics.jsonl").is_file() else []
+        names = next((r[TOGETHER] for r in records if r["event"] == "start" and TOGETHER in r), [])
+        if jobs.keys() >= set(names):
+            found |= {label: names for label in names}
+    return found
+
+
+def _left_alone(root: pathlib.Path, label: str, job: Job) -> bool:
+    """`train_group` of a group of one."""
+    if not _unfinished(root, {label: job}):
+        return False
+    try:
+        train(job, label=label, final=final.of_run)
+    except Busy:
+        print(_busy(label))
+        return True
+    except (Damaged, Diverged) as error:
+        print(f"{label}: {error}")
+        if isinstance(error, Diverged):
+            analysis.write_text(failed(root, label), str(error))
+    return False
+
+
+def read_test(path: pathlib.Path, config: ConfigDict, batches: int) -> None:
+    """Reads the test split for a point that has come to its end, once; one that is damaged is named."""
+    try:
+        measure(path, config, step=config.train.steps, max_batches=batches)
+    except Damaged as error:
+        print(f"{path.name}: {error}")
 
 
 def _busy(label: str) -> str:
     return f"{label}: left to the process that trains it."
-
-
-def train_group(root: pathlib.Path, jobs: Mapping[str, Job], start: int) -> None:
-    """Trains as one program those that no other process has, or has had since this one looked."""
-    with contextlib.ExitStack() as stack:
-        mine = {}
-        for label, job in jobs.items():
-            try:
-                stack.enter_context(hold(job.path))
-            except Busy:
-                print(_busy(label))
-                continue
-            now = steps_done(job.path)
-            if now == start and not failed(root, label).exists():
-                mine[label] = job
-            elif now < job.config.train.steps:
-                print(f"{label}: another process left it at step {now}; start the command again.")
-        if mine:
-            train_together(
-                list(mine.values()), names=list(mine), start=start, label=f"{len(mine)} points",
-                failed=lambda label, sentence: analysis.write_text(failed(root, label), sentence), final=final.of_run,
-            )

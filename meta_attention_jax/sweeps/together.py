@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Optional
 
 import jax
@@ -31,6 +31,8 @@ from meta_attention_jax.training.trackers import Final, opened
 
 MEMORY_SHARE = 0.8  # Of a device's memory, what a program may need; the rest is for data and for what was not counted
 
+TOGETHER = "together"  # In a run's "start" record: the names of all points of the program, in their places.
+
 
 class Lost(Damaged):
     """None of the checkpoints of a point can be read; `name` is the point's."""
@@ -50,6 +52,7 @@ def train_together(
     *,
     label: str,
     names: Sequence[str],
+    only: Optional[Collection[str]] = None,
     start: int = 0,
     stop_after: Optional[int] = None,
     progress: bool = True,
@@ -64,9 +67,11 @@ def train_together(
     is, and the others go on.
 
     Args:
-      jobs: of `job.prepare`, of one `space.program`, all with a checkpoint at step `start` and, if other processes may
-        train them too, each held by this one (`processes.hold`) since that was seen.
-      names: of the points, for what is said of them.
+      jobs: of `job.prepare`, of one `space.program`; those that are trained have a checkpoint at step `start` and, if
+        other processes may train them too, are held by this one (`processes.hold`) since that was seen.
+      names: of the points, for what is said of them; the logs hold who was trained together.
+      only: names of those that are trained, None for all. The others keep their places in the program and nothing is
+        written of them: the program of the same points gives the same bits, one of fewer others.
       memory: bytes per device that a program may need; None is a share of what the device has. Groups that need more
         are trained in parts.
       failed: called with a point's name and what went wrong, as soon as it is known.
@@ -77,6 +82,8 @@ def train_together(
       Moved: newer checkpoints of a job were damaged and are set aside; nothing was trained.
       Lost: none of a job's checkpoints can be read; nothing was trained.
     """
+    if only is not None and not set(only) & set(names):  # A part that has none of them.
+        return [None] * len(jobs)
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
         raise ValueError("jobs: expected points of one program, got several, or one to train alone.")
@@ -96,34 +103,42 @@ def train_together(
         return [
             failure
             for i in range(0, len(jobs), size)
-            for failure in train_together(jobs[i : i + size], label=label, names=names[i : i + size], **options)
+            for failure in train_together(
+                jobs[i : i + size], label=label, names=names[i : i + size], only=only, **options
+            )
         ]
     with contextlib.ExitStack() as stack_:
         asked = stack_.enter_context(interruptible())  # As in `loop.train`.
         trackers = stack_.enter_context(opened(trackers_of(jobs[0].config)))
-        books = [Book(job, stack_, trackers, name) for job, name in zip(jobs, names, strict=True)]
+        books = {
+            index: Book(job, stack_, trackers, name)
+            for index, (job, name) in enumerate(zip(jobs, names, strict=True))
+            if only is None or name in only
+        }
         if start:
             template = group.abstract_point()
             # Over the host: one device would not hold the states of all.
-            states = group.from_host([to_host(_restored(book, start, template)) for book in books])
+            restored = {index: to_host(_restored(book, start, template)) for index, book in books.items()}
+            one = next(iter(restored.values()))
+            states = group.from_host([restored.get(index, one) for index in range(len(jobs))])
         else:
             states = group.states()
         about = describe(jobs[0], merge(jobs[0].frozen, group.abstract_point().params))
-        for book in books:
-            book.open_log(start, about)
+        for book in books.values():
+            book.open_log(start, {**about, TOGETHER: list(names)})
         if progress:
             where = f"{group.mesh.size} x {devices[0].platform}"
-            say(headline(label, about, where, job=jobs[0], start=start, runs=len(jobs)))
+            say(headline(label, about, where, job=jobs[0], start=start, runs=len(books)))
             say(str(jobs[0].dataset))
         config = jobs[0].config
-        line = live_line(label, config, stack_, start=start, enabled=progress, runs=len(jobs))
+        line = live_line(label, config, stack_, start=start, enabled=progress, runs=len(books))
         stop = min(stop_after or config.train.steps, config.train.steps)
         many = _Many(group, books, states, line, failed or (lambda name, sentence: None))
         del states  # The step takes them over.
         drive(many, config.train, asked, start=start, stop=stop)
         for index in many.alive:
             books[index].finish(stop, final)
-        return [book.failure for book in books]
+        return [books[index].failure if index in books else None for index in range(len(jobs))]
 
 
 def _restored(book: Book, start: int, template: TrainState) -> TrainState:
@@ -141,7 +156,8 @@ class _Many:
     """All points between their first and their last step, as `drive` works them."""
 
     def __init__(
-        self, group: Group, books: list[Book], states: TrainState, line: Progress, failed: Callable[[str, str], None]
+        self, group: Group, books: dict[int, Book], states: TrainState, line: Progress,
+        failed: Callable[[str, str], None],
     ):
         self.group, self.books, self.states, self.line, self.failed = group, books, states, line, failed
         self.tally = Tally(jax.device_get)
@@ -149,8 +165,8 @@ class _Many:
 
     @property
     def alive(self) -> list[int]:
-        """Points that have not diverged."""
-        return [index for index, book in enumerate(self.books) if book.failure is None]
+        """Points that are trained and have not diverged."""
+        return [index for index, book in self.books.items() if book.failure is None]
 
     def step(self, number: int) -> None:
         batch = self.group.replicate(self.group.jobs[0].dataset.train_batch(number))
