@@ -11,13 +11,14 @@ that is written, and compares checksums.
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import multiprocessing
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import rich.progress
@@ -58,9 +59,8 @@ def main() -> None:
         folder = local("out", OUT.value)
         found = in_parts(CORPUS.value, SPLIT.value, PART_MB.value * 10**6, rows=ROWS.value)
         begun = (folder / token_files.PLAN).is_file()
-        source = TOKENIZER_FROM.value or (folder if begun else None)
-        if source:
-            tokenizer: Tokenizer = load_tokenizer(source)
+        if begun or TOKENIZER_FROM.value:
+            tokenizer: Tokenizer = load_tokenizer(folder if begun else TOKENIZER_FROM.value)
         elif TOKENIZER.value == "bpe":
             say(f"bpe: {VOCAB_SIZE.value} tokens are learned from the training split")
             tokenizer = BPETokenizer.train(found.texts("train"), VOCAB_SIZE.value)
@@ -76,7 +76,7 @@ def main() -> None:
         return
     try:
         lines = written(folder, found.parts, WORKERS.value or os.cpu_count() or 1)
-    except concurrent.futures.process.BrokenProcessPool:
+    except BrokenProcessPool:
         common.fail("workers: expected them to live on, got one that was killed; the same command goes on.")
     with common.user_mistakes():
         token_files.finish(folder, {"source": found.source, "split_by": found.split_by}, lines)
@@ -112,10 +112,10 @@ def _done(folder: pathlib.Path, parts: Sequence[Part], workers: int) -> Iterator
         yield from ((part, token_files.write_part(folder, part.name, part.split, part.read)) for part in parts)
         return
     spawn = multiprocessing.get_context("spawn")  # JAX has threads.
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn)
     try:
         asked = {pool.submit(token_files.write_part, folder, p.name, p.split, p.read): p for p in parts}
-        for done in concurrent.futures.as_completed(asked):
+        for done in as_completed(asked):
             yield asked[done], done.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -6,8 +6,8 @@
     NAME.offsets        its documents, int64: number i is tokens[offsets[i]:offsets[i + 1]]
     NAME.json           its line of the manifest, until there is a manifest
 
-All little-endian. A part is a function of its texts and the tokenizer alone, and is there whole or not at all: who
-writes is free to go on where another stopped, and in any number.
+All little-endian. A part is a function of its texts and the tokenizer alone, and is there whole or not at all, so that
+whoever stops can go on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from meta_attention_jax.data.splits import SPLITS
 from meta_attention_jax.data.tokenized import Split, Tokenized
-from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
+from meta_attention_jax.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local, partial, write_whole
 
@@ -72,10 +72,11 @@ def begin(folder: pathlib.Path, plan: Mapping[str, Any], tokenizer: Tokenizer) -
         same = path.read_text(encoding="utf-8") == text
         expect(same, "out", "a new folder, or one of the same corpus, tokenizer and --part_mb", str(folder))
         return
-    empty = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
-    expect(empty, "out", "a new or empty folder, or token files that were begun", str(folder))
-    write_whole(path, text)
+    # A tokenizer alone is of one that was killed just here.
+    held = [p for p in folder.iterdir() if p.name != FILE and p.suffix != ".tmp"] if folder.is_dir() else []
+    expect(not held and (folder.is_dir() or not folder.exists()), "out", "a new or empty folder", str(folder))
     tokenizer.save(folder)
+    write_whole(path, text)
 
 
 def line_of(folder: pathlib.Path, name: str) -> Optional[dict[str, Any]]:
@@ -126,8 +127,8 @@ def finish(folder: pathlib.Path, about: Mapping[str, Any], lines: Iterable[Mappi
         found = any(line["documents"] for line in lines if line["split"] == split)
         expect(found, "corpus", f"a document of at least 2 tokens in split {split!r}", "none")
     write_whole(folder / MANIFEST, json.dumps({**about, "documents": lines}, indent=1))
-    for line in lines:
-        (folder / f"{line['name']}.json").unlink(missing_ok=True)
+    for done in (*(folder / f"{line['name']}.json" for line in lines), *folder.glob(".*.tmp")):
+        done.unlink(missing_ok=True)
 
 
 def open_files(spec: str, rest: str) -> Tokenized:
