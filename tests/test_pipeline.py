@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from meta_attention_jax.data import pipeline
 from meta_attention_jax.data import recall as recall_lib
+from meta_attention_jax.data import tokenized
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
 from meta_attention_jax.data.manifest import write_manifest
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
@@ -135,7 +135,7 @@ def test_an_epoch_has_every_window_once_and_the_next_one_another_order(folder):
 
 
 def test_a_release_of_grain_with_another_shuffle_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(pipeline, "_SHUFFLED", tuple(range(10)))
+    monkeypatch.setattr(tokenized, "_SHUFFLED", tuple(range(10)))
     with pytest.raises(ValueError, match="data.order: expected the shuffle of grain 0.2.18"):
         make(folder).train_batch(0)
 

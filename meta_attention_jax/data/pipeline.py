@@ -26,14 +26,13 @@ from meta_attention_jax.data.corpora import SPLITS, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
 from meta_attention_jax.data.stored import is_stored, open_stored
 from meta_attention_jax.data.tasks import TaskConfig
-from meta_attention_jax.data.tokenized import Source, Split, Tokenized, Windows, tokenize
+from meta_attention_jax.data.tokenized import Source, Split, Tokenized, Windows, shuffled, tokenize
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Batch
 
 _TRAIN = len(SPLITS)  # Stream of the training steps; `recall`'s held-out splits use their own index.
 _EVAL_BATCHES = 16  # Of splits that have no end.
-_SHUFFLED = (1, 2, 4, 5, 9, 7, 8, 6, 0, 3)  # What order 2 makes of ten windows; see `_shuffle`.
 
 
 def make_dataset(
@@ -206,7 +205,7 @@ class TextDataset(Dataset):
         train = self._data.splits["train"]
         if self._order == 1:
             return Windows(train, self.sequence_length, 1)
-        return _shuffle(train.windows(self.sequence_length), self._seed)
+        return shuffled(train.windows(self.sequence_length), self._seed)
 
     def train_batch(self, step: int) -> Batch:
         numbers = step * self.batch_size + self.rows.astype(np.int64)
@@ -238,20 +237,6 @@ class TextDataset(Dataset):
             row[: len(window)] = window
         targets = np.array([len(window) - 1 for window in windows])
         return self._batch(tokens, targets, np.zeros((len(windows), self.sequence_length), np.int32))
-
-
-def _shuffle(windows: Source, seed: int) -> Any:
-    """Windows in an order that is another in every epoch, without end: nothing is permuted but the index that is asked
-    for. It is grain's own, and checked, for a release with another would change what a run reads on resumption."""
-    import grain  # Here, for it takes half a second that `recall` does not need.
-
-    def shuffled(source: Any, seed: int) -> Any:
-        return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-
-    known = shuffled(range(len(_SHUFFLED)), 0)
-    found = tuple(known[i] for i in range(len(_SHUFFLED)))
-    expect(found == _SHUFFLED, "data.order", f"the shuffle of grain 0.2.18, which gives {_SHUFFLED}", found)
-    return shuffled(windows, seed)
 
 
 class TaskDataset(TextDataset):
