@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Integer, Shaped
 
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data import tasks as tasks_lib
@@ -231,7 +231,7 @@ class TextDataset(Dataset):
             numbers = (batch * self.batch_size + self.rows.astype(np.int64)).tolist()
             yield self._padded([windows[i * total // count] if i < count else np.zeros(1, np.int32) for i in numbers])
 
-    def _padded(self, windows: Sequence[Int[np.ndarray, "_"]]) -> Batch:
+    def _padded(self, windows: Sequence[Integer[np.ndarray, "_"]]) -> Batch:
         tokens = np.zeros((len(windows), self.sequence_length + 1), np.int32)
         for row, window in zip(tokens, windows):
             row[: len(window)] = window

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from meta_attention_jax.data.corpora import PLACED
 from meta_attention_jax.data.splits import SPLITS, split_word
@@ -94,7 +94,7 @@ def _ends_of(path: pathlib.Path) -> str:
 class Rows:
     """Rows of tokens, each a window."""
 
-    def __init__(self, count: int, read: Callable[[int], Int[np.ndarray, "_"]], vocab_size: int) -> None:
+    def __init__(self, count: int, read: Callable[[int], Integer[np.ndarray, "_"]], vocab_size: int) -> None:
         self._count, self._read, self._vocab_size = count, read, vocab_size
         self._most = 0
 
@@ -108,7 +108,7 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, number: int) -> Int[np.ndarray, "_"]:
+    def __getitem__(self, number: int) -> Integer[np.ndarray, "_"]:
         ids = self._read(number)
         expect(1 < len(ids) <= self._most, "data.sequence_length",
                f"rows of 2 to T + 1 = {self._most} tokens", len(ids))
@@ -140,7 +140,7 @@ def _parquet(paths: Sequence[pathlib.Path]) -> tuple[int, Callable[[int], Any]]:
         file, g = groups[number]
         return file.read_row_group(g, columns=[column]).column(0).combine_chunks()
 
-    def read(number: int) -> Int[np.ndarray, "_"]:
+    def read(number: int) -> Integer[np.ndarray, "_"]:
         g = int(np.searchsorted(starts, number, side="right")) - 1
         return group(g)[int(number - starts[g])].values.to_numpy(zero_copy_only=False)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from meta_attention_jax.data.splits import SPLITS
 from meta_attention_jax.data.tokenized import Split, Tokenized
@@ -50,7 +50,7 @@ class Tokens:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, part: slice) -> Int[np.ndarray, "_"]:
+    def __getitem__(self, part: slice) -> Integer[np.ndarray, "_"]:
         file = int(np.searchsorted(self._starts, part.start, side="right")) - 1
         found, start = self._maps[file], part.start - int(self._starts[file])
         ids = np.frombuffer(found, self._dtype, part.stop - part.start, start * self._dtype.itemsize).copy()

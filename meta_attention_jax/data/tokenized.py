@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from meta_attention_jax.data.corpora import SPLITS, Corpus
 from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.fields import expect
 
-Ids = Int[np.ndarray, "_"]
+Ids = Integer[np.ndarray, "_"]
 
 _SHUFFLED = (1, 2, 4, 5, 9, 7, 8, 6, 0, 3)  # What order 2 makes of ten windows.
 
