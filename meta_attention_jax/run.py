@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from meta_attention_jax import answers, budgets
+from meta_attention_jax.data.corpora import PLACED
 from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
@@ -71,11 +72,11 @@ class Run:
     @functools.cached_property
     def dataset(self) -> Dataset:
         """The run's corpus, as trained or at the length and batch size asked for."""
-        place = self.config.data.corpus
-        if place.startswith("path:") and not local("data.corpus", place[5:]).exists():
+        scheme, _, place = self.config.data.corpus.partition(":")
+        if f"{scheme}:" in PLACED and not local("data.corpus", place).exists():
             raise ValueError(
-                f"corpus: expected the data of the run at {place[5:]!r}, got nothing there; say where "
-                "they are now by load_run(..., corpus='path:NEW'), or --corpus=path:NEW of a command."
+                f"corpus: expected the data of the run at {place!r}, got nothing there; say where "
+                f"they are now by load_run(..., corpus='{scheme}:NEW'), or --corpus={scheme}:NEW of a command."
             )
         shape = self.config.copy_and_resolve_references()
         shape.data.sequence_length = self.sequence_length

@@ -56,8 +56,8 @@ def load_run(
     Args:
       step: "latest", "best" or a saved step.
       sequence_length, batch_size: of the data.
-      corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER". They have to be the same, whatever
-        they are called.
+      corpus: where the data are now, if files have moved: "path:FILE_OR_FOLDER" or "tokens:FOLDER". They have to be
+        the same, whatever they are called.
       data_split: `data.split`.
       backbone: where the published model is now that the run has routed, if it has moved; it has to be the same.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from meta_attention_jax.data import recall as recall_lib
+from meta_attention_jax.data import tokenized
 from meta_attention_jax.data.corpora import SPLITS, load_corpus
 from meta_attention_jax.data.manifest import write_manifest
 from meta_attention_jax.data.pipeline import Dataset, make_dataset
@@ -44,9 +45,10 @@ def make_recall(**changes) -> Dataset:
     return make("", corpus="recall", window=8, **changes)
 
 
-@pytest.fixture(scope="module", params=["text", "recall"])
+@pytest.fixture(scope="module", params=["text", "text of older runs", "recall"])
 def maker(request, folder):
-    return (lambda **c: make(folder, **c)) if request.param == "text" else make_recall
+    order = 1 if "older" in request.param else 2
+    return make_recall if request.param == "recall" else lambda **c: make(folder, order=order, **c)
 
 
 def assert_equal(a: Batch, b: Batch):
@@ -103,13 +105,48 @@ def test_a_process_makes_its_rows_of_the_whole_batch(maker, rows):
         assert_equal(jax.tree.map(lambda leaf: leaf[rows], a), b)
 
 
-def test_rows_do_not_depend_on_the_batch_size(maker):
-    small, large = maker(batch_size=2).train_batch(5), maker(batch_size=9).train_batch(5)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_read_one_sequence_whatever_their_number(folder, processes):
+    """Also from any step on, and over the end of an epoch."""
+    whole = [row.tobytes() for s in range(12) for row in make(folder, batch_size=4).train_batch(s).tokens]
+    share = 8 // processes
+    parts = [make(folder, batch_size=8, rows=slice(i * share, (i + 1) * share)) for i in range(processes)]
+    for step in (5, 2):
+        rows = [row.tobytes() for part in parts for row in part.train_batch(step).tokens]
+        assert rows == whole[8 * step : 8 * step + 8]
+
+
+def test_an_epoch_has_every_window_once_and_the_next_one_another_order(folder):
+    count = sum(max(-(-(size - 1) // T), 1) for size in SIZES["train"] if size > 1)
+    dataset = make(folder, batch_size=count)
+    epochs = [[row.tobytes() for row in dataset.train_batch(step).tokens] for step in range(3)]
+    assert len(set(epochs[0])) == count and len(set(map(tuple, epochs))) == 3
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    batch = dataset.train_batch(0)
+    seen = {n: np.zeros(size, bool) for n, size in enumerate(SIZES["train"]) if size > 1}
+    for row in range(count):
+        n = batch.loss_mask[row].sum()
+        window = bytes([*batch.tokens[row, :n], batch.targets[row, n - 1]])
+        (found,) = [d for d in seen if window in text(d, SIZES["train"][d])]
+        start = text(found, SIZES["train"][found]).index(window)
+        seen[found][start + 1 : start + n + 1] = True
+        assert n == min(T, SIZES["train"][found] - 1), "none is padded but a shorter document's"
+    assert all(targets[1:].all() for targets in seen.values())
+
+
+def test_a_release_of_grain_with_another_shuffle_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(tokenized, "_SHUFFLED", tuple(range(10)))
+    with pytest.raises(ValueError, match="data.order: expected the shuffle of grain 0.2.18"):
+        make(folder).train_batch(0)
+
+
+def test_order_1_draws_each_row_of_a_step_whatever_the_batch_size(folder):
+    small, large = (make(folder, batch_size=size, order=1).train_batch(5) for size in (2, 9))
     assert_equal(jax.tree.map(lambda leaf: leaf[:2], large), small)
 
 
-def test_training_windows_lie_in_one_document_and_reach_all_places(folder):
-    dataset = make(folder, batch_size=8000)
+def test_order_1_reaches_all_places(folder):
+    dataset = make(folder, batch_size=8000, order=1)
     batch = dataset.train_batch(0)
     documents = [text(n, size) for n, size in enumerate(SIZES["train"])]
     # Every window there is; a document of one byte has none.

@@ -8,6 +8,8 @@ A corpus is read whole into memory and named by one string:
   (WikiText's ``wiki.train.tokens``, ``data/train``), else by a hash: `data/splits.py` has the rule;
 * ``hf:NAME[/CONFIG]``: a data set of the Hugging Face hub, where `datasets` is installed.
 
+What is larger than memory is written to token files once (`experiments.tokenize`): `data/stored.py`.
+
 Of a folder, links are followed, hidden files left out, and files that are no text skipped with a warning. With a train
 file, the held-out files beside it that are named like it are read. Held-out documents that are in train too, byte for
 byte, are counted in a warning.
@@ -36,7 +38,12 @@ from meta_attention_jax.data.texts import Parts, cut, read_file, read_folder, re
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
 
-CORPORA = ("sotu", "stdlib", "recall", "path:FILE_OR_FOLDER", "hf:NAME[/CONFIG]")
+PLACED = ("path:", "tokens:", "arrayrecord:", "parquet:")
+"""Of corpora that lie in a place of the user's, and may move; all but the first are tokens already."""
+
+CORPORA = (
+    "sotu", "stdlib", "recall", "path:FILE_OR_FOLDER", "hf:NAME[/CONFIG]", *(f"{place}FOLDER" for place in PLACED[1:])
+)
 
 # Presidents held out, by full name so that a second term stays with the first (Cleveland, Trump)
 # and namesakes stay apart (Adams, Harrison, Johnson, Roosevelt, Bush). One president's addresses
@@ -128,6 +135,8 @@ def load_corpus(spec: str, split: str = "auto") -> Corpus:
         corpus = _hub(spec, rest)
     elif spec == "recall":
         raise ValueError("corpus: expected a corpus of documents, got the generated one, 'recall'.")
+    elif spec.startswith(PLACED[1:]):
+        raise ValueError(f"corpus: expected a corpus of texts, got tokens, {spec!r}.")
     else:
         near = difflib.get_close_matches(spec, ["sotu", "stdlib", "recall"], n=1)
         if not near and pathlib.Path(spec).exists():
@@ -141,7 +150,7 @@ def load_corpus(spec: str, split: str = "auto") -> Corpus:
 def check_split(spec: str, split: str) -> None:
     """Raises ValueError unless `split` is a rule that the corpus called `spec` can have."""
     expect(split in RULES, "data.split", f"one of {', '.join(RULES)}", split)
-    if split != "auto" and (spec in ("sotu", "stdlib", "recall") or spec.startswith("hf:")):
+    if split != "auto" and (spec in ("sotu", "stdlib", "recall") or spec.startswith(("hf:", *PLACED[1:]))):
         raise ValueError(f"data.split: expected 'auto' for {spec!r}, which has splits of its own, got {split!r}.")
 
 
@@ -222,7 +231,28 @@ def _path(spec: str, rest: str, split: str) -> Corpus:
 
 
 def _hub(spec: str, rest: str) -> Corpus:
-    """One document per split, its rows joined: many sets store a paragraph or a line per row. A split that has not its
+    """One document per split, its rows joined: many sets store a paragraph or a line per row."""
+    rows, source = open_hub(spec, rest)
+    texts: Parts = {
+        split: [(name, joined(found["text"])) for name, found in mine.items()] for split, mine in rows.items()
+    }
+    missing = [split for split in SPLITS[1:] if not texts[split]]
+    pieces = [piece for name, data in texts["train"] for piece in cut(name, data, missing)]
+    pieces += [(split, text) for split in SPLITS[1:] for text in texts[split]]
+    by = "by the data set's own splits"
+    return Corpus(
+        name=spec, source=source, splits=_group((split, Document(*text)) for split, text in pieces),
+        split_by=by + (f"; {' and '.join(missing)} off the end of train" if missing else ""),
+    )
+
+
+def joined(rows: Iterable[str]) -> bytes:
+    """Rows as lines of one text."""
+    return "".join(row.removesuffix("\n") + "\n" for row in rows).encode("utf-8")
+
+
+def open_hub(spec: str, rest: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """(data sets of rows with a column "text" by split and name, the version of `datasets`). A split that has not its
     usual name is found by the words of `splits.split_word`."""
     parts = rest.split("/")
     expect(all(parts) and len(parts) <= 3, "corpus", "hf:NAME[/CONFIG], NAME with its owner", spec)
@@ -233,21 +263,11 @@ def _hub(spec: str, rest: str) -> Corpus:
     import datasets  # Optional, and asked for here only.
 
     loaded = datasets.load_dataset("/".join(parts[:2]), *parts[2:])
-    texts: Parts = {split: [] for split in SPLITS}
+    rows: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         said = [name for name in loaded if split_word(name) == split]
-        for name in [split] if split in loaded else sorted(said):
-            columns = loaded[name].column_names
-            expect("text" in columns, "corpus", f"a column 'text' in {spec!r}", columns)
-            lines = (row.removesuffix("\n") + "\n" for row in loaded[name]["text"])
-            texts[split].append((name, "".join(lines).encode("utf-8")))
-    expect(bool(texts["train"]), "corpus", f"a split 'train' in {spec!r}", sorted(loaded))
-    missing = [split for split in SPLITS[1:] if not texts[split]]
-    pieces = [piece for name, data in texts["train"] for piece in cut(name, data, missing)]
-    pieces += [(split, text) for split in SPLITS[1:] for text in texts[split]]
-    by = "by the data set's own splits"
-    return Corpus(
-        name=spec, source=f"datasets {datasets.__version__}",
-        splits=_group((split, Document(*text)) for split, text in pieces),
-        split_by=by + (f"; {' and '.join(missing)} off the end of train" if missing else ""),
-    )
+        rows[split] = {name: loaded[name] for name in ([split] if split in loaded else sorted(said))}
+        for found in rows[split].values():
+            expect("text" in found.column_names, "corpus", f"a column 'text' in {spec!r}", found.column_names)
+    expect(rows["train"], "corpus", f"a split 'train' in {spec!r}", sorted(loaded))
+    return rows, f"datasets {datasets.__version__}"

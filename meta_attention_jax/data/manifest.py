@@ -9,7 +9,7 @@ import pathlib
 import warnings
 from typing import Any
 
-from meta_attention_jax.data.corpora import load_corpus
+from meta_attention_jax.data.corpora import PLACED, load_corpus
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.files import write_whole
@@ -35,8 +35,8 @@ def digest(manifest: dict[str, Any]) -> str:
 
 
 def _of_files(manifest: Any) -> bool:
-    """Whether this is the manifest of a `path:` corpus, with all that `same_data` looks at."""
-    if not isinstance(manifest, dict) or not str(manifest.get("corpus")).startswith("path:"):
+    """Whether this is the manifest of files of one's own, with all that `same_data` looks at."""
+    if not isinstance(manifest, dict) or not str(manifest.get("corpus")).startswith(PLACED):
         return False
     documents, keys = manifest.get("documents"), {"split", "bytes", "sha256"}
     if not isinstance(documents, list) or "tokenizer" not in manifest:

@@ -2,26 +2,31 @@
 
 Row r of training batch s is a function of (seed, s, r) alone: resuming needs the step, and a process that is given some
 of the rows makes exactly those. Everything is NumPy on the host.
+
+Windows of text come in one of two orders, `data.order`: 2, a `grain.MapDataset` that shuffles them, every one once an
+epoch; or 1, that of older runs, a place drawn for every row.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Integer, Shaped
 
 from meta_attention_jax.data import recall as recall_lib
 from meta_attention_jax.data import tasks as tasks_lib
-from meta_attention_jax.data.corpora import SPLITS, Corpus, check_split, load_corpus
+from meta_attention_jax.data.corpora import SPLITS, check_split, load_corpus
 from meta_attention_jax.data.recall import RecallConfig
+from meta_attention_jax.data.stored import is_stored, open_stored
 from meta_attention_jax.data.tasks import TaskConfig
-from meta_attention_jax.data.tokenized import Split, tokenize
+from meta_attention_jax.data.tokenized import Source, Split, Tokenized, Windows, shuffled, tokenize
 from meta_attention_jax.data.tokenizer import SymbolTokenizer, Tokenizer, make_tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.types import Batch
@@ -48,18 +53,20 @@ def make_dataset(
     window: int = 2,
     rows: slice | np.ndarray = slice(None),
     split: str = "auto",
+    order: int = 2,
 ) -> Dataset:
-    """The data set of one experiment: "recall", or a corpus that `load_corpus` knows.
+    """The data set of one experiment: "recall", a corpus that `load_corpus` knows, or token files.
 
     Args:
       batch_size: rows of the whole batch, over all processes.
       seed: of the training batches.
       tokenizer, vocab_size, tokenizer_dir: as `make_tokenizer`, or a tokenizer that there is, for text; `recall` has a
-        vocabulary of its own.
+        vocabulary of its own, and token files were written with one.
       tasks, shares, needles, wording, min_distance: of text, as `TaskConfig`; prose alone is windows as they are.
       window: of local attention; raises `min_distance`, recall's too, to at least that.
       rows: the rows of every batch that this process makes.
       split: of files of one's own; see `data/splits.py`.
+      order: of training windows of prose; see the head of this module.
     """
     for field, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         expect(value >= 1, field, "at least 1", value)
@@ -74,12 +81,16 @@ def make_dataset(
         config = recall if recall is not None else RecallConfig()
         distance = max(config.min_distance, window)
         return RecallDataset(dataclasses.replace(config, min_distance=distance), **shape)
-    loaded = load_corpus(corpus, split)
-    own = isinstance(tokenizer, Tokenizer)
-    made = tokenizer if own else make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir)
+    if is_stored(corpus):
+        check_split(corpus, split)
+        made = open_stored(corpus, tokenizer, vocab_size)
+    else:
+        loaded = load_corpus(corpus, split)
+        own = isinstance(tokenizer, Tokenizer)
+        made = tokenize(loaded, tokenizer if own else make_tokenizer(tokenizer, loaded, vocab_size, tokenizer_dir))
     if made_of.tasks == ("prose",):
-        return TextDataset(loaded, made, **shape)
-    return TaskDataset(loaded, made, made_of, **shape)
+        return TextDataset(made, order, **shape)
+    return TaskDataset(made, made_of, **shape)
 
 
 class Dataset(abc.ABC):
@@ -166,72 +177,66 @@ class Dataset(abc.ABC):
 
 
 class TextDataset(Dataset):
-    """Windows of a corpus of documents. Training windows start uniformly at every place of the training split whose T +
-    1 tokens stay within one document; a shorter document is one window, padded. Held-out documents are cut into windows
-    that do not overlap, so that every token but a document's first is a target once."""
+    """Windows of a corpus of documents. Training windows are T tokens apart, and the last of a document ends with it; a
+    shorter document is one window, padded. Held-out documents are cut into windows that do not overlap, so that every
+    token but a document's first is a target once."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, **shape: Any) -> None:
-        super().__init__(tokenizer, **shape)
-        self._corpus = corpus
-        self._splits = {split: tokenize(corpus, split, tokenizer, self.sequence_length) for split in SPLITS}
-        tokens = len(self._splits["train"].tokens)
-        if tokens < self.sequence_length + 1:
-            raise ValueError(
-                f"sequence_length: expected at most {tokens - 1}, as the training split of "
-                f"{corpus.name!r} has {tokens} tokens, got {self.sequence_length}."
-            )
+    def __init__(self, data: Tokenized, order: int = 2, **shape: Any) -> None:
+        super().__init__(data.tokenizer, **shape)
+        self._data, self._order = data, order
+        if isinstance(train := data.splits["train"], Split):
+            tokens = len(train.tokens)
+            most = f"at most {tokens - 1}, as the training split of {data.name!r} has {tokens} tokens"
+            expect(tokens > self.sequence_length, "sequence_length", most, self.sequence_length)
+        else:
+            expect(order == 2, "data.order", f"2 for {data.name!r}, of rows", order)
+        self._held_out = {split: data.splits[split].windows(self.sequence_length, cover=True) for split in SPLITS}
 
     def manifest(self) -> dict[str, Any]:
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
-        return {**self._corpus.manifest(), "tokenizer": named}
+        return {**self._data.manifest, "tokenizer": named}
 
     def about(self) -> dict[str, Any]:
-        sizes = {
-            split: {"files": total["documents"], "bytes": total["bytes"]}
-            for split, total in self._corpus.totals().items()
-        }
-        return {"corpus": self._corpus.name, "split": self._corpus.split_by, **sizes}
+        return {"corpus": self._data.name, "split": self._data.split_by, **self._data.sizes()}
+
+    @functools.cached_property
+    def _windows(self) -> Any:
+        """Training windows: of order 2 an endless shuffled sequence, of order 1 those at every place."""
+        train = self._data.splits["train"]
+        if self._order == 1:
+            return Windows(train, self.sequence_length, 1)
+        return shuffled(train.windows(self.sequence_length), self._seed)
 
     def train_batch(self, step: int) -> Batch:
-        split = self._splits["train"]
-        uniforms = self._generator(self._seed, _TRAIN, step).random(self.batch_size)[self.rows]
-        place = (uniforms * split.places[-1]).astype(np.int64)
-        document = np.searchsorted(split.places, place, side="right") - 1
-        return self._windows(split, document, place - split.places[document])
+        numbers = step * self.batch_size + self.rows.astype(np.int64)
+        if self._order == 1:
+            uniforms = self._generator(self._seed, _TRAIN, step).random(self.batch_size)[self.rows]
+            numbers = (uniforms * len(self._windows)).astype(np.int64)
+        return self._padded([self._windows[i] for i in numbers.tolist()])
 
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
         _check_eval(split, max_batches)
-        batches = -(-int(self._splits[split].windows[-1]) // self.batch_size)
+        batches = -(-len(self._held_out[split]) // self.batch_size)
         return batches if max_batches is None else min(batches, max_batches)
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
         """The last one is filled up with rows of padding."""
         batches = self.num_eval_batches(split, max_batches=max_batches)
-        return self._eval_batches(self._splits[split], batches)
+        return self._eval_batches(self._held_out[split], batches)
 
-    def _eval_batches(self, split: Split, batches: int) -> Iterator[Batch]:
-        total = int(split.windows[-1])
+    def _eval_batches(self, windows: Source, batches: int) -> Iterator[Batch]:
+        total = len(windows)
         count = min(batches * self.batch_size, total)
         for batch in range(batches):
-            number = batch * self.batch_size + self.rows.astype(np.int64)
-            window = np.minimum(number, count - 1) * total // count
-            document = np.searchsorted(split.windows, window, side="right") - 1
-            start = (window - split.windows[document]) * self.sequence_length
-            yield self._windows(split, document, start, number < count)
+            numbers = (batch * self.batch_size + self.rows.astype(np.int64)).tolist()
+            yield self._padded([windows[i * total // count] if i < count else np.zeros(1, np.int32) for i in numbers])
 
-    def _windows(
-        self,
-        split: Split,
-        document: Int[np.ndarray, "local_batch"],
-        start: Int[np.ndarray, "local_batch"],
-        present: np.ndarray | bool = True,
-    ) -> Batch:
-        begin, end = split.offsets[document] + start, split.offsets[document + 1]
-        index = begin[:, None] + np.arange(self.sequence_length + 1)[None, :]
-        tokens = split.tokens[np.minimum(index, end[:, None] - 1)]
-        targets = np.where(present, np.minimum(end - 1 - begin, self.sequence_length), 0)
-        kind = np.zeros((len(self.rows), self.sequence_length), np.int32)
-        return self._batch(tokens, targets, kind)
+    def _padded(self, windows: Sequence[Integer[np.ndarray, "_"]]) -> Batch:
+        tokens = np.zeros((len(windows), self.sequence_length + 1), np.int32)
+        for row, window in zip(tokens, windows):
+            row[: len(window)] = window
+        targets = np.array([len(window) - 1 for window in windows])
+        return self._batch(tokens, targets, np.zeros((len(windows), self.sequence_length), np.int32))
 
 
 class TaskDataset(TextDataset):
@@ -241,19 +246,21 @@ class TaskDataset(TextDataset):
 
     kinds = tasks_lib.KINDS
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, config: TaskConfig, **shape: Any) -> None:
-        super().__init__(corpus, tokenizer, **shape)
+    def __init__(self, data: Tokenized, config: TaskConfig, **shape: Any) -> None:
+        super().__init__(data, **shape)
         self.config = config
         asks = "lookup" in config.tasks
-        self._writer = tasks_lib.Writer(tokenizer, tasks_lib.WORDINGS[config.wording]) if asks else None
+        self._writer = tasks_lib.Writer(self.tokenizer, tasks_lib.WORDINGS[config.wording]) if asks else None
         tasks_lib.check_length(config, self.sequence_length, self._writer)
-        self._places = {}  # Cumulative count, by document, of the places where a task's stretches begin.
+        self._stretches = {}  # Of one document, that a task is made of.
         for split, task in itertools.product(SPLITS, config.tasks):
-            found, tokens = self._splits[split], tasks_lib.stretch(task, self.sequence_length)
-            places = found.places if task == "prose" else found.stretches(tokens)
+            documents = data.splits[split]
+            expect(isinstance(documents, Split), "data.tasks", f"('prose',) for {data.name!r}, of rows", config.tasks)
+            tokens = tasks_lib.stretch(task, self.sequence_length)
+            stretches = Windows(documents, tokens - 1, 1, full=task != "prose")
             expected = f"less for {task!r}, made of {tokens} tokens of one document, which none of {split!r} has"
-            expect(places[-1] > 0, "sequence_length", expected, self.sequence_length)
-            self._places[split, task] = places
+            expect(len(stretches), "sequence_length", expected, self.sequence_length)
+            self._stretches[split, task] = stretches
 
     def manifest(self) -> dict[str, Any]:
         return {**super().manifest(), "tasks": self.config.manifest()}
@@ -272,9 +279,9 @@ class TaskDataset(TextDataset):
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
         batches = self.num_eval_batches(split, max_batches=max_batches)
-        return (self._held_out(split, batch * self.batch_size + self.rows.astype(np.int64)) for batch in range(batches))
+        return (self._in_turn(split, batch * self.batch_size + self.rows.astype(np.int64)) for batch in range(batches))
 
-    def _held_out(self, split: str, numbers: Int[np.ndarray, "local_batch"]) -> Batch:
+    def _in_turn(self, split: str, numbers: Int[np.ndarray, "local_batch"]) -> Batch:
         stream, tasks = SPLITS.index(split), self.config.tasks
         return self._made(split, [(tasks[i % len(tasks)], self._generator(0, stream, i)) for i in numbers.tolist()])
 
@@ -283,13 +290,9 @@ class TaskDataset(TextDataset):
         return self._batch(np.stack(windows), np.array(targets), np.stack(kinds))
 
     def _window(self, split: str, task: str, rng: np.random.Generator) -> tuple[Any, Any, int]:
-        length, found, places = self.sequence_length, self._splits[split], self._places[split, task]
-        place = int(rng.integers(places[-1]))
-        document = int(np.searchsorted(places, place, side="right")) - 1
-        begin = int(found.offsets[document] + place - places[document])
-        end = min(begin + tasks_lib.stretch(task, length), int(found.offsets[document + 1]))
-        source = found.tokens[begin:end].astype(np.int32)
-        return tasks_lib.window(task, rng, source, self.config, length, self._writer)
+        stretches = self._stretches[split, task]
+        source = stretches[int(rng.integers(len(stretches)))].astype(np.int32)
+        return tasks_lib.window(task, rng, source, self.config, self.sequence_length, self._writer)
 
 
 class RecallDataset(Dataset):

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -47,6 +47,10 @@ class Tokenizer(abc.ABC):
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             raise ValueError(f"ids: expected within [0, {self.vocab_size}), got {ids.min()} to {ids.max()}.")
         return self._decode(ids)
+
+    def same(self, other: Tokenizer) -> bool:
+        """Whether the other one gives the same tokens."""
+        return self.kind == other.kind and self._content() == other._content()
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into `directory`, atomically."""
@@ -116,7 +120,7 @@ class BPETokenizer(Tokenizer):
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
     @classmethod
-    def train(cls, texts: Sequence[bytes], vocab_size: int) -> BPETokenizer:
+    def train(cls, texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:
         """Learns merges from `texts`; the same texts always give the same merges."""
         expect(vocab_size >= 256, "vocab_size", "at least the 256 bytes", vocab_size)
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -184,7 +184,7 @@ def build_dataset(config: ConfigDict, tokenizer_dir: Any = None, rows: Optional[
         vocab_size=data.vocab_size if data.tokenizer == "bpe" else None, sequence_length=data.sequence_length,
         batch_size=data.batch_size, seed=data_seed(config), recall=recall, tasks=data.tasks, shares=data.shares,
         needles=data.needles, min_distance=distance, window=window, tokenizer_dir=tokenizer_dir,
-        rows=slice(None) if rows is None else rows, split=data.split,
+        rows=slice(None) if rows is None else rows, split=data.split, order=data.order,
     )
 
 

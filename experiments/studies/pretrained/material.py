@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from meta_attention_jax.data import tasks
 from meta_attention_jax.data.corpora import load_corpus
 from meta_attention_jax.data.tasks import LOOKUP, PROSE, REPEAT, TaskConfig, Writer
-from meta_attention_jax.data.tokenized import Split, tokenize
+from meta_attention_jax.data.tokenized import Split, tokenize_split
 from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.fields import expect, near
 from meta_attention_jax.types import Batch
@@ -134,5 +134,5 @@ class Material:
     def _split(self, corpus: str, split: str) -> Split:
         key = self._own.get(corpus, corpus), split
         if key not in self._splits:
-            self._splits[key] = tokenize(load_corpus(key[0]), split, self._tokenizer, self.length)
+            self._splits[key] = tokenize_split(load_corpus(key[0]), split, self._tokenizer)
         return self._splits[key]
