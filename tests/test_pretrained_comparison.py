@@ -359,8 +359,9 @@ def test_tables_say_what_the_rows_do(tmp_path):
         ],
         "calibration": [dict(kind="prose", arm="bayesian", seed=s, ece=0.1 * s, brier=0.2, mean=0.3, labelled=0.1,
                              predicted=[0.1, 0.9], rate=[0.2, 0.7], count=[90, 10]) for s in range(3)],
-        **{f"scarce 1 {s}": [dict(arm="bayesian", data=f"1 {s}", windows=1, strength=2.0, preference=0.1, beta=0.1,
-                                  share=0.2, entropy=0.5, vacuity=0.4) | {"left@0.2": 0.2, "left@0.3": 0.1}]
+        **{f"scarce 1 {s}": [dict(arm=arm, data=f"1 {s}", windows=1, strength=2.0, preference=0.1, beta=0.1,
+                                  share=0.2, entropy=0.5, vacuity=0.4) | {"left@0.2": left, "left@0.3": left - 0.1}
+                             for arm, left in (("bayesian", 0.1 + 0.1 * s), ("cost_penalty", 0.15 + 0.1 * s))]
            for s in range(3)},
         "steps bayesian 0.003": [
             {"step": 50, "kinds": {"tokens": [9, 0, 0, 1], "nll": [3.5, 0, 0, 1], "fractions": [[[0.4, 0.6]] * 4] * 2}}
@@ -374,7 +375,7 @@ def test_tables_say_what_the_rows_do(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("share", "risk", "reliability"))
     assert "| kappa 2, beta 0.3, rate 0.001, rho 0 |" in page and page.count("| 20%, 30%") == 1
     assert "+0.0" in page and "nan" not in page
-    for cell in ("25.0% | 20.0% to 30.0%", "|     3 | 0.100 |", "20.0% ± 0.0%", "|   50 | prose | 3.5000 |"):
+    for cell in ("25.0% | 20.0% to 30.0%", "|     3 | 0.100 |", "20.0% ± 24.8%", "-5.0% ± 0.0%", "|   50 | prose | 3.5000 |"):
         assert cell in page, cell
 
 

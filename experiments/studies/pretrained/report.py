@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,9 +93,11 @@ CALIBRATION = [
     analysis.Column("ece", "ECE", ".3f"), analysis.Column("brier", "Brier", ".3f"),
     analysis.Column("mean", "mean E pi_full", ".1%"), analysis.Column("labelled", "labelled full", ".1%"),
 ]
+PEER = "cost_penalty"  # What the arms of few windows are compared with, on the same ones.
 SCARCE = [
     analysis.Column("arm", "arm"), analysis.Column("setting", "setting"), analysis.Column("windows", "windows", "d"),
-    *(analysis.Column(f"left@{share}", f"harm left at {share:.0%}") for share in plan.CHOSEN_AT),
+    *(analysis.Column(f"{key}@{share}", f"{words} at {share:.0%}") for share in plan.CHOSEN_AT
+      for key, words in (("left", "harm left"), ("less", f"less {PEER}'s"))),
     analysis.Column("share", "on full at lambda 0", ".1%"), analysis.Column("entropy", "entropy", ".3f"),
     analysis.Column("vacuity", "vacuity", ".3f"),
 ]
@@ -126,23 +128,34 @@ def calibration_lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def scarce_lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings by the number of training windows, mean over seeds with the 95 % interval's half-width."""
+    """Settings by the number of training windows, mean over seeds with the 95 % interval's half-width; so are
+    differences from the arm without a prior on the same windows, for seeds draw these."""
     groups: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
-    for row in (row for name, rows in found.items() if name.startswith("scarce ") for row in rows):
+    rows = [row for name, own in found.items() if name.startswith("scarce ") for row in own]
+    peers = {row["data"]: row for row in rows if row["arm"] == PEER}
+    for row in rows:
         said = f"kappa {row['strength']:g}, eta {row['preference']:g}, beta {row['beta']:g}"
         arm = f"{row['arm']} of prose" if row["data"].startswith("prose") else row["arm"]
         groups.setdefault((arm, said, row["windows"]), []).append(row)
     shown = []
     for (arm, said, size), own in groups.items():
         line = {"arm": arm, "setting": said, "windows": size}
-        for key in (f"left@{share}" for share in plan.CHOSEN_AT):
-            middle, pm = interval([row[key] for row in own])
-            line[key] = f"{middle:.1%} ± {pm:.1%}" if len(own) > 1 else f"{middle:.1%}"
+        for share in plan.CHOSEN_AT:
+            key = f"left@{share}"
+            line[key] = _percent([row[key] for row in own])
+            pairs = [row[key] - peers[row["data"]][key] for row in own if row["data"] in peers]
+            if arm.removesuffix(" of prose") != PEER and pairs:
+                line[f"less@{share}"] = _percent(pairs, "+.1%")
         for key in ("share", "entropy", "vacuity"):
             if all(key in row for row in own):
                 line[key] = float(np.mean([row[key] for row in own]))
         shown.append(line)
     return shown
+
+
+def _percent(values: Sequence[float], form: str = ".1%") -> str:
+    middle, pm = interval(values)
+    return f"{middle:{form}} ± {pm:.1%}" if len(values) > 1 else f"{middle:{form}}"
 
 
 def progress_lines(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -169,8 +182,9 @@ def further(found: Mapping[str, Any]) -> list[str]:
         ("Calibration", "E pi_full of every token and layer in full attention's stream against the oracle's label "
          "(a window would change the layer's output by 8 % of the stream's norm).",
          calibration_lines(found), CALIBRATION, "reliability"),
-        ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three seeds "
-         "with the half-width of its 95 % interval.", scarce_lines(found), SCARCE, ""),
+        ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three seeds, "
+         "which draw the windows, with the half-width of its 95 % interval; differences in pairs of the same windows.",
+         scarce_lines(found), SCARCE, ""),
         ("Steps", progress_lines.__doc__, progress_lines(found), PROGRESS, ""),
     )
     return [
