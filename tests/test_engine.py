@@ -116,7 +116,7 @@ def test_a_signal_cancels_what_is_left_once(fake):
 
     def work(name):
         made.append(name)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # SIGINT is ignored in a shell's background.
 
     with pytest.raises(Interrupted):
         engine.on_ray(work, {name: (name,) for name in "abc"}, {})
@@ -229,9 +229,9 @@ class Cluster:
                 process.wait()
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    pytest.importorskip("ray")
+@contextlib.contextmanager
+def started():
+    """Two machines."""
     # Short, for its sockets.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         made = Cluster(folder)
@@ -241,6 +241,13 @@ def cluster():
             yield made
         finally:
             made.close()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    pytest.importorskip("ray")
+    with started() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +332,52 @@ def test_a_second_command_joins_and_one_that_is_stopped_leaves_what_is_done(clus
         events = [json.loads(line)["event"] for line in lines]
         assert events.count("start") == 1 and events.count("resume") <= 2
     until(lambda: not busy())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_head_that_dies_ends_the_command_and_another_cluster_goes_on(whole, tmp_path):
+    root = tmp_path / "sweep"
+    for attempt in range(2):
+        with started() as other:
+            command = other.sweep(root)
+            if attempt:
+                code, said = other.ended(command)
+                assert code == 0, said
+                break
+            until(lambda: list(root.glob("points/seed=0/checkpoints/20")))
+            head = other.machines[0]
+            for pid in (head.pid, *children(head.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            head.wait()
+            code, said = other.ended(command)
+            assert code != 0 and "chosen: " not in said, said
+            until(lambda: not workers(other.machines[1]))  # What they have begun goes with it.
+    check_same(root, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_full_disk_ends_groups_and_with_room_again_they_go_on(cluster, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        command = cluster.sweep(disk / "sweep")
+        until(lambda: list(disk.glob("sweep/points/seed=0/checkpoints/20")))
+        with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        code, said = cluster.ended(command)
+        assert code != 0 and "No space left on device" in said and "chosen: " not in said, said
+        (disk / "ballast").unlink()
+        code, said = cluster.ended(cluster.sweep(disk / "sweep"))
+        assert code == 0, said
+        check_same(disk / "sweep", whole)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.ray

@@ -70,7 +70,7 @@ print(run.generate(text, steps=8))
 
 # %%
 routes = run.routes(text).frame()
-routes.tail(5).round(2)
+routes.drop(columns="hard").tail(5).round(2)
 
 # %% [markdown]
 # The same as coloured text. Orange is full attention, blue linear, yellow local. What to see: the question
