@@ -85,7 +85,7 @@ def shown(path: pathlib.Path, out: pathlib.Path, browser: str) -> bool:
     return drawn >= wanted and picture.is_file()
 
 
-def _browse(browser: str, what: str, page: pathlib.Path, height: int = 2000) -> str:
+def _browse(browser: str, what: str, page: pathlib.Path, height: int = 400) -> str:
     """What the browser prints of a page, of which it fetches nothing from elsewhere."""
     return subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",

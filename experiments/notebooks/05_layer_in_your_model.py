@@ -93,4 +93,4 @@ print(f"{history[0]:.2f} -> {history[-1]:.2f} nats; guessing is {float(jnp.log(1
 _, seen = model.apply({"params": params}, tokens, mutable="intermediates")
 for routing in jax.tree.leaves(seen, is_leaf=lambda x: hasattr(x, "mean")):
     weights = routing.mean[:, 8:].mean(axis=(0, 1))
-    print(dict(zip(("full", "linear", "local"), weights.round(2).tolist())))
+    print({name: f"{weight:.2f}" for name, weight in zip(("full", "linear", "local"), weights)})

@@ -38,7 +38,8 @@ run
 text = (
     "The committee met on Tuesday in the old library to settle three questions. The first was who should keep the "
     "keys while the building was repaired; the second, where the maps and the globe would go; the third, whether the "
-    "reading room might stay open on Sundays. Nobody agreed on the second. "
+    "reading room might stay open on Sundays. Nobody agreed on the second, and the chairman, who had hoped to be home by "
+    "six, asked the clerk to read the old rules aloud once more. "
 ) * 2
 routes = run.routes(text, mode="hard")
 share = (routes.route == run.mechanisms.index("full")).mean(axis=1)
