@@ -184,7 +184,7 @@ class Cluster:
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.folder, self.machines, self.commands = pathlib.Path(folder), [], []
         self.env = {**environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
-                    "RAY_USAGE_STATS_ENABLED": "0"}
+                    "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
     def add(self):
         where = [f"--address={self.address}"]
