@@ -17,6 +17,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from experiments import lm_eval as command
+from experiments import studies
 from meta_attention_jax import load_run
 from meta_attention_jax.data.tokenizer import ByteTokenizer, SymbolTokenizer
 from meta_attention_jax.training.job import prepare
@@ -294,8 +295,10 @@ def test_a_mistake_of_the_command_is_one_line(roots, offline):
 
 
 def test_without_lm_eval_its_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "experiments.studies.harness", raising=False)
+    monkeypatch.delattr(studies, "harness", raising=False)
     monkeypatch.setattr(command, "tolerant_streams", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         command.main()

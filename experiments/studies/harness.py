@@ -3,6 +3,7 @@
 Requests of similar length go together: rows are padded on the right, which a causal model does not see, to a power of
 two, and so is their number, up to `batch_size`. The numbers are those of lm-eval's `hf` model where every token is on
 full attention: so are the words (what is written like a special token is that token), what begins a text, what is cut.
+Importing this is enough for `lm_eval.simple_evaluate(model="meta_attention_jax", model_args={"run": ...})`.
 """
 
 from __future__ import annotations
@@ -141,8 +142,9 @@ class RoutedLM(TemplateLM):
         self, run: Any = None, budget: Optional[float] = None, share: Optional[float] = None,
         price: Optional[float] = None, mode: Optional[str] = None, step: int | str = "latest",
         backbone: Optional[str] = None, max_length: Optional[int] = None, prefix_token_id: Optional[int] = None,
-        seed: int = 0, batch_size: int | str = 1, max_batch_size: Any = None, **unknown: Any,
+        seed: int = 0, batch_size: int | str = 1, max_batch_size: Any = None, device: Any = None, **unknown: Any,
     ) -> None:
+        del max_batch_size, device  # lm-eval gives them unasked; JAX_PLATFORMS says where a run is.
         super().__init__()
         with mistakes():
             for name in unknown:
