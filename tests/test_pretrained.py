@@ -263,6 +263,7 @@ def test_a_byte_level_tokenizer_is_rebuilt_from_its_merges():
     assert rebuilt.vocab_size == 291 and rebuilt.ends == (290,) and rebuilt.token_bytes[290] == 0
     assert rebuilt.token_bytes[rebuilt.encode(cut)].sum() == len(cut)
     assert rebuilt.chat([{"role": "user", "content": "glad"}]).tolist() == [*rebuilt.encode(b"glad"), 290]
+    assert rebuilt.conversation([{"role": "user", "content": "glad "}], answer=False) == "glad ", "to go on with"
     strict = from_gguf(said | {
         "tokenizer.ggml.bos_token_id": 290,
         "tokenizer.chat_template": "{% if not messages %}{{ raise_exception('no words') }}{% endif %}{{ bos_token }}",
@@ -270,6 +271,8 @@ def test_a_byte_level_tokenizer_is_rebuilt_from_its_merges():
     assert strict.chat([{"role": "user", "content": "glad"}]).tolist() == [290]
     with pytest.raises(ValueError, match="^chat: expected messages that the model's template takes, got 'no words'."):
         strict.chat([])
+    with pytest.raises(ValueError, match="^chat: expected a template that keeps what the last message says, got "):
+        strict.conversation([{"role": "user", "content": "glad"}], answer=False)
     for words in ("smollm", "qwen2", "llama-bpe"):
         other = from_gguf(said | {"tokenizer.ggml.pre": words})
         assert other.decode(other.encode(cut)) == cut

@@ -48,13 +48,27 @@ class PublishedTokenizer(Tokenizer):
     def encode(self, data: bytes) -> Ids:
         return self._encode(text_of(data), as_text=True)
 
+    def encode_marked(self, text: str) -> Ids:
+        """Token ids of a text in which what is written like a token that is no text is that token: of a conversation,
+        for one."""
+        return self._encode(text, as_text=False)
+
     def _encode(self, text: str, *, as_text: bool) -> Ids:
         """`as_text`: what is written like a token that is no text is text all the same."""
         self._tokenizer.encode_special_tokens = as_text
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def decode_text(self, ids: Sequence[int | np.integer] | Ids) -> str:
+        """The text of an answer as the library writes one: some leave out the blank before its first word."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids:
         """Ids of a conversation, {"role": ..., "content": ...} each, up to where the model answers."""
+        return self.encode_marked(self.conversation(messages))
+
+    def conversation(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
+        """A conversation as the model's template writes it, up to where the model answers, or without `answer` up to
+        the end of what the last message says, for the model to go on with."""
         expect(self.template is not None, "chat", "a model with a chat template", "one without")
         try:
             import jinja2.sandbox
@@ -64,16 +78,23 @@ class PublishedTokenizer(Tokenizer):
         def refuse(reason: str) -> None:
             raise jinja2.TemplateError(reason)
 
+        messages = list(messages)
+        if not answer:
+            messages[-1] = {**messages[-1], "content": messages[-1]["content"] + _HERE}
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         token = lambda i: "" if i is None else self._tokenizer.id_to_token(i) or ""  # noqa: E731
         try:
             text = environment.from_string(self.template).render(
-                messages=list(messages), add_generation_prompt=True, bos_token=token(self.start),
+                messages=messages, add_generation_prompt=answer, bos_token=token(self.start),
                 eos_token=token(self.ends[0] if self.ends else None), raise_exception=refuse,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"chat: expected messages that the model's template takes, got {str(error)!r}.") from None
-        return self._encode(text, as_text=False)
+        if answer:
+            return text
+        said, found, rest = text.rpartition(_HERE.strip())
+        expect(found, "chat", "a template that keeps what the last message says", text)
+        return said if rest.startswith(" ") else said.rstrip()  # Of a message that the template trims.
 
     @property
     def serialized(self) -> str:
@@ -90,6 +111,7 @@ class PublishedTokenizer(Tokenizer):
 
 
 _ALPHABET = byte_alphabet()
+_HERE = "<the last message ends here> "  # With a blank, to see whether the template keeps it.
 
 
 def _of_bytes(inner: tokenizers.Tokenizer) -> bool:
