@@ -19,7 +19,7 @@ from experiments.common import user_mistakes
 from experiments.studies import outcome, pinned
 from meta_attention_jax.config import check_fields, config_to_dict, read_stored
 from meta_attention_jax.fields import expect
-from meta_attention_jax.sweeps.search import Search
+from meta_attention_jax.sweeps.search import Search, package
 from meta_attention_jax.sweeps.space import Point, Range, Ranges, configured, content_label, ends
 from meta_attention_jax.training.processes import hold
 
@@ -32,13 +32,13 @@ GROWING = ("points", "batches")
 
 
 def check(base: ConfigDict, ranges: Ranges, objectives: Sequence[str]) -> None:
-    """Raises ValueError for objectives that are none, and for ranges whose ends no config may have."""
+    """Raises ValueError for objectives that are none, for ranges whose ends no config may have, and without Optuna."""
     known = f"one or several of {', '.join(OBJECTIVES)}"
     ok = objectives and set(objectives) <= OBJECTIVES.keys() and len(set(objectives)) == len(objectives)
     expect(ok, "objectives", known, ",".join(objectives))
     for point in ends(ranges):
         check_fields(configured(base, point))
-        content_label(point)
+    package()
 
 
 def search(
@@ -99,7 +99,7 @@ def _stored(root: pathlib.Path) -> tuple[dict[str, Point], dict[str, list[str]]]
     stored = read_stored(root / "sweep.json", "this search")
     points, batches = (stored.get(key) for key in GROWING)
     ok = isinstance(points, dict) and isinstance(batches, dict)
-    ok = ok and all(isinstance(point, dict) for point in points.values())
+    ok = ok and all(isinstance(point, dict) and content_label(point) == label for label, point in points.items())
     ok = ok and all(isinstance(one, list) and points.keys() >= set(one) for one in batches.values())
     expect(ok, "workdir", f"this search in {str(root / 'sweep.json')!r}", "something else")
     return {

@@ -21,6 +21,17 @@ SAMPLERS = ("nsga2", "tpe")
 """For several objectives, and for one; TPE takes several too, and may do better by few points."""
 
 
+def package() -> Any:
+    """Optuna; raises ValueError where it is not installed."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise ValueError(
+            "search: expected the package optuna (extra optuna: pip install 'optuna>=4') for --search=optuna, got none."
+        ) from None
+    return optuna
+
+
 class Search:
     """A study of Optuna, whose objectives are all minimised."""
 
@@ -32,17 +43,8 @@ class Search:
         Args:
           sampler: one of `SAMPLERS`.
           at_once: points of a batch.
-
-        Raises:
-          ValueError: the package is not installed.
         """
-        try:
-            import optuna
-        except ModuleNotFoundError:
-            raise ValueError(
-                "search: expected the package optuna (extra optuna: pip install 'optuna>=4') for --search=optuna, "
-                "got none."
-            ) from None
+        optuna = package()
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -99,8 +101,8 @@ class Search:
 
 
 def _ours(kind: type) -> type:
-    """A sampler whose numbers have 6 digits: they read well, and a name that shows them says which they are. Values that
-    are `given` it takes; trials that are enqueued with them NSGA-II would count to no generation."""
+    """A sampler whose numbers have 6 digits: they read well, and a name that shows them says which they are. Values
+    that are `given` it takes: to trials that are enqueued NSGA-II gives no generation."""
 
     class Sampler(kind):
         given: dict[str, Any] = {}
