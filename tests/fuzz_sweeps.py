@@ -48,6 +48,7 @@ def sweep_arguments(draw: random.Random) -> list[Case]:
         ["--points_at_once=-1"], ["--points_at_once=x"], ["--test_batches=-1"], ["--together=x"],
         ["--test_batches=1.5"], ["--config.seed=x"], ["--config.train.steps=-3"], ["more"],
         ["--workdir=file"], ["--workdir=other"], ["--workdir=file/below"], ["--workdir="],
+        ["--search=bayes"], ["--search=optuna"], ["--trials=2"], ["--sampler=tpe"], ["--search=optuna", "--trials=0"],
         ["--nothing"], ["--config.zzz=1"], ["--config.train.init_from=nowhere"],
     ):
         line = ("--config=s.py", "--workdir=new", *argv)

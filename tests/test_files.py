@@ -262,11 +262,11 @@ def test_a_comparison_starts_where_there_are_no_hard_links(tmp_path, monkeypatch
     monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "sweep" / "sweep.json"
     for _ in range(2):
-        pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}}}, "this sweep", grows="points")
-    pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}, "y": {}}}, "this sweep", grows="points")
+        pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}}}, "this sweep", grows=["points"])
+    pinned.pin(path, {"config": {"a": 1}, "points": {"x": {}, "y": {}}}, "this sweep", grows=["points"])
     assert json.loads(path.read_text())["points"].keys() == {"x", "y"}
     with pytest.raises(ValueError, match="config.a: expected 1"):
-        pinned.pin(path, {"config": {"a": 2}, "points": {"x": {}, "y": {}}}, "this sweep", "points")
+        pinned.pin(path, {"config": {"a": 2}, "points": {"x": {}, "y": {}}}, "this sweep", ["points"])
 
 
 @pytest.mark.parametrize("left", ["config.tmp", ".config.json.4711.tmp"])

@@ -188,10 +188,10 @@ def test_the_frame_has_a_column_per_swept_field():
 def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
     path = tmp_path / "sweep" / "sweep.json"
     shared = {"config": {"train": {"log_every": 5, "steps": 9}}, "points": {"a": {"seed": 0}}}
-    pinned.pin(path, shared, "this sweep", grows="points")
+    pinned.pin(path, shared, "this sweep", grows=["points"])
     more = {"config": {"train": {"log_every": 1, "steps": 9}},
             "points": {"a": {"seed": 0}, "b": {"seed": 1}}}
-    pinned.pin(path, more, "this sweep", grows="points")
+    pinned.pin(path, more, "this sweep", grows=["points"])
     stored = json.loads(path.read_text())
     assert stored == {"config": shared["config"], "points": more["points"]}
     for wrong, field in (
@@ -201,13 +201,13 @@ def test_a_pinned_sweep_may_grow_and_log_anew_but_not_change(tmp_path):
         ({**more, "config": {"train": {"log_every": 1, "steps": 8}}}, "config.train.steps"),
     ):
         with pytest.raises(ValueError, match=field):
-            pinned.pin(path, wrong, "this sweep", grows="points")
+            pinned.pin(path, wrong, "this sweep", grows=["points"])
     assert json.loads(path.read_text()) == stored
     # A label that another one begins with is another label.
     path = tmp_path / "other" / "sweep.json"
-    pinned.pin(path, {"points": {"s=1.5": {"s": 1.5}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+    pinned.pin(path, {"points": {"s=1.5": {"s": 1.5}, "s=2": {"s": 2}}}, "this sweep", grows=["points"])
     with pytest.raises(ValueError, match="points: expected 's=1.5' still"):
-        pinned.pin(path, {"points": {"s=1": {"s": 1}, "s=2": {"s": 2}}}, "this sweep", grows="points")
+        pinned.pin(path, {"points": {"s=1": {"s": 1}, "s=2": {"s": 2}}}, "this sweep", grows=["points"])
 
 
 def test_test_scores_are_those_of_the_chosen_setting_alone(tmp_path, monkeypatch):

@@ -232,9 +232,10 @@ def figures(found: Result, title: str) -> dict[str, Figure]:
     return {name: draw() for name, draw in drawers(found, title).items()}
 
 
-def write_results(root: pathlib.Path, points: Points, title: str) -> None:
-    """rows.json, table.csv, table.md, pareto.png, against.png; prints the table."""
-    found = result(root, points)
+def write_results(root: pathlib.Path, points: Points, title: str, unasked: int = 0) -> None:
+    """rows.json, table.csv, table.md, pareto.png, against.png; prints the table, or the front alone while a search has
+    `unasked` points to come."""
+    found = concluded(rows(root, points), len(points) + unasked)
     analysis.write_json(root / "rows.json", found.rows)
     if not found.done:
         print("no point has run to its end")
@@ -242,7 +243,8 @@ def write_results(root: pathlib.Path, points: Points, title: str) -> None:
     analysis.write_text(root / "table.csv", found.frame().to_csv(index=False))
     written, columns = shown(found)
     analysis.write_text(root / "table.md", analysis.markdown_table(written, columns))
-    print(analysis.terminal_table(written, columns, width=160))
+    said = [line for line in written if line["front"] or not unasked]
+    print(analysis.terminal_table(said, columns, width=160))
     told = []
     for name, draw in drawers(found, title + found.title).items():
         with spared(f"{name}.png"):

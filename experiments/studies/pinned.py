@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Optional
 
 from meta_attention_jax.config import completed, config_difference, may_change, read_stored
@@ -34,13 +34,13 @@ DATA = "data_digests.json"
 
 
 def pin(
-    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Optional[str] = None,
+    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Collection[str] = (),
     data: Optional[Mapping[str, Data]] = None,
 ) -> None:
     """Writes what all runs below the folder of `path` share, or checks that it is the same.
 
     Created whole or not at all, so that processes that start at the same moment agree on one. Fields
-    of "config" that a run may set anew differ as they like, and stay as they were; the dict at `grows` may
+    of "config" that a run may set anew differ as they like, and stay as they were; the dicts at `grows` may
     gain entries, but lose and change none; the data of the runs, by name in `DATA`, may move and gain names,
     but have to stay the same. `what` it is, for the error.
     """
@@ -58,17 +58,17 @@ def pin(
     for plain in (known, compared):  # Of versions with fewer fields.
         if isinstance(plain.get("config"), dict):
             plain["config"] = completed(plain["config"])
-    if grows:
-        compared[grows] = {k: v for k, v in mine[grows].items() if k in stored[grows]}
-        if lost := stored[grows].keys() - mine[grows].keys():
-            raise ValueError(f"{grows}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
+    for name in grows:
+        compared[name] = {k: v for k, v in mine[name].items() if k in stored[name]}
+        if lost := stored[name].keys() - mine[name].keys():
+            raise ValueError(f"{name}: expected {min(lost)!r} still, as in {str(path)!r}, got none.")
     for field, old, new in config_difference(known, compared):
         free = field.startswith("config.") and may_change(field.removeprefix("config."), old, new)
         expect(free, field, f"{old!r}, as in {str(path)!r}", new)
     if data:
         _pin_data(path.with_name(DATA), data)
-    if grows and mine[grows].keys() != stored[grows].keys():
-        write_whole(path, json.dumps({**stored, grows: mine[grows]}, indent=1) + "\n")
+    if any(mine[name].keys() != stored[name].keys() for name in grows):
+        write_whole(path, json.dumps({**stored, **{name: mine[name] for name in grows}}, indent=1) + "\n")
 
 
 def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:

@@ -18,7 +18,7 @@ from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect, plain
-from meta_attention_jax.sweeps.space import Point, Sweep, labels, program
+from meta_attention_jax.sweeps.space import Point, Range, Ranges, Sweep, labels, program
 from meta_attention_jax.sweeps.together import TOGETHER, Lost, Moved, train_together
 from meta_attention_jax.training import backbone, build
 from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
@@ -31,23 +31,36 @@ from meta_attention_jax.training.restore import initial_params
 
 def load_sweep(path: str | pathlib.Path) -> Sweep:
     """What the config file's `get_sweep()` returns."""
-    spec = importlib.util.spec_from_file_location("_sweep_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = callable(getattr(module, "get_sweep", None))
-    expect(found, "config", "a file that defines get_sweep()", str(path))
-    try:
-        points = module.get_sweep()
-    except Exception as error:  # The user's own code.
-        if isinstance(error, ValueError) and ": expected " in str(error):  # Of the algebra.
-            raise
-        got = f"{type(error).__name__}: {error}"
-        raise ValueError(f"config: expected a get_sweep() that runs in {str(path)!r}, got {got}.") from None
+    points = _loaded(path, "get_sweep")
     ok = isinstance(points, list) and all(isinstance(point, dict) for point in points)
     expect(ok, "config", "get_sweep() to return a list of dicts of overrides", points)
     points = [{field: plain(value) for field, value in point.items()} for point in points]
     labels(points)  # Says what is wrong with them.
     return points
+
+
+def load_search(path: str | pathlib.Path) -> Ranges:
+    """What the config file's `get_search()` returns."""
+    ranges = _loaded(path, "get_search")
+    ok = isinstance(ranges, dict) and any(isinstance(one, Range) for one in ranges.values())
+    expect(ok, "config", "get_search() to return a dict of fields, one with a range at least", ranges)
+    return {field: plain(one) for field, one in ranges.items()}
+
+
+def _loaded(path: str | pathlib.Path, name: str) -> Any:
+    """What a function of the config file returns."""
+    spec = importlib.util.spec_from_file_location("_sweep_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    expect(callable(found), "config", f"a file that defines {name}()", str(path))
+    try:
+        return found()
+    except Exception as error:  # The user's own code.
+        if isinstance(error, ValueError) and ": expected " in str(error):  # Of the algebra.
+            raise
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"config: expected a {name}() that runs in {str(path)!r}, got {got}.") from None
 
 
 def stored_points(root: pathlib.Path) -> dict[str, Point]:
@@ -67,10 +80,10 @@ def _data(config: ConfigDict) -> str:
     return json.dumps([data, build.data_seed(config), config.model.window, config.retrofit.backbone])
 
 
-def open_datasets(configs: Iterable[ConfigDict]) -> dict[str, Dataset]:
-    """Every distinct dataset of the points, once; nothing is written."""
+def open_datasets(configs: Iterable[ConfigDict], known: Mapping[str, Dataset] = {}) -> dict[str, Dataset]:
+    """Every distinct dataset of the points, once, of those that are not `known`, and these; nothing is written."""
     distinct = {_data(config): config for config in configs}
-    return {key: build.build_dataset(config) for key, config in distinct.items()}
+    return {**known, **{key: build.build_dataset(one) for key, one in distinct.items() if key not in known}}
 
 
 def data_of(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Data]:

@@ -6,10 +6,16 @@ A sweep is a list of points, a point a dict of dotted overrides of a config:
     chain(a, b)            the points of a, then those of b
     zipped(a, b)           a's first with b's first, ...; of equal length
     point(name="full-only", **{"controller.name": "fixed"})     one point
+
+A search has ranges in their place, by dotted field, and values that all of its points have:
+
+    {"prior.strength": log_uniform(0.5, 32.0), "model.window": integers(4, 16), "seed": choice(0, 1, 2)}
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -27,6 +33,21 @@ LONGEST = 200  # Characters of a point's name: file systems take 255 bytes, and 
 
 Point = dict[str, Any]
 Sweep = list[Point]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a search may give to a field: numbers from `low` to `high`, whole ones if these are, or one of `values`."""
+
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False  # As likely in every octave.
+    values: tuple[Any, ...] = ()
+
+
+Ranges = dict[str, Any]
+"""By field a `Range`, or the value that all points have."""
+
 
 def point(**overrides: Any) -> Sweep:
     """The sweep of one point; dotted fields as `**{"prior.strength": 2.0}`."""
@@ -49,6 +70,53 @@ def log_spaced(first: float, last: float, count: int) -> list[float]:
         raise ValueError(f"log_spaced: expected a count of at least 2, got {count}.")
     ratio = math.log(last / first) / (count - 1)
     return [float(f"{first * math.exp(ratio * i):.6g}") for i in range(count)]
+
+
+def uniform(low: float, high: float) -> Range:
+    """Numbers from `low` to `high`."""
+    return _between("uniform", float(real("uniform", low)), float(real("uniform", high)))
+
+
+def log_uniform(low: float, high: float) -> Range:
+    """Numbers > 0 from `low` to `high`, as likely in every octave."""
+    low, high = float(real("log_uniform", low)), float(real("log_uniform", high))
+    expect(low > 0, "log_uniform", "ends > 0", low)
+    return dataclasses.replace(_between("log_uniform", low, high), log=True)
+
+
+def integers(low: int, high: int) -> Range:
+    """Whole numbers, both ends too."""
+    return _between("integers", whole("integers", low), whole("integers", high))
+
+
+def choice(*values: Any) -> Range:
+    """One of the values, which have no order."""
+    values = plain(values)
+    texts = [text_of(value) for value in values]
+    expect(len(values) > 1 and len(set(texts)) == len(texts), "choice", "several values that differ", values)
+    return Range(values=values)
+
+
+def _between(what: str, low: float, high: float) -> Range:
+    expect(-math.inf < low < high < math.inf, what, "finite ends, the lower one first", (low, high))
+    return Range(low, high)
+
+
+def ends(ranges: Ranges) -> Sweep:
+    """Points at the ends of the ranges: each value that may be wrong by itself is in one of them."""
+    options = {
+        field: (value.values or (value.low, value.high)) if isinstance(value, Range) else (value,)
+        for field, value in ranges.items()
+    }
+    most = max(map(len, options.values()))
+    return [{field: values[min(i, len(values) - 1)] for field, values in options.items()} for i in range(most)]
+
+
+def content_label(point: Point) -> str:
+    """A name for a point, good for a directory, that depends on nothing but the point: its fields, and a digest."""
+    shown = ",".join(f"{field.split('.')[-1]}={text_of(value)}" for field, value in point.items())
+    digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
+    return f"{shown[: LONGEST - 13]},{digest[:12]}"
 
 
 def _join(points: Iterable[Point], what: str) -> Point:
@@ -78,7 +146,7 @@ def chain(*sweeps: Sweep) -> Sweep:
     return [dict(one) for points in sweeps for one in points]
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value in a directory's name."""
     if isinstance(value, float):
         value = f"{value:.6g}"
@@ -103,11 +171,11 @@ def labels(points: Sequence[Point]) -> list[str]:
             field for field in fields if field != "name" and len({_key(other.get(field)) for other in family}) > 1
         ]
         last = [field.split(".")[-1] for field in varying]
-        parts = [_text(one["name"])] if "name" in one else []
+        parts = [text_of(one["name"])] if "name" in one else []
         for field, short in zip(varying, last):
             if field in one:
                 shown = short if last.count(short) == 1 else field
-                parts.append(f"{shown}={_text(one[field])}")
+                parts.append(f"{shown}={text_of(one[field])}")
         made.append(",".join(parts) or "point")
     for label in made:
         if made.count(label) > 1:
