@@ -222,7 +222,9 @@ def drawers(found: Result, title: str) -> dict[str, Callable[[], Figure]]:
     """What draws `pareto`, and `against` where a number was swept."""
     field = swept(found.lines)
     made = {"pareto": lambda: analysis.pareto_figure(found.done, found.front, found.pick, field, title)}
-    if field and any(field in line["point"] for line in found.done):
+    points = [line["point"] for line in found.done if field in line["point"]]
+    lines = {json.dumps({k: v for k, v in point.items() if k != field}, sort_keys=True) for point in points}
+    if len(lines) < len(points) or len(points) == 1:  # Lines of a mark each, as in a search, would say nothing.
         made["against"] = lambda: analysis.against_figure(found.done, field, found.pick, title)
     return made
 

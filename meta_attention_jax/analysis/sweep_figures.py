@@ -18,6 +18,7 @@ from meta_attention_jax.analysis.canvas import FONT, GREY, drawable, frame, lege
 _HEIGHT = 4.0
 ONE = "one model, by lambda"
 _FAR = 6.0  # A setting further above the best than so many times the middle one is left out of the picture
+_NAMED = 15  # So many marks have a name each; of more those on the front, or nothing could be read
 
 _LEGEND_COLUMNS = 6
 
@@ -115,7 +116,10 @@ def pareto_figure(
         axes.set_axisbelow(True)
         tidy(axes, xlabel="cost of the hard routes, full attention = 100 %")
     # Many baselines alone: their names beside them, for colours would repeat.
-    _label(panels[-1], [line for line in own or others if line not in far], field)
+    named = [line for line in own or others if line not in far]
+    if len(named) > _NAMED:
+        named = [line for line in named if line["setting"] in (*front, chosen)]
+    _label(panels[-1], named, field)
     tidy(panels[0], ylabel="nats per token, hard")
     handles = [
         Line2D([], [], color=colour, marker=marker, lw=0, label=name)
@@ -199,7 +203,8 @@ def against_figure(lines: Sequence[Mapping[str, Any]], field: str, chosen: Optio
         if min(values) > 0 and max(values) / min(values) >= 8:
             axes.set_xscale("log", base=2)
             ticks = sorted(set(values))
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            if len(ticks) <= _NAMED:
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         if share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,2 +1,2 @@
-"""Sweeps: the algebra of points (`space`), many points trained as one program (`together`, `group`), and the machines
-that run groups of them (`engine`)."""
+"""Sweeps: the algebra of points (`space`), many points trained as one program (`together`, `group`), the machines that
+run groups of them (`engine`), and Optuna, which proposes them (`search`)."""
