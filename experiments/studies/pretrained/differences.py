@@ -29,6 +29,7 @@ CONTRASTS = (
     ("local bayesian@0.3", "local bayesian_mean"), ("local bayesian@0.2", "local bayesian_mean"),
     ("local bayesian@0.3", "local bayesian_beta0"), ("local bayesian@0.2", "local bayesian_beta0"),
     ("local bayesian@0.3", "oracle"), ("local bayesian@0.2", "oracle"),
+    *((f"bayesian of {size} windows@0.3", f"cost_penalty of {size} windows@0.3") for size in (1, 5, 20, 100, "prose")),
     *((f"{arm} cautious by {measure}@0.3", arm) for arm in ("local bayesian", "bayesian")
       for measure in ("vacuity", "mutual_information")),
 )
