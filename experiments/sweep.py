@@ -20,8 +20,6 @@ and change none; what it then chooses is chosen after the test split was read.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -29,12 +27,13 @@ from experiments import common
 from experiments.studies import outcome, pinned, sweeps
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.fields import expect
+from meta_attention_jax.files import at
 from meta_attention_jax.sweeps import engine
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training import backbone, build
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
-WORKDIR = common.define_path("workdir", None, "Where all points and the results go.")
+WORKDIR = common.define_path("workdir", None, "Where all points and the results go.", buckets=True)
 ENGINE = flags.DEFINE_enum("engine", "local", ("local", "ray"), "What trains the groups.")
 ADDRESS = flags.DEFINE_string("address", None, "Of the Ray cluster; absent, one on this machine is started.")
 DEVICES = flags.DEFINE_integer("devices_per_group", 1, "With Ray: accelerators, or cores without any.", 1)
@@ -46,7 +45,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    root = pathlib.Path(WORKDIR.value)
+    root = at(WORKDIR.value)
     base = CONFIG.value
     on_ray = ENGINE.value == "ray"
     with common.user_mistakes():
