@@ -234,7 +234,9 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
     )
 
 
-def build_hypers(config: ConfigDict, workdir: Optional[str | os.PathLike[str]] = None, *, measure: bool = False) -> Hypers:
+def build_hypers(
+    config: ConfigDict, workdir: Optional[str | os.PathLike[str]] = None, *, measure: bool = False
+) -> Hypers:
     """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
         gate=build_schedule(config).gate.times, learning_rate=jnp.float32(config.optimizer.learning_rate),

@@ -111,7 +111,7 @@ def check_same(field: str, text: str) -> None:
 LOCK = ".lock"
 
 
-TAKEN_OVER = "in a bucket, which locks nothing: another process that trains it takes it over, and this one stops at a save"
+TAKEN_OVER = "in a bucket, without locks: a process that starts later takes the run over, this one stops at a save"
 
 _held: dict[Place, str] = {}  # What this process has written into the locks of runs in buckets.
 
@@ -128,7 +128,7 @@ def check_held(path: Place) -> None:
     """Raises Taken if this process held a run in a bucket, and another one does now. What that one does between the
     look and what the caller then writes, nobody sees."""
     if path in _held and (not (path / LOCK).is_file() or (path / LOCK).read_text() != _held[path]):
-        raise Taken(f"workdir: expected a run that no other process trains, got {str(path)!r}, which one has taken over.")
+        raise Taken(f"workdir: expected a run that no other process trains, got {str(path)!r}, which one took over.")
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ class Final:
 
 class Tracker(Protocol):
     """One run in one tracker. Made in the tracker's thread with the run's directory (of a run in a bucket, with what
-    stands for it on this machine), its plain config, and the step that it goes on from; what went wrong is an exception of any kind."""
+    stands for it on this machine), its plain config, and the step that it goes on from; what went wrong is an exception
+    of any kind."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One record."""
@@ -293,11 +294,12 @@ class Trackers:
         """A run goes on from step `start`, or begins."""
         self._whole[run] = False
         if self._threads:
-            self._stages[run] = self._stack.enter_context(staged(run, lambda name: name.endswith(".id") and "/" not in name))
+            ids = {f"{name}.id" for name in TRACKERS}
+            self._stages[run] = self._stack.enter_context(staged(run, ids.__contains__))
             self._call(run, "open", self._stages[run].folder, config, start)
 
     def keep(self, run: Place) -> None:
-        """Brings what trackers have written of a run into its bucket, if it is in one; if that fails, the run goes on."""
+        """Brings what trackers have written of a run into its bucket, if it is in one; a failure is but a warning."""
         try:
             if run in self._stages:
                 self._stages[run].push()
