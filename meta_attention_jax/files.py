@@ -166,7 +166,10 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
 def move(path: Place, to: Place) -> None:
     """Renames a folder to what is not there yet; in a bucket one object after the other."""
     if in_bucket(path):
-        fsspec.core.url_to_fs(str(path))[0].mv(str(path), str(to), recursive=True)
+        system, root = fsspec.core.url_to_fs(str(path))
+        found = system.find(root)  # What stands for folders cannot be copied.
+        system.copy(found, [str(to) + name.removeprefix(root) for name in found])
+        system.rm(root, recursive=True)
         return
     to.parent.mkdir(exist_ok=True)
     path.rename(to)
