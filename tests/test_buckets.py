@@ -193,7 +193,7 @@ def test_the_commands_take_a_bucket(root, command, sweep_config, tmp_path):  # n
     assert "validation" in out and json.loads(rows.read_text())
     check_success(command("generate", f"--workdir={place}", "--prompt=k3=v1 k1=v2 c0 ?k1", "--steps=2"))
     check_success(command("report", f"--workdir={place}"))
-    assert (at(place) / "report" / "index.html").read_text().startswith("<!doctype html>")
+    assert (at(place) / "report" / "index.html").read_text().startswith("<!DOCTYPE html>")
     again = command("train", *SMOKE, f"--workdir={place}", "--config.seed=3")
     check_mistake(again, "seed: expected 0, as in")
     for sweep in (f"{root}/commands/sweep", tmp_path / "sweep"):

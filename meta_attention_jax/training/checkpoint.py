@@ -33,6 +33,8 @@ _ZARR = {".zarray": "zarr", "zarr.json": "zarr3"}
 
 _WHOLE = "_CHECKPOINT_METADATA"  # Of a step; where folders are copied, it is copied last.
 
+_LOOKS = 10  # At what is copied, while a step is deleted meanwhile.
+
 _NOT_REACHED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
 """What a bucket says that does not answer: nothing is known of its checkpoints."""
 
@@ -89,9 +91,8 @@ class Checkpoints:
         stage = files.staged(self.place) if self._copies else contextlib.nullcontext(None)
         self._stage = self._stack.enter_context(stage)
         self.directory = self._stage.folder if self._copies else self.place
-        if self._copies:  # All but the arrays, of steps that are complete.
-            complete = {name.split("/")[0] for name in self._stage.names() if name.endswith(f"/{_WHOLE}")}
-            self._stage.fetch(lambda name: name.split("/")[0] in complete and "/state/" not in name)
+        if self._copies:
+            self._begin()
         policy = preservation_policy.AnyPreservationPolicy([
             preservation_policy.LatestN(keep_latest),
             preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
@@ -121,6 +122,20 @@ class Checkpoints:
         )
         if self._copies:
             self._copy()
+
+    def _begin(self) -> None:
+        """Fetches all but the arrays, of steps that are complete; whoever trains the run may be deleting one."""
+        for left in reversed(range(_LOOKS)):
+            complete = {name.split("/")[0] for name in self._stage.names() if name.endswith(f"/{_WHOLE}")}
+            try:
+                self._stage.fetch(lambda name: name.split("/")[0] in complete and "/state/" not in name)
+                break
+            except FileNotFoundError:
+                if not left:
+                    raise
+        for path in self.directory.iterdir():
+            if path.name not in complete:
+                shutil.rmtree(path)
 
     def _copy(self) -> None:
         self._manager.wait_until_finished()
