@@ -35,7 +35,7 @@ flags.disclaim_key_flags()  # What `define_path` defines is the calling command'
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 logging.set_verbosity(logging.FATAL)  # What Orbax logs as an error it raises as well.
-for chatty in ("asyncio", "gcsfs"):
+for chatty in ("asyncio", "gcsfs", "fsspec", "google.auth"):
     python_logging.getLogger(chatty).setLevel(python_logging.CRITICAL)
 warnings.filterwarnings("ignore", message="jax.core.pytype_aval_mappings")
 warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
