@@ -26,7 +26,7 @@ from meta_attention_jax.config import SCHEMA, check_fields, help_table
 from meta_attention_jax.console import tolerant_streams
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.fields import LARGEST, expect, near
-from meta_attention_jax.files import local
+from meta_attention_jax.files import at, check_reached, in_bucket, local, place
 from meta_attention_jax.training.checkpoint import Damaged
 from meta_attention_jax.training.interrupt import Interrupted
 
@@ -35,22 +35,29 @@ flags.disclaim_key_flags()  # What `define_path` defines is the calling command'
 # Chatter of libraries, which would bury the progress line.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 logging.set_verbosity(logging.FATAL)  # What Orbax logs as an error it raises as well.
-python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+for chatty in ("asyncio", "gcsfs", "fsspec", "google.auth"):
+    python_logging.getLogger(chatty).setLevel(python_logging.CRITICAL)
 warnings.filterwarnings("ignore", message="jax.core.pytype_aval_mappings")
 warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 class _PathParser(flags.ArgumentParser):
-    """A flag's path on this machine, as it was given where that is a path already."""
+    """A flag's path on this machine, as it was given where that is a path already; of `buckets`, what `place` knows."""
+
+    def __init__(self, buckets: bool = False):
+        self._find = place if buckets else local
 
     def parse(self, argument: str) -> str:
-        found = str(local("path", argument))
-        return found if argument.lower().startswith(("~", "file:")) else argument
+        found = str(self._find("path", argument))
+        return found if "://" in found else found if argument.lower().startswith(("~", "file:")) else argument
 
 
-def define_path(name: str, default: Optional[str], help: str) -> flags.FlagHolder[str]:
-    """A flag that says where something is: `~` and `file://` are resolved, other addresses refused."""
-    return flags.DEFINE(_PathParser(), name, default, help)
+def define_path(
+    name: str, default: Optional[str], help: str, *, buckets: bool = False
+) -> flags.FlagHolder[str]:
+    """A flag that says where something is: `~` and `file://` are resolved, other addresses refused, but for those of
+    `buckets`."""
+    return flags.DEFINE(_PathParser(buckets), name, default, help)
 
 
 def finite(field: str, texts: Sequence[str]) -> list[float]:
@@ -161,6 +168,9 @@ def spared(what: str) -> Iterator[None]:
 
 def check_output(field: str, path: str | pathlib.Path) -> None:
     """Checks that a file can be written at `path`, before hours of work end there."""
+    if in_bucket(at(path)):
+        check_reached(field, at(path))
+        return
     path = pathlib.Path(os.path.abspath(path))
     if path.is_dir():
         raise ValueError(f"{field}: expected a file to write, got the folder {str(path)!r}.")

@@ -37,7 +37,7 @@ from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import Evaluator
 from meta_attention_jax.training.parallel import Parallel
 
-WORKDIR = common.define_path("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.", buckets=True)
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which split.")
 MODE = flags.DEFINE_list("modes", list(MODES), "Among soft, hard, gated.")
 STEP = flags.DEFINE_string("step", "latest", "latest, best, or a saved step.")
@@ -47,10 +47,10 @@ THRESHOLD = flags.DEFINE_float(
 )
 SAMPLES = flags.DEFINE_integer("samples", 0, "Samples of pi for predictive nats and ELBO.", 0)
 MAX_BATCHES = flags.DEFINE_integer("max_batches", 64, "Batches, spread evenly over the split.", 1)
-JSON = common.define_path("json", None, "Write the rows to this file as well.")
+JSON = common.define_path("json", None, "Write the rows to this file as well.", buckets=True)
 DATA = common.define_data()
 PRICES = flags.DEFINE_list("prices", [], "Lambdas of the curve of this model; 0 is the plain argmax.")
-BESIDE = common.define_path("beside", None, "A sweep's results (rows.json), to draw beside the prices.")
+BESIDE = common.define_path("beside", None, "A sweep's results (rows.json), to draw beside the prices.", buckets=True)
 BUDGET_COST = flags.DEFINE_float("budget_cost", None, "Find the price for this projected cost, of 1.")
 BUDGET_SHARE = flags.DEFINE_float("budget_share", None, "Find it for this share of tokens on full.")
 flags.mark_flag_as_required("workdir")

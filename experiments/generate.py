@@ -19,7 +19,7 @@ from meta_attention_jax.generation import sampler_of
 from meta_attention_jax.routing.decide import MODES
 from meta_attention_jax.runs import load_run
 
-WORKDIR = common.define_path("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.", buckets=True)
 PROMPT = flags.DEFINE_string("prompt", None, "Text to go on from.")
 MODE = flags.DEFINE_enum("mode", "hard", list(MODES), "How tokens are routed.")
 THRESHOLD = flags.DEFINE_float("threshold", None, "theta of gated mode; the run's own when absent.", 0.0, 1.0)

@@ -7,22 +7,21 @@ Written to `<workdir>/report/index.html` unless --out is given. No scripts, no r
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 
 from experiments import common
 from experiments.studies import reports
 from meta_attention_jax import analysis
+from meta_attention_jax.files import at
 
-WORKDIR = common.define_path("workdir", None, "A run, an ablation or a sweep.")
-OUT = common.define_path("out", None, "The page; <workdir>/report/index.html when absent.")
+WORKDIR = common.define_path("workdir", None, "A run, an ablation or a sweep.", buckets=True)
+OUT = common.define_path("out", None, "The page; <workdir>/report/index.html when absent.", buckets=True)
 DATA = common.define_data()
 flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "report" / "index.html")
+    out = at(OUT.value or at(WORKDIR.value) / "report" / "index.html")
     with common.user_mistakes():
         kind, page = reports.report(WORKDIR.value, **DATA())
         common.check_output("out", out)

@@ -12,8 +12,6 @@ has its curve of nats against share.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -22,6 +20,7 @@ from experiments.studies import final
 from meta_attention_jax import analysis
 from meta_attention_jax.data.tasks import KINDS
 from meta_attention_jax.fields import expect
+from meta_attention_jax.files import Place, at
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.job import prepare
@@ -29,13 +28,13 @@ from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.processes import Busy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with retrofit.backbone.", lock_config=True)
-WORKDIR = common.define_path("workdir", None, "Where both stages go.")
+WORKDIR = common.define_path("workdir", None, "Where both stages go.", buckets=True)
 TEST_BATCHES = flags.DEFINE_integer("test_batches", 32, "Of the test split, at the end; 0 leaves it unread.", 0)
 flags.mark_flags_as_required(["config", "workdir"])
 STAGES = ("local", "end_to_end")
 
 
-def stage_of(config: ConfigDict, stage: str, root: pathlib.Path) -> ConfigDict:
+def stage_of(config: ConfigDict, stage: str, root: Place) -> ConfigDict:
     """The config of one stage of a retrofit."""
     own = config.copy_and_resolve_references()
     own.retrofit.stage = stage
@@ -50,7 +49,7 @@ def stage_of(config: ConfigDict, stage: str, root: pathlib.Path) -> ConfigDict:
 
 
 def main() -> None:
-    config, root = CONFIG.value, pathlib.Path(WORKDIR.value)
+    config, root = CONFIG.value, at(WORKDIR.value)
     with common.user_mistakes():
         expect(config.retrofit.backbone, "retrofit.backbone", "a published model", "")
         expect("full" in config.model.mechanisms, "model.mechanisms", "full attention among them",

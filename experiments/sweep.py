@@ -29,7 +29,6 @@ Results are written after every batch. `optuna.log` is Optuna's journal, written
 from __future__ import annotations
 
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -40,13 +39,14 @@ from experiments import common
 from experiments.studies import outcome, pinned, searching, sweeps
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.fields import expect
+from meta_attention_jax.files import Place, at, in_bucket
 from meta_attention_jax.sweeps import engine
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.search import SAMPLERS
 from meta_attention_jax.training import backbone, build
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
-WORKDIR = common.define_path("workdir", None, "Where all points and the results go.")
+WORKDIR = common.define_path("workdir", None, "Where all points and the results go.", buckets=True)
 ENGINE = flags.DEFINE_enum("engine", "local", ("local", "ray"), "What trains the groups.")
 ADDRESS = flags.DEFINE_string("address", None, "Of the Ray cluster; absent, one on this machine is started.")
 DEVICES = flags.DEFINE_integer("devices_per_group", 1, "With Ray: accelerators, or cores without any.", 1)
@@ -63,7 +63,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
-    root, base = pathlib.Path(WORKDIR.value), CONFIG.value
+    root, base = at(WORKDIR.value), CONFIG.value
     searches = SEARCH.value == "optuna"
     with common.user_mistakes():
         on_ray = ENGINE.value == "ray"
@@ -73,6 +73,7 @@ def main() -> None:
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         if searches:
             expect(GROUP.value is None, "group", "--search=grid with it", GROUP.value)
+            expect(not in_bucket(root), "workdir", "a path of this machine for --search=optuna", str(root))
             ranges = sweeps.load_search(path)
             searching.check(base, ranges, OBJECTIVES.value)
         else:
@@ -108,7 +109,7 @@ def main() -> None:
 
 
 def _train(
-    root: pathlib.Path, base: ConfigDict, asks: Optional[Mapping[str, Any]], datasets: dict[str, Any],
+    root: Place, base: ConfigDict, asks: Optional[Mapping[str, Any]], datasets: dict[str, Any],
     points: Mapping[str, algebra.Point], shared: Mapping[str, Any],
 ) -> list[str]:
     """Checks the points, pins what is `shared`, and trains them; what went wrong on Ray, which `asks` says there is."""

@@ -25,7 +25,7 @@ from meta_attention_jax.training.loop import Diverged, train
 from meta_attention_jax.training.processes import Busy
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
-WORKDIR = common.define_path("workdir", None, "The run directory.")
+WORKDIR = common.define_path("workdir", None, "The run directory.", buckets=True)
 MULTIHOST = flags.DEFINE_bool("multihost", False, "This is one of several processes of the run.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where not found.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run, with --coordinator.")

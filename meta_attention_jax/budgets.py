@@ -8,7 +8,6 @@ next sees).
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.fields import LARGEST, expect, real
-from meta_attention_jax.files import write_whole
+from meta_attention_jax.files import Place, write_whole
 
 FILE = "budgets.json"
 HALVINGS = 16
@@ -70,7 +69,7 @@ def find_price(spent: Callable[[float], float], budget: float, costs: Sequence[f
     return high
 
 
-def read_budgets(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_budgets(path: Place) -> list[dict[str, Any]]:
     """What was found for the run in `path`; one dict a budget. Raises ValueError for a damaged file."""
     if not (path / FILE).exists():
         return []
@@ -85,7 +84,7 @@ def read_budgets(path: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def keep_budget(path: pathlib.Path, found: dict[str, Any]) -> None:
+def keep_budget(path: Place, found: dict[str, Any]) -> None:
     """Writes a budget beside the others of the run; one of the same kind, value, step and length gives way."""
     same = ("kind", "budget", "step", "length")
     others = [one for one in read_budgets(path) if any(one.get(key) != found[key] for key in same)]
@@ -93,7 +92,7 @@ def keep_budget(path: pathlib.Path, found: dict[str, Any]) -> None:
     write_whole(path / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def stored_price(path: pathlib.Path, kind: str, budget: float, step: int, length: int) -> float:
+def stored_price(path: Place, kind: str, budget: float, step: int, length: int) -> float:
     """The price that was found, on sequences of `length` tokens."""
     found = read_budgets(path)
     for one in found:

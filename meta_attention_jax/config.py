@@ -11,7 +11,6 @@ stands for runs from before it: without one they cannot be opened.
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from meta_attention_jax.data.corpora import PLACED
 from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import TOKENIZERS
 from meta_attention_jax.fields import ALWAYS, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, Field, expect, near
+from meta_attention_jax.files import Place
 from meta_attention_jax.routing.gate import KINDS
 from meta_attention_jax.types import FALLBACKS, IMPLEMENTATIONS, KERNELS, LOSSES, STAGES
 
@@ -232,7 +232,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def read_stored(path: pathlib.Path, what: str = "a config") -> dict[str, Any]:
+def read_stored(path: Place, what: str = "a config") -> dict[str, Any]:
     """`what` is a JSON object in a file."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -243,7 +243,7 @@ def read_stored(path: pathlib.Path, what: str = "a config") -> dict[str, Any]:
     return stored
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: Place) -> dict[str, Any]:
     """The plain config in a run's `config.json`, completed; raises as `read_stored`."""
     return completed(read_stored(path))
 

@@ -32,7 +32,7 @@ from meta_attention_jax.data.manifest import check_manifest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.tokenizer import Tokenizer
 from meta_attention_jax.fields import LARGEST, expect, real, whole
-from meta_attention_jax.files import local
+from meta_attention_jax.files import Place, local
 from meta_attention_jax.generation import generate, pad_prompts, sampler_of
 from meta_attention_jax.model import LanguageModel, unstacked
 from meta_attention_jax.objective import summarise
@@ -57,7 +57,7 @@ class Run:
     """A trained model and everything around it. Whatever is asked in vain (of data that are gone or not the same, an
     unknown token, mode or split, a number out of range) is answered by a ValueError of one sentence."""
 
-    path: pathlib.Path
+    path: Place
     config: ConfigDict  # As trained.
     step: int  # Of the parameters.
     steps: tuple[int, ...]  # All that are saved.

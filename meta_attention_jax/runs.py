@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
 from typing import Optional
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.controller.prior import validate_prior
 from meta_attention_jax.data.tokenizer import load_tokenizer
 from meta_attention_jax.fields import expect, plain, whole
-from meta_attention_jax.files import run_directory
+from meta_attention_jax.files import Place, run_directory
 from meta_attention_jax.run import Run
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import backbone as published
@@ -19,7 +19,7 @@ from meta_attention_jax.training.restore import check_params, read_run
 from meta_attention_jax.training.rules import validate
 
 
-def _check_config(config: ConfigDict, path: pathlib.Path) -> None:
+def _check_config(config: ConfigDict, path: Place) -> None:
     """Checks a config as it is stored: somebody may have edited it."""
     try:
         validate(config)
@@ -42,7 +42,7 @@ def _size(name: str, given: Optional[int]) -> Optional[int]:
 
 @without_mesh
 def load_run(
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     *,
     step: int | str = "latest",
     sequence_length: Optional[int] = None,

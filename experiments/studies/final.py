@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.common import spared
 from meta_attention_jax.config import read_config
+from meta_attention_jax.files import Place
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.trackers import Final
 
@@ -47,7 +47,7 @@ def figures_of(
     }
 
 
-def of_run(path: pathlib.Path) -> Final:
+def of_run(path: Place) -> Final:
     """For trackers; what cannot be had is left out."""
     pictures: dict[str, bytes] = {}
     table: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
@@ -17,6 +17,7 @@ from experiments.studies.sweeps import failed
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis.statistics import interval
 from meta_attention_jax.config import read_config, read_stored
+from meta_attention_jax.files import Place, at
 from meta_attention_jax.sweeps.space import Point, labels
 from meta_attention_jax.training.logs import read_metrics
 
@@ -47,7 +48,7 @@ Points = Sequence[Point] | Mapping[str, Point]
 """Of a sweep, by their labels where those are not `labels` of the points."""
 
 
-def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
+def rows(root: Place, points: Points) -> list[dict[str, Any]]:
     """One row per point that has run to its end or diverged, from the directory alone. One whose
     files are damaged is named in a warning, and left out."""
     found = []
@@ -72,7 +73,7 @@ def rows(root: pathlib.Path, points: Points) -> list[dict[str, Any]]:
     return found
 
 
-def _measured(path: pathlib.Path) -> Optional[dict[str, Any]]:
+def _measured(path: Place) -> Optional[dict[str, Any]]:
     """What a point has to show at its end; None before."""
     steps = read_config(path / "config.json")["train"]["steps"]
     # The last evaluation is logged before its checkpoint is complete.
@@ -118,9 +119,9 @@ def lines(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def stored_lines(folder: str | pathlib.Path) -> list[dict[str, Any]]:
+def stored_lines(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """`lines` of the results that a sweep has written."""
-    path = pathlib.Path(folder) / "rows.json"
+    path = at(folder) / "rows.json"
     try:
         return lines(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -189,7 +190,7 @@ class Result:
         return [line for line in self.lines if line["seeds"]]
 
 
-def result(root: pathlib.Path, points: Points) -> Result:
+def result(root: Place, points: Points) -> Result:
     """From the directory alone. Scores on the test split are those of the pick: a sweep that has grown
     may have had another before."""
     return concluded(rows(root, points), len(points))
@@ -234,7 +235,7 @@ def figures(found: Result, title: str) -> dict[str, Figure]:
     return {name: draw() for name, draw in drawers(found, title).items()}
 
 
-def write_results(root: pathlib.Path, points: Points, title: str, unasked: int = 0) -> None:
+def write_results(root: Place, points: Points, title: str, unasked: int = 0) -> None:
     """rows.json, table.csv, table.md, pareto.png, against.png; prints the table, or the front alone while a search has
     `unasked` points to come."""
     found = concluded(rows(root, points), len(points) + unasked)

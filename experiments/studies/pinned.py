@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Optional
 
@@ -13,7 +12,7 @@ from meta_attention_jax.config import completed, config_difference, may_change, 
 from meta_attention_jax.data.manifest import check_manifest, digest
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect
-from meta_attention_jax.files import partial, run_directory, write_whole
+from meta_attention_jax.files import Place, in_bucket, partial, run_directory, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Data:
     """What runs of a comparison read."""
 
     dataset: Dataset
-    runs: Iterable[pathlib.Path]  # Their directories, of those that are not there yet too.
+    runs: Iterable[Place]  # Their directories, of those that are not there yet too.
 
     def check(self) -> None:
         """Raises ValueError if one of the runs has read other data."""
@@ -34,7 +33,7 @@ DATA = "data_digests.json"
 
 
 def pin(
-    path: pathlib.Path, shared: Mapping[str, Any], what: str, grows: Collection[str] = (),
+    path: Place, shared: Mapping[str, Any], what: str, grows: Collection[str] = (),
     data: Optional[Mapping[str, Data]] = None,
 ) -> None:
     """Writes what all runs below the folder of `path` share, or checks that it is the same.
@@ -71,7 +70,7 @@ def pin(
         write_whole(path, json.dumps({**stored, **{name: mine[name] for name in grows}}, indent=1) + "\n")
 
 
-def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
+def _pin_data(path: Place, data: Mapping[str, Data]) -> None:
     datasets = {id(one.dataset): one.dataset for one in data.values()}
     digests = {key: digest(dataset.manifest()) for key, dataset in datasets.items()}
     given = {name: digests[id(one.dataset)] for name, one in data.items()}
@@ -89,8 +88,11 @@ def _pin_data(path: pathlib.Path, data: Mapping[str, Data]) -> None:
         write_whole(path, json.dumps({**stored, **given}, indent=1) + "\n")
 
 
-def _create(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole, unless it is there already or another process is first."""
+def _create(path: Place, text: str) -> None:
+    """Writes a file whole, unless it is there already or another process is first; in a bucket the last one is it."""
+    if in_bucket(path):
+        write_whole(path, text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     written = partial(path)
     written.write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import json
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +21,7 @@ from meta_attention_jax.analysis import Section
 from meta_attention_jax.analysis.statistics import risk_coverage
 from meta_attention_jax.config import read_stored
 from meta_attention_jax.controller.prior import make_prior
-from meta_attention_jax.files import run_directory
+from meta_attention_jax.files import Place, run_directory
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.logs import read_metrics
@@ -30,7 +30,7 @@ SHOWN_ROWS = 6
 RISK_BATCHES = 4
 
 
-def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], str]]:
+def report(workdir: str | os.PathLike[str], **data: Any) -> tuple[str, Callable[[], str]]:
     """(what it is, what makes its page); all that can be wrong with the directory is said first.
 
     `data`: `corpus` and `data_split` of `load_run`, for a run.
@@ -63,7 +63,7 @@ def report(workdir: str | pathlib.Path, **data: Any) -> tuple[str, Callable[[], 
     raise ValueError(f"workdir: expected the directory of a run, an ablation or a sweep, got {str(workdir)!r}.")
 
 
-def _shared(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+def _shared(path: Place, *keys: str) -> dict[str, Any]:
     """What the runs of a comparison or a sweep share: the config, with its name, and the points."""
     stored = read_stored(path)
     parts = [stored.get(key) for key in keys]
@@ -122,7 +122,7 @@ def risk_figure(run: Run) -> Any:
     return analysis.risk_coverage_figure({run.config.controller.uncertainty: curve})
 
 
-def ablation_page(root: pathlib.Path, rows: list[dict[str, Any]]) -> str:
+def ablation_page(root: Place, rows: list[dict[str, Any]]) -> str:
     """The table of the arms, and their hard nats against cost."""
     order = list(arms.DEFAULT)
     lines, written, columns = comparison.shown(root, rows, order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any, Optional
 
 import jax
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax import analysis
 from meta_attention_jax.analysis import statistics
 from meta_attention_jax.data import recall
+from meta_attention_jax.files import Place
 from meta_attention_jax.run import Run
 from meta_attention_jax.runs import load_run
 from meta_attention_jax.training.evaluation import Evaluator, token_arrays
@@ -70,7 +70,7 @@ def scores(run: Run, split: str, *, max_batches: int, samples: tuple[int, ...] =
     return out
 
 
-def measure(path: pathlib.Path, config: ConfigDict, *, max_batches: int, step: str | int = "latest") -> None:
+def measure(path: Place, config: ConfigDict, *, max_batches: int, step: str | int = "latest") -> None:
     """`test.json` of a finished run, once; its data are where `config` says."""
     if not (path / "test.json").exists():
         run = load_run(path, step=step, corpus=config.data.corpus, data_split=config.data.split)

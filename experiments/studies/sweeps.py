@@ -18,14 +18,15 @@ from meta_attention_jax import analysis
 from meta_attention_jax.config import config_to_dict, read_stored
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.fields import expect, plain
+from meta_attention_jax.files import Place
 from meta_attention_jax.sweeps.space import Point, Range, Ranges, Sweep, labels, program
 from meta_attention_jax.sweeps.together import TOGETHER, Lost, Moved, train_together
 from meta_attention_jax.training import backbone, build
-from meta_attention_jax.training.checkpoint import Checkpoints, Damaged
+from meta_attention_jax.training.checkpoint import Damaged, newest
 from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, train
-from meta_attention_jax.training.processes import Busy, hold
+from meta_attention_jax.training.processes import Busy, Taken, hold
 from meta_attention_jax.training.restore import initial_params
 
 
@@ -63,7 +64,7 @@ def _loaded(path: str | pathlib.Path, name: str) -> Any:
         raise ValueError(f"config: expected a {name}() that runs in {str(path)!r}, got {got}.") from None
 
 
-def stored_points(root: pathlib.Path) -> dict[str, Point]:
+def stored_points(root: Place) -> dict[str, Point]:
     """Points by label of the sweep that is in the directory already; none in a new one."""
     path = root / "sweep.json"
     if not path.exists():
@@ -86,12 +87,12 @@ def open_datasets(configs: Iterable[ConfigDict], known: Mapping[str, Dataset] = 
     return {**known, **{key: build.build_dataset(one) for key, one in distinct.items() if key not in known}}
 
 
-def data_of(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Data]:
+def data_of(root: Place, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Data]:
     """What the points read, by label, for `pinned.pin`."""
     return {label: Data(datasets[_data(config)], [root / "points" / label]) for label, config in configs.items()}
 
 
-def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> None:
+def check_starts(root: Place, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> None:
     """Reads what new points start from: a mistake in it must come before anything is written."""
     seen = []
     for label, config in configs.items():
@@ -102,24 +103,16 @@ def check_starts(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets
             seen.append(start)
 
 
-def prepared(root: pathlib.Path, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Job]:
+def prepared(root: Place, configs: Mapping[str, ConfigDict], datasets: Mapping[str, Dataset]) -> dict[str, Job]:
     """Jobs of the points by label, of those that diverged too: they keep their places in a program."""
     return {
         label: prepare(config, root / "points" / label, datasets[_data(config)]) for label, config in configs.items()
     }
 
 
-def failed(root: pathlib.Path, label: str) -> pathlib.Path:
+def failed(root: Place, label: str) -> Place:
     """The file that says that a point diverged."""
     return root / "points" / f"{label}.diverged"
-
-
-def steps_done(path: pathlib.Path) -> int:
-    """Step of the newest checkpoint of a run, 0 without any."""
-    if not (path / "checkpoints").is_dir():
-        return 0
-    with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
-        return checkpoints.latest or 0
 
 
 def groups(configs: Mapping[str, ConfigDict], *, together: bool = True, at_once: int = 0) -> list[list[str]]:
@@ -136,7 +129,7 @@ def groups(configs: Mapping[str, ConfigDict], *, together: bool = True, at_once:
     ]
 
 
-def train_points(root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0) -> None:
+def train_points(root: Place, jobs: Mapping[str, Job], *, together: bool = True, at_once: int = 0) -> None:
     """Trains what is not finished, one of `groups` after the other.
 
     A point that diverges leaves `points/<label>.diverged`; one whose checkpoints are all damaged is named and
@@ -150,12 +143,12 @@ def train_points(root: pathlib.Path, jobs: Mapping[str, Job], *, together: bool 
             train_group(root, group)
 
 
-def train_configs(root: pathlib.Path, configs: Mapping[str, ConfigDict]) -> bool:
+def train_configs(root: Place, configs: Mapping[str, ConfigDict]) -> bool:
     """`train_group` in a process that has nothing yet."""
     return train_group(root, prepared(root, configs, open_datasets(configs.values())))
 
 
-def train_group(root: pathlib.Path, jobs: Mapping[str, Job]) -> bool:
+def train_group(root: Place, jobs: Mapping[str, Job]) -> bool:
     """Trains to the end what is not finished of one of `groups`; whether another process has some of it, which is left
     to it.
 
@@ -192,12 +185,15 @@ def train_group(root: pathlib.Path, jobs: Mapping[str, Job]) -> bool:
             except Lost as error:
                 print(f"{error.name}: {error}")
                 del mine[error.name]
+            except Taken as error:
+                print(f"{error} The rest of its group is left as well.")
+                return False
     return busy
 
 
-def _unfinished(root: pathlib.Path, jobs: Mapping[str, Job]) -> dict[str, int]:
+def _unfinished(root: Place, jobs: Mapping[str, Job]) -> dict[str, int]:
     """Steps done, of the points that have some to do."""
-    steps = {label: steps_done(job.path) for label, job in jobs.items() if not failed(root, label).exists()}
+    steps = {label: newest(job.path / "checkpoints") for label, job in jobs.items() if not failed(root, label).exists()}
     return {label: step for label, step in steps.items() if step < jobs[label].config.train.steps}
 
 
@@ -212,15 +208,15 @@ def _places(jobs: Mapping[str, Job]) -> dict[str, list[str]]:
     return found
 
 
-def _left_alone(root: pathlib.Path, label: str, job: Job) -> bool:
+def _left_alone(root: Place, label: str, job: Job) -> bool:
     """`train_group` of a group of one."""
     if not _unfinished(root, {label: job}):
         return False
     try:
         train(job, label=label, final=final.of_run)
-    except Busy:
+    except Busy as error:
         print(_busy(label))
-        return True
+        return not isinstance(error, Taken)  # Nor taken back: two would go on so for ever.
     except (Damaged, Diverged) as error:
         print(f"{label}: {error}")
         if isinstance(error, Diverged):
@@ -228,7 +224,7 @@ def _left_alone(root: pathlib.Path, label: str, job: Job) -> bool:
     return False
 
 
-def read_test(path: pathlib.Path, config: ConfigDict, batches: int) -> None:
+def read_test(path: Place, config: ConfigDict, batches: int) -> None:
     """Reads the test split for a point that has come to its end, once; one that is damaged is named."""
     try:
         measure(path, config, step=config.train.steps, max_batches=batches)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 import warnings
 from typing import Any
 
 from meta_attention_jax.data.corpora import PLACED, load_corpus
 from meta_attention_jax.data.pipeline import Dataset
 from meta_attention_jax.data.splits import RULES
-from meta_attention_jax.files import write_whole
+from meta_attention_jax.files import at, write_whole
 
 MANIFEST = "data_manifest.json"
 
@@ -50,7 +49,7 @@ def _documents(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 def check_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> bool:
     """Whether `data_manifest.json` is in `directory`; nothing is written."""
-    path = pathlib.Path(directory) / MANIFEST
+    path = at(directory) / MANIFEST
     if not path.is_file():
         return False
     try:
@@ -101,4 +100,4 @@ def write_manifest(dataset: Dataset, directory: str | os.PathLike[str]) -> None:
     """Writes `data_manifest.json` into `directory`, atomically; the same one again is no change."""
     if check_manifest(dataset, directory):
         return
-    write_whole(pathlib.Path(directory) / MANIFEST, json.dumps(dataset.manifest(), indent=1))
+    write_whole(at(directory) / MANIFEST, json.dumps(dataset.manifest(), indent=1))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,7 +17,7 @@ from jaxtyping import Int
 
 from meta_attention_jax.data.corpora import Corpus
 from meta_attention_jax.fields import expect
-from meta_attention_jax.files import write_whole
+from meta_attention_jax.files import at, write_whole
 
 FILE = "tokenizer.json"
 TOKENIZERS = ("bytes", "bpe", "model")
@@ -54,7 +53,7 @@ class Tokenizer(abc.ABC):
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into `directory`, atomically."""
-        write_whole(pathlib.Path(directory) / FILE, self._content())
+        write_whole(at(directory) / FILE, self._content())
 
     @abc.abstractmethod
     def _decode(self, ids: Ids) -> bytes: ...
@@ -156,7 +155,7 @@ def make_tokenizer(
     if kind == ByteTokenizer.kind:
         expect(vocab_size in (None, ByteTokenizer.vocab_size), "vocab_size", "256 for the tokenizer bytes", vocab_size)
         return ByteTokenizer()
-    known = directory is not None and (pathlib.Path(directory) / FILE).is_file()
+    known = directory is not None and (at(directory) / FILE).is_file()
     if kind == "model":
         if not known:
             raise ValueError("tokenizer: expected a pretrained backbone, whose tokenizer 'model' is, got none.")
@@ -178,7 +177,7 @@ def make_tokenizer(
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Opens the tokenizer saved in `directory`."""
-    path = pathlib.Path(directory) / FILE
+    path = at(directory) / FILE
     if not path.is_file():
         raise ValueError(f"tokenizer: expected {FILE} in {str(directory)!r}, got no such file.")
     text = path.read_text(encoding="utf-8")

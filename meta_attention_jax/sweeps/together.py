@@ -8,7 +8,6 @@ selects, since packed dispatch has trip counts of its own for every point.
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Optional
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 from meta_attention_jax.console import say
+from meta_attention_jax.files import Place
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.sweeps.group import Group, device_bytes, point_of, points_that_fit, to_host
 from meta_attention_jax.sweeps.space import program
@@ -58,7 +58,7 @@ def train_together(
     progress: bool = True,
     memory: Optional[int] = None,
     failed: Optional[Callable[[str, str], None]] = None,
-    final: Optional[Callable[[pathlib.Path], Final]] = None,
+    final: Optional[Callable[[Place], Final]] = None,
 ) -> list[Optional[str]]:
     """Trains all to `train.steps`, or to `stop_after`, with checkpoints; every job's directory is that of an ordinary
     run.
@@ -80,6 +80,7 @@ def train_together(
     Raises:
       Interrupted: SIGTERM or SIGINT, after a save of all that have not diverged.
       Moved: newer checkpoints of a job were damaged and are set aside; nothing was trained.
+      Taken: another process has taken over one of them, in a bucket.
       Lost: none of a job's checkpoints can be read; nothing was trained.
     """
     if only is not None and not set(only) & set(names):  # A part that has none of them.

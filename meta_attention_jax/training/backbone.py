@@ -114,7 +114,7 @@ def _digest(*held: tuple[pathlib.Path, int, int]) -> tuple[str, int]:
     return digest.hexdigest(), sum(size for _, size, _ in held)
 
 
-def keep(config: ConfigDict, workdir: pathlib.Path) -> None:
+def keep(config: ConfigDict, workdir: files.Place) -> None:
     """Writes `backbone.json`, or checks that the model is still the one it says."""
     if not config.retrofit.backbone:
         return
@@ -124,7 +124,7 @@ def keep(config: ConfigDict, workdir: pathlib.Path) -> None:
         files.write_whole(workdir / FILE, json.dumps(identity(config), indent=2) + "\n")
 
 
-def stored(workdir: pathlib.Path) -> dict[str, Any]:
+def stored(workdir: files.Place) -> dict[str, Any]:
     """The identity of the model of a run."""
     return read_stored(workdir / FILE, "what the run's backbone is")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -87,7 +87,7 @@ def head_dim(config: ConfigDict) -> int:
 
 
 def build_costs(
-    config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False
+    config: ConfigDict, workdir: Optional[str | os.PathLike[str]] = None, *, measure: bool = False
 ) -> np.ndarray:
     """c on the config's mechanism axis, largest 1. Measured costs are frozen in the run's `workdir`, None refuses them;
     `measure` makes them if they are not there yet, instead of an error."""
@@ -234,7 +234,9 @@ def build_model(config: ConfigDict, vocab_size: int, segments: str = "any") -> L
     )
 
 
-def build_hypers(config: ConfigDict, workdir: Optional[str | pathlib.Path] = None, *, measure: bool = False) -> Hypers:
+def build_hypers(
+    config: ConfigDict, workdir: Optional[str | os.PathLike[str]] = None, *, measure: bool = False
+) -> Hypers:
     """The arrays that a sweep may vary; `workdir` and `measure` as in `build_costs`."""
     return Hypers(
         gate=build_schedule(config).gate.times, learning_rate=jnp.float32(config.optimizer.learning_rate),

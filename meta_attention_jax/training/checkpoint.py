@@ -1,7 +1,8 @@
 """Orbax checkpoints behind one thin class: the latest N and the best, written in the background.
 
 Layout of `checkpoints/<step>/`: `state` (the whole `TrainState`), `config` (JSON), `metrics` (JSON, with the validation
-nats that decide what is best).
+nats that decide what is best). A folder of gs:// Orbax reads and writes itself; of s3:// it knows nothing, so that
+there this process saves on its own disk and copies, while training waits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import errno
 import functools
 import math
-import pathlib
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,11 +24,19 @@ from absl import logging
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from meta_attention_jax import files
 from meta_attention_jax.training import processes
 
 METRIC = "nll"
 
 _ZARR = {".zarray": "zarr", "zarr.json": "zarr3"}
+
+_WHOLE = "_CHECKPOINT_METADATA"  # Of a step; where folders are copied, it is copied last.
+
+_LOOKS = 10  # At what is copied, while a step is deleted meanwhile.
+
+_NOT_REACHED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED")
+"""What a bucket says that does not answer: nothing is known of its checkpoints."""
 
 
 def _metric(metrics: Mapping[str, Any]) -> float:
@@ -73,8 +82,17 @@ class Checkpoints:
     """Saves and restores training states of one run directory, in the folder of all steps, which is made when missing
     unless `read_only`."""
 
-    def __init__(self, directory: str | pathlib.Path, *, keep_latest: int = 2, read_only: bool = False):
-        self.directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike[str], *, keep_latest: int = 2, read_only: bool = False):
+        self.place = files.at(directory)
+        self._stack = contextlib.ExitStack()
+        if not files.in_bucket(self.place):
+            self.place = self.place.absolute()
+        self._copies = str(self.place).startswith("s3://")
+        stage = files.staged(self.place) if self._copies else contextlib.nullcontext(None)
+        self._stage = self._stack.enter_context(stage)
+        self.directory = self._stage.folder if self._copies else self.place
+        if self._copies:
+            self._begin()
         policy = preservation_policy.AnyPreservationPolicy([
             preservation_policy.LatestN(keep_latest),
             preservation_policy.BestN(get_metric_fn=_metric, reverse=True, n=1),
@@ -102,8 +120,38 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))),
             metrics={METRIC: math.inf if math.isnan(nll) else nll},
         )
+        if self._copies:
+            self._copy()
+
+    def _begin(self) -> None:
+        """Fetches all but the arrays, of steps that are complete; whoever trains the run may be deleting one."""
+        for left in reversed(range(_LOOKS)):
+            complete = {name.split("/")[0] for name in self._stage.names() if name.endswith(f"/{_WHOLE}")}
+            try:
+                self._stage.fetch(lambda name: name.split("/")[0] in complete and "/state/" not in name)
+                break
+            except FileNotFoundError:
+                if not left:
+                    raise
+        for path in self.directory.iterdir():
+            if path.name not in complete:
+                shutil.rmtree(path)
+
+    def _copy(self) -> None:
+        self._manager.wait_until_finished()
+        self._stage.push(last=_WHOLE)
+        gone = {name.split("/")[0] for name in self._stage.names()} - {path.name for path in self.directory.iterdir()}
+        for step in gone:  # What says that it is complete goes first.
+            (self.place / step / _WHOLE).unlink(missing_ok=True)
+            (self.place / step).rmtree(missing_ok=True)
+
+    def _fetch(self, step: int) -> None:
+        if self._copies:
+            self._stage.fetch(lambda name: name.startswith(f"{step}/state/"))
 
     def _check_room(self, step: int, needed: int) -> None:
+        if files.in_bucket(self.directory):
+            return
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(
@@ -130,7 +178,7 @@ class Checkpoints:
         """A step number from "latest", "best" or a number."""
         steps = list(self.steps)
         if not steps:
-            raise ValueError(f"workdir: expected checkpoints under {self.directory}, got none.")
+            raise ValueError(f"workdir: expected checkpoints under {self.place}, got none.")
         found = {"latest": self.latest, "best": self.best}.get(step, step)
         if str(found) not in map(str, steps):
             raise ValueError(f"step: expected 'latest', 'best' or one of {steps}, got {step!r}.")
@@ -138,6 +186,7 @@ class Checkpoints:
 
     def restore(self, template: Any, step: int) -> Any:
         """The state at `step`, with the shapes, types and placement of `template`; Damaged if it cannot be read."""
+        self._fetch(step)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), template)
         with self._readable(step):
             return self._manager.restore(
@@ -172,9 +221,12 @@ class Checkpoints:
         with self._readable(step):
             # Not as an address, where "#", "%" and "?" of a name mean something.
             place = {"driver": "file", "path": f"{self.directory / str(step) / 'state'}/"}
+            if files.in_bucket(self.directory):
+                bucket, _, name = place["path"].removeprefix("gs://").partition("/")
+                place = {"driver": "gcs", "bucket": bucket, "path": name}
             base = {"driver": "ocdbt", "base": place}
-            files = sorted(key.decode() for key in tensorstore.KvStore.open(base).result().list().result())
-            arrays = [tuple(file.rsplit("/", 1)) for file in files if file.endswith(tuple(_ZARR))]
+            names = sorted(key.decode() for key in tensorstore.KvStore.open(base).result().list().result())
+            arrays = [tuple(name.rsplit("/", 1)) for name in names if name.endswith(tuple(_ZARR))]
             if not arrays:
                 raise ValueError("no arrays")
             for path, file in arrays[jax.process_index() :: jax.process_count()]:
@@ -187,11 +239,12 @@ class Checkpoints:
         being written."""
 
         def move() -> None:
-            place = self.directory.parent / "damaged" / str(step)
-            place.parent.mkdir(exist_ok=True)
+            place = self.place.parent / "damaged" / str(step)
             while place.exists():
                 place = place.with_name(f"{place.name}_")
-            (self.directory / str(step)).rename(place)
+            files.move(self.place / str(step), place)
+            if self._copies:
+                shutil.rmtree(self.directory / str(step))
 
         processes.together(move if processes.leads() else lambda: None)
         self._manager.reload()
@@ -205,17 +258,18 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # Orbax has no class of its own for what is wrong with a file.
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if any(word in str(error) for word in ("RESOURCE_EXHAUSTED", *_NOT_REACHED)):
                 raise
             reason = (str(error).splitlines() or [""])[0].split(". ")[0].rstrip(".")[:160]
             raise Damaged(
-                f"step: expected a complete checkpoint in {str(self.directory / str(step))!r}, "
+                f"step: expected a complete checkpoint in {str(self.place / str(step))!r}, "
                 f"got a damaged one ({type(error).__name__}: {reason})."
             ) from error
 
     def restore_params(self, step: int) -> Any:
         """The parameters at `step` on this process's first device, without knowing their tree; nothing else is read.
         Damaged if they cannot be."""
+        self._fetch(step)
         sharding = SingleDeviceSharding(jax.local_devices()[0])
         with self._readable(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = {"params": self._manager.item_metadata(step)["state"].tree["params"]}
@@ -230,5 +284,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then lets go of the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._stack:
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+def newest(directory: str | os.PathLike[str]) -> int:
+    """The newest complete step in the folder of all steps, 0 without any or without the folder."""
+    if not files.at(directory).is_dir():
+        return 0
+    with contextlib.closing(Checkpoints(directory, read_only=True)) as checkpoints:
+        return checkpoints.latest or 0

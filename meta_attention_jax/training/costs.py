@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ from jax.experimental import multihost_utils
 
 from meta_attention_jax.cost import CostSetting, MeasuredCosts, measure_costs
 from meta_attention_jax.fields import expect
-from meta_attention_jax.files import write_whole
+from meta_attention_jax.files import at, write_whole
 
 FILE = "costs.json"
 
 
-def freeze_costs(directory: str | pathlib.Path, setting: CostSetting, *, batch: int) -> np.ndarray:
+def freeze_costs(directory: str | os.PathLike[str], setting: CostSetting, *, batch: int) -> np.ndarray:
     """c of the run in `directory`, for this setting: as frozen there, else measured now, `batch` sequences a call, and
     frozen. Of several processes, which must call together, the first one does it and the others get its numbers."""
     if jax.process_count() == 1:
@@ -37,9 +37,9 @@ def freeze_costs(directory: str | pathlib.Path, setting: CostSetting, *, batch: 
     return costs
 
 
-def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarray:
+def read_costs(directory: str | os.PathLike[str], setting: CostSetting) -> np.ndarray:
     """c as frozen in `directory`; never measures, never writes."""
-    path = pathlib.Path(directory) / FILE
+    path = at(directory) / FILE
     if not path.exists():
         raise ValueError(f"{FILE}: expected the run's measured costs in {str(path)!r}, got none.")
     try:
@@ -60,8 +60,8 @@ def read_costs(directory: str | pathlib.Path, setting: CostSetting) -> np.ndarra
     return costs
 
 
-def _freeze(directory: str | pathlib.Path, setting: CostSetting, batch: int) -> np.ndarray:
-    path = pathlib.Path(directory) / FILE
+def _freeze(directory: str | os.PathLike[str], setting: CostSetting, batch: int) -> np.ndarray:
+    path = at(directory) / FILE
     if path.exists():
         return read_costs(directory, setting)
     record = measure_costs(setting, batch=batch)

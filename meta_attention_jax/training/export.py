@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -25,6 +24,7 @@ from meta_attention_jax.architecture import ModelConfig
 from meta_attention_jax.config import completed, config_to_dict, dict_to_config, read_stored
 from meta_attention_jax.data.manifest import MANIFEST
 from meta_attention_jax.fields import expect
+from meta_attention_jax.files import Place
 from meta_attention_jax.pretrained import save
 from meta_attention_jax.pretrained.source import ROUTING
 from meta_attention_jax.training import backbone
@@ -40,7 +40,7 @@ KEYS = {"format", "step", "backbone", "sha256", "note", "config"}
 
 def write(
     path: pathlib.Path,
-    run: pathlib.Path,
+    run: Place,
     config: ConfigDict,
     params: Any,
     step: int,
@@ -84,16 +84,16 @@ def write(
         (made / FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         for name in KEPT:
             if (run / name).is_file():
-                shutil.copy(run / name, made / name)
+                (made / name).write_bytes((run / name).read_bytes())
         os.replace(made, path)
 
 
-def is_export(path: pathlib.Path) -> bool:
+def is_export(path: Place) -> bool:
     """Whether a folder is one of these, and no run directory."""
     return (path / FILE).is_file()
 
 
-def described(path: pathlib.Path) -> dict[str, Any]:
+def described(path: Place) -> dict[str, Any]:
     """What an export says of itself."""
     said = read_stored(path / FILE, "what was exported")
     expect(said.get("format") == FORMAT, "format", f"{FORMAT} in {str(path / FILE)!r}", said.get("format"))
@@ -102,7 +102,7 @@ def described(path: pathlib.Path) -> dict[str, Any]:
     return said
 
 
-def read(path: pathlib.Path) -> tuple[ConfigDict, int, Any]:
+def read(path: Place) -> tuple[ConfigDict, int, Any]:
     """(config, step, the parameters that were trained) of a folder that `write` made."""
     from safetensors.numpy import load
 

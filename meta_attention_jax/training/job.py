@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 from typing import Any, Optional
 
 import jax
@@ -19,7 +19,9 @@ from meta_attention_jax import files
 from meta_attention_jax.config import config_difference, config_to_dict, may_change, read_config
 from meta_attention_jax.data.manifest import MANIFEST, check_manifest, write_manifest
 from meta_attention_jax.data.pipeline import Dataset
-from meta_attention_jax.training import backbone, build, processes
+from meta_attention_jax.fields import expect
+from meta_attention_jax.training import backbone, build, processes, trackers
+from meta_attention_jax.training.checkpoint import newest
 from meta_attention_jax.training.parallel import Parallel
 from meta_attention_jax.training.restore import initial_params
 from meta_attention_jax.training.step import Hypers, StepSpec
@@ -32,7 +34,7 @@ class Job:
     are not trained."""
 
     config: ConfigDict
-    path: pathlib.Path
+    path: files.Place
     dataset: Dataset
     parallel: Parallel
     spec: StepSpec
@@ -41,7 +43,7 @@ class Job:
     frozen: Optional[Any] = None
 
 
-def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
+def open_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> files.Place:
     """Makes or checks the run directory; writes `config.json` when it is new."""
     path = files.run_directory("workdir", workdir)
     stored_at = path / "config.json"
@@ -59,7 +61,7 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
                 )
         return path
     left = ("config.tmp",)  # Of a process that was killed while it wrote the very first file.
-    held = path.iterdir() if path.exists() else ()
+    held = [p for p in path.iterdir() if p != path] if path.exists() else ()  # A bucket's console makes itself a file.
     if any(not files.is_partial(p, "config.json") and p.name not in left for p in held):
         raise ValueError(
             f"workdir: expected a new or empty directory or a run, got {str(workdir)!r}, which holds other files."
@@ -68,11 +70,15 @@ def open_workdir(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Pat
     return path
 
 
-def prepare(config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset] = None) -> Job:
+def prepare(config: ConfigDict, workdir: str | os.PathLike[str], dataset: Optional[Dataset] = None) -> Job:
     """Checks the config, the data and the directory, in this order; only then writes anything. Of several processes the
     first is ahead of the others in each part, and what is wrong in one is said by all. `dataset`: of another run with
     the same data; None opens it."""
     workdir = files.run_directory("workdir", workdir)
+    if files.in_bucket(workdir):
+        one = not processes.several() or str(workdir).startswith("gs://")
+        expect(one, "workdir", "gs:// or a shared folder for several processes", str(workdir))
+        trackers.check_in_bucket(config.train.trackers)
     processes.check_same("config", json.dumps(config_to_dict(config), sort_keys=True))
     parallel, dataset, spec = processes.in_turn(lambda: _built(config, workdir, dataset))
     # Here they go together: reading a checkpoint and measuring, processes wait for each other.
@@ -88,25 +94,24 @@ def prepare(config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[D
 
 
 def _built(
-    config: ConfigDict, workdir: str | pathlib.Path, dataset: Optional[Dataset]
+    config: ConfigDict, workdir: str | os.PathLike[str], dataset: Optional[Dataset]
 ) -> tuple[Parallel, Dataset, StepSpec]:
     build.check(config)
     parallel = build.build_parallel(config)
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
     check_manifest(dataset, workdir)
-    kept = pathlib.Path(workdir) / backbone.FILE
-    if config.retrofit.backbone and kept.is_file():
-        backbone.check_same(backbone.identity(config), backbone.stored(pathlib.Path(workdir)))
+    workdir = files.at(workdir)
+    if config.retrofit.backbone and (workdir / backbone.FILE).is_file():
+        backbone.check_same(backbone.identity(config), backbone.stored(workdir))
     return parallel, dataset, build.build_spec(config, dataset)
 
 
 def _initial(
-    config: ConfigDict, workdir: str | pathlib.Path, spec: StepSpec, dataset: Dataset, frozen: Optional[Any]
+    config: ConfigDict, workdir: str | os.PathLike[str], spec: StepSpec, dataset: Dataset, frozen: Optional[Any]
 ) -> Optional[Any]:
     # The folder alone says nothing: a run killed before its first save has one too.
-    saved = any(p.name.isdigit() for p in (pathlib.Path(workdir) / "checkpoints").glob("*"))
-    if not config.train.init_from or saved:
+    if not config.train.init_from or newest(files.at(workdir) / "checkpoints"):
         return None
     source = files.run_directory("train.init_from", config.train.init_from)
     if frozen is not None and (source / "config.json").is_file():
@@ -115,8 +120,8 @@ def _initial(
     return jax.device_get(initial_params(config.train.init_from, model, dataset.tokenizer, frozen))
 
 
-def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
-    if not processes.leads() and not (pathlib.Path(workdir) / "config.json").exists():
+def _opened(workdir: str | os.PathLike[str], config: ConfigDict) -> files.Place:
+    if not processes.leads() and not (files.at(workdir) / "config.json").exists():
         raise ValueError(
             f"workdir: expected a directory that all processes see, got {str(workdir)!r}, which process "
             f"{jax.process_index()} does not."
@@ -124,7 +129,7 @@ def _opened(workdir: str | pathlib.Path, config: ConfigDict) -> pathlib.Path:
     return open_workdir(workdir, config)
 
 
-def _describe_data(dataset: Dataset, path: pathlib.Path) -> None:
+def _describe_data(dataset: Dataset, path: files.Place) -> None:
     check_manifest(dataset, path)  # Before anything is written over.
     if processes.leads():
         dataset.tokenizer.save(path)

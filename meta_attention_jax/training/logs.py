@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -14,8 +15,12 @@ import rich.console
 import rich.progress
 
 from meta_attention_jax.console import Tolerant, say
+from meta_attention_jax.files import at
 
 PLAIN_SECONDS = 10.0  # Without a terminal: at most one progress line in so many seconds.
+
+
+LOG = "metrics.jsonl"
 
 
 def _json_ready(value: Any) -> Any:
@@ -35,7 +40,7 @@ class MetricsLog:
     written before, and all that stood before a new "start"."""
 
     def __init__(self, directory: str | pathlib.Path):
-        path = pathlib.Path(directory) / "metrics.jsonl"
+        path = pathlib.Path(directory) / LOG
         cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "a", encoding="utf-8")
         if cut:  # A crash in the middle of a line must not swallow the next one.
@@ -51,14 +56,14 @@ class MetricsLog:
         self._file.close()
 
 
-def read_metrics(directory: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl` in order, without those that a resumed run has redone. A line cut short by a crash, or
     that is no record, is left out."""
     records: list[dict[str, Any]] = []
-    path = pathlib.Path(directory) / "metrics.jsonl"
+    path = at(directory) / LOG
     if not path.is_file():
         raise ValueError(f"workdir: expected {path.name} in {str(directory)!r}, got none.")
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from meta_attention_jax.config import config_to_dict
 from meta_attention_jax.console import say
+from meta_attention_jax.files import Place, in_bucket, staged
 from meta_attention_jax.objective import flatten_scalars, summarise
 from meta_attention_jax.sharding import without_mesh
 from meta_attention_jax.training import build, processes
@@ -24,7 +24,7 @@ from meta_attention_jax.training.drive import Tally, drive
 from meta_attention_jax.training.evaluation import Evaluator, in_both_modes
 from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.logs import MetricsLog, Progress, read_metrics, status_line
+from meta_attention_jax.training.logs import LOG, MetricsLog, Progress, read_metrics, status_line
 from meta_attention_jax.training.processes import hold
 from meta_attention_jax.training.rules import final_threshold
 from meta_attention_jax.training.step import STACKED, Finite, TrainState, count_parameters, init_state, num_dense_rows
@@ -65,6 +65,7 @@ def headline(
         f"{label}: {what}, full attention {about['full_attention']}, {_gate_in_nats(job.config)}{where}"
         + (f", {state} at step {start}" if start else "")
         + (f", from {job.config.train.init_from}" if job.initial is not None else "")
+        + (f", {processes.TAKEN_OVER}" if in_bucket(job.path) else "")
     )
 
 
@@ -140,7 +141,7 @@ def _words(finite: Finite) -> str:
 @without_mesh
 def train(
     job: Job, *, stop_after: Optional[int] = None, progress: bool = True, label: Optional[str] = None,
-    final: Optional[Callable[[pathlib.Path], Final]] = None,
+    final: Optional[Callable[[Place], Final]] = None,
 ) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint if there is one, and returns the last evaluation on the
     validation split: {"soft": metrics, "hard": metrics}. Stops (with a checkpoint) after step `stop_after`, as an
@@ -149,7 +150,7 @@ def train(
 
     Raises:
       Diverged: NaN or infinity; names the step and the last good checkpoint.
-      Busy: another process trains the run.
+      Busy: another process trains the run, or has taken it over.
       Interrupted: SIGTERM or SIGINT, after a save.
       Damaged: none of the checkpoints can be read.
     """
@@ -184,7 +185,7 @@ def train(
         return run.evaluation
 
 
-def _last_evaluation(path: pathlib.Path) -> dict[str, Any]:
+def _last_evaluation(path: Place) -> dict[str, Any]:
     evaluations = [r for r in read_metrics(path) if r["event"] == "eval"]
     return {mode: evaluations[-1][mode] for mode in ("soft", "hard")} if evaluations else {}
 
@@ -209,6 +210,11 @@ class Book:
 
     def __init__(self, job: Job, stack: contextlib.ExitStack, trackers: Trackers, name: str = ""):
         self.job, self._stack, self._trackers, self.name = job, stack, trackers, name
+        # Of a run in a bucket: what is written bit by bit goes there at every save, and at the end.
+        self._stage = stack.enter_context(staged(job.path, lambda name: name == LOG and processes.leads()))
+        self.folder = self._stage.folder
+        if in_bucket(job.path):
+            stack.callback(self._keep)
         self.checkpoints = Checkpoints(job.path / "checkpoints", keep_latest=job.config.train.keep_latest)
         stack.callback(self.checkpoints.close)
         self._log: Optional[MetricsLog] = None  # Of the first process, from `open_log` on.
@@ -219,7 +225,7 @@ class Book:
         """Tells that the run goes on from step `start`, or begins and is about this."""
         self.good = start or None
         if processes.leads():
-            self._log = self._stack.enter_context(contextlib.closing(MetricsLog(self.job.path)))
+            self._log = self._stack.enter_context(contextlib.closing(MetricsLog(self.folder)))
         if start < self.job.config.train.steps:
             self._trackers.open(self.job.path, config_to_dict(self.job.config), start)
         self.write("resume" if start else "start", start, {} if start else about)
@@ -230,7 +236,13 @@ class Book:
             self._log.write(event, step, metrics)
         self._trackers.write(self.job.path, step, flatten_scalars(metrics, prefix=f"{event}/"))
 
-    def finish(self, done: int, final: Optional[Callable[[pathlib.Path], Final]]) -> None:
+    def _keep(self) -> None:
+        """Brings the log into the bucket, as long as the run is this process's."""
+        processes.check_held(self.job.path)
+        self._stage.push()
+        self._trackers.keep(self.job.path)
+
+    def finish(self, done: int, final: Optional[Callable[[Place], Final]]) -> None:
         """Shows what `final` makes of the run, if `done` is its last step."""
         if done == self.job.config.train.steps:
             self._trackers.finish(self.job.path, done, final)
@@ -239,6 +251,8 @@ class Book:
         """Starts writing a checkpoint. The best is that of the fewest hard nats where a gate hardens the run, of the
         fewest soft nats where none does; one without an evaluation comes after all others."""
         config = self.job.config
+        if in_bucket(self.job.path):  # First: a checkpoint stands for the records before it.
+            processes.together(self._keep)
         mode = "soft" if config.gate.kind == "none" else "hard"
         nll = math.inf if evaluation is None else evaluation[mode]["nll"]
         self.checkpoints.save(done, state, config=config_to_dict(config), nll=nll)
@@ -271,7 +285,7 @@ class _Run:
             self.book.write("packed", number, {"controller_rows": self.dense_share})
             self.line.say(_packed_note(number, build.packed_kernel(job.config), self.dense_share))
         if number == profile:
-            jax.profiler.start_trace(str(job.path / "profile"))
+            jax.profiler.start_trace(str(self.book.folder / "profile"))
             self._traced = True
         batch = job.parallel.shard(job.dataset.train_batch(number))
         self.state, metrics = self.compiled(self.state, batch, self.hypers, self.frozen)

@@ -1,5 +1,5 @@
 """What several processes of one run have to agree on, which does nothing where there is one; and the lock on a run's
-directory."""
+directory; in a bucket, what takes its place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import errno
 import hashlib
 import os
-import pathlib
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Optional, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from meta_attention_jax.fields import expect
+from meta_attention_jax.files import Place, in_bucket
 
 Result = TypeVar("Result")
 
@@ -110,14 +111,40 @@ def check_same(field: str, text: str) -> None:
 LOCK = ".lock"
 
 
+TAKEN_OVER = "in a bucket, without locks: a process that starts later takes the run over, this one stops at a save"
+
+_held: dict[Place, str] = {}  # What this process has written into the locks of runs in buckets.
+
+
 class Busy(ValueError):
     """Another process writes into the run directory."""
 
 
+class Taken(Busy):
+    """Another process has taken over a run in a bucket."""
+
+
+def check_held(path: Place) -> None:
+    """Raises Taken if this process held a run in a bucket, and another one does now. What that one does between the
+    look and what the caller then writes, nobody sees."""
+    if path in _held and (not (path / LOCK).is_file() or (path / LOCK).read_text() != _held[path]):
+        raise Taken(f"workdir: expected a run that no other process trains, got {str(path)!r}, which one took over.")
+
+
 @contextlib.contextmanager
-def hold(path: pathlib.Path) -> Iterator[None]:
+def hold(path: Place) -> Iterator[None]:
     """This process alone trains the run in `path`, until the end of the block; Busy if another one does. The lock is
-    the kernel's and goes with the process, however it ends; the file stays."""
+    the kernel's and goes with the process, however it ends; the file stays. A bucket has none, and cannot tell a
+    process that is dead from one that trains: there who comes last has the run, and the other one hears of it by
+    `check_held`."""
+    if in_bucket(path):
+        _held[path] = uuid.uuid4().hex
+        (path / LOCK).write_text(_held[path])
+        try:
+            yield
+        finally:
+            del _held[path]
+        return
     import fcntl  # Of Unix; a run is also opened elsewhere.
 
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import time
 from typing import Any, Optional
 
@@ -16,7 +15,7 @@ from ml_collections import ConfigDict
 from meta_attention_jax.config import dict_to_config, read_config
 from meta_attention_jax.data.tokenizer import Tokenizer, load_tokenizer
 from meta_attention_jax.fields import expect
-from meta_attention_jax.files import run_directory
+from meta_attention_jax.files import Place, run_directory
 from meta_attention_jax.model import LanguageModel
 from meta_attention_jax.training import export
 from meta_attention_jax.training.backbone import merge
@@ -26,7 +25,7 @@ from meta_attention_jax.types import RoutingHypers
 ATTEMPTS = 10  # Times that the checkpoints of a run that trains meanwhile are looked at anew.
 
 
-def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
+def read_run(workdir: str | os.PathLike[str], step: int | str) -> tuple[ConfigDict, int, tuple[int, ...], Any]:
     """(config, step, all saved steps, parameters on this process's first device) of a run."""
     path = run_directory("workdir", workdir)
     if export.is_export(path):
@@ -42,12 +41,12 @@ def read_run(workdir: str | pathlib.Path, step: int | str) -> tuple[ConfigDict, 
     return config, *_read(path / "checkpoints", step)
 
 
-def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...], Any]:
+def _read(directory: Place, step: int | str) -> tuple[int, tuple[int, ...], Any]:
     """(step, all saved steps, parameters), also of a run that is being trained. What trains it deletes old checkpoints,
     and may do so between the look at the list and the end of the reading; then it is looked at anew. Only what stays
     where it is and cannot be read is Damaged."""
     for attempt in range(ATTEMPTS):
-        before = set(os.listdir(directory))
+        before = _listed(directory)
         try:
             checkpoints = Checkpoints(directory, read_only=True)
             try:
@@ -63,18 +62,22 @@ def _read(directory: pathlib.Path, step: int | str) -> tuple[int, tuple[int, ...
     raise AssertionError("unreachable")
 
 
-def _changes(directory: pathlib.Path, before: set[str]) -> bool:
+def _listed(directory: Place) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def _changes(directory: Place, before: set[str]) -> bool:
     """Whether the list of checkpoints differs from `before`, or does so in a moment: a checkpoint that is being deleted
     loses its files first."""
     for _ in range(20):
-        if set(os.listdir(directory)) != before:
+        if _listed(directory) != before:
             return True
         time.sleep(0.05)
     return False
 
 
 def initial_params(
-    source: str | pathlib.Path, model: LanguageModel, tokenizer: Tokenizer, frozen: Optional[Any] = None
+    source: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer, frozen: Optional[Any] = None
 ) -> Any:
     """The newest parameters of the run in `source`, for another run of the same model to start from; adapters may be
     missing."""

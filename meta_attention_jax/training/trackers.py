@@ -30,7 +30,7 @@ from tensorboardX.summary import scalar, text
 
 from meta_attention_jax.config import flat
 from meta_attention_jax.fields import expect
-from meta_attention_jax.files import write_whole
+from meta_attention_jax.files import Place, Stage, staged, write_whole
 
 PATIENCE = 30.0  # Seconds in which all trackers have to be through, once training has ended.
 BEHIND = 1000  # Records that a tracker may be behind.
@@ -46,8 +46,9 @@ class Final:
 
 
 class Tracker(Protocol):
-    """One run in one tracker. Made in the tracker's thread with the run's directory, its plain config, and the step
-    that it goes on from; what went wrong is an exception of any kind."""
+    """One run in one tracker. Made in the tracker's thread with the run's directory (of a run in a bucket, with what
+    stands for it on this machine), its plain config, and the step that it goes on from; what went wrong is an exception
+    of any kind."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One record."""
@@ -217,6 +218,14 @@ def check(names: Sequence[str]) -> None:
                                  "got none installed.")
 
 
+def check_in_bucket(names: Sequence[str]) -> None:
+    """Checks `train.trackers` of a run in a bucket: no database can be there."""
+    if "mlflow" in names:
+        import mlflow
+
+        expect(mlflow.is_tracking_uri_set(), "train.trackers", "MLFLOW_TRACKING_URI for 'mlflow' in a bucket", "none")
+
+
 class _Thread:
     """One tracker at work."""
 
@@ -229,12 +238,12 @@ class _Thread:
         self._thread.start()
 
     def _work(self) -> None:
-        runs: dict[pathlib.Path, Tracker] = {}
+        runs: dict[Place, Tracker] = {}
         try:
             while (call := self._calls.get()) is not None:
                 run, method, arguments = call
                 if method == "open":
-                    runs[run] = TRACKERS[self.name](run, *arguments)
+                    runs[run] = TRACKERS[self.name](*arguments)
                 else:
                     getattr(runs[run], method)(*arguments)
         except BaseException as error:  # Of any kind, and some call sys.exit.
@@ -273,23 +282,37 @@ class Trackers:
 
     def __init__(self, names: Sequence[str]):
         self._threads = [_Thread(name) for name in names]
-        self._whole: dict[pathlib.Path, bool] = {}
+        self._whole: dict[Place, bool] = {}
+        self._stages: dict[Place, Stage] = {}
+        self._stack = contextlib.ExitStack()
 
-    def _call(self, run: pathlib.Path, method: str, *arguments: Any) -> None:
+    def _call(self, run: Place, method: str, *arguments: Any) -> None:
         for thread in self._threads:
             thread.call((run, method, arguments))
 
-    def open(self, run: pathlib.Path, config: Mapping[str, Any], start: int) -> None:
+    def open(self, run: Place, config: Mapping[str, Any], start: int) -> None:
         """A run goes on from step `start`, or begins."""
         self._whole[run] = False
-        self._call(run, "open", config, start)
+        if self._threads:
+            ids = {f"{name}.id" for name in TRACKERS}
+            self._stages[run] = self._stack.enter_context(staged(run, ids.__contains__))
+            self._call(run, "open", self._stages[run].folder, config, start)
 
-    def write(self, run: pathlib.Path, step: int, scalars: Mapping[str, float]) -> None:
+    def keep(self, run: Place) -> None:
+        """Brings what trackers have written of a run into its bucket, if it is in one; a failure is but a warning."""
+        try:
+            if run in self._stages:
+                self._stages[run].push()
+        except Exception as error:  # Of any kind; and what is being written may be gone.
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].rstrip('. ')}"
+            warnings.warn(f"train.trackers: {str(run)!r} has not all of their files, {why}.", stacklevel=2)
+
+    def write(self, run: Place, step: int, scalars: Mapping[str, float]) -> None:
         """One record of a run, if it was opened."""
         if run in self._whole:
             self._call(run, "write", step, scalars)
 
-    def finish(self, run: pathlib.Path, step: int, final: Optional[Callable[[pathlib.Path], Final]]) -> None:
+    def finish(self, run: Place, step: int, final: Optional[Callable[[Place], Final]]) -> None:
         """A run has come to its end; `final` makes of its directory what is shown of it."""
         self._whole[run] = True
         if self._threads and final is not None:
@@ -303,6 +326,9 @@ class Trackers:
             thread.call(None)
         for thread in self._threads:
             thread.end(until)
+        for run in self._stages:
+            self.keep(run)
+        self._stack.close()
 
 
 @contextlib.contextmanager
