@@ -239,7 +239,7 @@ def partial(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def is_partial(path: pathlib.Path, name: str) -> bool:
+def is_partial(path: Place, name: str) -> bool:
     """Whether `path` is what is left of a process that was killed while it wrote the file `name`."""
     return path.name.startswith(f".{name}.") and path.name.endswith(".tmp")
 
