@@ -22,7 +22,8 @@ With --search=optuna (extra `optuna`) the file has a `get_search()`: ranges of f
 `log_uniform`, `integers`, `choice`). Batches of --trials_at_once points are proposed from what those before have scored
 on validation, by NSGA-II for several --objectives, by TPE for one, and trained like those of a grid. A point that
 diverges counts as failed, one that is proposed again is not trained again. `sweep.json` has the points of every batch,
-before it is trained: started again, with as many --trials or more, the search goes on as if it had never stopped.
+before it is trained: started again, the search goes on as if it had never stopped; with more --trials too, if those
+before were whole batches.
 Results are written after every batch. `optuna.log` is Optuna's journal, written anew at every start, for other tools.
 """
 
@@ -67,7 +68,8 @@ def main() -> None:
     searches = SEARCH.value == "optuna"
     with common.user_mistakes():
         on_ray = ENGINE.value == "ray"
-        expect(on_ray or ADDRESS.value is None, "address", "--engine=ray with it", ADDRESS.value)
+        for flag in () if on_ray else (ADDRESS, DEVICES):
+            expect(not flag.present, flag.name, "--engine=ray with it", flag.value)
         for flag in () if searches else (TRIALS, OBJECTIVES, TRIALS_AT_ONCE, SAMPLER):
             expect(not flag.present, flag.name, "--search=optuna with it", flag.value)
         path = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -32,6 +32,7 @@ from meta_attention_jax.data.splits import RULES
 from meta_attention_jax.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from meta_attention_jax.fields import expect
 from meta_attention_jax.files import local
+from meta_attention_jax.training.processes import hold
 
 CORPUS = flags.DEFINE_string("corpus", None, "As data.corpus: texts.")
 OUT = common.define_path("out", None, "The folder of the token files.")
@@ -54,6 +55,7 @@ def main() -> None:
             say(f"{OUT.value}: every part is as it was written")
             return
         expect(CORPUS.value, "corpus", "a value, for --corpus must have a value", CORPUS.value)
+        expect(CORPUS.value.startswith("hf:") or not ROWS.value, "rows", "a corpus hf:NAME with it", CORPUS.value)
         expect(WORKERS.value >= 0, "workers", "at least 0", WORKERS.value)
         expect(PART_MB.value >= 1, "part_mb", "at least 1", PART_MB.value)
         folder = local("out", OUT.value)
@@ -74,11 +76,14 @@ def main() -> None:
     if (folder / token_files.MANIFEST).is_file():
         say(f"{OUT.value}: complete already")
         return
-    try:
-        lines = written(folder, found.parts, WORKERS.value or os.cpu_count() or 1)
-    except BrokenProcessPool:
-        common.fail("workers: expected them to live on, got one that was killed; the same command goes on.")
-    with common.user_mistakes():
+    with common.user_mistakes(), hold(folder):
+        try:
+            lines = written(folder, found.parts, WORKERS.value or os.cpu_count() or 1)
+        except BrokenProcessPool:
+            common.fail("workers: expected them to live on, got one that was killed; the same command goes on.")
+        except OSError as error:
+            common.fail(f"corpus: expected texts that can be read and room for tokens, got {error}; the same command "
+                        "goes on.")
         token_files.finish(folder, {"source": found.source, "split_by": found.split_by}, lines)
     tokens = sum(line["bytes"] for line in lines) // token_files.dtype_of(tokenizer.vocab_size).itemsize
     skipped = sum(line["skipped"] for line in lines)

@@ -137,7 +137,7 @@ def test_an_epoch_has_every_window_once_and_the_next_one_another_order(folder):
 def test_a_release_of_grain_with_another_shuffle_is_refused(folder, monkeypatch):
     monkeypatch.setattr(tokenized, "_SHUFFLED", tuple(range(10)))
     with pytest.raises(ValueError, match="data.order: expected the shuffle of grain 0.2.18"):
-        make(folder).train_batch(0)
+        make(folder).check_training()
 
 
 def test_order_1_draws_each_row_of_a_step_whatever_the_batch_size(folder):

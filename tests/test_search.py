@@ -69,6 +69,8 @@ def score(point):
     (lambda: searching.check(light(), RANGES, ["nats", "nats"]), "objectives: expected"),
     (lambda: searching.check(light(), {"prior.strenght": uniform(0, 1)}, ["nats"]), "sweep: expected a field"),
     (lambda: searching.check(light(), {"seed": 0, "gate.end": uniform(0, 2)}, ["nats"]), "gate.end: expected a share"),
+    (lambda: searching.check(light(), {f"a.field{i:02}": uniform(0, 1) for i in range(12)}, ["nats"]),
+     "config: expected ranges whose names and values fit into the 200 characters of a point's name, got '252 of 12"),
     (lambda: searching.check(light(), {"model.window": uniform(1, 4)}, ["nats"]), "model.window: expected a value"),
 ])
 def test_mistakes_in_ranges_and_objectives_are_one_sentence(call, sentence):

@@ -24,6 +24,7 @@ from meta_attention_jax.data.manifest import check_manifest, write_manifest
 from meta_attention_jax.data.parts import in_parts
 from meta_attention_jax.data.pipeline import make_dataset
 from meta_attention_jax.data.tokenizer import ByteTokenizer
+from meta_attention_jax.training import processes
 from tests.fuzz_harness import call, snapshot
 
 T, B = 32, 6
@@ -212,11 +213,11 @@ def write_rows(root, scheme, split, rows):
 
         writer = ArrayRecordWriter(str(root / split / "0.array_record"), "group_size:1")
         for row in rows:
-            writer.write(row.astype("<u2").tobytes())
+            writer.write(row if isinstance(row, bytes) else row.astype("<u2").tobytes())
         writer.close()
 
 
-@pytest.mark.parametrize("scheme", ["arrayrecord", "parquet"])
+@pytest.mark.parametrize("scheme", ["arrayrecord", pytest.param("parquet", marks=pytest.mark.parquet)])
 def test_rows_of_other_formats_are_windows(scheme, tmp_path):
     for split in ("train", "valid", "test"):
         write_rows(tmp_path, scheme, split, ROWS)
@@ -244,6 +245,54 @@ def test_rows_of_other_formats_are_windows(scheme, tmp_path):
     shutil.rmtree(tmp_path / "valid")
     with pytest.raises(ValueError, match="whose name, or whose folder's, says validation"):
         make(spec)
+
+
+def test_rows_that_are_none_are_one_sentence(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    spec = f"arrayrecord:{tmp_path}"
+    for split in ("train", "valid", "test"):
+        write_rows(tmp_path, "arrayrecord", split, ROWS)
+    shutil.rmtree(tmp_path / "train")
+    write_rows(tmp_path, "arrayrecord", "train", [])
+    with pytest.raises(ValueError, match="corpus: expected a row in split 'train' of .* got 'none'"):
+        make(spec)
+    shutil.rmtree(tmp_path / "train")
+    write_rows(tmp_path, "arrayrecord", "train", [b"abc"])
+    with pytest.raises(ValueError, match="corpus: expected ids of 2 bytes in row 0, got '3 bytes'"):
+        make(spec).check_training()
+    (tmp_path / "train" / "0.array_record").write_bytes(b"junk" * 99)
+    with pytest.raises(ValueError, match="corpus: expected files of arrayrecord in"):
+        make(spec)
+
+
+@pytest.mark.parquet
+@pytest.mark.parametrize("column, sentence", [
+    (["a", "b"], "expected lists of whole numbers in the column 'tokens', got 'string'"),
+    ([[1.5, 2.5]], "expected lists of whole numbers in the column 'tokens', got 'list<.*double>'"),
+    ([None, [1, 2]], "expected tokens in row 0, got"),
+    ([[1, None], [1, 2]], "expected tokens in row 0, got 'one that is missing'"),
+    ([[-3, 2]], "expected ids of the 256 tokens that there are in row 0, got -3"),
+    ([], "expected (a row in split|lists of whole)"),
+])
+def test_columns_that_are_no_tokens_are_one_sentence(column, sentence, tmp_path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    ByteTokenizer().save(tmp_path)
+    for split in ("train", "valid", "test"):
+        write_rows(tmp_path, "parquet", split, ROWS)
+    parquet.write_table(pyarrow.table({"tokens": column}), tmp_path / "train" / "0.parquet")
+    with pytest.raises(ValueError, match=sentence):
+        make(f"parquet:{tmp_path}").check_training()
+
+
+def test_two_commands_do_not_write_one_folder(folder, tmp_path):
+    line = "tokenize", f"--corpus=path:{folder}", f"--out={tmp_path / 'out'}", "--workers=1"
+    assert call(*line).code == 0
+    (tmp_path / "out" / "manifest.json").unlink()
+    with processes.hold(tmp_path / "out"):
+        told = call(*line)
+    assert told.code == 2 and told.err.count("\n") == 1 and "no other process" in told.err, told
 
 
 def check_same(dataset, spec, root):
@@ -304,6 +353,8 @@ def test_runs_from_before_the_order_keep_theirs():
     (["--corpus=sotu", "--out=new", "--part_mb=0"], "part_mb: expected at least 1, got 0"),
     (["--corpus=sotu", "--out=new", "--tokenizer_from=."], "tokenizer: expected tokenizer.json in"),
     (["--out=new", "--verify"], "corpus: expected token files in 'new', got none"),
+    (["--corpus=path:.", "--out=new", "--rows"], "rows: expected a corpus hf:NAME with it, got 'path:.'"),
+    (["--corpus=hf:a/b", "--out=new", "--split=hash"], "data.split: expected 'auto' for 'hf:a/b'"),
 ])
 def test_mistakes_are_one_sentence(flags, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -228,6 +228,8 @@ class RoutedLM(TemplateLM):
         with mistakes():
             for _, _, said in requests:
                 expect(1 <= len(said) <= most, "continuation", f"1 to max_length = {most} tokens", len(said))
+        # Of a context of blanks alone nothing is left: lm-eval gives them to what is asked for.
+        requests = [(key, context or [self.prefix_token_id], said) for key, context, said in requests]
         rows = [(context + said)[-most - 1 :] for _, context, said in requests]
         self._tell_cut(sum(len(context) + len(said) > most + 1 for _, context, said in requests))
         found: list[Any] = [None] * len(rows)

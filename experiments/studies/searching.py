@@ -20,7 +20,7 @@ from experiments.studies import outcome, pinned
 from meta_attention_jax.config import check_fields, config_to_dict, read_stored
 from meta_attention_jax.fields import expect
 from meta_attention_jax.sweeps.search import Search, package
-from meta_attention_jax.sweeps.space import Point, Range, Ranges, configured, content_label, ends
+from meta_attention_jax.sweeps.space import LONGEST, Point, Range, Ranges, configured, content_label, ends, text_of
 from meta_attention_jax.training.processes import hold
 
 OBJECTIVES = {"nats": "nll_hard", "soft_nats": "nll_soft", "cost": "cost"}
@@ -36,6 +36,10 @@ def check(base: ConfigDict, ranges: Ranges, objectives: Sequence[str]) -> None:
     known = f"one or several of {', '.join(OBJECTIVES)}"
     ok = objectives and set(objectives) <= OBJECTIVES.keys() and len(set(objectives)) == len(objectives)
     expect(ok, "objectives", known, ",".join(objectives))
+    shown = [max(len(text_of(v)) for v in one.values or (-1.23456e-10,)) + len(field.split(".")[-1]) + 2
+             for field, one in ranges.items() if isinstance(one, Range)]
+    expect(sum(shown) <= LONGEST, "config", f"ranges whose names and values fit into the {LONGEST} characters of a "
+           "point's name", f"{sum(shown)} of {len(shown)} ranges")
     for point in ends(ranges):
         check_fields(configured(base, point))
     package()

@@ -153,7 +153,8 @@ def train_group(root: Place, jobs: Mapping[str, Job]) -> bool:
     to it.
 
     A process that was killed while it saved leaves points at several steps. Those behind catch up first, each in its
-    place in the program in which it began: whatever the interruptions, the bits in the end are the same.
+    place in the program in which it began: whatever the interruptions, the bits in the end are the same, where a group
+    fits into memory at once and one process began it (else what had not begun is divided anew).
     """
     if len(jobs) == 1:
         return any(_left_alone(root, label, job) for label, job in jobs.items())

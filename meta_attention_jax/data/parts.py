@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Optional
 
-from meta_attention_jax.data.corpora import joined, load_corpus, open_hub
+from meta_attention_jax.data.corpora import check_split, joined, load_corpus, open_hub
 from meta_attention_jax.data.splits import SPLITS, TEST_FROM, VALIDATION_FROM, assign, split_of
 from meta_attention_jax.data.texts import NotText, read_text, walk
 from meta_attention_jax.files import local
@@ -44,6 +44,7 @@ class Parts:
 def in_parts(spec: str, rule: str, size: int, *, rows: bool = False) -> Parts:
     """A corpus of `load_corpus` in parts of about `size` bytes. Files of a folder are read one at a time where paths
     say every split, and rows of the hub some thousands at a time, each a document if `rows`; else all are read now."""
+    check_split(spec, rule)
     scheme, _, rest = spec.partition(":")
     if scheme == "hf":
         return _hub(spec, rest, rows)
@@ -51,7 +52,7 @@ def in_parts(spec: str, rule: str, size: int, *, rows: bool = False) -> Parts:
         by, splits = found
         root = local("data.corpus", rest)
         texts = [(split, (root / name).stat().st_size, str(root / name)) for name, split in splits.items()]
-        known = json.dumps([[name, *text[:2]] for name, text in zip(splits, texts)])
+        known = json.dumps([[name, *text[:2], (root / name).stat().st_mtime_ns] for name, text in zip(splits, texts)])
         return Parts("files", by, known, _cut(texts, size, _files))
     corpus = load_corpus(spec, rule)
     texts = [(split, len(d.data), d.data) for split in SPLITS for d in corpus.splits[split]]

@@ -141,6 +141,9 @@ class Dataset(abc.ABC):
         line = f"data {about['corpus']}{tasks}, split {about['split']}"
         return f"{line}: {'; '.join(sizes)}" if sizes else line
 
+    def check_training(self) -> None:
+        """Raises ValueError for what would else be found at the first step alone."""
+
     @abc.abstractmethod
     def train_batch(self, step: int) -> Batch:
         """Batch number `step` (from 0), [local_batch, T]; a function of the seed and `step`."""
@@ -190,7 +193,15 @@ class TextDataset(Dataset):
             expect(tokens > self.sequence_length, "sequence_length", most, self.sequence_length)
         else:
             expect(order == 2, "data.order", f"2 for {data.name!r}, of rows", order)
-        self._held_out = {split: data.splits[split].windows(self.sequence_length, cover=True) for split in SPLITS}
+        self._known: dict[str, Source] = {}
+        for split in SPLITS[1:]:  # What is wrong with them is said before any work.
+            self._held_out(split)
+
+    def _held_out(self, split: str) -> Source:
+        """Windows of evaluation; of a large training split they are seldom asked for."""
+        if split not in self._known:
+            self._known[split] = self._data.splits[split].windows(self.sequence_length, cover=True)
+        return self._known[split]
 
     def manifest(self) -> dict[str, Any]:
         named = {"kind": self.tokenizer.kind, "vocab_size": self.vocab_size}
@@ -207,6 +218,9 @@ class TextDataset(Dataset):
             return Windows(train, self.sequence_length, 1)
         return shuffled(train.windows(self.sequence_length), self._seed)
 
+    def check_training(self) -> None:
+        self._windows
+
     def train_batch(self, step: int) -> Batch:
         numbers = step * self.batch_size + self.rows.astype(np.int64)
         if self._order == 1:
@@ -216,13 +230,13 @@ class TextDataset(Dataset):
 
     def num_eval_batches(self, split: str, *, max_batches: int | None = None) -> int:
         _check_eval(split, max_batches)
-        batches = -(-len(self._held_out[split]) // self.batch_size)
+        batches = -(-len(self._held_out(split)) // self.batch_size)
         return batches if max_batches is None else min(batches, max_batches)
 
     def eval_batches(self, split: str, *, max_batches: int | None = None) -> Iterator[Batch]:
         """The last one is filled up with rows of padding."""
         batches = self.num_eval_batches(split, max_batches=max_batches)
-        return self._eval_batches(self._held_out[split], batches)
+        return self._eval_batches(self._held_out(split), batches)
 
     def _eval_batches(self, windows: Source, batches: int) -> Iterator[Batch]:
         total = len(windows)
@@ -267,6 +281,9 @@ class TaskDataset(TextDataset):
 
     def about(self) -> dict[str, Any]:
         return {**super().about(), "tasks": str(self.config)}
+
+    def check_training(self) -> None:
+        """Nothing: what it needs is here."""
 
     def train_batch(self, step: int) -> Batch:
         rngs = [self._generator(self._seed, _TRAIN, step, int(row)) for row in self.rows]

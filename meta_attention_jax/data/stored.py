@@ -73,7 +73,15 @@ def _open_rows(spec: str, scheme: str, rest: str, tokenizer: str | Tokenizer) ->
     given = isinstance(tokenizer, Tokenizer) and not (folder / FILE).is_file()
     known = tokenizer if given else load_tokenizer(folder)
     source = _parquet if scheme == "parquet" else functools.partial(_records, dtype=dtype_of(known.vocab_size))
-    splits = {s: Rows(*source([p for p, word in zip(paths, said) if word == s]), known.vocab_size) for s in SPLITS}
+    splits = {}
+    for split in SPLITS:
+        try:
+            count, read = source([p for p, word in zip(paths, said) if word == split])
+        except (RuntimeError, OSError) as error:  # Of files that are none of the format.
+            words = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"corpus: expected files of {scheme} in {rest!r}, got {words!r}.") from None
+        expect(count, "corpus", f"a row in split {split!r} of {rest!r}", "none")
+        splits[split] = Rows(count, read, known.vocab_size)
     documents = [
         dict(name=p.relative_to(folder).as_posix(), split=word, bytes=p.stat().st_size, sha256=_ends_of(p))
         for p, word in zip(paths, said) if word
@@ -113,7 +121,8 @@ class Rows:
         expect(1 < len(ids) <= self._most, "data.sequence_length",
                f"rows of 2 to T + 1 = {self._most} tokens", len(ids))
         expect(0 <= ids.min() and ids.max() < self._vocab_size, "corpus",
-               f"ids of the {self._vocab_size} tokens that there are in row {number}", int(ids.max()))
+               f"ids of the {self._vocab_size} tokens that there are in row {number}",
+               int(min(ids.min(), 0) or ids.max()))
         return ids
 
 
@@ -121,19 +130,34 @@ def _records(paths: Sequence[pathlib.Path], dtype: np.dtype) -> tuple[int, Calla
     import grain  # As in `data/pipeline.py`.
 
     source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-    return len(source), lambda number: np.frombuffer(source[number], dtype)
+
+
+    def read(number: int) -> Integer[np.ndarray, "_"]:
+        record = source[number]
+        expect(not len(record) % dtype.itemsize, "corpus", f"ids of {dtype.itemsize} bytes in row {number}",
+               f"{len(record)} bytes")
+        return np.frombuffer(record, dtype)
+
+    return len(source), read
 
 
 def _parquet(paths: Sequence[pathlib.Path]) -> tuple[int, Callable[[int], Any]]:
     import pyarrow.parquet  # Optional, and asked for here only.
 
-    files = [pyarrow.parquet.ParquetFile(path) for path in paths]
+    try:
+        files = [pyarrow.parquet.ParquetFile(path) for path in paths]
+    except pyarrow.ArrowException as error:
+        raise RuntimeError(str(error)) from None
     groups = [(file, g) for file in files for g in range(file.metadata.num_row_groups)]
     starts = np.cumsum([0, *(file.metadata.row_group(g).num_rows for file, g in groups)])
     columns = {next((c for c in _COLUMNS if c in file.schema_arrow.names), None) for file in files}
     expect(len(columns) == 1 and None not in columns, "corpus", f"one of the columns {', '.join(_COLUMNS)}",
            files[0].schema_arrow.names)
     (column,) = columns
+    for file in files:
+        kind, types = file.schema_arrow.field(column).type, pyarrow.types
+        known = (types.is_list(kind) or types.is_large_list(kind)) and types.is_integer(kind.value_type)
+        expect(known, "corpus", f"lists of whole numbers in the column {column!r}", str(kind))
 
     @functools.lru_cache(maxsize=_GROUPS)
     def group(number: int) -> Any:
@@ -142,6 +166,9 @@ def _parquet(paths: Sequence[pathlib.Path]) -> tuple[int, Callable[[int], Any]]:
 
     def read(number: int) -> Integer[np.ndarray, "_"]:
         g = int(np.searchsorted(starts, number, side="right")) - 1
-        return group(g)[int(number - starts[g])].values.to_numpy(zero_copy_only=False)
+        ids = group(g)[int(number - starts[g])].values
+        whole = ids is not None and not ids.null_count
+        expect(whole, "corpus", f"tokens in row {number}", "one that is missing" if ids is not None else "none")
+        return ids.to_numpy(zero_copy_only=False)
 
     return int(starts[-1]), read

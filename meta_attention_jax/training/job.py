@@ -100,6 +100,7 @@ def _built(
     parallel = build.build_parallel(config)
     rows = parallel.rows(config.data.batch_size)
     dataset = dataset or build.build_dataset(config, workdir, rows)
+    dataset.check_training()
     check_manifest(dataset, workdir)
     workdir = files.at(workdir)
     if config.retrofit.backbone and (workdir / backbone.FILE).is_file():
