@@ -137,8 +137,6 @@ def test_a_routed_model_answers_what_the_run_itself_says(roots, offline):
 
     run = load_run(roots["begins"][1]).fit_budget(cost=0.6, max_batches=1)
     ours = RoutedLM(run.path, budget=0.6, batch_size=2)
-    blank, none = ours.loglikelihood(requests("loglikelihood", [(" ", "a text"), ("", " a text")]), disable_tqdm=True)
-    assert blank == none and blank[0] < -1.0  # Of blanks alone no context is left.
     short = [text for text in TEXTS if len(text) < CONTEXT]
     rows = [ours.tok_encode(text) for text in short]
     texts = [[ours.prefix_token_id, *row[:-1]] for row in rows]
@@ -156,6 +154,8 @@ def test_a_routed_model_answers_what_the_run_itself_says(roots, offline):
     soft = RoutedLM(run.path, mode="soft", batch_size=2)
     soft.loglikelihood_rolling(requests("loglikelihood_rolling", short), disable_tqdm=True)
     assert soft.get_model_info()["full_attention_share"] == 1, "a mixture computes all of its mechanisms"
+    blank, none = ours.loglikelihood(requests("loglikelihood", [(" ", "a text"), ("", " a text")]), disable_tqdm=True)
+    assert blank == none and blank[0] < -1.0  # Of blanks alone no context is left.
 
 
 @pytest.mark.lm_eval
