@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
+import grain  # noqa: F401  Its flags are defined on import alone, and calls put flags back.
 from absl import flags
 
 from experiments import common

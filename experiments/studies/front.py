@@ -24,11 +24,6 @@ from meta_attention_jax import analysis
 from meta_attention_jax.analysis import Column
 from meta_attention_jax.fields import expect
 
-WORKDIR = common.define_path("workdir", None, "Of the search.")
-BESIDE = common.define_path("beside", None, "The results of the grid.")
-JSON = common.define_path("json", None, "Where the result goes.")
-flags.mark_flags_as_required(["workdir", "beside"])
-
 FINEST = 5e-4
 """Of cost and nats, what no table shows: less than that is no difference, where an interval has no width."""
 
@@ -88,4 +83,8 @@ def _rows(field: str, folder: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    WORKDIR = common.define_path("workdir", None, "Of the search.")
+    BESIDE = common.define_path("beside", None, "The results of the grid.")
+    JSON = common.define_path("json", None, "Where the result goes.")
+    flags.mark_flags_as_required(["workdir", "beside"])
     common.run(main)

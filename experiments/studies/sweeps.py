@@ -192,9 +192,14 @@ def train_group(root: Place, jobs: Mapping[str, Job]) -> bool:
     return busy
 
 
+def steps_done(path: Place) -> int:
+    """The newest checkpoint of a run, 0 without any."""
+    return newest(path / "checkpoints")
+
+
 def _unfinished(root: Place, jobs: Mapping[str, Job]) -> dict[str, int]:
     """Steps done, of the points that have some to do."""
-    steps = {label: newest(job.path / "checkpoints") for label, job in jobs.items() if not failed(root, label).exists()}
+    steps = {label: steps_done(job.path) for label, job in jobs.items() if not failed(root, label).exists()}
     return {label: step for label, step in steps.items() if step < jobs[label].config.train.steps}
 
 
