@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import smoke
 from meta_attention_jax.config import completed, config_to_dict, default_config, may_change
 from meta_attention_jax.data import token_files
 from meta_attention_jax.data.corpora import load_corpus
@@ -25,6 +26,8 @@ from meta_attention_jax.data.parts import in_parts
 from meta_attention_jax.data.pipeline import make_dataset
 from meta_attention_jax.data.tokenizer import ByteTokenizer
 from meta_attention_jax.training import processes
+from meta_attention_jax.training.job import prepare
+from meta_attention_jax.training.loop import train
 from tests.fuzz_harness import call, snapshot
 
 T, B = 32, 6
@@ -341,6 +344,27 @@ def test_runs_from_before_the_order_keep_theirs():
     stored = config_to_dict(default_config())
     assert stored["data"].pop("order") == 2
     assert completed(stored)["data"]["order"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:corpus")  # Of the file that is no text.
+def test_a_run_from_before_the_order_goes_on_in_its_own(folder, tmp_path):
+    def trained(stop_after, **given):
+        config = smoke.get_config()
+        config.update_from_flattened_dict({
+            "data.corpus": f"path:{folder}", "data.sequence_length": 8, "model.window": 4, "train.eval_batches": 1,
+            "train.steps": 4, "parallel.devices": 1, **given,
+        })
+        train(prepare(config, tmp_path / "run"), progress=False, stop_after=stop_after)
+
+    trained(2, **{"data.order": 1})
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["data"]["order"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="data.order: expected 1, as in .* got 2"):
+        trained(None)
+    trained(None, **{"data.order": 1})
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
 @pytest.mark.parametrize("flags, sentence", [
