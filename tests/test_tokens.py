@@ -164,6 +164,8 @@ def test_damage_is_found(tokens, tmp_path):
     path.write_bytes(data)
     told = call("tokenize", f"--out={place}", "--verify")
     assert told.code == 2 and told.err.endswith("got 'test-00000'.\n") and told.err.count("\n") == 1
+    (place / "tokenizer.json").write_text('{"kind":  "bytes"}')
+    assert call("tokenize", f"--out={place}", "--verify").err.endswith("got 'tokenizer.json, test-00000'.\n")
     path.write_bytes(data[:-2])
     with pytest.raises(ValueError, match="corpus: expected .* bytes of test-00000.tokens and .offsets"):
         make(f"tokens:{place}")

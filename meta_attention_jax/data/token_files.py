@@ -126,7 +126,8 @@ def finish(folder: pathlib.Path, about: Mapping[str, Any], lines: Iterable[Mappi
     for split in SPLITS:
         found = any(line["documents"] for line in lines if line["split"] == split)
         expect(found, "corpus", f"a document of at least 2 tokens in split {split!r}", "none")
-    write_whole(folder / MANIFEST, json.dumps({**about, "documents": lines}, indent=1))
+    stored = {**about, "tokenizer": _digest(folder / FILE), "documents": lines}
+    write_whole(folder / MANIFEST, json.dumps(stored, indent=1))
     for done in (*(folder / f"{line['name']}.json" for line in lines), *folder.glob(".*.tmp")):
         done.unlink(missing_ok=True)
 
@@ -154,9 +155,9 @@ def open_files(spec: str, rest: str) -> Tokenized:
 
 
 def damaged(rest: str) -> list[str]:
-    """Names of the parts whose bytes are not those that were written."""
+    """Names of the parts whose bytes are not those that were written, and the tokenizer's file if it is none."""
     folder, stored = _manifest(rest)
-    bad = []
+    bad = [FILE] if stored.get("tokenizer") not in (None, _digest(folder / FILE)) else []
     for line in stored["documents"]:
         digest = hashlib.sha256()
         for end in (".tokens", ".offsets"):
@@ -166,6 +167,10 @@ def damaged(rest: str) -> list[str]:
                     digest.update(data)
         bad += [line["name"]] if digest.hexdigest() != line["sha256"] else []
     return bad
+
+
+def _digest(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
 
 
 def _manifest(rest: str) -> tuple[pathlib.Path, dict[str, Any]]:
