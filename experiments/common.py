@@ -49,12 +49,10 @@ class _PathParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str:
         found = str(self._find("path", argument))
-        return found if "://" in found else found if argument.lower().startswith(("~", "file:")) else argument
+        return found if "://" in found or argument.lower().startswith(("~", "file:")) else argument
 
 
-def define_path(
-    name: str, default: Optional[str], help: str, *, buckets: bool = False
-) -> flags.FlagHolder[str]:
+def define_path(name: str, default: Optional[str], help: str, *, buckets: bool = False) -> flags.FlagHolder[str]:
     """A flag that says where something is: `~` and `file://` are resolved, other addresses refused, but for those of
     `buckets`."""
     return flags.DEFINE(_PathParser(buckets), name, default, help)

@@ -93,3 +93,22 @@ def published(path: pathlib.Path, *, layers: int = 2, seed: int = 0, context: in
         kept[tensor.name] = (scale * rng.standard_normal(tensor.shape)).astype(np.float32)
     save_file(kept, path / "model.safetensors")
     return path
+
+
+def light(*, steps, every):
+    """Fields of a run that is as small as can be."""
+    return {"controller.name": "fixed", "controller.fixed": ("local",), "model.num_layers": 1, "train.steps": steps,
+            "train.eval_every": every, "train.checkpoint_every": every, "train.eval_batches": 1, "parallel.devices": 1}
+
+
+def config_file(fields, rest):
+    """The text of a config file for such runs, which ends with the functions in `rest`."""
+    return f"""
+from configs import smoke
+from meta_attention_jax.sweeps.space import *
+
+def get_config():
+    config = smoke.get_config()
+    config.update_from_flattened_dict({fields!r})
+    return config
+{rest}"""

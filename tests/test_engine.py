@@ -27,24 +27,15 @@ from meta_attention_jax.sweeps import engine
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.training.interrupt import Interrupted
 from meta_attention_jax.training.logs import read_metrics
+from tests import making
 from tests.test_commands import ROOT, environment
 from tests.test_sweep import final
 
-LIGHT = {"controller.name": "fixed", "controller.fixed": ("local",), "model.num_layers": 1, "train.steps": 600,
-         "train.eval_every": 20, "train.checkpoint_every": 20, "train.eval_batches": 1, "parallel.devices": 1}
 SEEDS = 6
-CONFIG = f"""
-from configs import smoke
-from meta_attention_jax.sweeps.space import chain, point, product, sweep
-
-def get_config():
-    config = smoke.get_config()
-    config.update_from_flattened_dict({LIGHT!r})
-    return config
-
+CONFIG = making.config_file(making.light(steps=600, every=20), f"""
 def get_sweep():
     return chain(sweep("seed", range({SEEDS})), point(name="bad", **{{"optimizer.learning_rate": 1e30}}))
-"""
+""")
 PATIENCE = 400.0
 
 

@@ -16,12 +16,14 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
+from configs import smoke
 from experiments import lm_eval as command
 from experiments import studies
 from meta_attention_jax import load_run
 from meta_attention_jax.data.tokenizer import ByteTokenizer, SymbolTokenizer
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.loop import train
+from tests import making
 from tests.close import assert_close
 from tests.making import published
 from tests.test_retrofit import config
@@ -287,6 +289,18 @@ def test_a_task_that_asks_for_what_there_is_not_is_one_sentence(roots, offline, 
     with pytest.raises(Mistake, match="^continuation: expected 1 to max_length = 96 tokens, got 97."):
         model.loglikelihood(requests("loglikelihood", [("a", LONG[:97])]), disable_tqdm=True)
     assert model.get_model_info()["tokens_read"] == 0
+
+
+@pytest.mark.lm_eval
+@quiet
+def test_a_run_that_knows_no_text_is_refused(tmp_path):
+    from experiments.studies.harness import Mistake, RoutedLM
+
+    small = smoke.get_config()
+    small.update_from_flattened_dict(making.light(steps=1, every=1))
+    train(prepare(small, tmp_path / "run"), progress=False)
+    with pytest.raises(Mistake, match="^run: expected a run of text, got 'recall'."):
+        RoutedLM(tmp_path / "run")
 
 
 @pytest.mark.lm_eval

@@ -18,6 +18,7 @@ from experiments.studies import front, outcome, pinned, searching, sweeps
 from meta_attention_jax.sweeps.search import SAMPLERS, Search
 from meta_attention_jax.sweeps.space import choice, content_label, ends, integers, log_uniform, uniform
 from meta_attention_jax.training.logs import read_metrics
+from tests import making
 from tests.test_commands import ROOT, check_mistake, check_success, command, environment  # noqa: F401
 from tests.test_engine import until
 from tests.test_sweep import final
@@ -26,20 +27,11 @@ RANGES = {
     "prior.strength": log_uniform(0.5, 32.0), "gate.price": uniform(0, 1), "data.num_pairs": integers(1, 4),
     "controller.fixed": choice(("full",), ("full", "local")), "controller.name": "bayesian", "seed": choice(0, 1),
 }
-LIGHT = {"controller.name": "fixed", "controller.fixed": ("local",), "model.num_layers": 1, "train.steps": 9,
-         "train.eval_every": 3, "train.checkpoint_every": 3, "train.eval_batches": 1, "parallel.devices": 1}
-CONFIG = f"""
-from configs import smoke
-from meta_attention_jax.sweeps.space import choice, log_uniform
-
-def get_config():
-    config = smoke.get_config()
-    config.update_from_flattened_dict({LIGHT!r})
-    return config
-
+LIGHT = making.light(steps=9, every=3)
+CONFIG = making.config_file(LIGHT, """
 def get_search():
-    return {{"optimizer.learning_rate": choice(1e-3, 1e-2, 1e30), "seed": choice(0, 1)}}
-"""
+    return {"optimizer.learning_rate": choice(1e-3, 1e-2, 1e30), "seed": choice(0, 1)}
+""")
 
 
 def light():
@@ -113,6 +105,7 @@ def test_mistakes_of_the_file_and_the_command_come_before_any_work(command, tmp_
         (("--search=optuna", "--trials=0"), "trials: expected"),
         (("--search=optuna", "--group=0"), "group: expected --search=grid with it, got 0"),
         (("--trials=3",), "trials: expected --search=optuna with it, got 3"),
+        (("--devices_per_group=4",), "devices_per_group: expected --engine=ray with it, got 4"),
     ):
         check_mistake(command("sweep", f"--config={path}", f"--workdir={root}", *flags), sentence)
     assert not root.exists()

@@ -3,8 +3,8 @@
 python -m experiments.checks.notebooks [--out=runs/notebooks/html] [--only=01,04]    needs nbconvert and Chromium
 
 Each is executed from its first cell to its last, converted to HTML and opened in headless Chromium, which writes what
-it shows to a PNG beside it. What a page has is counted in the browser's own document: pictures that it could draw, cells,
-and outputs that are errors. Exit code 1 where a cell fails, or the browser shows fewer pictures than the notebook has.
+it shows to a PNG beside it. Pictures that it could draw are counted in the browser's own document. Exit code 1 where a
+cell fails, or the browser draws fewer than the notebook has.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
             raise ValueError("notebooks: expected the package nbconvert, got none; pip install nbconvert.") from None
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     wrong = [path.stem for path in paths
              if path.stem.startswith(tuple(ONLY.value) or "") and not shown(path, out, browser)]
     if wrong:
@@ -59,8 +61,6 @@ def shown(path: pathlib.Path, out: pathlib.Path, browser: str) -> bool:
     import nbconvert
 
     notebook = jupytext.read(path)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     try:
         nbclient.NotebookClient(
             notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}

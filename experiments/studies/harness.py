@@ -27,6 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from meta_attention_jax.data.published import PublishedTokenizer
+from meta_attention_jax.data.tokenizer import SymbolTokenizer
 from meta_attention_jax.fields import expect, near, whole
 from meta_attention_jax.generation import Draw, decode_loop, greedy, prefill, sampler_of
 from meta_attention_jax.model import LanguageModel
@@ -152,6 +153,8 @@ class RoutedLM(TemplateLM):
             size = int(batch_size) if str(batch_size).isdigit() else 0
             expect(size > 0, "batch_size", "a number of rows", batch_size)
             self.run = opened(run, budget, share, price, mode, step, backbone)
+            symbols = isinstance(self.run.tokenizer, SymbolTokenizer)
+            expect(not symbols, "run", "a run of text", self.run.config.data.corpus)
             context, vocab = self.run.model.config.context, self.run.tokenizer.vocab_size
             length = context or self.run.sequence_length if max_length is None else whole("max_length", max_length)
             room = f"2 to the model's context of {context}" if context else "at least 2"
