@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
+from jaxtyping import Float
 
 from experiments.studies.pretrained import plan
 from meta_attention_jax.analysis.statistics import bootstrap, interval
@@ -39,7 +40,7 @@ family was read at)."""
 
 def summary(rows: Rows) -> list[dict[str, Any]]:
     """A row per kind and arm: nats above full attention on the same windows with the interval of a bootstrap over
-    documents, and over the seeds where there are several; share; exact answers."""
+    documents, every window counted once, and over the seeds where there are several; share; exact answers."""
     found = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         base = {window: own[-1] for window, own in by_window(rows, kind, "full").items()}
@@ -48,32 +49,46 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
             if not own:
                 continue
             above = np.array([row["nll"] - base[row["window"]]["nll"] for row in own])
+            once = one_each([row["window"] for row in own])
             tokens = np.array([row["tokens"] for row in own], float)
             documents = [row["document"] for row in own]
-            middle, low, high = bootstrap(above, tokens, groups=documents)
-            seeds = sorted({row["seed"] for row in own})
-            of_seed = [float(np.average(above[mine], weights=tokens[mine])) for mine in
-                       (np.array([row["seed"] == seed for row in own]) for seed in seeds)]
+            middle, low, high = bootstrap(above, tokens * once, groups=documents)
+            mean = lambda key: float(np.average([row[key] for row in own], weights=once))  # noqa: B023, E731
             line = {
                 "task": kind, "arm": arm, "windows": len({row["window"] for row in own}),
-                "documents": len(set(documents)), "seeds": len(seeds),
-                "share": float(np.mean([row["share"] for row in own])),
-                "nll": float(np.average([row["nll"] for row in own], weights=tokens)),
-                "above": middle, "above_low": low, "above_high": high,
-                "keys": float(np.mean([row["keys"] for row in own])),
-                # Seeds that took turns have not read the same windows.
-                "seed_pm": interval(of_seed)[1] if len(own) == len(seeds) * len({r["window"] for r in own}) > 1
-                and len(seeds) > 1 else None,
+                "documents": len(set(documents)), "seeds": len({row["seed"] for row in own}), "share": mean("share"),
+                "nll": float(np.average([row["nll"] for row in own], weights=tokens * once)),
+                "above": middle, "above_low": low, "above_high": high, "keys": mean("keys"),
+                "seed_pm": over_seeds(above, tokens, own),
             }
             if "flops" in own[0]:
-                line["flops"] = float(np.mean([row["flops"] for row in own]))
+                line["flops"] = mean("flops")
             if own[0]["exact"] is not None:
                 right = np.array([row["exact"] for row in own], float)
-                line["exact"], line["exact_low"], line["exact_high"] = bootstrap(
-                    right, np.ones(len(own)), groups=documents
-                )
+                line["exact"], line["exact_low"], line["exact_high"] = bootstrap(right, once, groups=documents)
             found.append(line)
     return found
+
+
+def one_each(windows: Sequence[int]) -> Float[np.ndarray, "n"]:
+    """Weights of readings by which every window counts once, whether one seed has read it or all."""
+    _, own, often = np.unique(windows, return_inverse=True, return_counts=True)
+    return 1.0 / often[own]
+
+
+def over_seeds(
+    values: Float[np.ndarray, "n"], tokens: Float[np.ndarray, "n"], rows: Rows
+) -> Optional[float]:
+    """Half the width of the 95 % interval over seeds, on the windows that all of them have read; None without any:
+    seeds that take turns have not read the same."""
+    read: dict[int, set[int]] = {}
+    for row in rows:
+        read.setdefault(row["seed"], set()).add(row["window"])
+    common = set.intersection(*read.values())
+    if len(read) < 2 or not common:
+        return None
+    at = {seed: np.array([row["seed"] == seed and row["window"] in common for row in rows]) for seed in read}
+    return interval([float(np.average(values[own], weights=tokens[own])) for own in at.values()])[1]
 
 
 def by_window(rows: Rows, kind: str, arm: str) -> dict[int, dict[int, Mapping[str, Any]]]:
@@ -91,7 +106,7 @@ BEYOND = 0.02
 
 def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, Any]]:
     """Nats of one arm less those of another, in pairs of windows and of seeds where both have some, with the interval
-    of a bootstrap over documents, and over seeds where both have read everything with several."""
+    of a bootstrap over documents, and over seeds on the windows that all of them have read."""
     mine = by_window(rows, kind, arm)
     if "@" in other:
         families = [by_window(rows, kind, other)]
@@ -107,21 +122,18 @@ def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, 
                 share, nats = (list(part) for part in zip(*knots))
                 at = float(np.clip(row["share"], share[0], share[-1]))
                 if "@" in other or abs(at - row["share"]) <= BEYOND:
-                    pairs.append((seed, row, row["nll"] - float(np.interp(at, share, nats)), at))
+                    pairs.append((row, row["nll"] - float(np.interp(at, share, nats)), at))
     if not pairs:
         return None
-    tokens = np.array([row["tokens"] for _, row, _, _ in pairs], float)
-    difference = np.array([value for _, _, value, _ in pairs])
-    middle, low, high = bootstrap(difference, tokens, groups=[row["document"] for _, row, _, _ in pairs])
-    seeds = sorted({seed for seed, *_ in pairs})
-    whole = len(seeds) > 1 and all(len(own) == len(seeds) for own in mine.values())
-    of_seed = [float(np.average(difference[own], weights=tokens[own])) for own in
-               (np.array([seed == each for seed, *_ in pairs]) for each in seeds)]
+    own, differ, at = ([pair[i] for pair in pairs] for i in range(3))
+    tokens, differ = np.array([row["tokens"] for row in own], float), np.array(differ)
+    once = one_each([row["window"] for row in own])
+    middle, low, high = bootstrap(differ, tokens * once, groups=[row["document"] for row in own])
     return {
-        "task": kind, "arm": arm, "other": other, "windows": len({row["window"] for _, row, _, _ in pairs}),
-        "difference": middle, "low": low, "high": high, "seed_pm": interval(of_seed)[1] if whole else None,
-        "share": float(np.mean([row["share"] for _, row, _, _ in pairs])),
-        "other_share": float(np.mean([at for *_, at in pairs])),
+        "task": kind, "arm": arm, "other": other, "windows": len({row["window"] for row in own}),
+        "difference": middle, "low": low, "high": high, "seed_pm": over_seeds(differ, tokens, own),
+        "share": float(np.average([row["share"] for row in own], weights=once)),
+        "other_share": float(np.average(at, weights=once)),
     }
 
 

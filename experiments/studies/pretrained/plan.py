@@ -17,9 +17,10 @@ the model's weights, at the speed of these), a training step through the whole m
 
 Cut to fit, in the order asked for: shares of 10 and 50 % but for the fixed patterns (50 % is what they are compared
 at), 16 needles in the readings, code and 4 needles but for the arms that matter there; routes in disorder are read at
-30 % alone.
+30 % alone. Cut later, when 20 windows of every kind had been read by all arms: the further 80, of the main kinds alone,
+are read by what was not decided then and by what it is compared with (`DECIDING`).
 The seeds of routers trained by the local ELBO take turns over the windows (every window is read by one seed of each,
-every document by all in time); those trained end to end read them all. Seeds differ in initial weights, in the tokens
+every document by all in time); those trained end to end read the first 20 all, then take turns too. Seeds differ in initial weights, in the tokens
 that are drawn and in samples, not in the 100 training windows.
 """
 
@@ -44,6 +45,15 @@ AT_FURTHER = (
     "local cost_penalty@0.3", "local bayesian@0.3", "cost_penalty@0.3", "bayesian@0.3", "bayesian shuffled@0.3",
 )
 """Arms that read code and 4 needles."""
+BY_ALL = 20  # Windows of every kind, read by all arms and seeds that read the kind.
+DECIDING = (
+    "full", "local", "oracle@0.2", "oracle@0.3", "bayesian@0.2", "bayesian@0.3", "bayesian@0.4", "bayesian@0.5",
+    "cost_penalty@0.2", "cost_penalty@0.3", "bayesian cautious by mutual_information@0.3",
+    "bayesian cautious by vacuity@0.3", "bayesian shuffled@0.3", "best layers@0.2", "best layers@0.3",
+    "best layers@0.5", "KV heads@0.2", "KV heads@0.3", "KV heads@0.5",
+)
+"""Arms that read further windows: of those that the first 20 left open whether they meet the goal, or which of two is
+better, all; and the fixed patterns, shuffled routes and a window, which the answer is measured by."""
 CALIBRATED_ON = MAIN  # In equal parts: one threshold for all kinds of text.
 
 LOCAL_STEPS = 300
@@ -108,9 +118,11 @@ END_TO_END_STEPS, END_TO_END_RATE, EVERY = 250, 1e-3, 50
 CHOOSING_WINDOWS = 8  # Of every main kind, on validation.
 
 
-def wanted(kind: str, arm: str) -> bool:
-    """Whether an arm reads a kind of text."""
-    return kind in MAIN or arm in AT_FURTHER or " of prose " in arm
+def wanted(kind: str, number: int, arm: str, seed: int, turn: int) -> bool:
+    """Whether an arm's seed (-1: it has none) reads a window; `turn`: the seed whose turn it is there."""
+    if kind not in MAIN:
+        return number < BY_ALL and (arm in AT_FURTHER or " of prose " in arm)
+    return number < BY_ALL or arm in DECIDING and seed in (-1, turn)
 
 
 def setting(point: Point) -> dict[str, object]:

@@ -187,8 +187,10 @@ class Study:
         for number in range(count):
             for kind in kinds:
                 [window] = self.material.windows(kind, "test", 1, skip=number)
+                turn = window.turn(len(plan.SEEDS))
                 for arm, seed, asked, read in jobs(window):
-                    if plan.wanted(kind, arm) and (kind, number, arm, seed) not in self.record.done:
+                    done = (kind, number, arm, seed) in self.record.done
+                    if not done and plan.wanted(kind, number, arm, seed, turn):
                         self.check_time()
                         seen = read(window)
                         self.record.add(row_of(window, arm, seed, asked, seen) | besides(seen))
