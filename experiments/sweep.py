@@ -1,4 +1,5 @@
-"""Trains all points of a sweep: those that differ in array inputs alone as one vmapped program.
+"""Trains all points of a sweep: those that differ in array inputs alone as one program, vmapped; on CPUs they take
+turns, a core each.
 
 python -m experiments.sweep --config=configs/sweep_concentration.py --workdir=runs/sweep
     [--engine=ray [--address=auto] [--devices_per_group=1]] [--group=0]
@@ -45,6 +46,7 @@ from meta_attention_jax.sweeps import engine
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.search import SAMPLERS
 from meta_attention_jax.training import backbone, build
+from meta_attention_jax.training.parallel import device_per_core
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_sweep().", lock_config=True)
 WORKDIR = common.define_path("workdir", None, "Where all points and the results go.", buckets=True)
@@ -68,6 +70,8 @@ def main() -> None:
     searches = SEARCH.value == "optuna"
     with common.user_mistakes():
         on_ray = ENGINE.value == "ray"
+        if not on_ray:
+            device_per_core()
         for flag in () if on_ray else (ADDRESS, DEVICES):
             expect(not flag.present, flag.name, "--engine=ray with it", flag.value)
         for flag in () if searches else (TRIALS, OBJECTIVES, TRIALS_AT_ONCE, SAMPLER):

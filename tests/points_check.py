@@ -1,7 +1,8 @@
-"""Run by test_together.py with 2 virtual devices: three points on one, on both, and interrupted."""
+"""Run by test_together.py: three points on one of two virtual devices, on both, interrupted; or on three cores."""
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 
@@ -10,7 +11,7 @@ import jax
 from configs import smoke
 from meta_attention_jax.sweeps import together
 from meta_attention_jax.sweeps.space import configured, sweep
-from meta_attention_jax.training import job
+from meta_attention_jax.training import job, parallel
 
 
 def trained(root, devices, start=0, stop_after=None):
@@ -31,8 +32,20 @@ def trained(root, devices, start=0, stop_after=None):
     ) == [None] * 3
 
 
+def on_cores(root):
+    os.sched_getaffinity = lambda process: {0, 1, 2}
+    parallel.device_per_core()
+    # Eight rows do not split over three: a run by itself has one.
+    assert len(jax.devices()) == 3 and parallel.for_run() == jax.devices()[:1]
+    assert parallel.for_points(parallel.for_run()) == jax.devices()
+    trained(root / "cores", 0)
+    parallel.device_per_core()  # Too late, and no matter.
+
+
 def main():
     root = pathlib.Path(sys.argv[1])
+    if sys.argv[2] == "cores":
+        return on_cores(root)
     assert len(jax.devices()) == 2
     trained(root / "one", 1)
     trained(root / "two", 2)

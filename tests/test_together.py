@@ -70,10 +70,11 @@ def test_gradients_are_those_of_the_runs_alone(tmp_path):
     assert len({round(norm, 3) for norm in norms}) == 3  # The points do differ.
 
 
-def test_parameters_are_those_of_the_runs_alone(tmp_path):
+@pytest.mark.parametrize("turns", [True, False], ids=("in turn", "vmapped"))
+def test_parameters_are_those_of_the_runs_alone(tmp_path, turns):
     jobs = prepared(tmp_path, base())
     spec, batches = jobs[0].spec, [jobs[0].dataset.train_batch(number) for number in range(20)]
-    group = Group(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1], turns)
     many = group.states()
     for batch in batches:
         many, _ = group.step(many, group.replicate(batch), group.hypers, group.frozen)
@@ -157,7 +158,7 @@ def test_groups_that_do_not_fit_are_trained_in_parts(tmp_path, capsys):
     needed = group.needed()
     assert needed >= bytes_needed(group.step) > 0
     failures = together.train_together(
-        jobs, label="x", names=["a", "b", "c"], memory=int(0.7 * needed)
+        jobs, label="x", names=["a", "b", "c"], memory=needed - 1
     )
     assert failures == [None] * 3
     sizes = [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()
@@ -218,24 +219,26 @@ def test_every_array_input_counts_under_vmap(tmp_path, changes, field, values):
 
 
 @pytest.mark.slow
-def test_points_on_two_devices_are_those_on_one_resumed_or_not(tmp_path):
+def test_points_on_several_devices_are_those_on_one_resumed_or_not(tmp_path):
     root = pathlib.Path(__file__).parent.parent
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, str(root / "tests" / "points_check.py"), str(tmp_path)],
-        env=env, capture_output=True, text=True, timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    for how, flags in {"devices": two, "cores": os.environ["XLA_FLAGS"]}.items():
+        env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, str(root / "tests" / "points_check.py"), str(tmp_path), how],
+            env=env, capture_output=True, text=True, timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
     for index in range(3):
-        logs = [read_metrics(tmp_path / name / str(index)) for name in ("one", "two", "parts")]
+        logs = [read_metrics(tmp_path / name / str(index)) for name in ("one", "two", "parts", "cores")]
         states = []
-        for name in ("one", "two", "parts"):
+        for name in ("one", "two", "parts", "cores"):
             saved = Checkpoints(tmp_path / name / str(index) / "checkpoints", read_only=True)
             assert saved.steps == (6, 12)
             states.append(saved.restore_params(12))
             saved.close()
         assert_close(states[1], states[0])
+        assert_close(states[3], states[0])
         jax.tree.map(np.testing.assert_array_equal, states[2], states[1])
         for log in logs[1:]:
             assert log[-1]["step"] == 12

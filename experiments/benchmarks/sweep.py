@@ -33,7 +33,7 @@ from meta_attention_jax.sweeps.group import Group
 from meta_attention_jax.sweeps.space import configured
 from meta_attention_jax.training import build
 from meta_attention_jax.training.job import Job
-from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.parallel import Parallel, device_per_core
 from meta_attention_jax.training.step import init_state, train_step
 
 JSON = commands.define_path("json", None, "Write the rows here.")
@@ -86,7 +86,7 @@ def warm(width: int, rounds: int) -> common.Row:
             spec=build.build_spec(config, dataset), hypers=build.build_hypers(config))
         for config in (configured(base, point) for point in sweep_timing.get_sweep())
     ]
-    group = Group(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices())
     batch = dataset.train_batch(0)
     one = jax.jit(functools.partial(train_step, jobs[0].spec))
     alone = [init_state(job.spec, jax.random.key(job.config.seed), batch, job.hypers) for job in jobs]
@@ -114,6 +114,7 @@ def warm(width: int, rounds: int) -> common.Row:
 
 
 def main() -> None:
+    device_per_core()  # As `experiments.sweep`; a step of one run has the first, with the threads of all.
     with commands.user_mistakes():
         widths = common.numbers("widths", WIDTHS.value, "multiples of 32", lambda n: n % 32 == 0 < n)
     rows = [warm(width, ROUNDS.value) for width in widths]

@@ -29,6 +29,7 @@ from meta_attention_jax.runs import load_run
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps.space import Point
 from meta_attention_jax.training import build
+from meta_attention_jax.training.parallel import device_per_core
 
 WORKDIR = common.define_path("workdir", "runs/paper", "Where the runs go.")
 OUT = common.define_path("out", None, "Where the results go; the workdir when absent.")
@@ -102,6 +103,7 @@ def main() -> None:
     out = pathlib.Path(OUT.value or WORKDIR.value)
     with common.user_mistakes():
         rows = stored_rows(out / "rows.json") if (out / "rows.json").exists() else []
+    device_per_core()
     total = sum(len(module.get_sweep()) for module in CORPORA.values())
     for corpus, module in CORPORA.items():
         base, groups = module.get_config(), groups_of(module.get_sweep())

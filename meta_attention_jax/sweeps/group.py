@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import jax
@@ -83,17 +83,34 @@ def bytes_needed(compiled: Any) -> int:
     )
 
 
-class Group:
-    """The compiled programs of a group of points, of one `space.program`, and on which of the devices each lies."""
+def in_turn(function: Callable[..., Any], in_axes: Sequence[Optional[int]]) -> Callable[..., Any]:
+    """`jax.vmap` along axes 0 as a loop, one point after another."""
 
-    def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device]):
+    def mapped(*args: Any) -> Any:
+        def one(own: Any) -> Any:
+            left = iter(own)
+            return function(*(arg if axis is None else next(left) for arg, axis in zip(args, in_axes)))
+
+        return jax.lax.map(one, [arg for arg, axis in zip(args, in_axes) if axis is not None])
+
+    return mapped
+
+
+class Group:
+    """The compiled programs of a group of points, of one `space.program`, and on which of the devices each lies.
+    `turns`: points of one device take turns within a program; None: on CPUs, whose caches a point alone fits, and which
+    have no use for larger operations."""
+
+    def __init__(self, jobs: Sequence[Job], devices: Sequence[jax.Device], turns: Optional[bool] = None):
         self.jobs = list(jobs)
+        self.turns = devices[0].platform == "cpu" if turns is None else turns
         self.spec = jobs[0].spec
         self.fixed = jobs[0].config.controller.name == "fixed"  # The routes are.
         self.modes = ("soft",) if self.fixed else ("soft", "hard")  # To evaluate: of a fixed route one is enough.
-        devices = list(devices)[: len(jobs)]
-        # A device more than fits would have no points: the last one is trained as often as needed.
-        rows = -(-len(jobs) // len(devices)) * len(devices)
+        each = -(-len(jobs) // len(devices))
+        devices = list(devices)[: -(-len(jobs) // each)]  # More would not be done sooner.
+        # All have as many: the last point is trained as often as needed.
+        rows = each * len(devices)
         self.padded = [*self.jobs, *([self.jobs[-1]] * (rows - len(jobs)))]
         self.mesh = Mesh(np.array(devices), (POINTS,), axis_types=(AxisType.Auto,))
         self.frozen = self.replicate(jobs[0].frozen)
@@ -112,12 +129,13 @@ class Group:
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def over_points(self, function: Any, shared: Sequence[int], count: int, donate: tuple[int, ...] = ()) -> Any:
-        """jit of vmap over points; arguments `shared` of `count` are the same for all."""
-        axes = [None if i in shared else 0 for i in range(count)]
-        specs = [PartitionSpec() if i in shared else PartitionSpec(POINTS) for i in range(count)]
+        """jit over points, of vmap or `in_turn`; arguments `shared` of `count` are the same for all."""
+        axes = tuple(None if i in shared else 0 for i in range(count))
+        specs = tuple(PartitionSpec() if i in shared else PartitionSpec(POINTS) for i in range(count))
+        over = in_turn if self.turns else jax.vmap
         mapped = jax.shard_map(
-            jax.vmap(function, in_axes=tuple(axes)), mesh=self.mesh, in_specs=tuple(specs),
-            out_specs=PartitionSpec(POINTS), check_vma=False,
+            over(function, in_axes=axes), mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(POINTS),
+            check_vma=False,
         )
         return jax.jit(mapped, donate_argnums=donate)
 

@@ -228,7 +228,7 @@ def configured(base: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def program(config: ConfigDict) -> Hashable:
-    """What is the same for all points that one vmapped program can train; None if the point has to be trained alone.
+    """What is the same for all points that one program can train; None if the point has to be trained alone.
     Alone: packed dispatch (its trip counts follow the data of one run), costs measured in the run's own directory, a
     profile, and pmap."""
     if (

@@ -1,4 +1,4 @@
-"""Runs that differ in array inputs alone, trained as one program: `vmap` of the training step.
+"""Runs that differ in array inputs alone, trained as one program: `vmap` of the training step, on CPUs a loop over it.
 
 Every run keeps its own directory, as if it had been trained alone; the order of the data is shared. Several devices
 share the points, each training its own; nothing is communicated. Evaluation in mode hard runs all mechanisms and
@@ -26,6 +26,7 @@ from meta_attention_jax.training.interrupt import interruptible
 from meta_attention_jax.training.job import Job
 from meta_attention_jax.training.logs import Progress
 from meta_attention_jax.training.loop import Book, describe, divergence, headline, live_line, trackers_of
+from meta_attention_jax.training.parallel import for_points
 from meta_attention_jax.training.step import TrainState
 from meta_attention_jax.training.trackers import Final, opened
 
@@ -88,7 +89,7 @@ def train_together(
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
         raise ValueError("jobs: expected points of one program, got several, or one to train alone.")
-    devices = jobs[0].parallel.devices
+    devices = for_points(jobs[0].parallel.devices)
     if memory is None:
         has = device_bytes(devices[0])
         # Virtual CPU devices have one host.

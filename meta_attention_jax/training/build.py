@@ -27,7 +27,7 @@ from meta_attention_jax.routing.gate import GateSchedule
 from meta_attention_jax.sharding import FSDP
 from meta_attention_jax.training import backbone, trackers
 from meta_attention_jax.training.costs import freeze_costs, read_costs
-from meta_attention_jax.training.parallel import Parallel
+from meta_attention_jax.training.parallel import Parallel, for_run
 from meta_attention_jax.training.rules import final_threshold, validate
 from meta_attention_jax.training.step import Hypers, Schedule, StepSpec, make_optimizer, train_step
 from meta_attention_jax.types import AttentionSpec, Router, RoutingHypers
@@ -140,7 +140,7 @@ def build_schedule(config: ConfigDict) -> Schedule:
 
 def build_parallel(config: ConfigDict) -> Parallel:
     """The devices of the run."""
-    available = jax.devices()
+    available = for_run()
     wanted = config.parallel.devices or len(available)
     expect(wanted <= len(available), "parallel.devices", f"at most {len(available)} here", wanted)
     expect(wanted == len(available) or jax.process_count() == 1, "parallel.devices",

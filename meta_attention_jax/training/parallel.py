@@ -7,7 +7,9 @@ where parameters are split), and out of the loops of attention and accumulation.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -23,6 +25,33 @@ from meta_attention_jax.sharding import AXES, DATA, FSDP, partition
 PARALLEL_MODES = SCHEMA["parallel.mode"].choices
 
 
+_cores = False  # Whether the CPU's devices are those of `device_per_core`.
+
+
+def device_per_core() -> None:
+    """Makes a device of every CPU core, for the points of a sweep (`for_points`); a run by itself still has one. To be
+    called before JAX has devices; changes nothing where it has, or where XLA_FLAGS or jax_num_cpu_devices say how
+    many CPU devices there are."""
+    global _cores
+    if jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # There are devices.
+        jax.config.update("jax_num_cpu_devices", count)
+        _cores = True
+
+
+def for_run() -> list[jax.Device]:
+    """The devices that a run may have: all, of CPU cores one."""
+    found = jax.devices()
+    return found[:1] if _cores and found[0].platform == "cpu" else found
+
+
+def for_points(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """The devices that points of one program share, where each alone would have these: of CPU cores all."""
+    return jax.devices() if _cores and devices[0].platform == "cpu" else list(devices)
+
+
 class Parallel:
     """Places arrays and compiles per-device functions over all devices of all processes, by "jit" (mesh of data x fsdp)
     or "pmap" (data alone)."""
@@ -30,7 +59,7 @@ class Parallel:
     def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None, fsdp: int = 1):
         expect(mode in PARALLEL_MODES, "parallel.mode", f"one of {PARALLEL_MODES}", mode)
         self.mode = mode
-        self.devices = tuple(jax.devices() if devices is None else devices)
+        self.devices = tuple(for_run() if devices is None else devices)
         divides = fsdp >= 1 and len(self.devices) % fsdp == 0
         expect(divides, "parallel.fsdp", f"a divisor of the {len(self.devices)} devices", fsdp)
         several = len({device.process_index for device in self.devices}) > 1
