@@ -81,9 +81,13 @@ def read_all(study: Study, count: int) -> None:
     """Gains, calibration and caution of the arms that are there, on a third of the windows."""
     own = max(count // 3, 1)
     known = {(arm, seed, share): one for (arm, seed, share), one in routed_arms(study).items()}
-    for arm in dict.fromkeys(arm for arm, _, share in known if share == 0.3):
+    arms = dict.fromkeys(arm for arm, _, share in known if share == 0.3)
+    for arm in sorted(arms, key=lambda arm: arm.startswith("local ")):  # Those that read best come first.
         mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS}
-        study.record.find(f"doubt {arm}", lambda: gains_of(study, arm, mine, own))  # noqa: B023
+        study.record.find(
+            f"doubt {arm}", lambda: gains_of(study, arm, mine, own),  # noqa: B023
+            enough=lambda rows: min(row.get("windows", 0) for row in rows) >= own,
+        )
     study.record.find("calibration", lambda: calibration_of(study, known))
     bayesian = [arm for arm in dict.fromkeys(arm for arm, *_ in known) if arm.endswith("bayesian")]
     thetas = {
@@ -154,7 +158,8 @@ def gains_of(study: Study, arm: str, known: Mapping[int, Trained], count: int) -
             at = price(study, arm, seed, known[seed], 0.3)
             hard, soft = (routers.reading(study, known[seed], at, mode=mode) for mode in ("hard", "soft"))
             parts.append(tokens_of(study, hard, soft, window))
-        rows += [{"kind": kind, **row} for row in gains(parts, [window.document for window in windows])]
+        documents = [window.document for window in windows]
+        rows += [{"kind": kind, "windows": count, **row} for row in gains(parts, documents)]
         say(f"gains of {arm} on {kind}: "
             + ", ".join(f"{row['measure']} {row['gain']:.2f}" for row in rows if row["kind"] == kind))
     return rows

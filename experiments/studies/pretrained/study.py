@@ -44,9 +44,9 @@ class Record:
         if self._found.is_file():
             self.found = json.loads(self._found.read_text(encoding="utf-8"))
 
-    def find(self, name: str, found: Callable[[], Any]) -> Any:
-        """What was found under a name and is no row, or is now."""
-        if name not in self.found:
+    def find(self, name: str, found: Callable[[], Any], *, enough: Callable[[Any], bool] = lambda known: True) -> Any:
+        """What was found under a name and is no row, or is now; what is not `enough` is found anew."""
+        if name not in self.found or not enough(self.found[name]):
             self.found[name] = found()
             write_whole(self._found, json.dumps(self.found, indent=1) + "\n")
         return self.found[name]
