@@ -317,6 +317,38 @@ def test_settings_of_another_record_are_taken_over_and_never_mixed(tmp_path):
         third.take_settings(tmp_path / "first")
 
 
+@pytest.mark.parametrize("kind, number, arm, seed, turn, wanted", [
+    ("prose", 19, "position@0.3", -1, 0, True), ("prose", 20, "position@0.3", -1, 0, False),
+    ("prose", 19, "bayesian@0.3", 1, 0, True), ("prose", 20, "bayesian@0.3", 1, 0, False),
+    ("prose", 20, "bayesian@0.3", 1, 1, True), ("prose", 99, "full", -1, 1, True),
+    ("code", 19, "full", -1, 0, True), ("code", 20, "full", -1, 0, False), ("code", 0, "position@0.3", -1, 0, False),
+])
+def test_of_further_windows_the_deciding_arms_read_the_main_kinds_by_seeds_in_turn(
+    kind, number, arm, seed, turn, wanted
+):
+    assert plan.wanted(kind, number, arm, seed, turn) == wanted
+
+
+def test_a_window_counts_once_by_however_many_seeds_it_was_read():
+    def row(window, arm, seed, nll, share=0.3):
+        return {"kind": "prose", "window": window, "document": window, "arm": arm, "seed": seed, "nll": nll,
+                "share": share, "keys": share, "tokens": 10, "exact": None}
+
+    rows = [row(window, "full", -1, 1.0, 1.0) for window in range(3)]
+    rows += [row(0, "bayesian@0.3", seed, 1.2 + 0.1 * seed, 0.1) for seed in range(3)]  # 0.3 above, on average.
+    rows += [row(1, "bayesian@0.3", 1, 1.5), row(2, "bayesian@0.3", 2, 1.7)]
+    [mine] = [line for line in differences.summary(rows) if line["arm"] == "bayesian@0.3"]
+    assert mine["above"] == pytest.approx((0.3 + 0.5 + 0.7) / 3) and mine["nll"] == pytest.approx(1.5)
+    assert mine["share"] == pytest.approx((0.1 + 0.3 + 0.3) / 3) and mine["windows"] == 3
+    # Over seeds where all have read: 0.2, 0.3 and 0.4, whose t-interval is 4.303 * 0.1 / sqrt(3).
+    assert mine["seed_pm"] == pytest.approx(0.2484, abs=1e-4)
+    between = differences.contrast(rows, "prose", "bayesian@0.3", "full")
+    assert between["difference"] == pytest.approx(mine["above"]) and between["seed_pm"] == pytest.approx(mine["seed_pm"])
+    in_turn = [one for one in rows if one["window"]]
+    [mine] = [line for line in differences.summary(in_turn) if line["arm"] == "bayesian@0.3"]
+    assert mine["seed_pm"] is None and mine["above"] == pytest.approx(0.6)
+
+
 def test_tables_say_what_the_rows_do(tmp_path):
     rows = made_rows()
     by = {line["arm"]: line for line in differences.summary(rows)}

@@ -1,7 +1,7 @@
 """Does Bayesian routing, token by token, earn its place on a published model?
 
 python -m experiments.studies.pretrained.compare --out=experiments/results/pretrained_comparison
-    [--workdir=runs/pretrained_comparison] [--parts=routers,patterns,end_to_end,doubt,scarce,long]
+    [--workdir=runs/pretrained_comparison] [--parts=bounds,routers,patterns,end_to_end,doubt,scarce,long]
     [--windows=100] [--minutes=45] [--backbone=PATH --settings=RECORD]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
@@ -26,9 +26,8 @@ from meta_attention_jax.console import say
 from meta_attention_jax.fields import expect
 
 PARTS: dict[str, Callable[[Study, int], None]] = {
-    "routers": routers.read_all, "patterns": patterns.read_all, "end_to_end": end_to_end.read_all,
-    "doubt": doubt.read_all, "scarce": scarce.read_all,
-    "long": long.read_all,
+    "bounds": routers.read_bounds, "routers": routers.read_all, "patterns": patterns.read_all,
+    "end_to_end": end_to_end.read_all, "doubt": doubt.read_all, "scarce": scarce.read_all, "long": long.read_all,
 }
 
 

@@ -150,25 +150,35 @@ def price_at(study: Study, name: str, one: Trained, share: float, start: float) 
     return study.threshold(name, share, lambda window, price: reading(study, one, price)(window), start)
 
 
-def read_all(study: Study, count: int) -> None:
-    """Full attention, a window, the oracle, every router of the local ELBO, and the Bayesian one's routes in
-    disorder."""
-    reader, known = study.reader, routers(study)
-    study.forget_pools()
+def read_bounds(study: Study, count: int) -> None:
+    """Full attention, a window, and the oracle: what needs no training."""
+    reader = study.reader
     levels = {s: study.threshold(f"oracle@{s}", s, reader.oracle, 0.0064) for s in plan.SCORED_SHARES}
+
+    def jobs(window: Window) -> list[Job]:
+        every = np.ones((reader.layers, len(window.tokens)), bool)
+        return [
+            ("full", -1, 1.0, lambda w: reader.forced(w, every)),
+            ("local", -1, 0.0, lambda w: reader.forced(w, ~every)),
+            *((f"oracle@{share}", -1, share, lambda w, level=level: reader.oracle(w, level))
+              for share, level in levels.items()),
+        ]
+
+    study.read(plan.KINDS, count, jobs)
+
+
+def read_all(study: Study, count: int) -> None:
+    """`read_bounds`, every router of the local ELBO, and the Bayesian one's routes in disorder."""
+    known = routers(study)
+    study.forget_pools()
+    read_bounds(study, count)
     prices = {
         key: price_at(study, f"local {key[0]} {key[1]}", one, key[2], first_price(study.record, one.point, key[2]))
         for key, one in known.items()
     }
 
     def jobs(window: Window) -> list[Job]:
-        every = np.ones((reader.layers, len(window.tokens)), bool)
-        found: list[Job] = [
-            ("full", -1, 1.0, lambda w: reader.forced(w, every)),
-            ("local", -1, 0.0, lambda w: reader.forced(w, ~every)),
-        ]
-        for share, level in levels.items():
-            found.append((f"oracle@{share}", -1, share, lambda w, level=level: reader.oracle(w, level)))
+        found: list[Job] = []
         turn, seen = window.turn(len(plan.SEEDS)), {}
         for (arm, seed, share), price in prices.items():
             if seed == turn:
