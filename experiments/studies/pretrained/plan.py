@@ -20,8 +20,8 @@ at), 16 needles in the readings, code and 4 needles but for the arms that matter
 30 % alone. Cut later, when 20 windows of every kind had been read by all arms: the further 80, of the main kinds alone,
 are read by what was not decided then and by what it is compared with (`DECIDING`).
 The seeds of routers trained by the local ELBO take turns over the windows (every window is read by one seed of each,
-every document by all in time); those trained end to end read the first 20 all, then take turns too. Seeds differ in initial weights, in the tokens
-that are drawn and in samples, not in the 100 training windows.
+every document by all in time); those trained end to end read the first 20 all, then take turns too. Seeds differ in
+initial weights, in the tokens that are drawn and in samples, not in the 100 training windows.
 """
 
 from __future__ import annotations
