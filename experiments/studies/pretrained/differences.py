@@ -164,6 +164,7 @@ def goal(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found.append({
             "arm": arm, "share": float(np.mean([line["share"] for line in own.values()])), "met": says,
             "worst": max(line["above"] for line in own.values()),
+            "windows": min(line["windows"] for line in own.values()),
             **{kind: f"{line['above']:+.3f} ({line['above_low']:.3f} to {line['above_high']:.3f})"
                for kind, line in own.items()},
         })

@@ -44,8 +44,9 @@ DIFFERENCES = [
     analysis.Column("interval", "95 %, documents"), analysis.Column("seed_pm", "± 95 %, seeds", ".4f"),
 ]
 GOAL = [
-    analysis.Column("arm", "arm"), analysis.Column("share", "on full, mean", ".1%"),
-    *(analysis.Column(kind, kind) for kind in plan.MAIN), analysis.Column("met", "met"),
+    analysis.Column("arm", "arm"), analysis.Column("windows", "windows", "d"),
+    analysis.Column("share", "on full, mean", ".1%"), *(analysis.Column(kind, kind) for kind in plan.MAIN),
+    analysis.Column("met", "met"),
 ]
 GRID = [
     analysis.Column("arm", "arm"), analysis.Column("setting", "setting"),
@@ -205,9 +206,10 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "test split, hard, one threshold for all kinds of text. `x@0.3`: arm x at the threshold that gave 30 % on "
         "validation, over prose, copies and needles in equal parts; what it then was is the column. `local x`: trained "
         "by each layer's own output alone, its three seeds in turn over the windows; without `local`: trained through "
-        "the whole model, all seeds on all windows. `of its keys`: keys read by the tokens on full attention, of those "
-        "that it reads everywhere. Nats on prose and code from token 64 on, on copies, on answers. Intervals: "
-        "bootstrap over documents (30 addresses of six presidents), paired with full attention on the same windows."
+        f"the whole model, all seeds on the first {plan.BY_ALL} windows, then in turn. `of its keys`: keys read by the "
+        "tokens on full attention, of those that it reads everywhere. Nats on prose and code from token 64 on, on "
+        "copies, on answers. Intervals: bootstrap over documents (30 addresses of six presidents), paired with full "
+        "attention on the same windows."
     )
     parts = [
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
