@@ -87,7 +87,8 @@ def grid_lines(choices: Mapping[str, Any]) -> list[dict[str, Any]]:
 GAINS = [
     analysis.Column("kind", "text"), analysis.Column("windows", "windows", "d"), analysis.Column("arm", "arm"),
     analysis.Column("harm", "harm against"), analysis.Column("measure", "measure"),
-    analysis.Column("gain", "gain", ".1%"), analysis.Column("interval", "95 %"), analysis.Column("mean_harm", "mean harm, nats", "+.4f"),
+    analysis.Column("gain", "gain", ".1%"), analysis.Column("interval", "95 %"),
+    analysis.Column("mean_harm", "mean harm, nats", "+.4f"),
 ]
 CALIBRATION = [
     analysis.Column("kind", "text"), analysis.Column("arm", "arm"), analysis.Column("seeds", "seeds", "d"),
