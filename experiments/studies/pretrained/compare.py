@@ -2,14 +2,14 @@
 
 python -m experiments.studies.pretrained.compare --out=experiments/results/pretrained_comparison
     [--workdir=runs/pretrained_comparison] [--parts=bounds,routers,patterns,end_to_end,doubt,scarce,long]
-    [--windows=100] [--minutes=45] [--backbone=PATH --settings=RECORD]
+    [--windows=100] [--minutes=45] [--backbone=PATH --settings=RECORD --windows=20 --seeds=1]
 
 The protocol is in `plan.py`. Every reading of a window is a row of `<out>/rows.jsonl`, kept as it comes; the command
 goes on from those that are there, and stops after so many minutes. `choices.json` has what was chosen on validation:
 settings, orders of layers and heads, thresholds; `found.json` what was found and is no row. Trained controllers lie in
 the workdir; where they are gone, they are trained again, the same to rounding, and their thresholds found again. Each
 time it ends it writes the tables, pictures and page. A second model is read with the settings of a record that there
-is (`--settings`), so that nothing is tuned on it but thresholds and orders of layers.
+is (`--settings`), so that nothing is tuned on it but thresholds and orders of layers; fewer `--seeds` save hours.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         expect(CHOSEN.value and not unknown, "parts", f"some of {', '.join(PARTS)}", ", ".join(unknown))
         out = pathlib.Path(OUT.value)
         workdir = pathlib.Path(WORKDIR.value)
-        study = Study(plan.config(BACKBONE.value), out, workdir, MINUTES.value)
+        study = Study(plan.config(BACKBONE.value), out, workdir, MINUTES.value, seeds=SEEDS.value)
         if SETTINGS.value is not None:
             study.record.take_settings(pathlib.Path(SETTINGS.value))
         if (LENGTH.value, WINDOW.value) != (plan.LENGTH, plan.WINDOW):
@@ -65,5 +65,6 @@ if __name__ == "__main__":
     LENGTH = flags.DEFINE_integer("length", plan.LENGTH, "T; rows of another than the plan's go to <out>/T<length>.", 2)
     WINDOW = flags.DEFINE_integer("window", plan.WINDOW, "Of local attention.", 1)
     WINDOWS = flags.DEFINE_integer("windows", 100, "Of each kind.", 1)
+    SEEDS = flags.DEFINE_integer("seeds", len(plan.SEEDS), "Trained through the whole model.", 1, len(plan.SEEDS))
     MINUTES = flags.DEFINE_float("minutes", 45.0, "After which it stops.", 0)
     common.run(main, prints=True)

@@ -83,7 +83,7 @@ def read_all(study: Study, count: int) -> None:
     known = {(arm, seed, share): one for (arm, seed, share), one in routed_arms(study).items()}
     arms = dict.fromkeys(arm for arm, _, share in known if share == 0.3)
     for arm in sorted(arms, key=lambda arm: arm.startswith("local ")):  # Those that read best come first.
-        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS}
+        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS if (arm, seed, 0.3) in known}
         study.record.find(
             f"doubt {arm}", lambda: gains_of(study, arm, mine, own),  # noqa: B023
             enough=lambda rows: min(row.get("windows", 0) for row in rows) >= own,
@@ -92,7 +92,8 @@ def read_all(study: Study, count: int) -> None:
     bayesian = [arm for arm in dict.fromkeys(arm for arm, *_ in known) if arm.endswith("bayesian")]
     thetas = {
         (arm, seed, measure, share): threshold_of(study, arm, seed, known[arm, seed, 0.2], measure, share)
-        for arm in bayesian for seed in plan.SEEDS for measure in CAUTIOUS for share in CAUTIOUS_SHARES
+        for arm in bayesian for seed in plan.SEEDS if (arm, seed, 0.2) in known
+        for measure in CAUTIOUS for share in CAUTIOUS_SHARES
     }
 
     def jobs(window: Window) -> list[Job]:

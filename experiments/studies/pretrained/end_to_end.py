@@ -105,7 +105,7 @@ def known(study: Study) -> dict[tuple[str, int], Trained]:
     """(arm, seed) -> the router at its chosen weight."""
     return {
         (arm, seed): kept(study, arm, beta, seed)
-        for arm, beta in ((arm, chosen(study, arm)) for arm in plan.END_TO_END) for seed in plan.SEEDS
+        for arm, beta in ((arm, chosen(study, arm)) for arm in plan.END_TO_END) for seed in study.seeds
     }
 
 
@@ -127,7 +127,7 @@ def read_all(study: Study, count: int) -> None:
     prices = prices_of(study, routed)
 
     def jobs(window: Window) -> list[Job]:
-        turn, seen, found = window.turn(len(plan.SEEDS)), {}, []
+        turn, seen, found = window.turn(len(study.seeds)), {}, []
         for (arm, seed, share), price in prices.items():
             read = routers.reading(study, routed[arm, seed], price)
             if (arm, seed, share) == ("bayesian", turn, 0.3):

@@ -121,9 +121,11 @@ class Study:
 
     def __init__(
         self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
-        corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None,
+        corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None, seeds: int = len(plan.SEEDS),
     ) -> None:
-        """`base`: the study at the length that controllers were trained at; None: this one."""
+        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers that are
+        trained through the whole model."""
+        self.seeds = plan.SEEDS[:seeds]
         self.base = base or self
         build.check(config)
         params, tokenizer = backbone.load(config), backbone.described(config)[1]
