@@ -151,7 +151,7 @@ def points_on_devices():
                 config=values, path=pathlib.Path(), dataset=dataset, parallel=Parallel("jit"),
                 spec=build.build_spec(values, dataset), hypers=build.build_hypers(values),
             ))
-        group = Group(jobs, jax.devices()[:devices])
+        group = Group(jobs, jax.devices()[:devices], turns=False)
         states = group.states()
         for number in range(3):
             batch = group.replicate(dataset.train_batch(number))

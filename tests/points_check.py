@@ -14,7 +14,7 @@ from meta_attention_jax.sweeps.space import configured, sweep
 from meta_attention_jax.training import job, parallel
 
 
-def trained(root, devices, start=0, stop_after=None):
+def trained(root, devices, start=0, stop_after=None, progress=False):
     config = smoke.get_config()
     config.optimizer.name = "sgd"
     config.controller.name = "softmax"
@@ -28,7 +28,7 @@ def trained(root, devices, start=0, stop_after=None):
         for index, point in enumerate(points)
     ]
     assert together.train_together(
-        jobs, label="x", names=["a", "b", "c"], start=start, stop_after=stop_after, progress=False
+        jobs, label="x", names=["a", "b", "c"], start=start, stop_after=stop_after, progress=progress
     ) == [None] * 3
 
 
@@ -38,8 +38,10 @@ def on_cores(root):
     # Eight rows do not split over three: a run by itself has one.
     assert len(jax.devices()) == 3 and parallel.for_run() == jax.devices()[:1]
     assert parallel.for_points(parallel.for_run()) == jax.devices()
-    trained(root / "cores", 0)
-    parallel.device_per_core()  # Too late, and no matter.
+    trained(root / "cores", 0, progress=True)
+    trained(root / "asked", 1, progress=True)
+    together.device_bytes = lambda device: 1  # Not even for one.
+    trained(root / "short", 0, progress=True)
 
 
 def main():

@@ -17,6 +17,7 @@ from configs import smoke
 from meta_attention_jax.sweeps import space as algebra
 from meta_attention_jax.sweeps import together
 from meta_attention_jax.sweeps.group import Group, bytes_needed, point_of, points_that_fit
+from meta_attention_jax.training import parallel
 from meta_attention_jax.training.checkpoint import Checkpoints
 from meta_attention_jax.training.job import prepare
 from meta_attention_jax.training.logs import read_metrics
@@ -133,7 +134,9 @@ def test_directories_are_those_of_ordinary_runs_interrupted_or_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_point_that_diverges_stops_no_other(tmp_path):
+@pytest.mark.parametrize("turns", [True, False], ids=("in turn", "vmapped"))
+def test_a_point_that_diverges_stops_no_other(tmp_path, monkeypatch, turns):
+    monkeypatch.setattr(together, "Group", functools.partial(Group, turns=turns))
     points = algebra.zipped(
         algebra.sweep("optimizer.learning_rate", (0.05, 1e30, 0.05)), algebra.sweep("seed", (0, 1, 2))
     )
@@ -199,7 +202,7 @@ def test_as_many_points_as_fit(needed, one, points, memory, fit):
 def test_every_array_input_counts_under_vmap(tmp_path, changes, field, values):
     changes = {**changes, "optimizer.learning_rate": 0.2, "gate.end": 0.8}
     jobs = prepared(tmp_path, base(**changes), algebra.sweep(field, values))
-    group = Group(jobs, jax.devices()[:1])
+    group = Group(jobs, jax.devices()[:1], turns=False)
     many = group.states()
     alone = [point_of(many, index) for index in range(2)]
     # Each with the spec of its own config.
@@ -229,21 +232,32 @@ def test_points_on_several_devices_are_those_on_one_resumed_or_not(tmp_path):
             env=env, capture_output=True, text=True, timeout=900,
         )
         assert done.returncode == 0, done.stderr[-3000:]
+    # All at once; on as many as were asked for; and by the memory of less than one, one after another.
+    said = [(line.split()[1], line[-7:]) for line in done.stdout.splitlines() if "one program" in line]
+    assert said == [("3", "3 x cpu"), ("3", "1 x cpu"), *[("1", "1 x cpu")] * 3]
+    ways = ("one", "two", "parts", "cores", "short")
     for index in range(3):
-        logs = [read_metrics(tmp_path / name / str(index)) for name in ("one", "two", "parts", "cores")]
+        logs = [read_metrics(tmp_path / name / str(index)) for name in ways]
         states = []
-        for name in ("one", "two", "parts", "cores"):
+        for name in ways:
             saved = Checkpoints(tmp_path / name / str(index) / "checkpoints", read_only=True)
             assert saved.steps == (6, 12)
             states.append(saved.restore_params(12))
             saved.close()
         assert_close(states[1], states[0])
-        assert_close(states[3], states[0])
+        for state in states[3:]:
+            assert_close(state, states[0])
         jax.tree.map(np.testing.assert_array_equal, states[2], states[1])
         for log in logs[1:]:
             assert log[-1]["step"] == 12
             for mode in ("soft", "hard"):
                 assert log[-1][mode]["nll"] == pytest.approx(logs[0][-1][mode]["nll"], rel=1e-5)
+
+
+def test_where_there_are_devices_cores_become_none():
+    before = jax.devices()
+    parallel.device_per_core()
+    assert jax.devices() == before == parallel.for_run() == parallel.for_points(before)
 
 
 def test_jobs_of_several_programs_are_refused(tmp_path):

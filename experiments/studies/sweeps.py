@@ -26,6 +26,7 @@ from meta_attention_jax.training.checkpoint import Damaged, newest
 from meta_attention_jax.training.job import Job, prepare
 from meta_attention_jax.training.logs import read_metrics
 from meta_attention_jax.training.loop import Diverged, train
+from meta_attention_jax.training.parallel import device_per_core
 from meta_attention_jax.training.processes import Busy, Taken, hold
 from meta_attention_jax.training.restore import initial_params
 
@@ -143,8 +144,9 @@ def train_points(root: Place, jobs: Mapping[str, Job], *, together: bool = True,
             train_group(root, group)
 
 
-def train_configs(root: Place, configs: Mapping[str, ConfigDict]) -> bool:
-    """`train_group` in a process that has nothing yet."""
+def train_configs(root: Place, configs: Mapping[str, ConfigDict], cores: int) -> bool:
+    """`train_group` in a process that has nothing yet, on so many cores at most where there is no accelerator."""
+    device_per_core(cores)
     return train_group(root, prepared(root, configs, open_datasets(configs.values())))
 
 

@@ -89,13 +89,10 @@ def train_together(
     programs = {program(job.config) for job in jobs}
     if len(programs) != 1 or None in programs:
         raise ValueError("jobs: expected points of one program, got several, or one to train alone.")
-    devices = for_points(jobs[0].parallel.devices)
-    if memory is None:
-        has = device_bytes(devices[0])
-        # Virtual CPU devices have one host.
-        share = len(devices) if devices[0].platform == "cpu" else 1
-        memory = None if has is None else int(MEMORY_SHARE * has / share)
-    group = Group(jobs, devices)
+    alone = jobs[0].parallel.devices
+    devices = list(alone) if jobs[0].config.parallel.devices else for_points(alone)
+    group, memory = _placed(jobs, devices) if memory is None else (Group(jobs, devices), memory)
+    devices = list(group.mesh.devices.flat)
     if memory is not None and len(jobs) > len(devices) and (needed := group.needed()) > memory:
         one = Group(jobs[: len(devices)], devices).needed()
         most = points_that_fit(needed, one, len(group.padded) // group.mesh.size, memory)
@@ -141,6 +138,20 @@ def train_together(
         for index in many.alive:
             books[index].finish(stop, final)
         return [books[index].failure if index in books else None for index in range(len(jobs))]
+
+
+def _placed(jobs: Sequence[Job], devices: Sequence[jax.Device]) -> tuple[Group, Optional[int]]:
+    """The group, and the bytes that each of its devices may use, None if unknown. CPU devices have one host: they are
+    fewer where that would not hold what all need."""
+    while True:
+        group, has = Group(jobs, devices), device_bytes(devices[0])
+        if has is None or devices[0].platform != "cpu":
+            return group, None if has is None else int(MEMORY_SHARE * has)
+        size = group.mesh.size
+        memory = int(MEMORY_SHARE * has / size)
+        if size == 1 or group.needed() <= memory:
+            return group, memory
+        devices = list(group.mesh.devices.flat)[: (size + 1) // 2]
 
 
 def _restored(book: Book, start: int, template: TrainState) -> TrainState:

@@ -79,13 +79,13 @@ def one_each(windows: Sequence[int]) -> Float[np.ndarray, "n"]:
 def over_seeds(
     values: Float[np.ndarray, "n"], tokens: Float[np.ndarray, "n"], rows: Rows
 ) -> Optional[float]:
-    """Half the width of the 95 % interval over seeds, on the windows that all of them have read; None without any:
-    seeds that take turns have not read the same."""
+    """Half the width of the 95 % interval over seeds, on the windows that all of them have read; None below
+    `plan.FOR_SEEDS` of these: seeds that take turns have not read the same."""
     read: dict[int, set[int]] = {}
     for row in rows:
         read.setdefault(row["seed"], set()).add(row["window"])
     common = set.intersection(*read.values())
-    if len(read) < 2 or not common:
+    if len(read) < 2 or len(common) < plan.FOR_SEEDS:
         return None
     at = {seed: np.array([row["seed"] == seed and row["window"] in common for row in rows]) for seed in read}
     return interval([float(np.average(values[own], weights=tokens[own])) for own in at.values()])[1]

@@ -78,17 +78,9 @@ def caution(read: Read, measure: str, price: float) -> Read:
 
 
 def read_all(study: Study, count: int) -> None:
-    """Gains, calibration and caution of the arms that are there, on a third of the windows."""
+    """Caution, calibration and gains of the arms that are there, on a third of the windows."""
     own = max(count // 3, 1)
-    known = {(arm, seed, share): one for (arm, seed, share), one in routed_arms(study).items()}
-    arms = dict.fromkeys(arm for arm, _, share in known if share == 0.3)
-    for arm in sorted(arms, key=lambda arm: arm.startswith("local ")):  # Those that read best come first.
-        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS if (arm, seed, 0.3) in known}
-        study.record.find(
-            f"doubt {arm}", lambda: gains_of(study, arm, mine, own),  # noqa: B023
-            enough=lambda rows: min(row.get("windows", 0) for row in rows) >= own,
-        )
-    study.record.find("calibration", lambda: calibration_of(study, known))
+    known = routed_arms(study)
     bayesian = [arm for arm in dict.fromkeys(arm for arm, *_ in known) if arm.endswith("bayesian")]
     thetas = {
         (arm, seed, measure, share): threshold_of(study, arm, seed, known[arm, seed, 0.2], measure, share)
@@ -107,6 +99,15 @@ def read_all(study: Study, count: int) -> None:
         return found
 
     study.read(plan.MAIN, own, jobs)
+    study.record.find("calibration", lambda: calibration_of(study, known))
+    arms = dict.fromkeys(arm for arm, _, share in known if share == 0.3)
+    for arm in sorted(arms, key=lambda arm: arm.startswith("local ")):  # Those that read best come first.
+        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS if (arm, seed, 0.3) in known}
+        for kind in KINDS:
+            rows = study.record.found.get(f"doubt {arm}", [])
+            if min((row["windows"] for row in rows if row["kind"] == kind), default=0) < own:
+                found = gains_of(study, arm, mine, kind, own)
+                study.record.note(f"doubt {arm}", [row for row in rows if row["kind"] != kind] + found)
 
 
 def price(study: Study, arm: str, seed: int, one: Trained, share: float) -> float:
@@ -148,22 +149,18 @@ def routed_arms(study: Study) -> dict[tuple[str, int, float], Trained]:
     return found
 
 
-def gains_of(study: Study, arm: str, known: Mapping[int, Trained], count: int) -> list[dict[str, Any]]:
-    """`gains` by kind of text, at the price of 30 %; the seeds in turn."""
-    rows = []
-    for kind in KINDS:
-        windows, parts = study.material.windows(kind, "test", count), []
-        for window in windows:
-            study.check_time()
-            seed = window.turn(len(known))
-            at = price(study, arm, seed, known[seed], 0.3)
-            hard, soft = (routers.reading(study, known[seed], at, mode=mode) for mode in ("hard", "soft"))
-            parts.append(tokens_of(study, hard, soft, window))
-        documents = [window.document for window in windows]
-        rows += [{"kind": kind, "windows": count, **row} for row in gains(parts, documents)]
-        say(f"gains of {arm} on {kind}: "
-            + ", ".join(f"{row['measure']} {row['gain']:.2f}" for row in rows if row["kind"] == kind))
-    return rows
+def gains_of(study: Study, arm: str, known: Mapping[int, Trained], kind: str, count: int) -> list[dict[str, Any]]:
+    """`gains` on a kind of text, at the price of 30 %; the seeds in turn."""
+    windows, parts = study.material.windows(kind, "test", count), []
+    for window in windows:
+        study.check_time()
+        seed = window.turn(len(known))
+        at = price(study, arm, seed, known[seed], 0.3)
+        hard, soft = (routers.reading(study, known[seed], at, mode=mode) for mode in ("hard", "soft"))
+        parts.append(tokens_of(study, hard, soft, window))
+    rows = gains(parts, [window.document for window in windows])
+    say(f"gains of {arm} on {kind}: " + ", ".join(f"{row['measure']} {row['gain']:.2f}" for row in rows))
+    return [{"kind": kind, "windows": count, **row} for row in rows]
 
 
 def calibration_of(

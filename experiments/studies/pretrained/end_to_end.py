@@ -121,7 +121,8 @@ def prices_of(study: Study, routed: dict[tuple[str, int], Trained]) -> dict[tupl
 
 
 def read_all(study: Study, count: int) -> None:
-    """Trains what is missing, then reads: every seed reads every window; the Bayesian arm's routes in disorder too."""
+    """Trains what is missing, then reads, by every seed where all arms read; the Bayesian arm's routes in disorder
+    too."""
     routed = known(study)
     study.forget_pools()
     prices = prices_of(study, routed)

@@ -184,8 +184,8 @@ def further(found: Mapping[str, Any]) -> list[str]:
         ("Calibration", "E pi_full of every token and layer in full attention's stream against the oracle's label "
          "(a window would change the layer's output by 8 % of the stream's norm).",
          calibration_lines(found), CALIBRATION, "reliability"),
-        ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three seeds, "
-         "which draw the windows, with the half-width of its 95 % interval; differences in pairs of the same windows.",
+        ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three "
+         "seeds, which draw the windows, with the half-width of its 95 % interval; differences in pairs of the same windows.",
          scarce_lines(found), SCARCE, ""),
         ("Steps", progress_lines.__doc__, progress_lines(found), PROGRESS, ""),
     )
@@ -210,7 +210,7 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         f"the whole model, all seeds on the first {plan.BY_ALL} windows, then in turn. `of its keys`: keys read by the "
         "tokens on full attention, of those that it reads everywhere. Nats on prose and code from token 64 on, on "
         "copies, on answers. Intervals: bootstrap over documents (30 addresses of six presidents), paired with full "
-        "attention on the same windows."
+        f"attention on the same windows; over seeds on the windows that all have read, {plan.FOR_SEEDS} at least."
     )
     parts = [
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
@@ -218,7 +218,7 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "## The goal",
         f"At most {plan.GOAL} nats above full attention on {', '.join(plan.MAIN)} at once; nats above it (95 % over "
         "documents). Met: by all intervals; open: an interval lies on both sides.",
-        analysis.markdown_table(goal(shown), GOAL),
+        analysis.markdown_table(goal(shown), GOAL), *_fresh(rows),
         "## Differences",
         "In pairs of windows, and of seeds; below 0 the first is better. An arm without `@` is taken at the first "
         "one's share in every window, between the shares that it was read at; windows that lie outside of these by "
@@ -227,6 +227,16 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
         "## Settings", *_settings(choices), *further(found),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _fresh(rows: Rows) -> list[str]:
+    """The goal on windows that had no part in what reads them."""
+    further = goal(summary([row for row in rows if row["window"] >= plan.BY_ALL]))
+    return [
+        f"The same on the windows behind the first {plan.BY_ALL} alone: by those was seen what is read further, and "
+        "shares of 40 and 50 % were added.",
+        analysis.markdown_table(further, GOAL),
+    ] if further else []
 
 
 def _settings(choices: Mapping[str, Any]) -> list[str]:

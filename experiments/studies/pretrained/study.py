@@ -44,11 +44,15 @@ class Record:
         if self._found.is_file():
             self.found = json.loads(self._found.read_text(encoding="utf-8"))
 
-    def find(self, name: str, found: Callable[[], Any], *, enough: Callable[[Any], bool] = lambda known: True) -> Any:
-        """What was found under a name and is no row, or is now; what is not `enough` is found anew."""
-        if name not in self.found or not enough(self.found[name]):
-            self.found[name] = found()
-            write_whole(self._found, json.dumps(self.found, indent=1) + "\n")
+    def note(self, name: str, found: Any) -> None:
+        """What was found and is no row."""
+        self.found[name] = found
+        write_whole(self._found, json.dumps(self.found, indent=1) + "\n")
+
+    def find(self, name: str, found: Callable[[], Any]) -> Any:
+        """What was noted under a name, or is now."""
+        if name not in self.found:
+            self.note(name, found())
         return self.found[name]
 
     def began(self, parts: Sequence[str]) -> None:
@@ -123,8 +127,8 @@ class Study:
         self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
         corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None, seeds: int = len(plan.SEEDS),
     ) -> None:
-        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers that are
-        trained through the whole model."""
+        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers trained
+        through the whole model."""
         self.seeds = plan.SEEDS[:seeds]
         self.base = base or self
         build.check(config)
