@@ -143,7 +143,8 @@ def _train(
         if not on_ray:
             jobs = sweeps.prepared(root, {n: c for group in mine.values() for n, c in group.items()}, datasets)
     if on_ray:
-        return engine.on_ray(sweeps.train_configs, {name: (root, group, DEVICES.value) for name, group in mine.items()}, asks)
+        calls = {name: (root, group, DEVICES.value) for name, group in mine.items()}
+        return engine.on_ray(sweeps.train_configs, calls, asks)
     sweeps.train_points(root, jobs, together=TOGETHER.value, at_once=AT_ONCE.value)
     return []
 

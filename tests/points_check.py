@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import sys
 
@@ -33,7 +32,7 @@ def trained(root, devices, start=0, stop_after=None, progress=False):
 
 
 def on_cores(root):
-    os.sched_getaffinity = lambda process: {0, 1, 2}
+    parallel.cores = lambda: 3  # Whatever this machine has.
     parallel.device_per_core()
     # Eight rows do not split over three: a run by itself has one.
     assert len(jax.devices()) == 3 and parallel.for_run() == jax.devices()[:1]

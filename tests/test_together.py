@@ -257,7 +257,8 @@ def test_points_on_several_devices_are_those_on_one_resumed_or_not(tmp_path):
 def test_where_there_are_devices_cores_become_none():
     before = jax.devices()
     parallel.device_per_core()
-    assert jax.devices() == before == parallel.for_run() == parallel.for_points(before)
+    assert jax.devices() == before == parallel.for_run() == parallel.for_points(before) and not parallel._cores
+    assert 1 <= parallel.cores() <= os.cpu_count()
 
 
 def test_jobs_of_several_programs_are_refused(tmp_path):

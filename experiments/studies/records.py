@@ -251,8 +251,8 @@ RECORDS = (
            "--config.prior.strength=8 --config.objective.beta=0.001 --config.retrofit.local_beta=0.03 && python -m "
            "experiments.studies.routed --workdir=runs/kl/end_to_end --out=runs/routed_kl --windows=51 --rank=4",
            routed_table, "trained at 5929196, read at d78efc4"),
-    Record("Arms on a published model at equal shares (20 windows of each kind by all, 80 more by those that decide)", "pretrained_comparison",
-           "studies.pretrained.compare --windows=100 --minutes=...", comparison_table, "of each session, below"),
+    Record("Arms on a published model at equal shares (20 windows of each kind by all, 80 more by those that decide)",
+           "pretrained_comparison", "studies.pretrained.compare --windows=100 --minutes=...", comparison_table, "of each session, below"),
     Record("A window and residual linear attention by learned features, no router", "residual_linear",
            "studies.residual_linear --steps=100 --windows=30", linear_table, "d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",

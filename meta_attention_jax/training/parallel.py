@@ -29,19 +29,24 @@ PARALLEL_MODES = SCHEMA["parallel.mode"].choices
 _cores = False  # Whether the CPU's devices are those of `device_per_core`.
 
 
+def cores() -> int:
+    """CPU cores that this process may use: its own, by a container's part of all."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max" is all.
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(round(int(quota) / int(period)), 1))
+    return count
+
+
 def device_per_core(most: Optional[int] = None) -> None:
-    """Makes a device of every CPU core that this process may use (of `most`), for the points of a sweep (`for_points`);
-    a run by itself still has one. To be called before JAX has devices; changes nothing where it has, or where XLA_FLAGS
-    or jax_num_cpu_devices say how many CPU devices there are."""
+    """Makes a device of every one of the `cores` (`most` of them), for the points of a sweep (`for_points`); a run by
+    itself still has one. To be called before JAX has devices; changes nothing where it has, or where XLA_FLAGS or
+    jax_num_cpu_devices say how many CPU devices there are."""
     global _cores
     if jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # A container's part of them; "max" is all.
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(round(int(quota) / int(period)), 1))
     with contextlib.suppress(RuntimeError):  # There are devices.
-        jax.config.update("jax_num_cpu_devices", min(count, most or count))
+        jax.config.update("jax_num_cpu_devices", min(cores(), most or cores()))
         _cores = True
 
 

@@ -185,7 +185,8 @@ def further(found: Mapping[str, Any]) -> list[str]:
          "(a window would change the layer's output by 8 % of the stream's norm).",
          calibration_lines(found), CALIBRATION, "reliability"),
         ("Scarce data", "Trained on so many windows, for as many steps; harm left on validation, mean over three "
-         "seeds, which draw the windows, with the half-width of its 95 % interval; differences in pairs of the same windows.",
+         "seeds, which draw the windows, with the half-width of its 95 % interval; differences in pairs of the same "
+         "windows.",
          scarce_lines(found), SCARCE, ""),
         ("Steps", progress_lines.__doc__, progress_lines(found), PROGRESS, ""),
     )

@@ -168,10 +168,9 @@ def read_bounds(study: Study, count: int) -> None:
 
 
 def read_all(study: Study, count: int) -> None:
-    """`read_bounds`, every router of the local ELBO, and the Bayesian one's routes in disorder."""
+    """Every router of the local ELBO, and the Bayesian one's routes in disorder."""
     known = routers(study)
     study.forget_pools()
-    read_bounds(study, count)
     prices = {
         key: price_at(study, f"local {key[0]} {key[1]}", one, key[2], first_price(study.record, one.point, key[2]))
         for key, one in known.items()
