@@ -111,13 +111,16 @@ def routed_table(folder: pathlib.Path) -> str:
 
 
 def comparison_table(folder: pathlib.Path) -> str:
-    """Arms on a published model; differences, settings and more are on its own page."""
-    choices = _read(folder / "choices.json")
-    rows = read_rows(folder / "rows.jsonl")
-    commits = ", ".join(dict.fromkeys(session["commit"] for session in choices["sessions"]))
-    said = f"{len(rows):,} readings, gone on with on {commits}"
-    table = analysis.markdown_table(report.lines(rows), report.COLUMNS)
-    return f"{said}; differences and settings: [its page]({folder.name}/README.md)\n\n{table}{_pictures(folder)}"
+    """Arms on a published model, then on its longer texts; differences, settings and more are on their own pages."""
+    parts = []
+    for part in (folder, *sorted(folder.glob("T*"), key=lambda path: int(path.name[1:]))):
+        choices, rows = _read(part / "choices.json"), read_rows(part / "rows.jsonl")
+        about, page = choices["about"], (part / "README.md").relative_to(RESULTS)
+        commits = ", ".join(dict.fromkeys(session["commit"] for session in choices["sessions"]))
+        said = f"T {about['length']:,}, window {about['window']}: {len(rows):,} readings, gone on with on {commits}"
+        table = analysis.markdown_table(report.lines(rows), report.columns_of(rows))
+        parts.append(f"{said}; differences and settings: [its page]({page})\n\n{table}")
+    return "\n".join(parts) + _pictures(folder)
 
 
 def linear_table(folder: pathlib.Path) -> str:
@@ -252,7 +255,8 @@ RECORDS = (
            "experiments.studies.routed --workdir=runs/kl/end_to_end --out=runs/routed_kl --windows=51 --rank=4",
            routed_table, "trained at 5929196, read at d78efc4"),
     Record("Arms on a published model at equal shares (20 windows of each kind by all, 80 more by those that decide)",
-           "pretrained_comparison", "studies.pretrained.compare --windows=100 --minutes=...", comparison_table, "of each session, below"),
+           "pretrained_comparison", "studies.pretrained.compare --windows=100 --minutes=...", comparison_table,
+           "of each session, below"),
     Record("A window and residual linear attention by learned features, no router", "residual_linear",
            "studies.residual_linear --steps=100 --windows=30", linear_table, "d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",

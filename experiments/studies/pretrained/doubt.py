@@ -84,12 +84,12 @@ def read_all(study: Study, count: int) -> None:
     bayesian = [arm for arm in dict.fromkeys(arm for arm, *_ in known) if arm.endswith("bayesian")]
     thetas = {
         (arm, seed, measure, share): threshold_of(study, arm, seed, known[arm, seed, 0.2], measure, share)
-        for arm in bayesian for seed in plan.SEEDS if (arm, seed, 0.2) in known
+        for arm in bayesian for seed in study.seeds if (arm, seed, 0.2) in known
         for measure in CAUTIOUS for share in CAUTIOUS_SHARES
     }
 
     def jobs(window: Window) -> list[Job]:
-        turn = window.turn(len(plan.SEEDS))
+        turn = window.turn(len(study.seeds))
         found: list[Job] = []
         for (arm, seed, measure, share), theta in thetas.items():
             if seed == turn:
@@ -102,7 +102,7 @@ def read_all(study: Study, count: int) -> None:
     study.record.find("calibration", lambda: calibration_of(study, known))
     arms = dict.fromkeys(arm for arm, _, share in known if share == 0.3)
     for arm in sorted(arms, key=lambda arm: arm.startswith("local ")):  # Those that read best come first.
-        mine = {seed: known[arm, seed, 0.3] for seed in plan.SEEDS if (arm, seed, 0.3) in known}
+        mine = {seed: known[arm, seed, 0.3] for seed in study.seeds if (arm, seed, 0.3) in known}
         for kind in KINDS:
             rows = study.record.found.get(f"doubt {arm}", [])
             if min((row["windows"] for row in rows if row["kind"] == kind), default=0) < own:

@@ -59,7 +59,7 @@ def read_all(study: Study, count: int) -> None:
             ("full", -1, 1.0, lambda w: reader.forced(w, every)),
             ("local", -1, 0.0, lambda w: reader.forced(w, ~every)),
         ]
-        turn = window.turn(len(plan.SEEDS))
+        turn = window.turn(len(study.base.seeds))
         for share in SHARES:
             best = arms.layer_mask(reader.layers, order[window.kind][: round(share * reader.layers)], time)
             found.append((f"best layers@{share}", -1, share, lambda w, best=best: reader.forced(w, best)))

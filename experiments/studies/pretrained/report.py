@@ -55,6 +55,11 @@ GRID = [
 ]
 
 
+def columns_of(rows: Rows) -> list[analysis.Column]:
+    """Of the table of arms; longer texts have their FLOPs."""
+    return [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]
+
+
 def lines(rows: Rows) -> list[dict[str, Any]]:
     """`summary` as it is shown, by kind and family."""
     shown = [{**row, "interval": "" if row["arm"] == "full" else f"{row['above_low']:+.4f} to {row['above_high']:+.4f}"}
@@ -206,16 +211,17 @@ def page(rows: Rows, choices: Mapping[str, Any], found: Mapping[str, Any]) -> st
     said = (
         f"{about['backbone']['path']}, frozen; T {about['length']}, window {about['window']}, {about['sinks']} sinks; "
         "test split, hard, one threshold for all kinds of text. `x@0.3`: arm x at the threshold that gave 30 % on "
-        "validation, over prose, copies and needles in equal parts; what it then was is the column. `local x`: trained "
-        "by each layer's own output alone, its three seeds in turn over the windows; without `local`: trained through "
-        f"the whole model, all seeds on the first {plan.BY_ALL} windows, then in turn. `of its keys`: keys read by the "
-        "tokens on full attention, of those that it reads everywhere. Nats on prose and code from token 64 on, on "
-        "copies, on answers. Intervals: bootstrap over documents (30 addresses of six presidents), paired with full "
-        f"attention on the same windows; over seeds on the windows that all have read, {plan.FOR_SEEDS} at least."
+        f"validation at T {plan.LENGTH}, over prose, copies and needles in equal parts; what it then was is the "
+        "column. `local x`: trained by each layer's own output alone, its seeds in turn over the windows; without "
+        f"`local`: trained through the whole model, all seeds on the first {plan.BY_ALL} windows, then in turn. `of "
+        "its keys`: keys read by the tokens on full attention, of those that it reads everywhere. Nats on prose and "
+        "code behind the first window of tokens, on copies, on answers. Intervals: bootstrap over documents "
+        f"({len({row['document'] for row in rows})}), paired with full attention on the same windows; over seeds on "
+        f"the windows that all have read, {plan.FOR_SEEDS} at least."
     )
     parts = [
         "# Does Bayesian routing earn its place on a published model?", said, "![nats against share](share.png)",
-        "## Arms", analysis.markdown_table(shown, [*COLUMNS, *([FLOPS] if "flops" in rows[0] else [])]),
+        "## Arms", analysis.markdown_table(shown, columns_of(rows)),
         "## The goal",
         f"At most {plan.GOAL} nats above full attention on {', '.join(plan.MAIN)} at once; nats above it (95 % over "
         "documents). Met: by all intervals; open: an interval lies on both sides.",

@@ -124,7 +124,7 @@ def routers(study: Study, wanted: Optional[Sequence[str]] = None) -> dict[tuple[
     """(arm, seed, share) -> the router of an arm (None: all) that is chosen for a share."""
     if "grid" not in study.record.choices:
         choose_settings(study)
-    keys = [(arm, seed, share) for share in plan.ROUTER_SHARES for arm in wanted or plan.ARMS for seed in plan.SEEDS]
+    keys = [(arm, seed, share) for share in plan.ROUTER_SHARES for arm in wanted or plan.ARMS for seed in study.seeds]
     points = {key: Point(seed=key[1], **chosen(study.record, key[0], key[2])) for key in keys}
     found = ready(study, list(dict.fromkeys(points.values())))
     return {key: found[point] for key, point in points.items()}
@@ -178,7 +178,7 @@ def read_all(study: Study, count: int) -> None:
 
     def jobs(window: Window) -> list[Job]:
         found: list[Job] = []
-        turn, seen = window.turn(len(plan.SEEDS)), {}
+        turn, seen = window.turn(len(study.seeds)), {}
         for (arm, seed, share), price in prices.items():
             if seed == turn:
                 read = reading(study, known[arm, seed, share], price)

@@ -127,9 +127,9 @@ class Study:
         self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
         corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None, seeds: int = len(plan.SEEDS),
     ) -> None:
-        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers trained
-        through the whole model."""
-        self.seeds = plan.SEEDS[:seeds]
+        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers, in turn
+        over the windows."""
+        self.seeds = base.seeds if base else plan.SEEDS[:seeds]
         self.base = base or self
         build.check(config)
         params, tokenizer = backbone.load(config), backbone.described(config)[1]
@@ -193,7 +193,7 @@ class Study:
         for number in range(count):
             for kind in kinds:
                 [window] = self.material.windows(kind, "test", 1, skip=number)
-                turn = window.turn(len(plan.SEEDS))
+                turn = window.turn(len(self.seeds))
                 for arm, seed, asked, read in jobs(window):
                     done = (kind, number, arm, seed) in self.record.done
                     if not done and plan.wanted(kind, number, arm, seed, turn):
