@@ -127,8 +127,8 @@ class Study:
         self, config: ConfigDict, out: pathlib.Path, workdir: pathlib.Path, minutes: float,
         corpora: Optional[Mapping[str, str]] = None, base: Optional[Study] = None, seeds: int = len(plan.SEEDS),
     ) -> None:
-        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers, in turn
-        over the windows."""
+        """`base`: the study at the length that controllers were trained at; None: this one. `seeds`: of routers, in
+        turn over the windows."""
         self.seeds = base.seeds if base else plan.SEEDS[:seeds]
         self.base = base or self
         build.check(config)
