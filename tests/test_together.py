@@ -261,6 +261,15 @@ def test_where_there_are_devices_cores_become_none():
     assert 1 <= parallel.cores() <= os.cpu_count()
 
 
+@pytest.mark.parametrize(
+    "said, expected", [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)]
+)
+def test_cores_are_a_containers_part_of_all(monkeypatch, said, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: said)
+    assert parallel.cores() == expected
+
+
 def test_jobs_of_several_programs_are_refused(tmp_path):
     points = algebra.sweep("model.window", (4, 5))
     with pytest.raises(ValueError, match="points of one program"):
