@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.studies.pretrained import arms, plan, routers
+from experiments.studies.pretrained.arms import Read
 from experiments.studies.pretrained.local import Point
 from experiments.studies.pretrained.material import Window
 from experiments.studies.pretrained.routers import Trained
@@ -67,45 +69,56 @@ def progress(path: pathlib.Path) -> list[dict[str, Any]]:
     return [{"step": row["step"], "kinds": row["hard"]["kinds"]} for row in rows]
 
 
+def bounds(study: Study) -> dict[str, list[float]]:
+    """kind -> nats of full attention and of a window, on the validation windows that weights are chosen by."""
+    found = {}
+    for kind in plan.MAIN:
+        windows = choosing(study, kind)
+        every = np.ones((study.reader.layers, len(windows[0].tokens)), bool)
+        found[kind] = [_nats(windows, lambda w, full=full: study.reader.forced(w, full)) for full in (every, ~every)]
+    return found
+
+
+def choosing(study: Study, kind: str) -> list[Window]:
+    """Validation windows that weights are chosen by; thresholds are found on others."""
+    return study.material.windows(kind, "validation", plan.CHOOSING_WINDOWS, skip=10)
+
+
+def _nats(windows: Sequence[Window], read: Callable[[Window], Read]) -> float:
+    return float(np.mean([read(window).nll[window.counted].mean() for window in windows]))
+
+
 def gap_left(study: Study, one: Trained, price: float) -> float:
     """Nats above full attention over those of a window, mean over kinds, on validation."""
     parts = []
-    for kind in plan.MAIN:
-        windows = study.material.windows(kind, "validation", plan.CHOOSING_WINDOWS, skip=10)
-        every = np.ones((study.reader.layers, len(windows[0].tokens)), bool)
-        nats = [
-            [read.nll[window.counted].mean() for window, read in ((w, how(w)) for w in windows)]
-            for how in (
-                routers.reading(study, one, price), lambda w: study.reader.forced(w, every),  # noqa: B023
-                lambda w: study.reader.forced(w, ~every),  # noqa: B023
-            )
-        ]
-        own, full, local = (float(np.mean(one)) for one in nats)
+    for kind, (full, local) in study.record.choose("validation nats", lambda: bounds(study)).items():
+        own = _nats(choosing(study, kind), routers.reading(study, one, price))
         parts.append((own - full) / (local - full))
     return float(np.mean(parts))
 
 
-def chosen(study: Study, arm: str) -> float:
-    """The weight of KL or penalty of an arm that leaves the least on validation, by seed 0 at a share of 30 %."""
+def chosen(study: Study, arm: str, share: float = 0.3) -> float:
+    """The weight of KL or penalty of an arm that leaves the least on validation at a share, by seed 0."""
     found = {}
     for beta in plan.END_TO_END[arm]:
         name = f"end to end {arm} {beta:g}"
-        if name not in study.record.choices:
+        key = name if share == 0.3 else f"{name}@{share}"
+        if key not in study.record.choices:
             one = trained(study, arm, beta, 0)
-            price = routers.price_at(study, f"{name} 0", one, 0.3, 0.0)
+            price = routers.price_at(study, f"{name} 0", one, share, 0.0)
             study.check_time()
-            study.record.choose(name, lambda: {"left": gap_left(study, one, price)})  # noqa: B023
+            study.record.choose(key, lambda: {"left": gap_left(study, one, price)})  # noqa: B023
             study.record.find(f"steps {arm} {beta:g}", lambda: progress(directory(study, arm, beta, 0)))  # noqa: B023
-        found[beta] = study.record.choices[name]["left"]
-        say(f"{arm}, beta {beta:g}: {found[beta]:.3f} of the gap left on validation")
+        found[beta] = study.record.choices[key]["left"]
+        say(f"{arm}, beta {beta:g}: {found[beta]:.4f} of the gap left on validation at {share:.0%}")
     return min(found, key=found.get)
 
 
-def known(study: Study) -> dict[tuple[str, int], Trained]:
-    """(arm, seed) -> the router at its chosen weight."""
+def known(study: Study, share: float = 0.3) -> dict[tuple[str, int], Trained]:
+    """(arm, seed) -> the router at the weight that is chosen for a share."""
     return {
         (arm, seed): kept(study, arm, beta, seed)
-        for arm, beta in ((arm, chosen(study, arm)) for arm in plan.END_TO_END) for seed in study.seeds
+        for arm, beta in ((arm, chosen(study, arm, share)) for arm in plan.END_TO_END) for seed in study.seeds
     }
 
 
@@ -122,10 +135,15 @@ def prices_of(study: Study, routed: dict[tuple[str, int], Trained]) -> dict[tupl
 
 def read_all(study: Study, count: int) -> None:
     """Trains what is missing, then reads, by every seed where all arms read; the Bayesian arm's routes in disorder
-    too."""
+    too. An arm for which validation chooses another weight at 20 % than at 30 has one more row there."""
     routed = known(study)
+    other = {key: one for key, one in known(study, 0.2).items() if one.point != routed[key].point}
     study.forget_pools()
     prices = prices_of(study, routed)
+    at_20 = {
+        (arm, seed): routers.price_at(study, f"end to end {arm} {one.point.beta:g} {seed}", one, 0.2, 0.0)
+        for (arm, seed), one in other.items()
+    }
 
     def jobs(window: Window) -> list[Job]:
         turn, seen, found = window.turn(len(study.seeds)), {}, []
@@ -134,6 +152,8 @@ def read_all(study: Study, count: int) -> None:
             if (arm, seed, share) == ("bayesian", turn, 0.3):
                 read = routers.remembered(read, seen)
             found.append((f"{arm}@{share}", seed, share, read))
+        for (arm, seed), price in at_20.items():
+            found.append((f"{arm} for 20 %@0.2", seed, 0.2, routers.reading(study, other[arm, seed], price)))
         routes = routers.reading(study, routed["bayesian", turn], prices["bayesian", turn, 0.3])
         return found + routers.in_disorder(study, "bayesian", turn, routers.remembered(routes, seen))
 

@@ -49,9 +49,10 @@ BY_ALL = 20  # Windows of every kind, read by all arms and seeds that read the k
 FOR_SEEDS = 10  # Windows that all seeds have read, at least, for an interval over them.
 DECIDING = (
     "full", "local", "oracle@0.2", "oracle@0.3", "bayesian@0.2", "bayesian@0.3", "bayesian@0.4", "bayesian@0.5",
-    "cost_penalty@0.2", "cost_penalty@0.3", "bayesian cautious by mutual_information@0.3",
-    "bayesian cautious by vacuity@0.3", "bayesian shuffled@0.3", "best layers@0.2", "best layers@0.3",
-    "best layers@0.5", "KV heads@0.2", "KV heads@0.3", "KV heads@0.5",
+    "bayesian for 20 %@0.2", "cost_penalty@0.2", "cost_penalty@0.3", "cost_penalty for 20 %@0.2",
+    "bayesian cautious by mutual_information@0.3", "bayesian cautious by vacuity@0.3", "bayesian shuffled@0.3",
+    "best layers@0.2", "best layers@0.3", "best layers@0.5",
+    "KV heads@0.2", "KV heads@0.3", "KV heads@0.5",
 )
 """Arms that read further windows: those that the first 20 left undecided about the goal, and what these are held
 against. What is said of further windows alone was not chosen by them."""
