@@ -104,7 +104,7 @@ def test_a_window_counts_once_by_however_many_seeds_it_was_read():
     assert mine["above"] == pytest.approx((0.3 + 0.5) / 2) and mine["nll"] == pytest.approx(1.4)
     assert mine["share"] == pytest.approx((0.1 + 0.3) / 2) and mine["windows"] == 2 * both
     # Over seeds where all have read: 0.2, 0.3 and 0.4, whose t-interval is 4.303 * 0.1 / sqrt(3).
-    assert mine["seed_pm"] == pytest.approx(0.2484, abs=1e-4)
+    assert mine["seed_pm"] == pytest.approx(0.2484, abs=1e-4) and mine["seed_mean"] == pytest.approx(0.3)
     peer = [{**one, "arm": "best layers@0.5"} for one in rows if one["arm"] == "full"]
     between = differences.contrast(rows + peer, "prose", "bayesian@0.3", "best layers@0.5")
     assert between["difference"] == pytest.approx(mine["above"])

@@ -115,6 +115,8 @@ def comparison_table(folder: pathlib.Path) -> str:
     parts = []
     for part in (folder, *sorted(folder.glob("T*"), key=lambda path: int(path.name[1:]))):
         choices, rows = _read(part / "choices.json"), read_rows(part / "rows.jsonl")
+        if not rows:
+            continue
         about, page = choices["about"], (part / "README.md").relative_to(RESULTS)
         commits = ", ".join(dict.fromkeys(session["commit"] for session in choices["sessions"]))
         said = f"T {about['length']:,}, window {about['window']}: {len(rows):,} readings, gone on with on {commits}"

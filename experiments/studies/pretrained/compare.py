@@ -65,6 +65,6 @@ if __name__ == "__main__":
     LENGTH = flags.DEFINE_integer("length", plan.LENGTH, "T; rows of another than the plan's go to <out>/T<length>.", 2)
     WINDOW = flags.DEFINE_integer("window", plan.WINDOW, "Of local attention.", 1)
     WINDOWS = flags.DEFINE_integer("windows", 100, f"Of each kind; beyond {plan.BY_ALL} as plan.py has it.", 1)
-    SEEDS = flags.DEFINE_integer("seeds", len(plan.SEEDS), "Of the routers that are trained.", 1, len(plan.SEEDS))
+    SEEDS = flags.DEFINE_integer("seeds", len(plan.SEEDS), "Of the routers that read.", 1, len(plan.SEEDS))
     MINUTES = flags.DEFINE_float("minutes", 45.0, "After which it stops.", 0)
     common.run(main, prints=True)

@@ -61,7 +61,7 @@ def summary(rows: Rows) -> list[dict[str, Any]]:
                 "documents": len(set(documents)), "seeds": len({row["seed"] for row in own}), "share": mean("share"),
                 "nll": float(np.average([row["nll"] for row in own], weights=tokens * once)),
                 "above": middle, "above_low": low, "above_high": high, "keys": mean("keys"),
-                "seed_pm": over_seeds(above, tokens, own),
+                **over_seeds(above, tokens, own),
             }
             if "flops" in own[0]:
                 line["flops"] = mean("flops")
@@ -80,17 +80,18 @@ def one_each(windows: Sequence[int]) -> Float[np.ndarray, "n"]:
 
 def over_seeds(
     values: Float[np.ndarray, "n"], tokens: Float[np.ndarray, "n"], rows: Rows
-) -> Optional[float]:
-    """Half the width of the 95 % interval over seeds, on the windows that all of them have read; None below
-    `plan.FOR_SEEDS` of these: seeds that take turns have not read the same."""
+) -> dict[str, Optional[float]]:
+    """Mean and half the width of the 95 % interval over seeds, on the windows that all of them have read; None below
+    `plan.FOR_SEEDS` of these: seeds that take turns have not read the same. The mean is of these windows too."""
     read: dict[int, set[int]] = {}
     for row in rows:
         read.setdefault(row["seed"], set()).add(row["window"])
     common = set.intersection(*read.values())
     if len(read) < 2 or len(common) < plan.FOR_SEEDS:
-        return None
+        return {"seed_mean": None, "seed_pm": None}
     at = {seed: np.array([row["seed"] == seed and row["window"] in common for row in rows]) for seed in read}
-    return interval([float(np.average(values[own], weights=tokens[own])) for own in at.values()])[1]
+    middle, pm = interval([float(np.average(values[own], weights=tokens[own])) for own in at.values()])
+    return {"seed_mean": middle, "seed_pm": pm}
 
 
 def by_window(rows: Rows, kind: str, arm: str) -> dict[int, dict[int, Mapping[str, Any]]]:
@@ -133,7 +134,7 @@ def contrast(rows: Rows, kind: str, arm: str, other: str) -> Optional[dict[str, 
     middle, low, high = bootstrap(differ, tokens * once, groups=[row["document"] for row in own])
     return {
         "task": kind, "arm": arm, "other": other, "windows": len({row["window"] for row in own}),
-        "difference": middle, "low": low, "high": high, "seed_pm": over_seeds(differ, tokens, own),
+        "difference": middle, "low": low, "high": high, **over_seeds(differ, tokens, own),
         "share": float(np.average([row["share"] for row in own], weights=once)),
         "other_share": float(np.average(at, weights=once)),
     }

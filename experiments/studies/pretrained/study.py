@@ -142,6 +142,8 @@ class Study:
         self.material.check(plan.KINDS)
         about = {"backbone": backbone.identity(config), "length": length, "window": window,
                  "sinks": config.model.sinks, "hidden": config.controller.hidden, "protocol": plan.protocol()}
+        if len(self.seeds) < len(plan.SEEDS):  # Which seed reads a window hangs on their number.
+            about["seeds"] = len(self.seeds)
         self.record = Record(out, about)
         self._ends = time.monotonic() + 60 * minutes
         self._pools: dict[str, Pool] = {}
