@@ -8,7 +8,7 @@ rest needs nothing. What came out otherwise: with 4 keys, linear attention alone
 
 Recorded (5 seeds, two CPU cores, jax 0.10.2, commit e820864, about 90 minutes by --shard=0/2 and 1/2),
 test split, hard: bayesian 1.651 nats at 36.5 % cost, prior-free 1.639 at 56.6 %, full-only 1.635,
-linear+full 1.635 at 57.5 %, linear 1.697 at 15 %. All arms: README, "What we found".
+linear+full 1.635 at 57.5 %, linear 1.697 at 15 %. All arms: FINDINGS, "what we found".
 """
 
 from configs import recall

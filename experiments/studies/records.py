@@ -259,6 +259,10 @@ RECORDS = (
     Record("Arms on a published model at equal shares (20 windows of each kind by all, 80 more by those that decide)",
            "pretrained_comparison", "studies.pretrained.compare --windows=100 --minutes=...", comparison_table,
            "of each session, below"),
+    Record("The same arms on a second model, on which nothing was tuned", "pretrained_comparison_gemma",
+           "studies.pretrained.compare --backbone=runs/gemma-3-270m-q4_k_m.gguf --windows=10 --seeds=1 "
+           "--settings=experiments/results/pretrained_comparison --out=experiments/results/pretrained_comparison_gemma "
+           "--parts=bounds,routers,patterns,end_to_end", comparison_table, "of each session, below"),
     Record("A window and residual linear attention by learned features, no router", "residual_linear",
            "studies.residual_linear --steps=100 --windows=30", linear_table, "d78efc4"),
     Record("Reading and going on, routed, against full attention alone", "routed_speed.json",
